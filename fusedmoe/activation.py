@@ -1,0 +1,61 @@
+"""Names and parameters of the activations. The formulas stand in `reference/activation.py` (PyTorch) and `csrc/cpu` (C++)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+# name -> value of its one parameter (negative slope, or alpha) where PyTorch has one; 0.0 where it has none.
+DEFAULT_PARAMETER = {
+    "identity": 0.0,
+    "relu": 0.0,
+    "sigmoid": 0.0,
+    "tanh": 0.0,
+    "silu": 0.0,
+    "gelu": 0.0,
+    "gelu_tanh": 0.0,
+    "leaky_relu": 0.01,
+    "elu": 1.0,
+    "softplus": 0.0,
+}
+PARAMETRIC = ("leaky_relu", "elu")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One elementwise function: `name` out of `DEFAULT_PARAMETER`, and its parameter (slope of leaky_relu, alpha of elu).
+
+    Raises: ValueError for an unknown name, for a parameter that is not finite, or for one that the activation does not have.
+    """
+
+    name: str = "relu"
+    parameter: float = 0.0
+
+    def __post_init__(self):
+        if self.name not in DEFAULT_PARAMETER:
+            raise ValueError(f"activation: expected one of {', '.join(DEFAULT_PARAMETER)}, got {self.name!r}")
+        if isinstance(self.parameter, bool) or not isinstance(self.parameter, (int, float)) or not math.isfinite(self.parameter):
+            raise ValueError(f"activation {self.name}: expected a finite parameter, got {self.parameter!r}")
+        if self.parameter != 0.0 and self.name not in PARAMETRIC:
+            raise ValueError(f"activation {self.name}: expected no parameter, got {self.parameter!r}")
+        object.__setattr__(self, "parameter", float(self.parameter))
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.parameter:g})" if self.name in PARAMETRIC else self.name
+
+
+IDENTITY = Activation("identity")
+RELU = Activation("relu")
+
+
+def activation(value: str | Activation) -> Activation:
+    """Return the activation that `value` names: an `Activation`, or a name in any case ("relu", "RELU").
+
+    Raises: ValueError for an unknown name, TypeError for anything that is neither.
+    """
+    if isinstance(value, Activation):
+        return value
+    if not isinstance(value, str):
+        raise TypeError(f"activation: expected a name or an Activation, got {type(value).__name__}")
+    name = value.lower()
+    return Activation(name, DEFAULT_PARAMETER.get(name, 0.0))
