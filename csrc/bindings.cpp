@@ -1,0 +1,197 @@
+// The only file that knows PyTorch: the operator's registration through the stable ABI, and pybind11 for what is no operator.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <unordered_map>
+
+#include "cpu/network.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+namespace cpu = fusedmoe::cpu;
+
+// Plans by table: decoding costs more than a small network. A process uses few tables; past the limit all are dropped.
+constexpr size_t plan_limit = 1024;
+
+std::shared_ptr<const cpu::Plan> plan_of(const std::string& table, bool training, bool expanded) {
+  static std::mutex mutex;
+  static std::unordered_map<std::string, std::shared_ptr<const cpu::Plan>> plans[2][2];
+  std::lock_guard<std::mutex> lock(mutex);
+  auto& known = plans[training][expanded];
+  auto found = known.find(table);
+  if (found != known.end()) return found->second;
+  if (known.size() >= plan_limit) known.clear();
+  return known[table] = cpu::make_plan(fusedmoe::decode(table), training, expanded);
+}
+
+// at::parallel_for, with the work handed out as the threads ask for it.
+void for_each(int64_t count, const std::function<void(int64_t)>& body) {
+  const int64_t workers = std::min<int64_t>(count, torch::stable::get_num_threads());
+  if (workers <= 1) {
+    for (int64_t i = 0; i < count; i++) body(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) body(i);
+  });
+}
+
+std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); i++) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+std::string shape_of(const std::vector<int64_t>& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); i++) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+// `t` itself if it is what the kernels take, a contiguous copy if only its strides are not, an error otherwise.
+Tensor checked(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype, const std::string& what) {
+  bool same = t.dim() == int64_t(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); i++) same = t.size(i) == sizes[i];
+  STD_TORCH_CHECK(same, what, ": expected shape ", shape_of(sizes), ", got ", shape_of(t));
+  STD_TORCH_CHECK(t.is_cpu(), what, ": expected a CPU tensor");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, what, ": expected the dtype of x");
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// A call's tensors, checked; it owns the contiguous copies.
+template <class T>
+struct Arguments {
+  Tensor x;
+  std::vector<Tensor> params;
+  std::vector<const T*> pointers;
+  std::shared_ptr<const cpu::Plan> plan;
+  cpu::Call<T> call;
+
+  Arguments(const Tensor& input, const std::vector<Tensor>& tensors, const std::string& text, bool training) : x(input) {
+    STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu(), "x: expected a CPU tensor [B, S, D], got ", shape_of(x));
+    if (x.numel() > 0 && x.size(2) > 1 && x.stride(2) != 1) x = torch::stable::contiguous(x);
+    plan = plan_of(text, training, x.stride(1) == 0 && x.size(1) > 1);
+    const fusedmoe::Table& table = plan->table;
+    STD_TORCH_CHECK(x.size(1) == table.slots && x.size(2) == table.width, "x: expected [B, ", table.slots, ", ", table.width, "], got ", shape_of(x));
+    STD_TORCH_CHECK(tensors.size() == table.shapes.size(), "params: expected ", table.shapes.size(), " tensors, got ", tensors.size());
+    params.reserve(tensors.size());
+    for (size_t i = 0; i < tensors.size(); i++) {
+      params.push_back(checked(tensors[i], table.shapes[i], x.scalar_type(), "params"));
+      pointers.push_back(static_cast<const T*>(params.back().data_ptr()));
+    }
+    call.x = static_cast<const T*>(x.data_ptr());
+    call.rows = x.size(0);
+    call.row_stride = x.stride(0);
+    call.slot_stride = x.stride(1);
+    call.params = pointers.data();
+  }
+};
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vector<Tensor>& params, const std::string& text, bool save, bool mixing) {
+  Arguments<T> a(input, params, text, save);
+  const fusedmoe::Table& table = a.plan->table;
+  const int64_t rows = a.call.rows;
+  Tensor out = torch::stable::new_empty(a.x, {rows, table.output[0], table.output[1]});
+  Tensor weights = torch::stable::new_empty(a.x, {rows, mixing ? table.mixing : 0});
+  Tensor saved = torch::stable::new_empty(a.x, {save ? a.plan->kept * cpu::padded(rows) : 0});
+  a.call.out = static_cast<T*>(out.data_ptr());
+  a.call.weights = mixing ? static_cast<T*>(weights.data_ptr()) : nullptr;
+  a.call.kept = static_cast<T*>(saved.data_ptr());
+  cpu::forward<T>(*a.plan, a.call, for_each);
+  return {out, weights, saved};
+}
+
+template <class T>
+std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& input, const std::vector<Tensor>& params,
+                             const Tensor& saved, const std::string& text, const std::string& needs) {
+  Arguments<T> a(input, params, text, true);
+  const fusedmoe::Table& table = a.plan->table;
+  const int64_t rows = a.call.rows;
+  STD_TORCH_CHECK(needs.size() == params.size() + 1, "needs: expected ", params.size() + 1, " flags, got ", needs.size());
+  Tensor d_top = checked(d_out, {rows, table.output[0], table.output[1]}, a.x.scalar_type(), "d_out");
+  Tensor state = checked(saved, {a.plan->kept * cpu::padded(rows)}, a.x.scalar_type(), "saved");
+  Tensor d_mixing = d_weights ? checked(*d_weights, {rows, table.mixing}, a.x.scalar_type(), "d_weights") : d_top;
+  std::vector<Tensor> results;
+  std::vector<T*> grads(params.size(), nullptr);
+  const auto result = [&](const std::vector<int64_t>& sizes) {
+    results.push_back(torch::stable::new_empty(a.x, {sizes.data(), sizes.size()}));
+    return static_cast<T*>(results.back().data_ptr());
+  };
+  if (needs[0] == '1') a.call.d_x = result({rows, table.slots, table.width});
+  for (size_t i = 0; i < params.size(); i++) {
+    STD_TORCH_CHECK(needs[i + 1] != '1' || table.live[i], "needs: no output depends on parameter ", i);
+    if (needs[i + 1] == '1') grads[i] = result(table.shapes[i]);
+  }
+  a.call.d_out = static_cast<const T*>(d_top.data_ptr());
+  a.call.d_weights = d_weights ? static_cast<const T*>(d_mixing.data_ptr()) : nullptr;
+  a.call.kept = static_cast<T*>(state.data_ptr());
+  a.call.grads = grads.data();
+  cpu::backward<T>(*a.plan, a.call, for_each);
+  return results;
+}
+
+void check_dtype(const Tensor& x) {
+  ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "x: the cpu backend expects float32 or float64");
+}
+
+std::tuple<Tensor, Tensor, Tensor> network_cpu(const Tensor& x, std::vector<Tensor> params, std::string table, bool save, bool mixing) {
+  check_dtype(x);
+  return x.scalar_type() == ScalarType::Float ? forward<float>(x, params, table, save, mixing) : forward<double>(x, params, table, save, mixing);
+}
+
+std::vector<Tensor> network_cpu_backward(const Tensor& d_out, std::optional<Tensor> d_weights, const Tensor& x, std::vector<Tensor> params,
+                                         const Tensor& saved, std::string table, std::string needs) {
+  check_dtype(x);
+  return x.scalar_type() == ScalarType::Float ? backward<float>(d_out, d_weights, x, params, saved, table, needs)
+                                              : backward<double>(d_out, d_weights, x, params, saved, table, needs);
+}
+
+int64_t kept_of(const std::string& table) { return plan_of(table, true, false)->kept; }
+
+double fma_peak(double seconds) {
+  const cpu::Isa& isa = cpu::chosen_isa();
+  double best = 0;
+  const auto now = [] { return std::chrono::steady_clock::now(); };
+  for (auto end = now() + std::chrono::duration<double>(seconds); now() < end;) {
+    auto start = now();
+    double flops = isa.multiply_adds(2000);
+    best = std::max(best, flops / std::chrono::duration<double>(now() - start).count());
+  }
+  return best * 1e-9;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fusedmoe, m) {
+  m.def("network_cpu(Tensor x, Tensor[] params, str table, bool save, bool mixing) -> (Tensor, Tensor, Tensor)");
+  m.def("network_cpu_backward(Tensor d_out, Tensor? d_weights, Tensor x, Tensor[] params, Tensor saved, str table, str needs) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedmoe, CPU, m) {
+  m.impl("network_cpu", TORCH_BOX(&network_cpu));
+  m.impl("network_cpu_backward", TORCH_BOX(&network_cpu_backward));
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ kernels of fusedmoe; the operators are in torch.ops.fusedmoe.";
+  m.def("isas", [] {
+    std::vector<std::pair<std::string, bool>> result;
+    for (const auto& [isa, here] : cpu::isas()) result.emplace_back(isa->name, here);
+    return result;
+  }, "Every ISA of this build, best first, and whether this processor has it.");
+  m.def("isa", [] { return std::string(cpu::chosen_isa().name); }, "The ISA whose kernels run; RuntimeError for a wrong FUSEDMOE_ISA.");
+  m.def("kept", &kept_of, "Numbers a row that forward keeps for backward.");
+  m.def("fma_peak", &fma_peak, "GFLOP/s of independent fp32 multiply-adds on one core: the best of as many rounds as fit into `seconds`.");
+}

@@ -1,0 +1,105 @@
+// Activations and their derivatives, on panels: `n` numbers, a multiple of the vector length.
+#pragma once
+#include <cmath>
+
+#include "../table.h"
+#include "lanes.h"
+
+namespace fusedmoe::cpu::FUSEDMOE_ISA {
+
+// One lane at a time through the C library, for erf and log1p.
+template <class T, class F>
+inline vec<T> each(vec<T> x, F f) {
+  for (int i = 0; i < Lanes<T>::count; i++) x[i] = f(x[i]);
+  return x;
+}
+inline float erf_of(float x) { return ::erff(x); }
+inline double erf_of(double x) { return ::erf(x); }
+inline float log1p_of(float x) { return ::log1pf(x); }
+inline double log1p_of(double x) { return ::log1p(x); }
+
+template <class T>
+inline vec<T> relu(vec<T> x) {
+  return x < T(0) ? splat<T>(0) : x;  // and not max(x, 0): NaN passes
+}
+template <class T>
+inline vec<T> sigmoid(vec<T> x) {
+  return T(1) / (T(1) + exp<T>(-x));
+}
+// Through expm1 of -2|x|, so that neither small nor large arguments cancel.
+template <class T>
+inline vec<T> tanh(vec<T> x) {
+  vec<T> e = expm1<T>(T(-2) * (x < T(0) ? -x : x));
+  vec<T> t = -e / (e + T(2));
+  return x < T(0) ? -t : t;
+}
+
+// z[i] -> act(z[i]), to `out`, which may be z.
+template <class T, class F>
+inline void map(const T* z, T* out, int64_t n, F f) {
+  for (int64_t i = 0; i < n; i += Lanes<T>::count) store<T>(out + i, f(load<T>(z + i)));
+}
+// d[i] *= act'(s[i]), where s is what forward kept: the output of relu, sigmoid and tanh, the pre-activation of the others.
+template <class T, class F>
+inline void chain_rule(const T* s, T* d, int64_t n, F f) {
+  for (int64_t i = 0; i < n; i += Lanes<T>::count) store<T>(d + i, f(load<T>(s + i), load<T>(d + i)));
+}
+
+constexpr double sqrt_half = 0.70710678118654752440, inverse_sqrt_two_pi = 0.39894228040143267794, sqrt_two_over_pi = 0.79788456080286535588, gelu_cubic = 0.044715;
+constexpr double softplus_threshold = 20.0;  // PyTorch's default: above it softplus is the identity
+
+template <class T>
+inline vec<T> gelu_tanh_inner(vec<T> x) {
+  return T(sqrt_two_over_pi) * (x + T(gelu_cubic) * (x * x * x));
+}
+
+template <class T>
+void activate(Act act, T parameter, const T* z, T* out, int64_t n) {
+  switch (act) {
+    case Act::identity:
+      if (out != z) memcpy(out, z, n * sizeof(T));
+      return;
+    case Act::relu: return map(z, out, n, [](vec<T> x) { return relu<T>(x); });
+    case Act::sigmoid: return map(z, out, n, [](vec<T> x) { return sigmoid<T>(x); });
+    case Act::tanh: return map(z, out, n, [](vec<T> x) { return tanh<T>(x); });
+    case Act::silu: return map(z, out, n, [](vec<T> x) { return x / (T(1) + exp<T>(-x)); });
+    case Act::gelu: return map(z, out, n, [](vec<T> x) { return T(0.5) * x * (T(1) + each<T>(x * T(sqrt_half), [](T v) { return erf_of(v); })); });
+    case Act::gelu_tanh: return map(z, out, n, [](vec<T> x) { return T(0.5) * x * (T(1) + tanh<T>(gelu_tanh_inner<T>(x))); });
+    case Act::leaky_relu: return map(z, out, n, [=](vec<T> x) { return x > T(0) ? x : x * parameter; });
+    case Act::elu: return map(z, out, n, [=](vec<T> x) { return x > T(0) ? x : parameter * expm1<T>(x); });
+    case Act::softplus:
+      return map(z, out, n, [](vec<T> x) { return x > T(softplus_threshold) ? x : each<T>(exp<T>(x), [](T v) { return log1p_of(v); }); });
+  }
+}
+
+template <class T>
+void differentiate(Act act, T parameter, const T* s, T* d, int64_t n) {
+  switch (act) {
+    case Act::identity: return;
+    // relu'(0) = 0, as PyTorch has it.
+    case Act::relu: return chain_rule(s, d, n, [](vec<T> y, vec<T> g) { return y <= T(0) ? splat<T>(0) : g; });
+    case Act::sigmoid: return chain_rule(s, d, n, [](vec<T> y, vec<T> g) { return g * (T(1) - y) * y; });
+    case Act::tanh: return chain_rule(s, d, n, [](vec<T> y, vec<T> g) { return g * (T(1) - y * y); });
+    case Act::silu:
+      return chain_rule(s, d, n, [](vec<T> x, vec<T> g) {
+        vec<T> sig = sigmoid<T>(x);
+        return g * sig * (T(1) + x * (T(1) - sig));
+      });
+    case Act::gelu:
+      return chain_rule(s, d, n, [](vec<T> x, vec<T> g) {
+        vec<T> cdf = T(0.5) * (T(1) + each<T>(x * T(sqrt_half), [](T v) { return erf_of(v); }));
+        return g * (cdf + x * (T(inverse_sqrt_two_pi) * exp<T>(T(-0.5) * x * x)));
+      });
+    case Act::gelu_tanh:
+      return chain_rule(s, d, n, [](vec<T> x, vec<T> g) {
+        vec<T> t = tanh<T>(gelu_tanh_inner<T>(x));
+        vec<T> slope = T(sqrt_two_over_pi) * (T(1) + T(3 * gelu_cubic) * (x * x));
+        return g * (T(0.5) * (T(1) + t) + T(0.5) * x * (T(1) - t * t) * slope);
+      });
+    case Act::leaky_relu: return chain_rule(s, d, n, [=](vec<T> x, vec<T> g) { return x > T(0) ? g : g * parameter; });
+    case Act::elu: return chain_rule(s, d, n, [=](vec<T> x, vec<T> g) { return x > T(0) ? g : g * (parameter * exp<T>(x)); });
+    case Act::softplus: return chain_rule(s, d, n, [](vec<T> x, vec<T> g) { return x > T(softplus_threshold) ? g : g * sigmoid<T>(x); });
+  }
+}
+
+}  // namespace fusedmoe::cpu::FUSEDMOE_ISA

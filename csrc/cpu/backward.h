@@ -1,0 +1,217 @@
+// The backward: row blocks bring the gradients of every pre-activation and of x; then the parameters' gradients are summed, map by
+// map and tile by tile, over a chunk of rows. Both orders are functions of the batch size alone, not of the threads.
+#pragma once
+#include "forward.h"
+
+namespace fusedmoe::cpu::FUSEDMOE_ISA {
+
+// A block of backward: its panels of gradients, and its part of the chunk's buffers.
+template <class T>
+struct BackwardBlock : Block<T> {
+  T* d_panels;
+  T* d_z_panels;
+
+  T* d(int64_t offset) const { return d_panels + offset * this->ld; }
+  T* d_z(int64_t offset) const { return d_z_panels + offset * this->ld; }
+  T* d_z(const Step& step) const { return d_z(step.d_z); }
+  void clear(int64_t offset, int64_t width) const { memset(d(offset), 0, width * this->ld * sizeof(T)); }
+};
+
+// From the gradient of the chain's output, which stands in the dz of its last step, down to that of its input, which is added.
+template <class T>
+void backward_chain(const BackwardBlock<T>& b, const Chain& chain) {
+  for (int64_t j = chain.steps.count; j-- > 0;) {
+    const Step& step = chain.steps[j];
+    differentiate<T>(step.act, T(step.parameter), b.at(step.z), b.d_z(step), step.n * b.ld);
+    if (j == 0 && chain.reads_x && !b.call.d_x) return;
+    Product<T> p{};
+    p.a = b.call.params[step.weight];
+    p.lda = step.k;
+    p.b = b.d_z(step);
+    p.c = j > 0 ? b.d_z(chain.steps[j - 1]) : b.d(chain.d_in);
+    p.ldb = p.ldc = b.ld;
+    p.k = step.n;
+    p.groups = 1;
+    p.from_c = j == 0;
+    multiply<T, true>(p, step.k, b.ld);
+  }
+}
+
+template <class T>
+void backward_unit(const BackwardBlock<T>& b, const Stage& stage, const Mix& unit) {
+  const T* p = b.at(unit.p);
+  T* w = b.d(unit.d_w);
+  T* dw = w + unit.reads.count * b.ld;
+  mixing_weights(unit.reads, b.call.params, p, b.ld, w);
+  for (int64_t i = 0; i < unit.reads.count; i++) {
+    const Read& read = unit.reads[i];
+    T* to = dw + i * b.ld;
+    dot<T>(b.d(unit.d_out), b.at(stage.experts[read.expert].out), unit.out.width, b.ld, to);
+    if (b.call.d_weights)
+      for (int64_t r = 0; r < b.rows; r++) to[r] += b.call.d_weights[(b.row + r) * b.plan.table.mixing + unit.weights + read.expert];
+    if (read.d_static >= 0) memcpy(b.d_z(read.d_static), to, b.ld * sizeof(T));
+  }
+  if (unit.gate.steps.count == 0) return;
+  softmax_backward<T>(unit.reads, p, dw, b.ld, b.d_z(unit.gate.steps[unit.gate.steps.count - 1]));
+  backward_chain(b, unit.gate);
+}
+
+template <class T>
+void backward_stage(const BackwardBlock<T>& b, const Stage& stage) {
+  for (int e : stage.order) {
+    const Step& last = stage.experts[e].steps[stage.experts[e].steps.count - 1];
+    if (b.at(last.out) != b.at(last.z)) activate<T>(last.act, T(last.parameter), b.at(last.z), b.at(last.out), last.n * b.ld);
+    if (stage.d_expert[e] >= 0) b.clear(stage.d_expert[e], last.n);
+  }
+  for (const Mix& unit : stage.units)
+    if (unit.reads.count >= 0) backward_unit(b, stage, unit);
+  for (int e : stage.order) {
+    const Chain& chain = stage.experts[e];
+    const Span<Reader>& readers = stage.readers[e];
+    const T* from_selectors = stage.d_expert[e] >= 0 ? b.d(stage.d_expert[e]) : nullptr;
+    auto weight = [&](int64_t i) { return (const T*)b.d(stage.units[readers[i].unit].d_w + readers[i].read); };
+    auto source = [&](int64_t i) { return (const T*)b.d(stage.units[readers[i].unit].d_out); };
+    mix<T>(readers.count, weight, source, from_selectors, chain.out.width, b.ld, b.d_z(chain.steps[chain.steps.count - 1]));
+    backward_chain(b, chain);
+  }
+}
+
+template <class T>
+void backward_towers(const BackwardBlock<T>& b) {
+  const Plan& plan = b.plan;
+  const Span<Mix>& last = plan.stages[plan.stages.count - 1].units;
+  for (const Mix& unit : last)
+    if (unit.reads.count >= 0) b.clear(unit.d_out, unit.out.width);
+  const int64_t width = plan.towers[0].chain.out.width, stride = plan.towers.count * width;
+  for (int64_t t = 0; t < plan.towers.count; t++) {
+    const Tower& tower = plan.towers[t];
+    const Step& top = tower.chain.steps[tower.chain.steps.count - 1];
+    const bool many = tower.units.count > 1;
+    transpose(b.call.d_out + b.row * stride + t * width, stride, b.rows, width, b.d_z(top), b.ld, b.ld);
+    if (many) b.clear(tower.chain.d_in, tower.in.width);
+    backward_chain(b, tower.chain);
+    const T* from = b.d(tower.chain.d_in);
+    if (many)
+      for (int u : tower.units) {
+        const int64_t n = last[u].out.width * b.ld;
+        T* to = b.d(last[u].d_out);
+        for (int64_t i = 0; i < n; i += Lanes<T>::count) store<T>(to + i, load<T>(to + i) + load<T>(from + i));
+        from += n;
+      }
+  }
+}
+
+// Row-major copies of what the maps read, for the reduction over rows.
+template <class T>
+void turn_inputs(const BackwardBlock<T>& b) {
+  const int64_t first = b.row % chunk_rows;
+  for (const Turn& turn : b.plan.turns) {
+    const int64_t width = turn.from.width, stride = padded(width);
+    T* to = b.call.turned + turn.to * chunk_rows + first * stride;
+    if (turn.slot >= 0) {
+      const T* x = b.call.x + b.row * b.call.row_stride + turn.slot * b.call.slot_stride;
+      for (int64_t r = 0; r < b.rows; r++) {
+        memcpy(to + r * stride, x + r * b.call.row_stride, width * sizeof(T));
+        for (int64_t k = width; k < stride; k++) to[r * stride + k] = 0;
+      }
+      continue;
+    }
+    const T* from = b.at(turn.from);
+    if (turn.step) {
+      activate<T>(turn.step->act, T(turn.step->parameter), from, b.spare, width * b.ld);
+      from = b.spare;
+    }
+    transpose(from, b.ld, width, b.rows, to, stride, stride);
+  }
+}
+
+template <class T>
+void backward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, T* scratch) {
+  const int64_t ld = padded(rows);
+  T* d_panels = scratch + plan.scratch * block_rows;
+  T* spare = d_panels + plan.d_scratch * block_rows;
+  T* d_z = call.d_z + row % chunk_rows * plan.d_z;
+  BackwardBlock<T> b{{plan, call, row, rows, ld, call.kept + row * plan.kept, scratch, spare}, d_panels, d_z};
+  const Span<Mix>& last = plan.stages[plan.stages.count - 1].units;
+  if (call.turned) turn_inputs(b);
+  if (plan.towers.count) {
+    backward_towers(b);
+  } else {
+    const int64_t width = last[0].out.width, stride = last.count * width;
+    for (int64_t u = 0; u < last.count; u++) transpose(call.d_out + row * stride + u * width, stride, rows, width, b.d(last[u].d_out), ld, ld);
+  }
+  for (int64_t l = plan.stages.count; l-- > 0;) {
+    if (l > 0)
+      for (const Mix& below : plan.stages[l - 1].units)
+        if (below.reads.count >= 0) b.clear(below.d_out, below.out.width);
+    if (l == plan.stages.count - 1 && call.d_x)
+      for (int64_t s = 0; s < plan.d_inputs.count; s++) b.clear(plan.d_inputs[s], plan.table.width);
+    backward_stage(b, plan.stages[l]);
+  }
+  const int64_t width = plan.table.width, stride = plan.table.slots * width;
+  for (int64_t s = 0; s < plan.table.slots && call.d_x; s++)
+    transpose(b.d(plan.d_inputs[s]), ld, width, rows, call.d_x + row * stride + s * width, stride, width);
+}
+
+// sum over the chunk's rows of one row of a dz panel: lanes side by side over the whole blocks, then in order.
+template <class T>
+T sum_rows(const T* block, int64_t offset, int64_t block_stride, int64_t chunk) {
+  constexpr int lanes = Lanes<T>::count;
+  vec<T> sum = splat<T>(0);
+  const int64_t whole = chunk / block_rows;
+  for (int64_t g = 0; g < whole; g++)
+    for (int64_t v = 0; v < block_rows; v += lanes) sum = sum + load<T>(block + g * block_stride + offset * block_rows + v);
+  T total = 0;
+  for (int i = 0; i < lanes; i++) total += sum[i];
+  const T* rest = block + whole * block_stride + offset * padded(chunk % block_rows);
+  for (int64_t r = 0; r < chunk % block_rows; r++) total += rest[r];
+  return total;
+}
+
+// dW[n, k] (+)= sum over rows of dz[n, row] x[row, k], and db.
+template <class T>
+void map_gradient(const Plan& plan, const Call<T>& call, const MapTask& task, int64_t chunk, bool fresh) {
+  const Step& step = *task.map;
+  const int64_t block_stride = plan.d_z * block_rows, whole = chunk / block_rows, rest = chunk % block_rows;
+  if (T* d_weight = call.grads[step.weight]) {
+    Product<T> p{};
+    p.a = call.d_z + (step.d_z + task.first) * block_rows;
+    p.lda = p.k = block_rows;
+    p.groups = whole;
+    p.jump = block_stride;
+    p.b = call.turned + step.turned * chunk_rows;
+    p.ldb = padded(step.k);
+    p.c = d_weight + task.first * step.k;
+    p.ldc = step.k;
+    p.add = !fresh;
+    if (whole) multiply<T, false>(p, task.rows, step.k);
+    if (rest) {
+      p.a = call.d_z + whole * block_stride + (step.d_z + task.first) * padded(rest);
+      p.lda = padded(rest);
+      p.k = rest;
+      p.groups = 1;
+      p.b += whole * block_rows * p.ldb;
+      p.add = p.add || whole;
+      multiply<T, false>(p, task.rows, step.k);
+    }
+  }
+  T* d_bias = step.bias >= 0 ? call.grads[step.bias] : nullptr;
+  for (int64_t n = task.first; n < task.first + task.rows && d_bias; n++) {
+    T sum = sum_rows(call.d_z, step.d_z + n, block_stride, chunk);
+    d_bias[n] = fresh ? sum : d_bias[n] + sum;
+  }
+}
+
+// dv += sum over rows of dw, over the elements that some unit uses; the caller has zeroed the tensors.
+template <class T>
+void static_gradient(const Plan& plan, const Call<T>& call, int64_t chunk) {
+  for (const Stage& stage : plan.stages)
+    for (const Mix& unit : stage.units)
+      for (int64_t i = 0; i < unit.reads.count; i++) {
+        const Read& read = unit.reads[i];
+        if (read.d_static >= 0 && call.grads[read.parameter])
+          call.grads[read.parameter][read.element] += sum_rows(call.d_z, read.d_static, plan.d_z * block_rows, chunk);
+      }
+}
+
+}  // namespace fusedmoe::cpu::FUSEDMOE_ISA

@@ -1,0 +1,166 @@
+// The forward of a whole network for a block of rows. Two layouts of an activation share one walk through the plan:
+// `Transposed`, [width, ld], for any number of rows, and `RowByRow`, [R, padded(width)], for the few rows of online serving.
+#pragma once
+#include "mix.h"
+
+namespace fusedmoe::cpu::FUSEDMOE_ISA {
+
+template <class T>
+Product<T> product(const Block<T>& b, const Step& step) {
+  Product<T> p{};
+  p.a = b.call.params[step.weight];
+  p.lda = p.k = step.k;
+  p.b = b.at(step.in);
+  p.c = b.at(step.z);
+  p.groups = 1;
+  p.bias = step.bias >= 0 ? b.call.params[step.bias] : nullptr;
+  p.relu = step.act == Act::relu;
+  return p;
+}
+
+template <class T>
+struct Transposed {
+  static int64_t lanes_of(int64_t rows) { return padded(rows); }
+
+  static void input(const Block<T>& b, int64_t slot, const Panel& to) {
+    const T* x = b.call.x + b.row * b.call.row_stride + slot * b.call.slot_stride;
+    transpose(x, b.call.row_stride, b.rows, to.width, b.at(to), b.ld, b.ld);
+  }
+  static void map(const Block<T>& b, const Step& step) {
+    Product<T> p = product(b, step);
+    p.ldb = p.ldc = b.ld;
+    multiply<T, false>(p, step.n, b.ld);
+    if (!p.relu && step.act != Act::identity) activate<T>(step.act, T(step.parameter), b.at(step.z), b.at(step.out), step.n * b.ld);
+  }
+  // Returns w [reads, ld].
+  static const T* weights(const Block<T>& b, const Mix& unit) {
+    T* w = b.spare + b.plan.widest * b.ld;
+    if (unit.gate.steps.count) softmax(b.at(unit.gate.out), unit.p.width, b.ld, b.at(unit.p));
+    mixing_weights(unit.reads, b.call.params, b.at(unit.p), b.ld, w);
+    return w;
+  }
+  static int64_t weight_lanes(const Block<T>& b) { return b.ld; }
+  static void combine(const Block<T>& b, const Stage& stage, const Mix& unit, const T* w) {
+    auto weight = [&](int64_t i) { return w + i * b.ld; };
+    auto source = [&](int64_t i) { return (const T*)b.at(stage.experts[unit.reads[i].expert].out); };
+    mix<T>(unit.reads.count, weight, source, nullptr, unit.out.width, b.ld, b.at(unit.out));
+  }
+  static void concatenate(const Block<T>& b, const Panel& from, int64_t at, const Panel& to) {
+    memcpy(b.at(to) + at * b.ld, b.at(from), from.width * b.ld * sizeof(T));
+  }
+  static void output(const Block<T>& b, const Panel& from, T* to, int64_t stride) { transpose(b.at(from), b.ld, from.width, b.rows, to, stride, from.width); }
+};
+
+struct RowByRow {
+  static int64_t lanes_of(int64_t) { return few_rows; }
+  static float* line(const Block<float>& b, const Panel& p, int64_t r) { return b.at(p) + r * padded(p.width); }
+
+  static void input(const Block<float>& b, int64_t slot, const Panel& to) {
+    const float* x = b.call.x + b.row * b.call.row_stride + slot * b.call.slot_stride;
+    for (int64_t r = 0; r < few_rows; r++)
+      if (r < b.rows)
+        memcpy(line(b, to, r), x + r * b.call.row_stride, to.width * sizeof(float));
+      else
+        memset(line(b, to, r), 0, to.width * sizeof(float));
+  }
+  static void map(const Block<float>& b, const Step& step) {
+    Product<float> p = product(b, step);
+    p.ldb = padded(step.in.width);
+    p.ldc = padded(step.n);
+    int64_t rows = 8;
+    if (b.rows == 1)
+      rows = 1, few<1>(p, step.n);
+    else if (b.rows == 2)
+      rows = 2, few<2>(p, step.n);
+    else if (b.rows <= 4)
+      rows = 4, few<4>(p, step.n);
+    else
+      few<8>(p, step.n);
+    if (!p.relu && step.act != Act::identity) activate<float>(step.act, float(step.parameter), p.c, p.c, rows * p.ldc);
+  }
+  // The logits are turned, so that softmax and mixing weights are computed by the same code, and come out in the same bits.
+  static const float* weights(const Block<float>& b, const Mix& unit) {
+    float* p = b.spare;
+    float* w = b.spare + b.plan.widest * lane_multiple;
+    if (unit.gate.steps.count) {
+      for (int64_t e = 0; e < unit.p.width; e++)
+        for (int64_t r = 0; r < lane_multiple; r++) p[e * lane_multiple + r] = r < b.rows ? line(b, unit.gate.out, r)[e] : 0.0f;
+      softmax(p, unit.p.width, lane_multiple, p);
+    }
+    mixing_weights(unit.reads, b.call.params, p, lane_multiple, w);
+    return w;
+  }
+  static int64_t weight_lanes(const Block<float>&) { return lane_multiple; }
+  static void combine(const Block<float>& b, const Stage& stage, const Mix& unit, const float* w) {
+    constexpr int lanes = Lanes<float>::count;
+    for (int64_t r = 0; r < b.rows; r++)
+      for (int64_t n = 0; n < unit.out.width; n += lanes) {
+        vec<float> sum = splat<float>(0);
+        for (int64_t i = 0; i < unit.reads.count; i++)
+          sum = sum + w[i * lane_multiple + r] * load<float>(line(b, stage.experts[unit.reads[i].expert].out, r) + n);
+        store<float>(line(b, unit.out, r) + n, sum);
+      }
+  }
+  static void concatenate(const Block<float>& b, const Panel& from, int64_t at, const Panel& to) {
+    for (int64_t r = 0; r < b.rows; r++) memcpy(line(b, to, r) + at, line(b, from, r), from.width * sizeof(float));
+  }
+  static void output(const Block<float>& b, const Panel& from, float* to, int64_t stride) {
+    for (int64_t r = 0; r < b.rows; r++) memcpy(to + r * stride, line(b, from, r), from.width * sizeof(float));
+  }
+};
+
+// weights[row, column + e] = w of expert e, zero outside reads and in units that nothing depends on.
+template <class T>
+void write_weights(const Block<T>& b, const Stage& stage, const Mix& unit, const T* w, int64_t lanes) {
+  for (int64_t r = 0; r < b.rows; r++) {
+    T* to = b.call.weights + (b.row + r) * b.plan.table.mixing + unit.weights;
+    for (int64_t e = 0; e < stage.experts.count; e++) to[e] = 0;
+    for (int64_t i = 0; i < unit.reads.count; i++) to[unit.reads[i].expert] = w[i * lanes + r];
+  }
+}
+
+template <class T, class Layout>
+void run_stage(const Block<T>& b, const Stage& stage) {
+  for (int e : stage.order)
+    for (const Step& step : stage.experts[e].steps) Layout::map(b, step);
+  for (const Mix& unit : stage.units) {
+    if (unit.reads.count < 0) {
+      if (b.call.weights) write_weights<T>(b, stage, unit, nullptr, 0);
+      continue;
+    }
+    for (const Step& step : unit.gate.steps) Layout::map(b, step);
+    const T* w = Layout::weights(b, unit);
+    Layout::combine(b, stage, unit, w);
+    if (b.call.weights) write_weights(b, stage, unit, w, Layout::weight_lanes(b));
+  }
+}
+
+template <class T, class Layout>
+void forward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, T* scratch) {
+  const int64_t ld = Layout::lanes_of(rows);
+  T* kept = plan.training ? call.kept + row * plan.kept : scratch;
+  Block<T> b{plan, call, row, rows, ld, kept, scratch, scratch + plan.scratch * block_rows};
+  for (int64_t s = 0; s < plan.inputs.count; s++)
+    if (s == 0 || !plan.expanded) Layout::input(b, s, plan.inputs[s]);
+  for (const Stage& stage : plan.stages) run_stage<T, Layout>(b, stage);
+  const Span<Mix>& last = plan.stages[plan.stages.count - 1].units;
+  if (plan.towers.count == 0) {
+    const int64_t width = last[0].out.width, stride = last.count * width;
+    for (int64_t u = 0; u < last.count; u++) Layout::output(b, last[u].out, call.out + row * stride + u * width, stride);
+    return;
+  }
+  const int64_t width = plan.towers[0].chain.out.width, stride = plan.towers.count * width;
+  for (int64_t t = 0; t < plan.towers.count; t++) {
+    const Tower& tower = plan.towers[t];
+    int64_t at = 0;
+    if (tower.units.count > 1)
+      for (int u : tower.units) {
+        Layout::concatenate(b, last[u].out, at, tower.in);
+        at += last[u].out.width;
+      }
+    for (const Step& step : tower.chain.steps) Layout::map(b, step);
+    Layout::output(b, tower.chain.out, call.out + row * stride + t * width, stride);
+  }
+}
+
+}  // namespace fusedmoe::cpu::FUSEDMOE_ISA

@@ -1,0 +1,244 @@
+// Dense maps straight from PyTorch's row-major weights: nothing is packed, so nothing can go stale.
+//
+// Activations of a block of rows stand transposed, X[k * ld + row]: the rows are the vector lanes, a weight is broadcast.
+// Every output is a chain fma(a, b, acc) from 0 with the reduction index ascending, then the bias: its bits depend neither on the
+// batch a row came in nor on the kernel. (Needs a * b + c to be contracted: the default of GCC, -ffp-contract=fast for Clang.)
+#pragma once
+#include <utility>
+
+#include "activation.h"
+#include "plan.h"
+
+namespace fusedmoe::cpu::FUSEDMOE_ISA {
+
+// C[m][v] (+)= sum over groups g and k of A(m, g, k) B[(g * k_count + k) * ldb + v].
+template <class T>
+struct Product {
+  const T* a;       // A(m, g, k) = a[m * lda + g * jump + k], or transposed: a[k * lda + m], one group
+  int64_t lda;
+  const T* b;
+  int64_t ldb;
+  int64_t k;
+  T* c;
+  int64_t ldc;
+  int64_t groups = 1, jump = 0;
+  const T* bias = nullptr;   // [m], added after the chain
+  bool relu = false;
+  bool from_c = false;       // the chain starts from C
+  bool add = false;          // the chain's end is added to C
+  int64_t columns = 0;       // of C, the last tile may reach beyond; 0: it does not
+};
+
+// The register tile: two vectors wide, so that each broadcast feeds two multiply-adds, and tall enough that the chains cover
+// latency x ports (4 x 2): 8 x 2 accumulators of 32 registers (AVX-512, NEON), 6 x 2 of 16 (AVX2, SSE2).
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int tile_rows = 8, narrow_rows = 16;
+#else
+constexpr int tile_rows = 6, narrow_rows = 8;
+#endif
+
+template <class T, int M, int V, bool TRANSPOSED>
+__attribute__((noinline)) void tile(const Product<T>& p) {
+  constexpr int lanes = Lanes<T>::count, thirds = (M + 2) / 3;
+  const T* a[thirds];  // x86 addresses reach lda and 2 lda from a pointer: a third of the pointers suffice
+  const T* b = p.b;
+  const T* ahead = p.a + (TRANSPOSED ? M : M * p.lda);  // the next tile's weights
+  const int64_t lda = p.lda, ldb = p.ldb;
+  vec<T> c[M][V];
+  FUSEDMOE_UNROLL
+  for (int i = 0; i < thirds; i++) a[i] = p.a + 3 * i * lda;
+  FUSEDMOE_UNROLL
+  for (int m = 0; m < M; m++)
+    FUSEDMOE_UNROLL
+    for (int v = 0; v < V; v++) c[m][v] = p.from_c ? load<T>(p.c + m * p.ldc + v * lanes) : splat<T>(0);
+  for (int64_t g = 0; g < p.groups; g++) {
+    for (int64_t k = 0; k < p.k; k++) {
+      vec<T> x[V];
+      FUSEDMOE_UNROLL
+      for (int v = 0; v < V; v++) x[v] = load<T>(b + v * lanes);
+      __builtin_prefetch(ahead);
+      FUSEDMOE_UNROLL
+      for (int m = 0; m < M; m++) {
+        T w = TRANSPOSED ? a[0][m] : a[m / 3][m % 3 * lda];
+        FUSEDMOE_UNROLL
+        for (int v = 0; v < V; v++) c[m][v] = c[m][v] + w * x[v];
+      }
+      b += ldb;
+      ahead += TRANSPOSED ? lda : M;
+      FUSEDMOE_UNROLL
+      for (int i = 0; i < thirds; i++) a[i] += TRANSPOSED ? lda : 1;
+    }
+    FUSEDMOE_UNROLL
+    for (int i = 0; i < thirds; i++) a[i] += p.jump - p.k;
+  }
+  FUSEDMOE_UNROLL
+  for (int m = 0; m < M; m++)
+    FUSEDMOE_UNROLL
+    for (int v = 0; v < V; v++) {
+      T* to = p.c + m * p.ldc + v * lanes;
+      vec<T> r = c[m][v];
+      if (p.bias) r = r + p.bias[m];
+      if (p.relu) r = relu<T>(r);
+      int64_t width = p.columns ? p.columns - v * lanes : lanes;
+      if (width >= lanes) {
+        store<T>(to, p.add ? load<T>(to) + r : r);
+      } else {
+        for (int i = 0; i < width; i++) to[i] = p.add ? to[i] + r[i] : r[i];
+      }
+    }
+}
+
+// All `rows` of C for V vectors of columns.
+template <class T, int V, bool TRANSPOSED, int M>
+inline void panel(Product<T> p, int64_t rows) {
+  for (; rows >= M; rows -= M) {
+    tile<T, M, V, TRANSPOSED>(p);
+    p.a += TRANSPOSED ? M : M * p.lda;
+    p.c += M * p.ldc;
+    if (p.bias) p.bias += M;
+  }
+  if constexpr (M > 1)
+    if (rows) panel<T, V, TRANSPOSED, M == 6 ? 4 : M / 2>(p, rows);
+}
+
+// `columns` of C; B has them up to the next full vector.
+template <class T, bool TRANSPOSED>
+inline void multiply(Product<T> p, int64_t rows, int64_t columns) {
+  constexpr int lanes = Lanes<T>::count;
+  // Sixteen weight rows at a stride of 4 KB would fall into one set of a 12-way L1 cache.
+  bool tall = TRANSPOSED || p.lda * int64_t(sizeof(T)) % 4096 != 0;
+  while (columns > 0) {
+    int64_t width = columns > lanes ? 2 * lanes : lanes;
+    p.columns = columns < width ? columns : 0;
+    if (width > lanes)
+      panel<T, 2, TRANSPOSED, tile_rows>(p, rows);
+    else if (tall)
+      panel<T, 1, TRANSPOSED, narrow_rows>(p, rows);
+    else
+      panel<T, 1, TRANSPOSED, tile_rows>(p, rows);
+    p.b += width;
+    p.c += width;
+    columns -= width;
+  }
+}
+
+// Four numbers of each of `count` lanes' rows, turned: t[j][i] = row(i)[j]. Blocks of 4 x 4 are turned inside 128 bits;
+// loading row i + 4 l into part l of vector i does the rest.
+template <class Row>
+inline void turn(Row row, vec<float>* t) {
+  constexpr int lanes = Lanes<float>::count;
+  typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+  auto quad_of = [&](int i) { return *(const quad*)row(i); };
+  FUSEDMOE_UNROLL
+  for (int i = 0; i < 4; i++) {
+#if FUSEDMOE_VECTOR_BYTES == 64
+    auto low = __builtin_shufflevector(quad_of(i), quad_of(i + 4), 0, 1, 2, 3, 4, 5, 6, 7);
+    auto high = __builtin_shufflevector(quad_of(i + 8), quad_of(i + 12), 0, 1, 2, 3, 4, 5, 6, 7);
+    t[i] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif FUSEDMOE_VECTOR_BYTES == 32
+    t[i] = __builtin_shufflevector(quad_of(i), quad_of(i + 4), 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+    t[i] = quad_of(i);
+#endif
+  }
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    vec<float> a = __builtin_shufflevector(t[0], t[1], (I / 4 * 4 + I % 4 / 2 + I % 2 * lanes)...);
+    vec<float> b = __builtin_shufflevector(t[0], t[1], (I / 4 * 4 + I % 4 / 2 + 2 + I % 2 * lanes)...);
+    vec<float> c = __builtin_shufflevector(t[2], t[3], (I / 4 * 4 + I % 4 / 2 + I % 2 * lanes)...);
+    vec<float> d = __builtin_shufflevector(t[2], t[3], (I / 4 * 4 + I % 4 / 2 + 2 + I % 2 * lanes)...);
+    t[0] = __builtin_shufflevector(a, c, (I / 4 * 4 + I % 2 + I % 4 / 2 * lanes)...);
+    t[1] = __builtin_shufflevector(a, c, (I / 4 * 4 + I % 2 + 2 + I % 4 / 2 * lanes)...);
+    t[2] = __builtin_shufflevector(b, d, (I / 4 * 4 + I % 2 + I % 4 / 2 * lanes)...);
+    t[3] = __builtin_shufflevector(b, d, (I / 4 * 4 + I % 2 + 2 + I % 4 / 2 * lanes)...);
+  }(std::make_integer_sequence<int, lanes>());
+}
+
+// to[c * ld_to + r] = from[r * ld_from + c] for `rows` x `columns`; columns `rows` .. `fill` of `to` become 0.
+template <class T>
+void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T* to, int64_t ld_to, int64_t fill) {
+  constexpr int lanes = Lanes<T>::count;
+  for (int64_t r = 0; r < fill; r += lanes) {
+    int64_t c = 0;
+    if constexpr (sizeof(T) == 4)
+      if (r + lanes <= rows)
+        for (; c + 4 <= columns; c += 4) {
+          vec<float> t[4];
+          const T* first = from + r * ld_from + c;
+          turn([=](int i) { return first + i * ld_from; }, t);
+          FUSEDMOE_UNROLL
+          for (int j = 0; j < 4; j++) store<T>(to + (c + j) * ld_to + r, t[j]);
+        }
+    for (; c < columns; c++)
+      for (int64_t i = r; i < fill && i < r + lanes; i++) to[c * ld_to + i] = i < rows ? from[i * ld_from + c] : T(0);
+  }
+}
+
+// Few rows: the lanes run over the outputs, blocks of W are turned in registers, and W is streamed once.
+// y[r * ldy + i] = act(sum of w[i * k + j] x[r * ldx + j] + bias[i]) for G vectors of outputs, or for `n` below one vector (EDGE).
+template <int R, int G, bool EDGE>
+__attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
+  constexpr int lanes = Lanes<float>::count;
+  const int64_t k_count = p.k, stride = p.lda;
+  const float* w = p.a;
+  const float* ahead = w + lanes * stride;
+  vec<float> acc[G][R];
+  const float* row_of[lanes];
+  if (EDGE)
+    for (int i = 0; i < lanes; i++) row_of[i] = w + (i < n ? i : n - 1) * stride;  // rows repeated here are dropped below
+  FUSEDMOE_UNROLL
+  for (int g = 0; g < G; g++)
+    FUSEDMOE_UNROLL
+    for (int r = 0; r < R; r++) acc[g][r] = splat<float>(0);
+  auto step = [&](int64_t k, int words, auto row) {
+    vec<float> t[G][4];
+    FUSEDMOE_UNROLL
+    for (int g = 0; g < G; g++) turn([&](int i) { return row(g * lanes + i); }, t[g]);
+    FUSEDMOE_UNROLL
+    for (int j = 0; j < 4; j++)
+      if (j < words)
+        FUSEDMOE_UNROLL
+        for (int r = 0; r < R; r++) {
+          float x = p.b[r * p.ldb + k + j];
+          FUSEDMOE_UNROLL
+          for (int g = 0; g < G; g++) acc[g][r] = acc[g][r] + x * t[g][j];
+        }
+  };
+  int64_t k = 0;
+  for (; k + 4 <= k_count; k += 4) {
+    FUSEDMOE_UNROLL
+    for (int i = 0; i < G * lanes / 4; i++, ahead += 16) __builtin_prefetch(ahead);
+    step(k, 4, [&](int i) { return EDGE ? row_of[i] + k : w + i * stride + k; });
+  }
+  if (k < k_count) {
+    float last[G * lanes][4] = {};
+    for (int i = 0; i < G * lanes; i++) memcpy(last[i], (EDGE ? row_of[i] : w + i * stride) + k, (k_count - k) * sizeof(float));
+    step(k, int(k_count - k), [&](int i) { return last[i]; });
+  }
+  const int64_t width = EDGE ? n : lanes;
+  FUSEDMOE_UNROLL
+  for (int g = 0; g < G; g++)
+    FUSEDMOE_UNROLL
+    for (int r = 0; r < R; r++) {
+      vec<float> y = acc[g][r], bias = splat<float>(0);
+      if (p.bias) memcpy(&bias, p.bias + g * lanes, width * sizeof(float));
+      if (p.bias) y = y + bias;
+      if (p.relu) y = relu<float>(y);
+      memcpy(p.c + r * p.ldc + g * lanes, &y, width * sizeof(float));
+    }
+}
+
+// A = W [n, k] with lda = k, B = X [R, k] row-major, C = Y [R, n] row-major.
+template <int R>
+inline void few(Product<float> p, int64_t n) {
+  constexpr int lanes = Lanes<float>::count;
+  auto advance = [&](int64_t by) {
+    p.a += by * p.lda;
+    p.c += by;
+    if (p.bias) p.bias += by;
+    n -= by;
+  };
+  for (; n >= 2 * lanes; advance(2 * lanes)) few_tile<R, 2, false>(p, 0);
+  for (; n > 0; advance(n < lanes ? n : lanes)) few_tile<R, 1, true>(p, n < lanes ? n : lanes);
+}
+
+}  // namespace fusedmoe::cpu::FUSEDMOE_ISA

@@ -1,0 +1,67 @@
+// What each ISA's build of the kernels offers, and the arguments of one call.
+#pragma once
+#include "plan.h"
+
+namespace fusedmoe::cpu {
+
+// Pointers of one call; all tensors but x and d_x are contiguous. Pointers that a call has no use for are null.
+template <class T>
+struct Call {
+  const T* x = nullptr;  // [B, S, D]: rows at row_stride, slots at slot_stride, the last dimension contiguous
+  int64_t rows = 0, row_stride = 0, slot_stride = 0;
+  const T* const* params = nullptr;
+  T* out = nullptr;      // [B, *output]
+  T* weights = nullptr;  // [B, mixing]
+  T* kept = nullptr;     // plan.kept numbers a row, block by block
+  const T* d_out = nullptr;
+  const T* d_weights = nullptr;
+  T* d_x = nullptr;           // [B, S, D] contiguous
+  T* const* grads = nullptr;  // one a parameter, null where no gradient is wanted
+  T* d_z = nullptr;           // plan.d_z x chunk_rows: panels of the chunk, block by block
+  T* turned = nullptr;        // plan.turned x chunk_rows: row-major inputs of the maps
+};
+
+// Rows `row` .. `row + rows` of a call, at most block_rows of them.
+template <class T>
+using RunBlock = void (*)(const Plan&, const Call<T>&, int64_t row, int64_t rows, T* scratch);
+// Rows `first` .. `first + rows` of the gradient of map `map`, over the chunk of `chunk` rows at row 0 (`fresh`) or after it.
+struct MapTask {
+  const Step* map;
+  int64_t first, rows;
+};
+template <class T>
+using RunMap = void (*)(const Plan&, const Call<T>&, const MapTask&, int64_t chunk, bool fresh);
+template <class T>
+using RunStatics = void (*)(const Plan&, const Call<T>&, int64_t chunk);
+
+template <class T>
+struct Kernels {
+  RunBlock<T> forward;       // a block of any rows
+  RunBlock<T> forward_few;   // at most few_rows rows, inference only; null where there is none
+  RunBlock<T> backward;      // gradients of the activations; `row` counts from the chunk's first row, see Call
+  RunMap<T> map_gradient;    // dW and db
+  RunStatics<T> static_gradient;
+};
+
+constexpr int64_t few_rows = 8;
+
+struct Isa {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+  double (*multiply_adds)(int64_t count);  // `count` rounds of independent fp32 multiply-adds; returns the FLOPs done
+
+  template <class T>
+  const Kernels<T>& kernels() const {
+    if constexpr (sizeof(T) == 4)
+      return f32;
+    else
+      return f64;
+  }
+};
+
+// Numbers of scratch that a thread needs, for rows of a block's panels.
+inline int64_t forward_scratch(const Plan& plan) { return (plan.scratch + 2 * plan.widest) * block_rows; }
+inline int64_t backward_scratch(const Plan& plan) { return (plan.scratch + plan.d_scratch + 2 * plan.widest) * block_rows; }
+
+}  // namespace fusedmoe::cpu

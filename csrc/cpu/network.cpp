@@ -1,0 +1,154 @@
+#include "network.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+
+namespace fusedmoe::cpu {
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const Isa isa;
+}
+namespace avx2 {
+extern const Isa isa;
+}
+#endif
+namespace baseline {
+extern const Isa isa;
+}
+
+std::vector<std::pair<const Isa*, bool>> isas() {
+  std::vector<std::pair<const Isa*, bool>> result;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool avx2_here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  bool avx512_here = avx2_here && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                     __builtin_cpu_supports("avx512vl");
+  result.emplace_back(&avx512::isa, avx512_here);
+  result.emplace_back(&avx2::isa, avx2_here);
+#endif
+  result.emplace_back(&baseline::isa, true);
+  return result;
+}
+
+namespace {
+
+const Isa& choose() {
+  const char* wanted = std::getenv("FUSEDMOE_ISA");
+  std::string names;
+  for (const auto& [isa, here] : isas()) {
+    if (wanted ? std::strcmp(wanted, isa->name) == 0 : here) {
+      if (!here) throw std::runtime_error(std::string("FUSEDMOE_ISA: expected an ISA of this processor, got ") + wanted);
+      return *isa;
+    }
+    names += std::string(names.empty() ? "" : ", ") + isa->name;
+  }
+  throw std::runtime_error("FUSEDMOE_ISA: expected one of " + names + ", got " + wanted);
+}
+
+// Memory of one thread, kept from call to call: fresh pages would cost more than a small network. Zeroed once, because the lanes
+// that pad a panel are computed with, and what stands in fresh memory could be denormal and slow.
+template <class T>
+class Scratch {
+ public:
+  T* get(int64_t count) {
+    if (count > count_) {
+      size_t bytes = (size_t(count) * sizeof(T) + 4095) / 4096 * 4096;
+      memory_.reset(static_cast<T*>(std::aligned_alloc(4096, bytes)));
+      if (!memory_) {
+        count_ = 0;
+        throw std::runtime_error("cpu backend: expected " + std::to_string(bytes) + " bytes of memory for intermediate results, got none");
+      }
+      std::memset(memory_.get(), 0, bytes);
+      count_ = count;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> memory_;
+  int64_t count_ = 0;
+};
+
+template <class T>
+T* thread_scratch(int64_t count) {
+  thread_local Scratch<T> scratch;
+  return scratch.get(count);
+}
+template <class T>
+T* chunk_scratch(int64_t count) {
+  thread_local Scratch<T> scratch;
+  return scratch.get(count);
+}
+
+// The gradients' tasks of every map: rows of dW in pieces of this many, so that the threads end together; a multiple of every tile.
+constexpr int64_t task_rows = 48;
+
+std::vector<MapTask> map_tasks(const Plan& plan, const std::function<bool(int)>& wanted) {
+  std::vector<MapTask> tasks;
+  for (const Step* map : plan.maps)
+    if (wanted(map->weight) || (map->bias >= 0 && wanted(map->bias)))
+      for (int64_t n = 0; n < map->n; n += task_rows) tasks.push_back({map, n, std::min(task_rows, map->n - n)});
+  return tasks;
+}
+
+}  // namespace
+
+const Isa& chosen_isa() {
+  static const Isa& isa = choose();
+  return isa;
+}
+
+template <class T>
+void forward(const Plan& plan, const Call<T>& call, const ForEach& each) {
+  const Kernels<T>& kernels = chosen_isa().kernels<T>();
+  if (call.rows <= few_rows && !plan.training && kernels.forward_few) {
+    if (call.rows) kernels.forward_few(plan, call, 0, call.rows, thread_scratch<T>(forward_scratch(plan)));
+    return;
+  }
+  each((call.rows + block_rows - 1) / block_rows, [&](int64_t block) {
+    const int64_t row = block * block_rows;
+    kernels.forward(plan, call, row, std::min(block_rows, call.rows - row), thread_scratch<T>(forward_scratch(plan)));
+  });
+}
+
+template <class T>
+void backward(const Plan& plan, Call<T> call, const ForEach& each) {
+  const Kernels<T>& kernels = chosen_isa().kernels<T>();
+  const auto wanted = [&](int parameter) { return call.grads[parameter] != nullptr; };
+  const std::vector<MapTask> tasks = map_tasks(plan, wanted);
+  bool statics = false;
+  for (size_t i = 0; i < plan.table.shapes.size(); i++) {
+    if (!wanted(int(i))) continue;
+    int64_t size = 1;
+    for (int64_t s : plan.table.shapes[i]) size *= s;
+    const bool is_static = i >= plan.table.first_static;
+    statics = statics || is_static;
+    if (is_static || call.rows == 0) std::fill_n(call.grads[i], size, T(0));
+  }
+  const int64_t most = std::min(chunk_rows, padded(call.rows)), d_z = plan.d_z * most;
+  call.d_z = chunk_scratch<T>(d_z + (tasks.empty() ? 0 : plan.turned * chunk_rows));
+  call.turned = tasks.empty() ? nullptr : call.d_z + d_z;
+  for (int64_t first = 0; first < call.rows; first += chunk_rows) {
+    const int64_t chunk = std::min(chunk_rows, call.rows - first);
+    each((chunk + block_rows - 1) / block_rows, [&](int64_t block) {
+      const int64_t row = first + block * block_rows;
+      kernels.backward(plan, call, row, std::min(block_rows, call.rows - row), thread_scratch<T>(backward_scratch(plan)));
+    });
+    each(int64_t(tasks.size()), [&](int64_t i) { kernels.map_gradient(plan, call, tasks[i], chunk, first == 0); });
+    if (statics) kernels.static_gradient(plan, call, chunk);
+  }
+}
+
+template void forward(const Plan&, const Call<float>&, const ForEach&);
+template void forward(const Plan&, const Call<double>&, const ForEach&);
+template void backward(const Plan&, Call<float>, const ForEach&);
+template void backward(const Plan&, Call<double>, const ForEach&);
+
+}  // namespace fusedmoe::cpu

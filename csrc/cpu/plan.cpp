@@ -1,0 +1,238 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <map>
+
+namespace fusedmoe::cpu {
+namespace {
+
+// Whether the derivative of an activation can be told from its output, so that the output alone is kept.
+bool from_output(Act act) { return act == Act::identity || act == Act::relu || act == Act::sigmoid || act == Act::tanh; }
+
+class Builder {
+ public:
+  Builder(Plan& plan, const Table& table) : plan_(plan), table_(table) {}
+
+  void build() {
+    inputs();
+    std::vector<Stage> stages;
+    int64_t column = 0;
+    for (size_t l = 0; l < table_.levels.size(); l++) {
+      stages.push_back(stage(table_.levels[l], column));
+      column += int64_t(table_.levels[l].experts.size() * table_.levels[l].units.size());
+    }
+    towers();
+    plan_.stages = keep(std::move(stages));
+    plan_.turns = keep(std::move(turns_));
+    plan_.maps = keep(std::move(maps_));
+  }
+
+ private:
+  template <class T>
+  Span<T> keep(std::vector<T> items) {
+    auto owner = std::make_shared<std::vector<T>>(std::move(items));
+    plan_.storage.push_back(owner);
+    return {owner->data(), int64_t(owner->size())};
+  }
+
+  // Inference rounds widths up, because a few rows are laid out row by row in the same space (forward.h).
+  Panel panel(int64_t width, bool keep) {
+    int64_t size = plan_.training ? width : padded(width);
+    int64_t& top = keep && plan_.training ? plan_.kept : top_;
+    Panel p{top, width, keep && plan_.training};
+    top += size;
+    plan_.scratch = std::max(plan_.scratch, top_);
+    plan_.widest = std::max(plan_.widest, width);
+    return p;
+  }
+  int64_t d_panel(int64_t width) {
+    int64_t offset = plan_.d_scratch;
+    plan_.d_scratch += width;
+    return offset;
+  }
+
+  void inputs() {
+    std::vector<int64_t> gradients;
+    for (int64_t s = 0; s < table_.slots; s++) {
+      bool first = s == 0 || !plan_.expanded;
+      slots_.push_back(first ? panel(table_.width, false) : slots_[0]);
+      gradients.push_back(d_panel(table_.width));
+      source_[key(slots_.back())].slot = int(s);
+    }
+    roots_ = slots_;
+    d_slots_ = gradients;
+    plan_.inputs = keep(slots_);
+    plan_.d_inputs = keep(gradients);
+  }
+
+  static std::pair<bool, int64_t> key(const Panel& p) { return {p.kept, p.offset}; }
+
+  // Where backward finds the turned form of a panel; entered once, however many maps read it.
+  int64_t turned(const Panel& in) {
+    Turn& source = source_[key(in)];
+    auto [at, fresh] = turned_.try_emplace(key(in), plan_.turned);
+    if (fresh) {
+      source.from = source.step ? source.step->z : in;
+      source.from.width = in.width;
+      source.to = plan_.turned;
+      turns_.push_back(source);
+      plan_.turned += padded(in.width);
+    }
+    return at->second;
+  }
+
+  // The output is placed first and the hidden layers behind it: in inference the next panel then takes their space.
+  Chain chain(const std::vector<Layer>& layers, const Panel& in, int64_t d_in, bool out_kept) {
+    std::vector<Step> steps(layers.size());
+    place(layers.back(), steps.back(), out_kept);
+    int64_t top = top_;
+    for (size_t j = 0; j + 1 < layers.size(); j++) place(layers[j], steps[j], true);
+    if (!plan_.training) top_ = top;
+    Panel from = in;
+    for (Step& step : steps) {
+      step.in = from;
+      from = step.out;
+    }
+    auto source = source_.find(key(in));
+    Chain result{keep(std::move(steps)), in, from, d_in, source != source_.end() && source->second.slot >= 0};
+    for (const Step& step : result.steps) {
+      maps_.push_back(&step);
+      if (!plan_.training) continue;
+      if (key(step.out) != key(step.z)) source_[key(step.out)].step = &step;
+    }
+    for (Step& step : result.steps)
+      if (plan_.training) step.turned = turned(step.in);
+    return result;
+  }
+
+  void place(const Layer& layer, Step& step, bool kept) {
+    step = {layer.k, layer.width, layer.weight, layer.bias, layer.act, layer.parameter, {}, {}, {}};
+    step.z = panel(layer.width, kept);
+    step.out = from_output(layer.act) || !plan_.training ? step.z : panel(layer.width, false);
+    step.d_z = plan_.d_z;
+    plan_.d_z += layer.width;
+  }
+
+  Stage stage(const Level& level, int64_t column) {
+    std::vector<Panel> outputs;
+    for (const Unit& unit : level.units) outputs.push_back(unit.live ? panel(unit.width, true) : Panel{});
+    int64_t base = top_;
+    Stage stage;
+    experts(level, stage);
+    std::vector<int64_t> gradients;
+    std::vector<Mix> units;
+    for (size_t u = 0; u < level.units.size(); u++) {
+      gradients.push_back(level.units[u].live ? d_panel(level.units[u].width) : -1);
+      units.push_back(mix(level.units[u], outputs[u], column + int64_t(u * level.experts.size()), stage));
+      units.back().d_out = gradients.back();
+    }
+    stage.units = keep(std::move(units));
+    readers(stage);
+    slots_ = outputs;
+    d_slots_ = gradients;
+    if (!plan_.training) top_ = base;  // the level's experts are read no more
+    return stage;
+  }
+
+  void experts(const Level& level, Stage& stage) {
+    std::vector<Chain> chains(level.experts.size());
+    std::vector<int> order;
+    std::vector<int64_t> d_expert(level.experts.size(), -1);
+    for (size_t e = 0; e < level.experts.size(); e++) {
+      const Expert& expert = level.experts[e];
+      if (!expert.live) continue;
+      order.push_back(int(e));
+      chains[e] = chain(expert.layers, slots_.at(expert.slot), d_slots_.at(expert.slot), true);
+    }
+    for (const Unit& unit : level.units)
+      if (unit.live && unit.gate && !unit.gate->sees.empty() && unit.gate->selector.kind == SelectorKind::expert) {
+        int64_t& at = d_expert[unit.gate->selector.index];
+        if (at < 0) at = d_panel(level.experts[unit.gate->selector.index].layers.back().width);
+      }
+    stage.experts = keep(std::move(chains));
+    stage.order = keep(std::move(order));
+    stage.d_expert = keep(std::move(d_expert));
+  }
+
+  Mix mix(const Unit& unit, const Panel& out, int64_t weights, const Stage& stage) {
+    Mix mix{};
+    mix.weights = weights;
+    mix.reads.count = -1;
+    if (!unit.live) return mix;
+    mix.out = out;
+    std::map<int, Read> reads;
+    if (unit.gate && !unit.gate->sees.empty()) {
+      const Gate& gate = *unit.gate;
+      for (size_t j = 0; j < gate.sees.size(); j++) reads[gate.sees[j]] = {gate.sees[j], int(j), 0.0, -1, 0};
+      const Selector& s = gate.selector;
+      Panel in = s.kind == SelectorKind::root ? roots_.at(table_.root) : s.kind == SelectorKind::slot ? slots_.at(s.index) : stage.experts[s.index].out;
+      int64_t d_in = s.kind == SelectorKind::root ? plan_.d_inputs[table_.root] : s.kind == SelectorKind::slot ? d_slots_.at(s.index) : stage.d_expert[s.index];
+      mix.gate = chain(gate.layers, in, d_in, false);
+      mix.p = panel(int64_t(gate.sees.size()), true);
+    }
+    if (unit.fixed)
+      for (size_t j = 0; j < unit.fixed->experts.size(); j++) {
+        int e = unit.fixed->experts[j];
+        Read& read = reads.try_emplace(e, Read{e, -1, 0.0, -1, 0}).first->second;
+        read.parameter = unit.fixed->parameter;
+        if (unit.fixed->parameter < 0) read.value = unit.fixed->values.at(j);
+        read.element = unit.fixed->offset + int64_t(j);
+        if (unit.fixed->parameter >= 0) read.d_static = plan_.d_z++;
+      }
+    std::vector<Read> list;
+    for (const auto& entry : reads) list.push_back(entry.second);
+    mix.reads = keep(std::move(list));
+    mix.d_w = d_panel(2 * mix.reads.count);
+    plan_.widest = std::max(plan_.widest, mix.reads.count);
+    return mix;
+  }
+
+  void readers(Stage& stage) {
+    std::vector<std::vector<Reader>> lists(stage.experts.count);
+    for (int64_t u = 0; u < stage.units.count; u++)
+      for (int64_t i = 0; i < stage.units[u].reads.count; i++) lists[stage.units[u].reads[i].expert].push_back({int(u), i});
+    std::vector<Span<Reader>> spans;
+    for (auto& list : lists) spans.push_back(keep(std::move(list)));
+    stage.readers = keep(std::move(spans));
+  }
+
+  void towers() {
+    std::vector<Tower> towers;
+    for (const Task& task : table_.tasks) {
+      if (!table_.has_towers) break;
+      Tower tower;
+      std::vector<int> units = task.units;
+      int64_t width = 0;
+      for (int u : units) width += slots_.at(u).width;
+      bool one = units.size() == 1;
+      tower.in = one ? slots_[units[0]] : panel(width, true);
+      tower.chain = chain(task.tower, tower.in, one ? d_slots_[units[0]] : d_panel(width), false);
+      tower.units = keep(std::move(units));
+      towers.push_back(tower);
+    }
+    plan_.towers = keep(std::move(towers));
+  }
+
+  Plan& plan_;
+  const Table& table_;
+  int64_t top_ = 0;
+  std::vector<Panel> slots_, roots_;
+  std::vector<int64_t> d_slots_;
+  std::map<std::pair<bool, int64_t>, Turn> source_;
+  std::map<std::pair<bool, int64_t>, int64_t> turned_;
+  std::vector<Turn> turns_;
+  std::vector<const Step*> maps_;
+};
+
+}  // namespace
+
+std::unique_ptr<Plan> make_plan(const Table& table, bool training, bool expanded) {
+  auto plan = std::make_unique<Plan>();
+  plan->table = table;
+  plan->training = training;
+  plan->expanded = expanded;
+  Builder(*plan, plan->table).build();
+  return plan;
+}
+
+}  // namespace fusedmoe::cpu

@@ -1,0 +1,121 @@
+// What a row block does, step by step: the table with every buffer placed. Plain data, so that code built for one ISA can read it
+// without instantiating anything of the standard library (the linker would keep one copy of it for all ISAs).
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "../table.h"
+
+namespace fusedmoe::cpu {
+
+// Rows of a block: two AVX-512 vectors of fp32, one column panel of the register tile.
+constexpr int64_t block_rows = 32;
+// Rows that backward keeps before it adds them to the parameters' gradients: 8 blocks, so that a tile of dW is loaded and stored
+// once in 256 multiply-adds, and the chunk's buffers (about 20 KB a row at the papers' sizes) stay in the last-level cache.
+constexpr int64_t chunk_rows = 8 * block_rows;
+// Panels and their columns come in multiples of this: the longest vector, 16 fp32.
+constexpr int64_t lane_multiple = 16;
+
+constexpr int64_t padded(int64_t n) { return (n + lane_multiple - 1) / lane_multiple * lane_multiple; }
+
+template <class T>
+struct Span {
+  T* first = nullptr;
+  int64_t count = 0;
+  __attribute__((always_inline)) T* begin() const { return first; }
+  __attribute__((always_inline)) T* end() const { return first + count; }
+  __attribute__((always_inline)) T& operator[](int64_t i) const { return first[i]; }
+};
+
+// `width` rows of a transposed activation, at `offset` rows of a block's buffer: the kept one, or the thread's own.
+struct Panel {
+  int64_t offset = -1, width = 0;
+  bool kept = false;
+};
+
+// One linear map with its activation: in -> z -> out. `z` is what is kept for backward: the pre-activation, or where the
+// derivative can be told from the output (relu, sigmoid, tanh, identity) the output itself, and then z is out.
+struct Step {
+  int64_t k, n;
+  int weight, bias;
+  Act act;
+  double parameter;
+  Panel in, z, out;
+  // Backward: rows of the chunk's buffers, dz [n, rows] and the input turned to [rows, padded(k)].
+  int64_t d_z = -1, turned = -1;
+};
+
+struct Chain {
+  Span<Step> steps;
+  Panel in, out;
+  int64_t d_in = -1;    // backward: panel to which the gradient of `in` is added
+  bool reads_x = false; // `in` is an input slot of the network
+};
+
+// One expert that a unit reads: its place in the softmax (-1: not seen) and its static weight, fixed or an element of a parameter.
+struct Read {
+  int expert, seen;
+  double value;
+  int parameter;
+  int64_t element;
+  int64_t d_static = -1;  // row of the chunk's buffer of dw, for a learned weight
+};
+
+struct Mix {
+  Chain gate;           // no steps: no gate
+  Panel p, out;         // softmax over what the gate sees; the unit's output
+  Span<Read> reads;     // ascending experts
+  int64_t weights;      // column of the mixing weights [B, mixing]
+  int64_t d_out, d_w;   // backward: panels of the thread's buffer
+};
+
+// A unit that reads an expert, and the expert's place among the unit's reads.
+struct Reader {
+  int unit;
+  int64_t read;
+};
+
+struct Stage {
+  Span<Chain> experts;          // dead ones have no steps
+  Span<int> order;              // the live experts
+  Span<Mix> units;              // dead ones have reads.count = -1
+  Span<int64_t> d_expert;       // backward: panel of the gradient that selectors hand to an expert, or -1
+  Span<Span<Reader>> readers;   // of each expert, ascending units
+};
+
+struct Tower {
+  Chain chain;
+  Span<int> units;
+  Panel in;             // the units' concatenation; the unit's own panel where there is only one
+};
+
+// An activation that backward turns to [rows, padded(width)] in the chunk's buffer: the x of a dW.
+struct Turn {
+  Panel from;
+  int slot = -1;               // >= 0: input slot of the network, read from x itself
+  const Step* step = nullptr;  // the step whose activation must be applied to `from` first
+  int64_t to = 0;
+};
+
+struct Plan {
+  Table table;
+  bool training, expanded;
+  Span<Panel> inputs;            // of the input slots; one for all when x is expanded
+  Span<Stage> stages;
+  Span<Tower> towers;
+  Span<Turn> turns;
+  Span<const Step*> maps;        // every live linear map
+  int64_t kept = 0, scratch = 0;      // rows of a block's two buffers
+  int64_t d_scratch = 0;              // rows of backward's own buffer of a thread
+  Span<int64_t> d_inputs;             // panels of the input slots' gradients
+  int64_t d_z = 0, turned = 0;        // rows (dz) and columns (turned inputs) of the chunk's buffers
+  int64_t widest = 0;                 // the widest panel
+
+  std::vector<std::shared_ptr<void>> storage;
+};
+
+// Place every buffer. `training`: keep what backward needs. `expanded`: x has stride 0 over its slots, so one panel serves all.
+std::unique_ptr<Plan> make_plan(const Table& table, bool training, bool expanded);
+
+}  // namespace fusedmoe::cpu

@@ -1,0 +1,93 @@
+"""The backends in order of preference, and why one cannot serve a call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fusedmoe import dtype as dtypes
+
+
+@functools.cache
+def _extension() -> str | None:
+    """Load the C++ extension, which registers the operators; return why that failed, or None."""
+    try:
+        from fusedmoe import _C
+    except ImportError as error:
+        return f"the C++ extension fusedmoe._C cannot be loaded ({error}); build it with `pip install --no-build-isolation .` or `make build`"
+    try:
+        _C.isa()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row: `unavailable()` is why it cannot run on this machine, or None; `devices` and `dtypes` are what it takes."""
+
+    name: str
+    unavailable: Callable[[], str | None]
+    devices: tuple[str, ...] | None
+    dtypes: tuple[str, ...]
+
+    def declines(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Return why this backend cannot serve tensors of this device and dtype, or None."""
+        reason = self.unavailable()
+        if reason is not None:
+            return reason
+        if self.devices is not None and device.type not in self.devices:
+            return f"expected a tensor on {' or '.join(self.devices)}, got one on {device.type}"
+        name = str(dtype).removeprefix("torch.")
+        if name not in self.dtypes:
+            return f"expected {' or '.join(self.dtypes)}, got {name}"
+        return None
+
+
+BACKENDS = (
+    Backend("cpu", _extension, ("cpu",), ("float32", "float64")),
+    Backend("reference", lambda: None, None, tuple(dtypes.DTYPES)),
+)
+
+
+def backends() -> dict[str, str | None]:
+    """Return every backend by name, in order of preference: None where it can run, otherwise the reason why it cannot."""
+    return {row.name: row.unavailable() for row in BACKENDS}
+
+
+def _row(name: str) -> Backend:
+    for row in BACKENDS:
+        if row.name == name:
+            return row
+    raise ValueError(f"backend: expected auto, {', '.join(row.name for row in BACKENDS)}, got {name!r}")
+
+
+def require(name: str) -> None:
+    """Raise ValueError for an unknown backend, RuntimeError with the reason for one that cannot run on this machine."""
+    if name == "auto":
+        return
+    reason = _row(name).unavailable()
+    if reason is not None:
+        raise RuntimeError(f"backend {name}: {reason}")
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the backend that serves tensors of this device and dtype: `name` itself, or for "auto" the first that can.
+
+    Raises: ValueError for an unknown backend, RuntimeError with the reason where none can.
+    """
+    if name != "auto":
+        reason = _row(name).declines(device, dtype)
+        if reason is None:
+            return name
+        raise RuntimeError(f"backend {name}: {reason}")
+    reasons = []
+    for row in BACKENDS:
+        reason = row.declines(device, dtype)
+        if reason is None:
+            return row.name
+        reasons.append(f"{row.name}: {reason}")
+    raise RuntimeError(f"backend auto: expected a backend for {dtype} on {device.type}, got none ({'; '.join(reasons)})")

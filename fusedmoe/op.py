@@ -1,0 +1,221 @@
+"""The operator: one differentiable call for a whole network, whichever backend runs it.
+
+The C++ extension registers `fusedmoe::network_cpu` and its backward; their fake kernels, autograd and autocast are registered
+here. The formulas stand in `reference/operator.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedmoe import backends, codec
+from fusedmoe.reference import operator as reference
+from fusedmoe.table import Table
+
+
+def fusion_network(x: Tensor, params: Sequence[Tensor], table: Table, backend: str = "auto", return_mixing_weights: bool = False):
+    """Run a network of fusion levels, and its task towers if it has any: SYSTEMS' operator for every level in turn.
+
+        out[b,u,:] = sum over e in reads(u) of (softmax_e(G[u] q[b,u] + c[u]) + v[u,e]) * MLP_e(x[b, slot(e)])
+
+    Args:
+        x: [B, S, D], or [B, D] where the table has one slot; any strides (an expanded x is read once).
+        params: the tensors of `table.parameters`, in that order, of x's dtype and device.
+        table: what reads what.
+        backend: "auto" (the first that can), or one of `fusedmoe.backends()`.
+        return_mixing_weights: return the mixing weights too; they are differentiable.
+
+    Returns:
+        out, of x's dtype: [B, T, O] with towers; [B, U, H] where the table has no tasks; otherwise [B, T, H'], the
+        concatenation of the units each task reads (a single unit handed to all tasks is expanded, not copied).
+        With `return_mixing_weights`: (out, tuple of [B, U, E], one a level), zero where a unit does not read an expert.
+
+    Raises:
+        TypeError, ValueError: x, a parameter or the table is not what the other two require; says which, expected and got.
+        RuntimeError: the backend asked for cannot run here, with the reason.
+
+    Source: MMoE eq. 6-8, PLE eq. 2-7, AdaTT eq. 2-10.
+    """
+    if not isinstance(x, Tensor) or not isinstance(table, Table) or x.dim() not in (2, 3):
+        check(x, params, table)
+    slots = x if x.dim() == 3 else x.unsqueeze(1)
+    chosen = backends.choose(backend, x.device, x.dtype)
+    out, weights = RUN[chosen](slots, params, table, return_mixing_weights)
+    out = for_tasks(out, table)
+    return (out, weights) if return_mixing_weights else out
+
+
+def for_tasks(out: Tensor, table: Table) -> Tensor:
+    """Hand the units [B, U, H] of the last level to the tasks: [B, T, sum of widths]. With towers, or no tasks: `out` itself."""
+    if table.has_towers or not table.tasks:
+        return out
+    first = [task.units[0] for task in table.tasks]
+    if any(len(task.units) > 1 for task in table.tasks):
+        rows = [torch.cat([out[:, u] for u in task.units], dim=-1) for task in table.tasks]
+        if len({row.shape[-1] for row in rows}) > 1:
+            raise ValueError(f"table.tasks: expected tasks of one width, got widths {[row.shape[-1] for row in rows]}; give them towers")
+        return torch.stack(rows, dim=1)
+    if first == list(range(out.shape[1])):
+        return out
+    return out.expand(-1, len(first), -1) if out.shape[1] == 1 else out[:, first]
+
+
+def check(x, params, table) -> None:
+    """Raise TypeError or ValueError, saying what, where, expected and got, unless the three fit together."""
+    if not isinstance(table, Table):
+        raise TypeError(f"table: expected a fusedmoe.Table, got {type(table).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    expected = [f"[B, {table.slots}, {table.width}]"] + ([f"[B, {table.width}]"] if table.slots == 1 else [])
+    if x.dim() not in (2, 3) or tuple(x.shape[1:]) not in {(table.slots, table.width), (table.width,) * (table.slots == 1)}:
+        raise ValueError(f"x: expected {' or '.join(expected)}, got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+    if len(params) != len(table.parameters):
+        raise ValueError(f"params: expected {len(table.parameters)} tensors, got {len(params)}")
+    for expect, tensor in zip(table.parameters, params, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"params, {expect.name}: expected a tensor, got {type(tensor).__name__}")
+        if tuple(tensor.shape) != expect.shape:
+            raise ValueError(f"params, {expect.name}: expected {list(expect.shape)}, got {list(tensor.shape)}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"params, {expect.name}: expected {x.dtype}, the dtype of x, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"params, {expect.name}: expected a tensor on {x.device}, where x is, got one on {tensor.device}")
+
+
+def _needs_gradient(x: Tensor, params: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
+
+
+def _by_level(weights: Tensor, table: Table) -> tuple[Tensor, ...]:
+    """Split [B, mixing] into one [B, U, E] a level."""
+    sizes = [(len(level.units), len(level.experts)) for level in table.levels]
+    parts = weights.split([u * e for u, e in sizes], dim=1)
+    return tuple(part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True))
+
+
+def _run_cpu(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool):
+    text = codec.encode(table)
+    params = list(params)
+    if torch.compiler.is_compiling():
+        out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, _needs_gradient(x, params), mixing)
+    else:
+        try:
+            if _needs_gradient(x, params):
+                out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, True, mixing)
+            else:
+                # Without a graph to build, the Python autograd kernel would only cost time.
+                with torch._C._AutoDispatchBelowAutograd():
+                    out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, False, mixing)
+        except RuntimeError:
+            check(x, params, table)
+            raise
+    return out, _by_level(weights, table) if mixing else ()
+
+
+class _Reference(torch.autograd.Function):
+    """The reference's forward and hand-derived backward; only the inputs are saved, so backward can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, table: Table, x: Tensor, *params: Tensor):
+        ctx.table = table
+        ctx.save_for_backward(x, *params)
+        ctx.set_materialize_grads(False)
+        out, weights = reference.forward(x, params, table)
+        return out, *weights
+
+    @staticmethod
+    def backward(ctx, d_out, *d_weights):
+        x, *params = ctx.saved_tensors
+        if d_out is None:
+            d_out = x.new_zeros(x.shape[0], *ctx.table.output)
+        d_x, d_params = reference.backward(x, params, ctx.table, d_out, d_weights)
+        return None, d_x, *d_params
+
+
+def _run_reference(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool):
+    check(x, params, table)
+    out, *weights = _Reference.apply(table, x, *params)
+    return out, tuple(weights)
+
+
+RUN = {"cpu": _run_cpu, "reference": _run_reference}
+
+
+def _register() -> None:
+    """Register the fake kernels, autograd and autocast of the operators that the extension defines."""
+    torch.library.register_fake("fusedmoe::network_cpu", _fake_forward)
+    torch.library.register_fake("fusedmoe::network_cpu_backward", _fake_backward)
+    torch.library.register_autograd("fusedmoe::network_cpu", _backward, setup_context=_save)
+    torch.library.register_autograd("fusedmoe::network_cpu_backward", _double_backward, setup_context=_save_for_double)
+    # The backend computes in fp32 at least: under autocast the call's inputs come up to it.
+    torch.library.register_autocast("fusedmoe::network_cpu", "cpu", torch.float32)
+
+
+def _fake_forward(x, params, table, save, mixing):
+    from fusedmoe import _C
+
+    network = codec.decode(table)
+    check(x, params, network)
+    rows = x.shape[0]
+    # Panels are kept for whole multiples of 16 rows (lane_multiple in csrc/cpu/plan.h).
+    kept = (rows + 15) // 16 * 16 * _C.kept(table) if save else 0
+    return x.new_empty(rows, *network.output), x.new_empty(rows, network.mixing if mixing else 0), x.new_empty(kept)
+
+
+def _fake_backward(d_out, d_weights, x, params, saved, table, needs):
+    wanted = [x, *params]
+    return [tensor.new_empty(tensor.shape) for tensor, flag in zip(wanted, needs, strict=True) if flag == "1"]
+
+
+def _save(ctx, inputs, output):
+    x, params, table, _, _ = inputs
+    saved = output[2]
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, saved, *params)
+    ctx.table = table
+
+
+def _backward(ctx, d_out, d_weights, _):
+    x, saved, *params = ctx.saved_tensors
+    network = codec.decode(ctx.table)
+    if d_out is None:
+        d_out = x.new_zeros(x.shape[0], *network.output)
+    live = [p.live and need for p, need in zip(network.parameters, ctx.needs_input_grad[1], strict=True)]
+    needs = [ctx.needs_input_grad[0], *live]
+    text = "".join("1" if need else "0" for need in needs)
+    results = iter(torch.ops.fusedmoe.network_cpu_backward(d_out, d_weights, x, params, saved, ctx.table, text))
+    d_x, *d_params = [next(results) if need else None for need in needs]
+    return d_x, d_params, None, None, None
+
+
+def _save_for_double(ctx, inputs, output):
+    d_out, d_weights, x, params, _, table, needs = inputs
+    ctx.save_for_backward(d_out, d_weights, x, *params)
+    ctx.table = table
+    ctx.needs = needs
+
+
+def _double_backward(ctx, dd):
+    """Differentiate the reference's backward, which is plain differentiable PyTorch."""
+    network = codec.decode(ctx.table)
+    tensors = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+    d_out, d_weights, x, *params = tensors
+    with torch.enable_grad():
+        by_level = (None,) * len(network.levels) if d_weights is None else _by_level(d_weights, network)
+        d_x, d_params = reference.backward(x, params, network, d_out, by_level)
+        wanted = [d for d, flag in zip([d_x, *d_params], ctx.needs, strict=True) if flag == "1"]
+        pairs = [(d, g) for d, g in zip(wanted, dd, strict=True) if g is not None and d is not None and d.requires_grad]
+        inputs = [t for t in tensors if t is not None]
+        results = iter(torch.autograd.grad([d for d, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(inputs))
+    d_d_out, d_d_weights, dd_x, *dd_params = [None if t is None else next(results) for t in tensors]
+    return d_d_out, d_d_weights, dd_x, dd_params, None, None, None
+
+
+if backends.backends()["cpu"] is None:
+    _register()
