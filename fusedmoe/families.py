@@ -1,0 +1,398 @@
+"""Every family of multi-task networks as one function that returns a `Table`: the rows of a taxonomy, no code of their own.
+
+Arguments that mean the same in every family:
+
+    input_width    D, the width of an input vector.
+    expert_widths  one list per level with the widths of an expert's layers: [[256], [128]] is two levels of one-layer
+                   experts, [[256, 128]] is one level of two-layer experts. Families of one level take one such list.
+    num_tasks      T.
+    activation     the name after every layer of an expert (and after a gate's or tower's hidden layers), or an `Activation`.
+    towers         the widths of each task's tower; its last layer is linear. Empty: no towers.
+
+T = tasks, L = levels, m_t = experts of task t, m_s = shared experts, own(t) and sh their indices, U = units, D and H = widths.
+All functions raise ValueError, naming the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from fusedmoe.activation import IDENTITY, Activation
+from fusedmoe.activation import activation as activation_of
+from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit
+
+Widths = Sequence[Sequence[int]]
+ROOT = Selector("root")
+
+
+def single_task(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Table:
+    """Give each task a bottom of its own: out[t] = y[t].
+
+    Returns: a table over x [B, 1, D] with output [B, T, H].
+    Source: the single-task baseline of MMoE, section 6.1.
+    """
+    tasks = range(_at_least(num_tasks, 1, "num_tasks"))
+    level = Level(_experts([0] * len(tasks), _one_level(expert_widths), activation), tuple(_pass(t) for t in tasks))
+    return _finish(Table(1, input_width, (level,)), activation, towers)
+
+
+def shared_bottom(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Table:
+    """Hand one bottom to every task: out[t] = y[0].
+
+    Returns: a table over x [B, 1, D] with one unit that all tasks read.
+    Source: MMoE, equation 1.
+    """
+    level = Level(_experts([0], _one_level(expert_widths), activation), (_pass(0),))
+    return _finish(Table(1, input_width, (level,), _same_unit(num_tasks)), activation, towers)
+
+
+def omoe(
+    input_width: int,
+    expert_widths: Widths,
+    num_tasks: int,
+    num_experts: int,
+    gate_widths: Sequence[int] = (),
+    activation: str | Activation = "relu",
+    towers: Sequence[int] = (),
+) -> Table:
+    """Mix all experts once, by one gate on x, for every task: out[t] = sum over e of softmax(G x)[e] * y[e].
+
+    Args:
+        num_experts: n.
+        gate_widths: the widths of the gate's hidden layers.
+    Returns: a table over x [B, 1, D] with one unit that all tasks read.
+    Source: MMoE, equation 5.
+    """
+    table = ml_mmoe(input_width, [_one_level(expert_widths)], 1, num_experts, [gate_widths], activation)
+    return _finish(replace(table, tasks=_same_unit(num_tasks)), activation, towers)
+
+
+def mmoe(
+    input_width: int,
+    expert_widths: Widths,
+    num_tasks: int,
+    num_experts: int,
+    gate_widths: Sequence[int] = (),
+    activation: str | Activation = "relu",
+    towers: Sequence[int] = (),
+) -> Table:
+    """Mix all experts for each task by its own gate on x: out[t] = sum over e of softmax(G[t] x)[e] * y[e].
+
+    Args:
+        num_experts: n.
+        gate_widths: the widths of the gates' hidden layers.
+    Returns: a table over x [B, 1, D] with output [B, T, H].
+    Source: MMoE, equations 6 to 8.
+    """
+    return ml_mmoe(input_width, [_one_level(expert_widths)], num_tasks, num_experts, [gate_widths], activation, towers)
+
+
+def ml_mmoe(
+    input_width: int,
+    expert_widths: Widths,
+    num_tasks: int,
+    num_experts: int,
+    gate_widths: Widths = (),
+    activation: str | Activation = "relu",
+    towers: Sequence[int] = (),
+) -> Table:
+    """Stack L levels of MMoE: expert e of a level reads unit e of the level below; every gate reads x, the root input.
+
+    Args:
+        num_experts: n per level; so many units below the last level, T at the last.
+        gate_widths: one list per level with the widths of the gates' hidden layers; empty: none anywhere.
+    Returns: a table over x [B, 1, D] with output [B, T, H].
+    Source: AdaTT, section 4.1; PLE, figure 1h.
+    """
+    levels = _levels(expert_widths)
+    count = _at_least(num_experts, 1, "num_experts")
+    hidden = [tuple(widths) for widths in gate_widths] or [()] * len(levels)
+    if len(hidden) != len(levels):
+        raise ValueError(f"gate_widths: expected one list for each of {len(levels)} levels, got {len(hidden)}")
+    kind = activation_of(activation)
+    stack = []
+    for number, widths in enumerate(levels):
+        gate = Gate(ROOT, tuple(range(count)), tuple(Layer(width, kind) for width in hidden[number]))
+        units = num_tasks if number == len(levels) - 1 else count
+        slots = range(count) if number else [0] * count
+        stack.append(Level(_experts(slots, widths, activation), (Unit(gate),) * _at_least(units, 1, "num_tasks")))
+    return _finish(Table(1, input_width, tuple(stack)), activation, towers)
+
+
+def cgc(
+    input_width: int,
+    expert_widths: Widths,
+    num_tasks: int,
+    num_task_experts: int | Sequence[int],
+    num_shared_experts: int,
+    activation: str | Activation = "relu",
+    towers: Sequence[int] = (),
+) -> Table:
+    """Let each task mix its own and the shared experts by a gate on x: PLE of one level.
+
+    Args: as `ple`.
+    Returns: a table over x [B, 1, D] with output [B, T, H].
+    Source: PLE, equations 2 to 5.
+    """
+    return share_input(ple(input_width, [_one_level(expert_widths)], num_tasks, num_task_experts, num_shared_experts, activation, towers))
+
+
+def ple(
+    input_width: int,
+    expert_widths: Widths,
+    num_tasks: int,
+    num_task_experts: int | Sequence[int],
+    num_shared_experts: int,
+    activation: str | Activation = "relu",
+    towers: Sequence[int] = (),
+) -> Table:
+    """Let unit t mix own(t) and sh, and the shared unit all experts, each by a gate on its own slot; own(t) read slot t, sh slot T.
+
+    Args:
+        num_task_experts: m_t, one number for all tasks or a list of T.
+        num_shared_experts: m_s, 0 or more. A gate's rows are ordered own, shared.
+    Returns: a table over x [B, T + 1, D], the shared slot last, with output [B, T, H]; T + 1 units below the last level.
+    Source: PLE, equations 6 and 7.
+    """
+    levels = _levels(expert_widths)
+    own = _owned([*_per_task(num_tasks, num_task_experts), _at_least(num_shared_experts, 0, "num_shared_experts")])
+    sees = [*(mine + own[-1] for mine in own[:-1]), sum(own, ())]
+    units = tuple(Unit(Gate(Selector("slot", u), seen)) for u, seen in enumerate(sees))
+    stack = tuple(Level(_experts(_owners(own), widths, activation), units) for widths in levels)
+    return _finish(Table(num_tasks + 1, input_width, _without_shared_unit(stack, num_tasks)), activation, towers)
+
+
+def adatt_sp(
+    input_width: int,
+    expert_widths: Widths,
+    num_tasks: int,
+    num_task_experts: int | Sequence[int],
+    static_weights: bool = True,
+    activation: str | Activation = "relu",
+    towers: Sequence[int] = (),
+) -> Table:
+    """Let unit t mix all experts by a gate on slot t and add its own ones with static weights: w[t] = softmax(G[t] x[t]) + v[t].
+
+    Args:
+        num_task_experts: m_t, one number for all tasks or a list of T.
+        static_weights: whether they exist: learned [T, m] per level (flat where the m_t differ), fixed ones when every m_t is 1.
+    Returns: a table over x [B, T, D] with output [B, T, H].
+    Source: AdaTT, equations 2 to 10.
+    """
+    levels = _levels(expert_widths)
+    counts = _per_task(num_tasks, num_task_experts)
+    own = _owned(counts)
+    shape = (num_tasks, counts[0]) if len(set(counts)) == 1 else (sum(counts),)
+
+    def static(level: int, u: int) -> Static | None:
+        if not static_weights:
+            return None
+        return _ones(own[u]) if set(counts) == {1} else Static(own[u], tensor=level, offset=sum(counts[:u]))
+
+    stack = tuple(_see_all(own, level, widths, static, activation) for level, widths in enumerate(levels))
+    statics = (shape,) * len(levels) if static_weights and set(counts) != {1} else ()
+    return _finish(Table(num_tasks, input_width, stack, statics=statics), activation, towers)
+
+
+def adatt(
+    input_width: int,
+    expert_widths: Widths,
+    num_tasks: int,
+    num_task_experts: int | Sequence[int],
+    num_shared_experts: int,
+    static_weights: bool = True,
+    activation: str | Activation = "relu",
+    towers: Sequence[int] = (),
+) -> Table:
+    """Let every unit, the shared one included, mix all experts by a gate on its slot and add its own ones with static weights.
+
+    Args:
+        num_task_experts: m_t, one number for all tasks or a list of T.
+        num_shared_experts: m_s, 0 or more; they read slot T and are the shared unit's own.
+        static_weights: whether they exist: learned [L, m_t] per task and [L - 1, m_s] for the shared unit, fixed ones when every
+            m_t and m_s is 1.
+    Returns: a table over x [B, T + 1, D], the shared slot last, with output [B, T, H]; T + 1 units below the last level.
+    Source: AdaTT, section 3.2.
+    """
+    levels = _levels(expert_widths)
+    counts = [*_per_task(num_tasks, num_task_experts), _at_least(num_shared_experts, 0, "num_shared_experts")]
+    own = _owned(counts)
+
+    def static(level: int, u: int) -> Static | None:
+        # The shared unit has static weights for the levels where it exists: below the last.
+        if not static_weights or (u == num_tasks and level == len(levels) - 1):
+            return None
+        return _ones(own[u]) if set(counts) == {1} else Static(own[u], tensor=u, offset=level * counts[u])
+
+    stack = tuple(_see_all(own, level, widths, static, activation) for level, widths in enumerate(levels))
+    shapes = (*((len(levels), m) for m in counts[:-1]), (len(levels) - 1, counts[-1]))
+    statics = shapes if static_weights and set(counts) != {1} else ()
+    return _finish(Table(num_tasks + 1, input_width, _without_shared_unit(stack, num_tasks), statics=statics), activation, towers)
+
+
+def cross_stitch(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Table:
+    """Mix one expert per task with learned weights, the same for every row: out[u] = sum over e of v[u, e] * y[e].
+
+    Returns: a table over x [B, T, D] with output [B, T, H] and a static tensor [T, T] per level, row u for unit u.
+    Source: MMoE, section 6.1; Misra et al., CVPR 2016, equation 1.
+    """
+    levels = _levels(expert_widths)
+    tasks = tuple(range(_at_least(num_tasks, 1, "num_tasks")))
+    stack = tuple(
+        Level(_experts(tasks, widths, activation), tuple(Unit(static=Static(tasks, tensor=level, offset=u * num_tasks)) for u in tasks))
+        for level, widths in enumerate(levels)
+    )
+    return _finish(Table(num_tasks, input_width, stack, statics=((num_tasks, num_tasks),) * len(levels)), activation, towers)
+
+
+def asymmetric_sharing(
+    input_width: int,
+    expert_widths: Widths,
+    num_tasks: int,
+    borrows: Sequence[Sequence[int]],
+    combine: str = "sum",
+    activation: str | Activation = "relu",
+    towers: Sequence[int] = (),
+) -> Table:
+    """Give each task a bottom and let task t combine the bottoms it borrows: out[t] = combine over e in borrows[t] of y[e].
+
+    Args:
+        borrows: one list of task indices per task, its own included where it uses its own bottom.
+        combine: "sum", "mean" or "concat".
+    Returns: a table over x [B, 1, D] with output [B, T, H], or [B, T, n H] for "concat" of n bottoms each.
+    Source: PLE, section 3.2.
+    """
+    sources = [tuple(tasks) for tasks in borrows]
+    if len(sources) != num_tasks:
+        raise ValueError(f"borrows: expected one list for each of {num_tasks} tasks, got {len(sources)}")
+    if combine == "concat":
+        table = single_task(input_width, expert_widths, num_tasks, activation)
+        return _finish(replace(table, tasks=tuple(Task(tasks) for tasks in sources)), activation, towers)
+    if combine not in ("sum", "mean"):
+        raise ValueError(f"combine: expected one of sum, mean, concat, got {combine!r}")
+    if () in sources:
+        raise ValueError(f"borrows: expected at least one task for task {sources.index(())}, got none")
+    units = tuple(Unit(static=Static(tasks, values=(1.0 if combine == "sum" else 1.0 / len(tasks),) * len(tasks))) for tasks in sources)
+    level = Level(_experts([0] * num_tasks, _one_level(expert_widths), activation), units)
+    return _finish(Table(1, input_width, (level,)), activation, towers)
+
+
+def customized_sharing(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Table:
+    """Give each task a bottom of its own and a shared one, concatenated: out[t] = [y[t], y[T]].
+
+    Returns: a table over x [B, 1, D] with T + 1 units, output [B, T, 2 H].
+    Source: PLE, section 3.2.
+    """
+    shared = _at_least(num_tasks, 1, "num_tasks")
+    table = single_task(input_width, expert_widths, shared + 1, activation)
+    return _finish(replace(table, tasks=tuple(Task((t, shared)) for t in range(shared))), activation, towers)
+
+
+FAMILIES: dict[str, Callable[..., Table]] = {
+    family.__name__: family
+    for family in (single_task, shared_bottom, omoe, mmoe, ml_mmoe, cgc, ple, adatt_sp, adatt, cross_stitch, asymmetric_sharing, customized_sharing)
+}
+
+
+def with_towers(table: Table, layers: tuple[Layer, ...]) -> Table:
+    """Put one tower of these layers on each task; task t reads what it read before (unit t where the table names no tasks).
+
+    Returns: a table with output [B, T, width of the last layer].
+    Raises: ValueError for no layers.
+    """
+    if not layers:
+        raise ValueError("layers: expected at least one layer, got none")
+    tasks = table.tasks or tuple(Task((u,)) for u in range(len(table.levels[-1].units)))
+    return replace(table, tasks=tuple(replace(task, tower=tuple(layers)) for task in tasks))
+
+
+def share_input(table: Table) -> Table:
+    """Return the table's twin for callers whose slots all hold the same x: it reads x [B, 1, D] once and gives the same output."""
+    first = table.levels[0]
+    experts = tuple(replace(expert, slot=0) for expert in first.experts)
+    units = tuple(_reading_slot_0(unit) for unit in first.units)
+    return replace(table, slots=1, root=0, levels=(Level(experts, units), *table.levels[1:]))
+
+
+def _reading_slot_0(unit: Unit) -> Unit:
+    if unit.gate is None or unit.gate.selector.kind != "slot":
+        return unit
+    return replace(unit, gate=replace(unit.gate, selector=Selector("slot", 0)))
+
+
+def _finish(table: Table, kind: str | Activation, towers: Sequence[int]) -> Table:
+    """Put towers of these widths on the table; the last layer is linear."""
+    hidden = tuple(Layer(width, activation_of(kind)) for width in towers[:-1])
+    return with_towers(table, (*hidden, Layer(towers[-1], IDENTITY))) if towers else table
+
+
+def _experts(slots: Sequence[int], widths: Sequence[int], kind: str | Activation) -> tuple[Expert, ...]:
+    """One expert per entry of `slots`, all with layers of these widths."""
+    layers = tuple(Layer(width, activation_of(kind)) for width in widths)
+    return tuple(Expert(slot, layers) for slot in slots)
+
+
+def _see_all(own: Sequence[tuple[int, ...]], level: int, widths: Sequence[int], static: Callable[[int, int], Static | None], kind: str | Activation) -> Level:
+    """One unit per owner of experts, gated on its own slot over all experts."""
+    every = sum(own, ())
+    units = tuple(Unit(Gate(Selector("slot", u), every), static(level, u)) for u in range(len(own)))
+    return Level(_experts(_owners(own), widths, kind), units)
+
+
+def _without_shared_unit(levels: tuple[Level, ...], num_tasks: int) -> tuple[Level, ...]:
+    """Drop the shared unit of the last level, which no task reads."""
+    return (*levels[:-1], replace(levels[-1], units=levels[-1].units[:num_tasks]))
+
+
+def _pass(expert: int) -> Unit:
+    """A unit that hands one expert through."""
+    return Unit(static=_ones((expert,)))
+
+
+def _ones(experts: tuple[int, ...]) -> Static:
+    return Static(experts, values=(1.0,) * len(experts))
+
+
+def _same_unit(num_tasks: int) -> tuple[Task, ...]:
+    return (Task((0,)),) * _at_least(num_tasks, 1, "num_tasks")
+
+
+def _owned(counts: Sequence[int]) -> list[tuple[int, ...]]:
+    """The expert indices of each owner, owners in order: [2, 1] gives [(0, 1), (2,)]."""
+    return [tuple(range(sum(counts[:i]), sum(counts[: i + 1]))) for i in range(len(counts))]
+
+
+def _owners(own: Sequence[tuple[int, ...]]) -> list[int]:
+    """The owner of each expert, which is the slot it reads: [(0, 1), (2,)] gives [0, 0, 1]."""
+    return [owner for owner, mine in enumerate(own) for _ in mine]
+
+
+def _per_task(num_tasks: int, counts: int | Sequence[int]) -> list[int]:
+    """m_t for each task, from one number or a list of them."""
+    _at_least(num_tasks, 1, "num_tasks")
+    result = [counts] * num_tasks if isinstance(counts, int) else list(counts)
+    if len(result) != num_tasks:
+        raise ValueError(f"num_task_experts: expected a number or a list of {num_tasks}, got {counts!r}")
+    return [_at_least(m, 0, "num_task_experts") for m in result]
+
+
+def _at_least(value: int, least: int, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{what}: expected an integer of at least {least}, got {value!r}")
+    return value
+
+
+def _levels(widths: Widths) -> list[tuple[int, ...]]:
+    """`expert_widths` as tuples, one per level."""
+    if isinstance(widths, str) or not isinstance(widths, Sequence) or not all(isinstance(level, Sequence) for level in widths) or not widths:
+        raise ValueError(f"expert_widths: expected one list of layer widths per level, as in [[256], [128]], got {widths!r}")
+    return [tuple(level) for level in widths]
+
+
+def _one_level(widths: Widths) -> tuple[int, ...]:
+    """`expert_widths` of a family of one level."""
+    levels = _levels(widths)
+    if len(levels) != 1:
+        raise ValueError(f"expert_widths: expected the layer widths of one level, as in [[256, 128]], got {len(levels)} levels")
+    return levels[0]

@@ -1,0 +1,284 @@
+"""Bind a module's own parameters to a table: read them at every call, and notice when the module's inside has changed since.
+
+A fused module computes from its table, not from the forwards of its submodules. So anything done to a submodule that its
+forward would have obeyed (a hook, another submodule in its place, a parametrization, another slope) must stop the call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from types import CodeType
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fusedmoe.activation import IDENTITY
+from fusedmoe.nn.wiring import Unfusable, Wiring
+from fusedmoe.op import fusion_network
+from fusedmoe.table import Expert, Layer, Selector, Static, Table, Unit, product
+
+HOOKS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+    "_backward_hooks": "backward hook",
+}
+# What a forward may read without the table having to change: modes, and the choice of backend.
+FREE = {"training", "inplace", "backend"}
+PLAIN = (bool, int, float, str, type(None))
+CURE = "undo it, or call bind() on the module"
+
+
+class Binding:
+    """The parameters of `module` in the operator's order, and the structure for which `wiring` holds.
+
+    Args:
+        module: the layer; its `state_dict` keys are read, nothing is written to it.
+        wiring: the table and, in the order of `table.parameters`, the keys.
+        cure: what a message about a later change inside the module tells the user to do.
+
+    Raises: Unfusable if something inside the module already stands between it and its table, or a parameter has another shape.
+
+    It holds references into the module, never copies of tensors: parameters replaced or changed in place are seen at the next
+    call. It may be stored on the module itself; `deepcopy` and `pickle` carry both, bound to each other.
+    """
+
+    def __init__(self, module: nn.Module, wiring: Wiring, cure: str = CURE):
+        self.module = module
+        self.cure = cure
+        self.table: Table = wiring.table
+        self.keys = tuple(wiring.keys)
+        reason = next(obstacles(module), None)
+        if reason:
+            raise Unfusable(reason)
+        self._places = [_place(module, key) for key in self.keys]
+        self._check_shapes()
+        places = list(module.named_modules())
+        self._inner = [inner for _, inner in places[1:]]
+        self._attributes = [inner.__dict__ for inner in self._inner]
+        self._hooks = [getattr(inner, kind) for inner in self._inner for kind in HOOKS]
+        parents = [(path, parent) for path, parent in places if parent._modules]
+        self._paths = [path for path, _ in parents]
+        self._children = [parent._modules for _, parent in parents]
+        self._bound_children = [dict(children) for children in self._children]
+        self._settings = [(path, owner, name) for path, owner in places for name in _settings(owner)]
+        # Lists may be edited in place: keep what they held.
+        self._bound_settings = [copy.deepcopy(owner.__dict__[name]) for _, owner, name in self._settings]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the parameters as they are at this moment, in the order of `table.parameters`.
+
+        Raises: RuntimeError if one of them is no longer a parameter of its submodule.
+        """
+        try:
+            return [parameters[leaf] for parameters, leaf in self._places]
+        except KeyError:
+            raise RuntimeError(self._changed(self.change())) from None
+
+    def check(self) -> None:
+        """Raise RuntimeError, naming the place, unless the module's inside is as it was when it was bound."""
+        change = self.change() if self._differs() else None
+        if change:
+            raise RuntimeError(self._changed(change))
+
+    def change(self) -> str | None:
+        """Return what was changed inside the module since it was bound, in words; None if nothing was."""
+        reason = next(obstacles(self.module), None)
+        if reason:
+            return reason
+        for path, children, bound in zip(self._paths, self._children, self._bound_children, strict=True):
+            if children != bound:
+                return f"{path or 'its own submodules'}: expected the submodules it was fused with, got others ({', '.join(children) or 'none'})"
+        for (path, owner, name), bound in zip(self._settings, self._bound_settings, strict=True):
+            if owner.__dict__.get(name) != bound:
+                return f"{_join(path, name)}: expected {bound!r}, as when it was fused, got {owner.__dict__.get(name)!r}"
+        missing = [key for key, (parameters, leaf) in zip(self.keys, self._places, strict=True) if not isinstance(parameters.get(leaf), Tensor)]
+        return _missing(missing[0]) if missing else None
+
+    def run(self, x: Tensor, backend: str = "auto", return_mixing_weights: bool = False):
+        """Return `fusion_network` over the module's parameters.
+
+        Args:
+            x: [B, D] or [B, S, D].
+            backend: a name, or "auto".
+            return_mixing_weights: also return the mixing weights of every level.
+
+        Raises: RuntimeError if the module's inside was changed since it was bound.
+        """
+        self.check()
+        try:
+            return fusion_network(x, self.tensors(), self.table, backend, return_mixing_weights)
+        except TypeError:
+            # A parameter set to None is not looked for at every call: the operator refuses it.
+            change = self.change()
+            if change:
+                raise RuntimeError(self._changed(change)) from None
+            raise
+
+    def describe(self) -> str:
+        """Return the wiring in words, a line per expert or unit that differs from the one before."""
+        return describe_table(self.table)
+
+    def _differs(self) -> bool:
+        """The checks of `change` at the price of a few microseconds: this runs at every call."""
+        if any(self._hooks) or self._children != self._bound_children:
+            return True
+        if [owner.__dict__.get(name) for _, owner, name in self._settings] != self._bound_settings:
+            return True
+        # A list, not a generator: half the time.
+        return any(["forward" in attributes for attributes in self._attributes])  # noqa: C419
+
+    def __getstate__(self) -> dict:
+        # A copied or loaded module has a __dict__ of its own; every other dict here is carried over as the module's.
+        return {name: value for name, value in self.__dict__.items() if name != "_attributes"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _attributes=[inner.__dict__ for inner in state["_inner"]])
+
+    def _changed(self, change: str) -> str:
+        return f"{type(self.module).__name__} was changed inside after it was fused. {change}. Cure: {self.cure}"
+
+    def _check_shapes(self) -> None:
+        if len(self.keys) != len(self.table.parameters):
+            raise Unfusable(f"its table has {len(self.table.parameters)} parameters, but {len(self.keys)} keys were given")
+        for key, parameter, (parameters, leaf) in zip(self.keys, self.table.parameters, self._places, strict=True):
+            if tuple(parameters[leaf].shape) != parameter.shape:
+                raise Unfusable(f"{key}: expected shape {list(parameter.shape)}, got {list(parameters[leaf].shape)}")
+
+
+def _missing(key: str) -> str:
+    return f"{key}: expected a parameter, got none (parametrized, pruned or deleted?)"
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _place(module: nn.Module, key: str) -> tuple[dict, str]:
+    """Return the `_parameters` dict that holds `key`, and its name there."""
+    path, _, leaf = key.rpartition(".")
+    try:
+        parameters = module.get_submodule(path)._parameters
+    except AttributeError:
+        raise Unfusable(f"{key}: expected a parameter, got no submodule {path!r}") from None
+    if not isinstance(parameters.get(leaf), Tensor):
+        raise Unfusable(f"{key}: expected a parameter, got {'None' if leaf in parameters else 'no such name'}")
+    return parameters, leaf
+
+
+def obstacles(module: nn.Module) -> Iterator[str]:
+    """Yield what stands inside `module` between its forward and its parameters; hooks on the module itself stay outside."""
+    for path, inner in module.named_modules():
+        if parametrize.is_parametrized(inner):
+            yield f"{_join(path, next(iter(inner.parametrizations)))}: is parametrized"
+        if inner is module:
+            continue
+        for kind, name in HOOKS.items():
+            for hook in getattr(inner, kind).values():
+                yield f"{path}: has a {name} ({getattr(hook, '__qualname__', type(hook).__name__)})"
+        if "forward" in inner.__dict__:
+            yield f"{path}: has a forward set on the instance ({type(inner.__dict__['forward']).__name__})"
+
+
+def _settings(module: nn.Module) -> list[str]:
+    """Return the plain attributes that the module's forward reads: the slope of a LeakyReLU, a switch of a layer."""
+    return [name for name in sorted(_reads(type(module)) - FREE) if name in module.__dict__ and _is_plain(module.__dict__[name])]
+
+
+def _is_plain(value) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, PLAIN)
+
+
+def _reads(cls: type) -> set[str]:
+    """Return the attribute names in the forwards of a class and its bases, and in the methods that those name."""
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    found: set[str] = set()
+    waiting = ["forward"]
+    while waiting:
+        name = waiting.pop()
+        for base in bases:
+            code = getattr(vars(base).get(name), "__code__", None)
+            new = _names(code) - found if code else set()
+            found |= new
+            waiting += new
+    return found
+
+
+def _names(code: CodeType) -> set[str]:
+    """Return the names in a function and in the comprehensions inside it."""
+    return set(code.co_names).union(*(_names(const) for const in code.co_consts if isinstance(const, CodeType)))
+
+
+def describe_table(table: Table) -> str:
+    """Return a table in words: its sizes, and per level the experts and units, equal neighbours on one line."""
+    count = sum(product(p.shape) for p in table.parameters)
+    slots = f"[B, {table.slots}, {table.width}]" if table.slots > 1 else f"[B, {table.width}]"
+    out = table.output
+    if table.tasks and not table.has_towers:
+        out = len(table.tasks), sum(table.widths[-1][u] for u in table.tasks[0].units)
+    lines = [f"input {slots}, output [B, {out[0]}, {out[1]}]; {count:,} parameters, {table.flops:,} FLOPs a row"]
+    for number, level in enumerate(table.levels):
+        lines.append(f"level {number}: {_count(len(level.experts), 'expert')}, {_count(len(level.units), 'unit')}")
+        widths = table.widths[number]
+        lines += _grouped("expert", [_expert(expert, widths[expert.slot]) for expert in level.experts])
+        lines += _grouped("unit", [_unit(unit) for unit in level.units])
+    lines += _grouped("task", [f"reads {_count_of('unit', task.units)}{_layers(task.tower, ', tower ')}" for task in table.tasks])
+    return "\n".join(lines)
+
+
+def _grouped(word: str, texts: list[str]) -> list[str]:
+    """One line per run of equal texts."""
+    lines = []
+    first = 0
+    for i in range(1, len(texts) + 1):
+        if i == len(texts) or texts[i] != texts[first]:
+            lines.append(f"  {_count_of(word, range(first, i))}: {texts[first]}")
+            first = i
+    return lines
+
+
+def _expert(expert: Expert, width: int) -> str:
+    return f"slot {expert.slot}, {width}{_layers(expert.layers, ' > ')}"
+
+
+def _layers(layers: tuple[Layer, ...], before: str) -> str:
+    stack = [f"{layer.width}{'' if layer.activation == IDENTITY else f' {layer.activation}'}{'' if layer.bias else ' without bias'}" for layer in layers]
+    return before + " > ".join(stack) if stack else ""
+
+
+def _unit(unit: Unit) -> str:
+    if unit.gate is None:
+        gate = "no gate"
+    else:
+        hidden = _layers(unit.gate.hidden, " through ")
+        gate = f"sees {_count_of('expert', unit.gate.sees)}, gate on {_selector(unit.gate.selector)}{hidden}{'' if unit.gate.bias else ' without bias'}"
+    return f"{gate}, {_static(unit.static)}"
+
+
+def _selector(selector: Selector) -> str:
+    return "the root input" if selector.kind == "root" else f"{selector.kind} {selector.index}"
+
+
+def _static(static: Static | None) -> str:
+    if static is None or not static.experts:
+        return "no static weights"
+    if static.values is None:
+        return f"learned static weights on {_count_of('expert', static.experts)}"
+    return f"static weights {', '.join(f'{v:g}' for v in static.values)} on {_count_of('expert', static.experts)}"
+
+
+def _count(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def _count_of(word: str, indices) -> str:
+    """`expert 3`, `experts 0-3`, `experts 0, 1, 6-8`: runs of neighbours in the order given."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"{word}{'s' if sum(map(len, runs)) != 1 else ''} {text or 'none'}"

@@ -1,0 +1,113 @@
+"""Networks of one level without gates: which task reads which bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fusedmoe.activation import Activation
+from fusedmoe.reference.layers.mlp import MLP, experts_of
+
+COMBINE = {
+    "sum": lambda outputs: torch.stack(outputs, dim=1).sum(1),
+    "mean": lambda outputs: torch.stack(outputs, dim=1).mean(1),
+    "concat": lambda outputs: torch.cat(outputs, dim=1),
+}
+
+
+class SharedBottom(nn.Module):
+    """Hand one bottom to every task: out[t] = MLP(x).
+
+    Args:
+        input_dim: D.
+        hidden_dims: the layer widths of the bottom.
+        num_tasks: T.
+        activation: its name in any case, or an `Activation`.
+    Returns: forward maps [B, D] to [B, T, H], expanded from [B, H] (stride 0 over tasks).
+    Source: MMoE, equation 1.
+    """
+
+    def __init__(self, input_dim: int, hidden_dims: Sequence[int], num_tasks: int, activation: str | Activation = "RELU") -> None:
+        super().__init__()
+        self.bottom_projection = MLP(input_dim, hidden_dims, activation)
+        self.num_tasks = num_tasks
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.bottom_projection(input).unsqueeze(1).expand(-1, self.num_tasks, -1)
+
+
+class SingleTask(nn.Module):
+    """Give each task a bottom of its own: out[t] = MLP_t(x).
+
+    Args: as `SharedBottom`, the widths for each bottom.
+    Returns: forward maps [B, D] to [B, T, H].
+    Source: the single-task baseline of MMoE, section 6.1.
+    """
+
+    def __init__(self, input_dim: int, hidden_dims: Sequence[int], num_tasks: int, activation: str | Activation = "RELU") -> None:
+        super().__init__()
+        self.bottoms = experts_of(num_tasks, input_dim, hidden_dims, activation)
+        self.num_tasks = num_tasks
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.stack([bottom(input) for bottom in self.bottoms], dim=1)
+
+
+class AsymmetricSharing(nn.Module):
+    """Let task t combine the bottoms of the tasks it borrows from: out[t] = combine over e in borrows[t] of MLP_e(x).
+
+    Args:
+        input_dim: D.
+        hidden_dims: the layer widths of each bottom.
+        num_tasks: T.
+        borrows: one list of task indices per task, its own included where it uses its own bottom.
+        combine: "sum", "mean" or "concat".
+        activation: its name in any case, or an `Activation`.
+    Returns: forward maps [B, D] to [B, T, H], or [B, T, n H] for "concat" of n bottoms each.
+    Raises: ValueError for borrows that do not fit the tasks, or an unknown `combine`.
+    Source: PLE, section 3.2.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dims: Sequence[int],
+        num_tasks: int,
+        borrows: Sequence[Sequence[int]],
+        combine: str = "sum",
+        activation: str | Activation = "RELU",
+    ) -> None:
+        super().__init__()
+        if len(borrows) != num_tasks:
+            raise ValueError(f"borrows: expected one list for each of {num_tasks} tasks, got {len(borrows)}")
+        if combine not in COMBINE:
+            raise ValueError(f"combine: expected one of {', '.join(COMBINE)}, got {combine!r}")
+        self.bottoms = experts_of(num_tasks, input_dim, hidden_dims, activation)
+        self.num_tasks = num_tasks
+        self.borrows = tuple(tuple(tasks) for tasks in borrows)
+        self.combine = combine
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        outputs = {task: self.bottoms[task](input) for task in sorted(set().union(*self.borrows))}
+        combine = COMBINE[self.combine]
+        return torch.stack([combine([outputs[task] for task in tasks]) for tasks in self.borrows], dim=1)
+
+
+class CustomizedSharing(nn.Module):
+    """Give each task a bottom of its own and a shared one: out[t] = [MLP_t(x), MLP_T(x)].
+
+    Args: as `SharedBottom`, the widths for each of the T + 1 bottoms.
+    Returns: forward maps [B, D] to [B, T, 2 H].
+    Source: PLE, section 3.2.
+    """
+
+    def __init__(self, input_dim: int, hidden_dims: Sequence[int], num_tasks: int, activation: str | Activation = "RELU") -> None:
+        super().__init__()
+        self.bottoms = experts_of(num_tasks + 1, input_dim, hidden_dims, activation)
+        self.num_tasks = num_tasks
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        *own, shared = [bottom(input) for bottom in self.bottoms]
+        return torch.stack([torch.cat([mine, shared], dim=1) for mine in own], dim=1)

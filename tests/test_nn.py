@@ -1,0 +1,275 @@
+"""The fused modules: the reference layer's parameters and results; and the wiring, which refuses what a table cannot express."""
+
+import copy
+import pickle
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fusedmoe import nn as fused
+from fusedmoe.activation import IDENTITY, RELU, Activation
+from fusedmoe.nn import wiring
+from fusedmoe.nn.wiring import Unfusable, layers_of
+from fusedmoe.reference import layers
+from fusedmoe.reference.layers.central import BACKBONES
+from fusedmoe.table import Layer, Table
+from fusedmoe.testing import Network, Problem, assert_close, error, evaluate, expectation, randomise
+
+D, B = 7, 13
+ARCHS = [[6, 5], [4]]
+
+
+def central(room, name: str, task_mlp: list[int]) -> nn.Module:
+    return room.CentralTaskArch(layers.MtlConfigs(name, 2, 2, ARCHS), layers.ArchInputs(3, task_mlp, activation_type="silu"), D)
+
+
+# What builds the layer from a room (the reference's or the fused one's), and the slots of its input (0: [B, D]). SiLU everywhere: the
+# gradient of ReLU depends on the order of summation near its kink.
+BUILDS: dict[str, tuple[Callable[..., nn.Module], int]] = {
+    "SingleTask": (lambda room: room.SingleTask(D, [6, 4], 3, "silu"), 0),
+    "SharedBottom": (lambda room: room.SharedBottom(D, [6, 4], 3, "silu"), 0),
+    "OMoE": (lambda room: room.OMoE(D, [6, 4], [3], 3, 4, "silu"), 0),
+    "MMoE": (lambda room: room.MMoE(D, [6, 4], [], 3, 4, "silu"), 0),
+    "MLMMoE": (lambda room: room.MLMMoE(D, ARCHS, [[3], []], 3, 4, "silu"), 0),
+    "CGC": (lambda room: room.CGC(D, [6, 4], 3, [1, 0, 2], 2, "silu"), 0),
+    "PLE": (lambda room: room.PLE(D, ARCHS, 3, 2, 1, "silu"), 4),
+    "PLE, ragged": (lambda room: room.PLE(D, ARCHS, 3, [1, 0, 2], 1, "silu"), 4),
+    "PLE, nothing shared": (lambda room: room.PLE(D, ARCHS, 3, 2, 0, "silu"), 4),
+    "AdaTTSp": (lambda room: room.AdaTTSp(D, ARCHS, 3, 2, activation="silu"), 3),
+    "AdaTTSp, one expert": (lambda room: room.AdaTTSp(D, ARCHS, 3, 1, activation="silu"), 3),
+    "AdaTTSp, no static weights": (lambda room: room.AdaTTSp(D, ARCHS, 3, 2, False, "silu"), 3),
+    "AdaTT": (lambda room: room.AdaTT(D, ARCHS, 3, 2, 1, activation="silu"), 4),
+    "AdaTT, ragged": (lambda room: room.AdaTT(D, ARCHS, 3, 2, num_task_expert_list=[1, 3, 2], activation="silu"), 4),
+    "AdaTT, one expert": (lambda room: room.AdaTT(D, ARCHS, 3, 1, 1, activation="silu"), 4),
+    "AdaTT, one level": (lambda room: room.AdaTT(D, [[6]], 3, 1, 2, activation="silu"), 4),
+    "AdaTT, nothing shared": (lambda room: room.AdaTT(D, ARCHS, 3, 0, 2, activation="silu"), 4),
+    "AdaTT, no static weights": (lambda room: room.AdaTT(D, ARCHS, 3, 1, 2, self_exp_res_connect=False, activation="silu"), 4),
+    "CrossStitch": (lambda room: room.CrossStitch(D, ARCHS, 3, "silu"), 3),
+    "AsymmetricSharing, sum": (lambda room: room.AsymmetricSharing(D, [6, 4], 3, [[0, 1], [1], [0, 1]], activation="silu"), 0),
+    "AsymmetricSharing, mean": (lambda room: room.AsymmetricSharing(D, [6, 4], 3, [[0, 1], [1], [1, 2]], "mean", "silu"), 0),
+    "AsymmetricSharing, concat": (lambda room: room.AsymmetricSharing(D, [6, 4], 3, [[0, 1], [1, 2], [2, 0]], "concat", "silu"), 0),
+    "CustomizedSharing": (lambda room: room.CustomizedSharing(D, [6, 4], 3, "silu"), 0),
+    **{f"CentralTaskArch, {name}": (lambda room, name=name: central(room, name, [5]), 0) for name in BACKBONES},
+    "CentralTaskArch, linear towers": (lambda room: central(room, "ple", []), 0),
+}
+
+
+def network(module: nn.Module, keys: tuple[str, ...]) -> Network:
+    """The module as a network of x and the parameters named by `keys`, for `evaluate`."""
+
+    def run(x: Tensor, params: Sequence[Tensor], table: Table) -> tuple[Tensor, tuple]:
+        out = torch.func.functional_call(module, dict(zip(keys, params, strict=True)), (x,))
+        return torch.stack(out, dim=1) if isinstance(out, list) else out, ()
+
+    return run
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_the_module_computes_what_the_reference_layer_does(name):
+    """In float64 within float32's bounds: what is tested is which parameter goes where; `test_parity.py` tests the arithmetic."""
+    build, slots = BUILDS[name]
+    reference, ours = build(layers), build(fused)
+    table, keys = type(ours).wiring(ours)
+    params = tuple(torch.empty(p.shape) for p in table.parameters)
+    randomise(params, seed=1)
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(2))
+    x = draw((B, slots, D) if slots else (B, D))
+    shape = network(reference, keys)(x, params, table)[0].shape
+    given = Problem(table, x, params, draw(shape), ())
+    assert sorted(keys) == sorted(dict(reference.named_parameters()))
+    assert_close(evaluate(network(ours, keys), given.to(torch.float64)), expectation(given, network(reference, keys)))
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_the_same_seed_gives_the_reference_layers_parameters(name):
+    build, _ = BUILDS[name]
+    torch.manual_seed(0)
+    expected = build(layers).state_dict()
+    torch.manual_seed(0)
+    state = build(fused).state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[key], expected[key]) for key in state)
+
+
+def test_adatt_has_both_names():
+    assert fused.AdaTTWSharedExps is fused.AdaTT
+    assert layers.AdaTTWSharedExps is layers.AdaTT
+
+
+def test_an_unknown_backend_is_refused():
+    module = fused.MMoE(D, [4], [], 2, 2, backend="abacus")
+    with pytest.raises((ValueError, RuntimeError), match="abacus"):
+        module(torch.randn(2, D))
+
+
+@pytest.mark.parametrize("carry", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])
+@torch.no_grad()
+def test_copies_compute_with_parameters_of_their_own(carry):
+    module = fused.AdaTT(D, ARCHS, 2, 1, 2)
+    x = torch.randn(B, 3, D)
+    before = module(x)
+    other = carry(module)
+    assert torch.equal(other(x), before)
+    randomise(other.parameters(), seed=5)
+    assert not torch.equal(other(x), before)
+    assert torch.equal(module(x), before)
+
+
+@torch.no_grad()
+def test_parameters_are_read_at_every_call():
+    module = fused.PLE(D, ARCHS, 2, 1, 1)
+    x = torch.randn(B, 3, D)
+    before = module(x)
+    module.experts[0][0].mlp_net[0].bias.add_(1.0)
+    edited = module(x)
+    assert not torch.equal(edited, before)
+    module.experts[0][0].mlp_net[0].bias = nn.Parameter(module.experts[0][0].mlp_net[0].bias - 1.0)
+    assert error(module(x), before) < error(edited, before)
+    assert module.double()(x.double()).dtype == torch.float64
+
+
+def test_a_change_inside_is_refused():
+    module = fused.AdaTTSp(D, ARCHS, 2, 2)
+    module.experts[0][1].mlp_net[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"experts\.0\.1\.mlp_net\.0"):
+        module(torch.randn(2, 2, D))
+
+
+def test_layers_of_reads_widths_biases_and_activations():
+    shared = nn.ReLU()
+    stack = nn.Sequential(nn.Linear(5, 4), shared, nn.Linear(4, 3, bias=False), nn.Linear(3, 2), shared, nn.Identity())
+    assert layers_of(stack) == (Layer(4, RELU), Layer(3, IDENTITY, False), Layer(2, RELU))
+    kinds = {
+        nn.LeakyReLU(0.2): Activation("leaky_relu", 0.2),
+        nn.ELU(0.7): Activation("elu", 0.7),
+        nn.GELU(): Activation("gelu"),
+        nn.GELU(approximate="tanh"): Activation("gelu_tanh"),
+        nn.Softplus(): Activation("softplus"),
+        nn.Sigmoid(): Activation("sigmoid"),
+        nn.Tanh(): Activation("tanh"),
+        nn.SiLU(): Activation("silu"),
+    }
+    for module, kind in kinds.items():
+        assert layers_of(nn.Sequential(nn.Linear(5, 4), module)) == (Layer(4, kind),)
+
+
+STRANGE = {
+    "dropout": (nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5)), "1: expected nn.Linear or an activation that the operator has, got Dropout(p=0.5"),
+    "another softplus": (
+        nn.Sequential(nn.Linear(5, 4), nn.Softplus(beta=2)),
+        "1: expected nn.Linear or an activation that the operator has, got Softplus(beta=2",
+    ),
+    "an activation first": (nn.Sequential(nn.ReLU(), nn.Linear(5, 4)), "0: expected an nn.Linear before ReLU(), got none since the activation before it"),
+    "two activations": (nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Tanh()), "2: expected an nn.Linear before Tanh(), got none"),
+    "a kind of Linear": (nn.Sequential(nn.Bilinear(5, 5, 4)), "0: expected nn.Linear or an activation that the operator has, got Bilinear("),
+}
+
+
+@pytest.mark.parametrize(("stack", "message"), STRANGE.values(), ids=STRANGE)
+def test_layers_of_refuses_other_modules_by_name(stack, message):
+    with pytest.raises(Unfusable, match=re.escape(message)):
+        layers_of(stack)
+
+
+def adatt_sp() -> nn.Module:
+    return layers.AdaTTSp(D, ARCHS, 3, 2)
+
+
+def changed(module: nn.Module, change: Callable[[nn.Module], object]) -> nn.Module:
+    change(module)
+    return module
+
+
+REFUSED = {
+    "a submodule more": (
+        wiring.adatt_sp,
+        changed(adatt_sp(), lambda m: m.add_module("norm", nn.LayerNorm(4))),
+        "AdaTTSp: expected the submodules experts, gate_weights, self_exp_weights, got experts, gate_weights, self_exp_weights, norm",
+    ),
+    "a parameter more": (
+        wiring.adatt_sp,
+        changed(adatt_sp(), lambda m: m.register_parameter("scale", nn.Parameter(torch.ones(1)))),
+        "AdaTTSp: expected no parameter or buffer of its own, got scale",
+    ),
+    "a buffer inside": (
+        wiring.adatt_sp,
+        changed(adatt_sp(), lambda m: m.experts[0][0].register_buffer("mask", torch.ones(1))),
+        "experts.0.0.mask: expected no parameter or buffer besides the table's, got one",
+    ),
+    "an attribute missing": (wiring.adatt_sp, changed(adatt_sp(), lambda m: delattr(m, "num_tasks")), "AdaTTSp: expected an attribute num_tasks, got none"),
+    "another layer": (wiring.ple, layers.CrossStitch(D, ARCHS, 3), "CrossStitch: expected an attribute num_task_experts, got none"),
+    "an expert too few": (
+        wiring.adatt_sp,
+        changed(adatt_sp(), lambda m: m.experts[1].__delitem__(5)),
+        "(experts, gates) per level: expected [(6, 3), (6, 3)], got [(6, 3), (5, 3)]",
+    ),
+    "a level without experts": (
+        wiring.adatt_sp,
+        changed(adatt_sp(), lambda m: m.experts.append(nn.ModuleList())),
+        "experts: expected at least one expert on each level, got [6, 6, 0]",
+    ),
+    "a weight of another shape": (
+        wiring.adatt_sp,
+        changed(adatt_sp(), lambda m: setattr(m.gate_weights[1][0][0], "weight", nn.Parameter(torch.ones(6, 9)))),
+        "gate_weights.1.0.0.weight: expected the shape [6, 5], got [6, 9]",
+    ),
+    "no softmax": (
+        wiring.adatt_sp,
+        changed(adatt_sp(), lambda m: m.gate_weights[0][1].__setitem__(1, nn.Sigmoid())),
+        "gate_weights.0.1: expected an nn.Sequential that ends with nn.Softmax(dim=-1), got Sequential()",
+    ),
+    "softmax over rows": (
+        wiring.adatt_sp,
+        changed(adatt_sp(), lambda m: m.gate_weights[0][1].__setitem__(1, nn.Softmax(dim=0))),
+        "gate_weights.0.1: expected an nn.Sequential that ends with nn.Softmax(dim=-1), got Sequential()",
+    ),
+    "an activation before the softmax": (
+        wiring.ml_mmoe,
+        changed(layers.MLMMoE(D, ARCHS, [[], []], 3, 2), lambda m: m.gates[0][0].__setitem__(1, nn.Sequential(nn.Linear(D, 2), nn.ReLU()))),
+        "gates.0.0: expected an nn.Linear before the softmax, got ReLU()",
+    ),
+    "experts of other widths": (
+        wiring.single_task,
+        changed(layers.SingleTask(D, [4], 2), lambda m: m.bottoms.__setitem__(1, layers.MLP(D, [5]))),
+        "last level: expected one width, got widths [4, 5]",
+    ),
+    "an identity for an expert": (wiring.shared_bottom, layers.SharedBottom(D, [], 2), "bottom_projection: expected at least one nn.Linear, got none"),
+    "static weights switched off later": (
+        wiring.adatt_sp,
+        changed(adatt_sp(), lambda m: setattr(m, "self_exp_res_connect", False)),
+        "static weights: expected 0 tensors, got 2",
+    ),
+    "a stitch with a bias": (
+        wiring.cross_stitch,
+        changed(layers.CrossStitch(D, ARCHS, 3), lambda m: m.stitchs.__setitem__(1, nn.Linear(3, 3))),
+        "stitchs.1: expected an nn.Linear without bias, got Linear(in_features=3, out_features=3, bias=True)",
+    ),
+    "experts in no list": (
+        wiring.mmoe,
+        changed(layers.MMoE(D, [4], [], 2, 2), lambda m: m.experts.__setitem__(0, layers.MLP(D, [4]))),
+        "experts.0: expected an nn.ModuleList, got MLP()",
+    ),
+    "a backbone that is refused": (
+        wiring.central,
+        changed(
+            layers.CentralTaskArch(layers.MtlConfigs("share_bottom", 1, 1, ARCHS), layers.ArchInputs(2, [3]), D),
+            lambda m: m.mtl_arch.bottom_projection.mlp_net.append(nn.Dropout()),
+        ),
+        "mtl_arch: bottom_projection.mlp_net.6: expected nn.Linear or an activation that the operator has, got Dropout(",
+    ),
+    "a tower too few": (
+        wiring.central,
+        changed(layers.CentralTaskArch(layers.MtlConfigs("att_sp", 1, 1, ARCHS), layers.ArchInputs(2, [3]), D), lambda m: m.task_modules.__delitem__(1)),
+        "task_modules: expected one tower for each of 2 tasks, got 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("read", "module", "message"), REFUSED.values(), ids=REFUSED)
+def test_the_wiring_refuses_what_no_table_expresses(read, module, message):
+    with pytest.raises(Unfusable, match=re.escape(message)):
+        read(module)
