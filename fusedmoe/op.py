@@ -98,6 +98,24 @@ def _by_level(weights: Tensor, table: Table) -> tuple[Tensor, ...]:
     return tuple(part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True))
 
 
+class _Network(torch.autograd.Function):
+    """The operator's autograd, as registered below, without the dispatcher's Python detour: it saves 90 us a call (39 tensors)."""
+
+    @staticmethod
+    def forward(ctx, text: str, mixing: bool, x: Tensor, *params: Tensor):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, weights, saved = torch.ops.fusedmoe.network_cpu(x, params, text, True, mixing)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, saved, *params)
+        ctx.table = text
+        return out, weights
+
+    @staticmethod
+    def backward(ctx, d_out, d_weights):
+        d_x, d_params = _gradients(ctx, d_out, d_weights, ctx.needs_input_grad[2:])
+        return None, None, d_x, *d_params
+
+
 def _run_cpu(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool):
     text = codec.encode(table)
     params = list(params)
@@ -106,12 +124,12 @@ def _run_cpu(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool):
     else:
         try:
             if _needs_gradient(x, params):
-                out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, True, mixing)
+                out, weights = _Network.apply(text, mixing, x, *params)
             else:
                 # Without a graph to build, the Python autograd kernel would only cost time.
                 with torch._C._AutoDispatchBelowAutograd():
                     out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, False, mixing)
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             check(x, params, table)
             raise
     return out, _by_level(weights, table) if mixing else ()
@@ -182,16 +200,27 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, d_out, d_weights, _):
+    need_x, need_params, *_ = ctx.needs_input_grad
+    d_x, d_params = _gradients(ctx, d_out, d_weights, (need_x, *need_params))
+    return d_x, d_params, None, None, None
+
+
+def _gradients(ctx, d_out, d_weights, needed) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Run the backward operator for x and the parameters that need it; None for those on which no output depends."""
     x, saved, *params = ctx.saved_tensors
     network = codec.decode(ctx.table)
     if d_out is None:
         d_out = x.new_zeros(x.shape[0], *network.output)
-    live = [p.live and need for p, need in zip(network.parameters, ctx.needs_input_grad[1], strict=True)]
-    needs = [ctx.needs_input_grad[0], *live]
-    text = "".join("1" if need else "0" for need in needs)
-    results = iter(torch.ops.fusedmoe.network_cpu_backward(d_out, d_weights, x, params, saved, ctx.table, text))
-    d_x, *d_params = [next(results) if need else None for need in needs]
-    return d_x, d_params, None, None, None
+    flags = [needed[0], *(p.live and need for p, need in zip(network.parameters, needed[1:], strict=True))]
+    text = "".join("1" if flag else "0" for flag in flags)
+    arguments = (d_out, d_weights, x, params, saved, ctx.table, text)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        results = iter(torch.ops.fusedmoe.network_cpu_backward(*arguments))
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            results = iter(torch.ops.fusedmoe.network_cpu_backward(*arguments))
+    d_x, *d_params = [next(results) if flag else None for flag in flags]
+    return d_x, d_params
 
 
 def _save_for_double(ctx, inputs, output):

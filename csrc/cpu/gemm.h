@@ -8,6 +8,9 @@
 
 #include "activation.h"
 #include "plan.h"
+#if FUSEDMOE_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
 
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
@@ -122,23 +125,38 @@ inline void multiply(Product<T> p, int64_t rows, int64_t columns) {
   }
 }
 
-// Four numbers of each of `count` lanes' rows, turned: t[j][i] = row(i)[j]. Blocks of 4 x 4 are turned inside 128 bits;
-// loading row i + 4 l into part l of vector i does the rest.
-template <class Row>
-inline void turn(Row row, vec<float>* t) {
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+// Where row i + 4 l of a matrix stands, for i below 4.
+struct Rows {
+  const float* first;
+  int64_t stride;
+
+  auto operator()(int i) const {
+    const float* row = first + i * stride;
+    asm("" : "+r"(row));  // or GCC keeps a pointer for every row and runs out of registers
+    return [row, step = 4 * stride](int l) { return *(const quad*)(row + l * step); };
+  }
+};
+
+// Four numbers of one row a lane, turned: t[j] lane (i + 4 l) = number j of row (i + 4 l). Blocks of 4 x 4 are turned inside 128
+// bits; loading row i + 4 l into part l of vector i does the rest.
+template <class Source>
+inline void turn(Source rows, vec<float>* t) {
   constexpr int lanes = Lanes<float>::count;
-  typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
-  auto quad_of = [&](int i) { return *(const quad*)row(i); };
   FUSEDMOE_UNROLL
   for (int i = 0; i < 4; i++) {
+    auto part = rows(i);
+    // Intrinsics, because compilers make a load and a shuffle of the portable form; these place what they load.
 #if FUSEDMOE_VECTOR_BYTES == 64
-    auto low = __builtin_shufflevector(quad_of(i), quad_of(i + 4), 0, 1, 2, 3, 4, 5, 6, 7);
-    auto high = __builtin_shufflevector(quad_of(i + 8), quad_of(i + 12), 0, 1, 2, 3, 4, 5, 6, 7);
-    t[i] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512 row = _mm512_castps128_ps512((__m128)part(0));
+    row = _mm512_mask_broadcast_f32x4(row, 0x00f0, (__m128)part(1));
+    row = _mm512_mask_broadcast_f32x4(row, 0x0f00, (__m128)part(2));
+    t[i] = (vec<float>)_mm512_mask_broadcast_f32x4(row, 0xf000, (__m128)part(3));
 #elif FUSEDMOE_VECTOR_BYTES == 32
-    t[i] = __builtin_shufflevector(quad_of(i), quad_of(i + 4), 0, 1, 2, 3, 4, 5, 6, 7);
+    t[i] = (vec<float>)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)part(0)), (__m128)part(1), 1);
 #else
-    t[i] = quad_of(i);
+    t[i] = part(0);
 #endif
   }
   [&]<int... I>(std::integer_sequence<int, I...>) {
@@ -163,8 +181,7 @@ void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T*
       if (r + lanes <= rows)
         for (; c + 4 <= columns; c += 4) {
           vec<float> t[4];
-          const T* first = from + r * ld_from + c;
-          turn([=](int i) { return first + i * ld_from; }, t);
+          turn(Rows{from + r * ld_from + c, ld_from}, t);
           FUSEDMOE_UNROLL
           for (int j = 0; j < 4; j++) store<T>(to + (c + j) * ld_to + r, t[j]);
         }
@@ -189,10 +206,11 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
   for (int g = 0; g < G; g++)
     FUSEDMOE_UNROLL
     for (int r = 0; r < R; r++) acc[g][r] = splat<float>(0);
-  auto step = [&](int64_t k, int words, auto row) {
+  // Multiply `words` columns from k on, with the rows that `source(g)` gives.
+  auto step = [&](int64_t k, int words, auto source) {
     vec<float> t[G][4];
     FUSEDMOE_UNROLL
-    for (int g = 0; g < G; g++) turn([&](int i) { return row(g * lanes + i); }, t[g]);
+    for (int g = 0; g < G; g++) turn(source(g), t[g]);
     FUSEDMOE_UNROLL
     for (int j = 0; j < 4; j++)
       if (j < words)
@@ -207,12 +225,15 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
   for (; k + 4 <= k_count; k += 4) {
     FUSEDMOE_UNROLL
     for (int i = 0; i < G * lanes / 4; i++, ahead += 16) __builtin_prefetch(ahead);
-    step(k, 4, [&](int i) { return EDGE ? row_of[i] + k : w + i * stride + k; });
+    if constexpr (EDGE)
+      step(k, 4, [&](int) { return [&](int i) { return [&, i](int l) { return *(const quad*)(row_of[i + 4 * l] + k); }; }; });
+    else
+      step(k, 4, [&](int g) { return Rows{w + g * lanes * stride + k, stride}; });
   }
   if (k < k_count) {
     float last[G * lanes][4] = {};
     for (int i = 0; i < G * lanes; i++) memcpy(last[i], (EDGE ? row_of[i] : w + i * stride) + k, (k_count - k) * sizeof(float));
-    step(k, int(k_count - k), [&](int i) { return last[i]; });
+    step(k, int(k_count - k), [&](int g) { return Rows{last[g * lanes], 4}; });
   }
   const int64_t width = EDGE ? n : lanes;
   FUSEDMOE_UNROLL
