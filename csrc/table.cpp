@@ -1,5 +1,6 @@
 #include "table.h"
 
+#include <cstdlib>
 #include <sstream>
 #include <stdexcept>
 
@@ -31,7 +32,14 @@ class Reader {
     return int(value);
   }
   bool flag() { return index(2) == 1; }
-  double number() { return std::stod(word()); }
+  // strtod and not stod, which refuses subnormal numbers.
+  double number() {
+    std::string w = word();
+    char* end = nullptr;
+    double value = std::strtod(w.c_str(), &end);
+    if (end != w.c_str() + w.size()) fail();
+    return value;
+  }
   template <size_t N>
   int name(const char* const (&names)[N]) {
     std::string w = word();

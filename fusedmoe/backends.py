@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,8 +10,7 @@ import torch
 from fusedmoe import dtype as dtypes
 
 
-@functools.cache
-def _extension() -> str | None:
+def _load() -> str | None:
     """Load the C++ extension, which registers the operators; return why that failed, or None."""
     try:
         from fusedmoe import _C
@@ -23,6 +21,10 @@ def _extension() -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
+
+
+# Once, at import: torch.compile cannot trace a call into the extension.
+_EXTENSION = _load()
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Backend:
 
 
 BACKENDS = (
-    Backend("cpu", _extension, ("cpu",), ("float32", "float64")),
+    Backend("cpu", lambda: _EXTENSION, ("cpu",), ("float32", "float64")),
     Backend("reference", lambda: None, None, tuple(dtypes.DTYPES)),
 )
 

@@ -19,13 +19,14 @@ def encode(table: Table) -> str:
     """Return the word stream of a table. Raises: TypeError for anything else."""
     if not isinstance(table, Table):
         raise TypeError(f"table: expected a fusedmoe.Table, got {type(table).__name__}")
-    # Kept on the table itself: hashing so many nested fields at every call would cost more than a small network.
-    text = table.__dict__.get("_text")
-    if text is None:
-        words: list[str] = []
-        _write(table, Table, words)
-        text = table.__dict__["_text"] = " ".join(words)
-    return text
+    return table.text
+
+
+def write(table: Table) -> str:
+    """Return the word stream of a table that was checked; `Table` keeps it as `text`."""
+    words: list[str] = []
+    _write(table, Table, words)
+    return " ".join(words)
 
 
 @functools.lru_cache(maxsize=4096)

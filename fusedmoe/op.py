@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedmoe import backends, codec
+from fusedmoe import codec
+from fusedmoe.backends import backends, choose
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
@@ -42,7 +43,7 @@ def fusion_network(x: Tensor, params: Sequence[Tensor], table: Table, backend: s
     if not isinstance(x, Tensor) or not isinstance(table, Table) or x.dim() not in (2, 3):
         check(x, params, table)
     slots = x if x.dim() == 3 else x.unsqueeze(1)
-    chosen = backends.choose(backend, x.device, x.dtype)
+    chosen = choose(backend, x.device, x.dtype)
     out, weights = RUN[chosen](slots, params, table, return_mixing_weights)
     out = for_tasks(out, table)
     return (out, weights) if return_mixing_weights else out
@@ -69,9 +70,9 @@ def check(x, params, table) -> None:
         raise TypeError(f"table: expected a fusedmoe.Table, got {type(table).__name__}")
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    expected = [f"[B, {table.slots}, {table.width}]"] + ([f"[B, {table.width}]"] if table.slots == 1 else [])
-    if x.dim() not in (2, 3) or tuple(x.shape[1:]) not in {(table.slots, table.width), (table.width,) * (table.slots == 1)}:
-        raise ValueError(f"x: expected {' or '.join(expected)}, got {list(x.shape)}")
+    shapes = [(table.slots, table.width)] + ([(table.width,)] if table.slots == 1 else [])
+    if x.dim() < 2 or tuple(x.shape[1:]) not in shapes:
+        raise ValueError(f"x: expected {' or '.join(f'[B, {str(s)[1:-1].rstrip(chr(44))}]' for s in shapes)}, got {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
     if len(params) != len(table.parameters):
@@ -129,7 +130,7 @@ def _run_cpu(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool):
                 # Without a graph to build, the Python autograd kernel would only cost time.
                 with torch._C._AutoDispatchBelowAutograd():
                     out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, False, mixing)
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError, AttributeError):
             check(x, params, table)
             raise
     return out, _by_level(weights, table) if mixing else ()
@@ -246,5 +247,5 @@ def _double_backward(ctx, dd):
     return d_d_out, d_d_weights, dd_x, dd_params, None, None, None
 
 
-if backends.backends()["cpu"] is None:
+if backends()["cpu"] is None:
     _register()

@@ -133,6 +133,8 @@ class Table:
         statics: the shapes of the learned static tensors, which units of any level may share.
         root: the input slot that selectors of kind "root" read.
 
+    `text` is the table as the operator takes it (`codec.py`).
+
     Raises: ValueError, naming the place, what was expected and what came, for a table that contradicts itself.
     """
 
@@ -161,6 +163,11 @@ class Table:
         for index, level in enumerate(self.levels):
             widths = self._check_level(level, f"level {index}", widths)
         self._check_tasks(widths)
+        # The operator's argument. Written here, once: at a call it would cost more than a small network, and
+        # torch.compile could not trace it.
+        from fusedmoe.codec import write
+
+        object.__setattr__(self, "text", write(self))
 
     def _check_level(self, level: Level, where: str, slots: tuple[int, ...]) -> tuple[int, ...]:
         """Check one level over slots of these widths; return the widths of its units."""

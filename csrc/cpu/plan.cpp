@@ -206,7 +206,8 @@ class Builder {
       for (int u : units) width += slots_.at(u).width;
       bool one = units.size() == 1;
       tower.in = one ? slots_[units[0]] : panel(width, true);
-      tower.chain = chain(task.tower, tower.in, one ? d_slots_[units[0]] : d_panel(width), false);
+      // The derivative of the identity needs no output.
+      tower.chain = chain(task.tower, tower.in, one ? d_slots_[units[0]] : d_panel(width), task.tower.back().act != Act::identity);
       tower.units = keep(std::move(units));
       towers.push_back(tower);
     }

@@ -41,7 +41,8 @@ class Binding:
     Raises: Unfusable if something inside the module already stands between it and its table, or a parameter has another shape.
 
     It holds references into the module, never copies of tensors: parameters replaced or changed in place are seen at the next
-    call. It may be stored on the module itself; `deepcopy` and `pickle` carry both, bound to each other.
+    call. It may be stored on the module itself; `deepcopy` and `pickle` carry both, bound to each other. In code that
+    torch.compile made, hooks added afterwards are not looked for: that is so for any compiled module.
     """
 
     def __init__(self, module: nn.Module, wiring: Wiring, cure: str = CURE):

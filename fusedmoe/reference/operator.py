@@ -54,12 +54,10 @@ def forward(x: Tensor, params: Sequence[Tensor], table: Table) -> tuple[Tensor, 
     Returns: out [B, *table.output], and per level w [B, U, E], zero outside reads(u) and for units on which no output depends.
     """
     run = _run(x, params, table)
-    return run.out, tuple(_dense(level, state, x) for level, state in zip(table.levels, run.levels))
+    return run.out, tuple(_dense(level, state, x) for level, state in zip(table.levels, run.levels, strict=True))
 
 
-def backward(
-    x: Tensor, params: Sequence[Tensor], table: Table, d_out: Tensor, d_weights: Sequence[Tensor | None]
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def backward(x: Tensor, params: Sequence[Tensor], table: Table, d_out: Tensor, d_weights: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Return the gradients of the input and the parameters; they can be differentiated once more.
 
     Args:
@@ -90,9 +88,9 @@ def preactivations(x: Tensor, params: Sequence[Tensor], table: Table) -> Iterato
     run = _run(x, params, table)
     mlps = [(run.layout.experts[number][e], trace) for number, state in enumerate(run.levels) for e, trace in state.experts.items()]
     mlps += [(run.layout.gates[number][u], trace) for number, state in enumerate(run.levels) for u, trace in state.gates.items()]
-    mlps += zip(run.layout.towers, run.towers)
+    mlps += zip(run.layout.towers, run.towers, strict=True)
     for maps, trace in mlps:
-        for m, (h, z) in zip(maps, trace):
+        for m, (h, z) in zip(maps, trace, strict=True):
             yield m.activation, z, F.linear(h.abs(), params[m.weight].abs(), None if m.bias is None else params[m.bias].abs())
 
 
@@ -147,7 +145,7 @@ def _layout(table: Table) -> _Layout:
     for level in table.levels:
         experts.append([mlp(expert.layers) for expert in level.experts])
         gates.append([mlp((*u.gate.hidden, Layer(len(u.gate.sees), IDENTITY, u.gate.bias))) if u.gate else () for u in level.units])
-    towers = [mlp(task.tower) for task in table.tasks]
+    towers = [mlp(task.tower) for task in table.tasks if task.tower]
     return _Layout(experts, gates, towers, next(index))
 
 
@@ -198,9 +196,9 @@ def _mixing_weights(level: Level, u: int, state: _LevelState, params: Sequence[T
     unit = level.units[u]
     w: dict[int, Tensor] = {}
     if u in state.p:
-        w = dict(zip(unit.gate.sees, state.p[u].unbind(-1)))
+        w = dict(zip(unit.gate.sees, state.p[u].unbind(-1), strict=True))
     if unit.static:
-        for e, v in zip(unit.static.experts, _static_values(unit.static, params, statics, x)):
+        for e, v in zip(unit.static.experts, _static_values(unit.static, params, statics, x), strict=True):
             w[e] = w[e] + v if e in w else v.expand(len(x))
     return {e: w[e] for e in unit.reads}
 
@@ -237,7 +235,7 @@ def _or_zero(d: Tensor | None, like: Tensor) -> Tensor:
 
 def _backward_mlp(maps: _MLP, trace: _Trace, d: Tensor, params: Sequence[Tensor], grads: list[Tensor | None]) -> Tensor:
     """Turn the gradient of an MLP's output into that of its input; put those of its parameters into `grads`."""
-    for m, (h, z) in zip(reversed(maps), reversed(trace)):
+    for m, (h, z) in zip(reversed(maps), reversed(trace), strict=True):
         d_z = pullback(m.activation, z, d)
         grads[m.weight] = d_z.T @ h
         if m.bias is not None:
@@ -253,7 +251,7 @@ def _backward_towers(run: _Run, params: Sequence[Tensor], table: Table, d_out: T
     d_units: dict[int, Tensor] = {}
     for t, task in enumerate(table.tasks):
         d_joined = _backward_mlp(run.layout.towers[t], run.towers[t], d_out[:, t], params, grads)
-        for u, d in zip(task.units, d_joined.split([table.widths[-1][u] for u in task.units], -1)):
+        for u, d in zip(task.units, d_joined.split([table.widths[-1][u] for u in task.units], -1), strict=True):
             d_units[u] = _add(d_units.get(u), d)
     return d_units
 

@@ -1,0 +1,111 @@
+"""What a module computes, found by its structure: adapters that people register, then the one for the public AdaTT library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from fusedmoe.adapters import adatt_library
+from fusedmoe.adapters.conditions import require_fusable
+from fusedmoe.adapters.forward import FusedForward, Match, one_per_task, whole
+from fusedmoe.adapters.probe import require_agreement
+from fusedmoe.nn.binding import Binding
+from fusedmoe.nn.wiring import Unfusable, Wiring
+
+Adapter = Callable[[nn.Module], Wiring | Match | None]
+
+_registered: list[Adapter] = []
+
+
+def register_adapter(function: Adapter) -> Callable[[], None]:
+    """Let `function` recognise modules, before the built-in adapter and those registered earlier.
+
+    Args:
+        function: called with every module of a model, outermost first. It returns None for a module that it does not know, a
+            `Wiring` (the table, and the module's `state_dict` keys in the order of `table.parameters`), or a `Match` where the
+            module's input has another rank than its table suggests or its output another structure than [B, T, H]. It raises
+            `Unfusable(reason)` for a module that it knows and declines. It only reads the module.
+
+    What it finds is probed numerically, as what the built-in adapter finds, before anything is fused.
+
+    Returns: a function without arguments that takes the adapter out again.
+
+    Raises: TypeError if `function` cannot be called, ValueError if it is registered already.
+
+    Example: a layer of two linear experts over x [B, D], mixed by a gate on x for one task:
+
+        from fusedmoe import families
+        from fusedmoe.adapters import Wiring, register_adapter
+
+        def two_experts(module):
+            if type(module).__name__ != "TwoExperts":
+                return None
+            width = module.left.in_features
+            table = families.mmoe(width, [[module.left.out_features]], num_tasks=1, num_experts=2, activation="identity")
+            keys = ("left.weight", "left.bias", "right.weight", "right.bias", "gate.weight", "gate.bias")
+            return Wiring(table, keys)
+
+        unregister = register_adapter(two_experts)
+    """
+    if not callable(function):
+        raise TypeError(f"register_adapter: expected a function of a module, got {type(function).__name__}")
+    if function in _registered:
+        raise ValueError(f"register_adapter: expected a new adapter, got {function!r}, which is registered already")
+    _registered.append(function)
+    return lambda: _registered.remove(function)
+
+
+def recognise(module: nn.Module) -> Match | None:
+    """Return what `module` computes, probed; None if no adapter knows it.
+
+    Raises: Unfusable, with the reason, if an adapter knows it but it cannot be fused exactly.
+    """
+    for adapter in reversed(_registered):
+        found = adapter(module)
+        if found is not None:
+            match = found if isinstance(found, Match) else Match(adapter.__name__, _wiring(adapter, found), 2 if found.table.slots == 1 else 3)
+            require_fusable(module)
+            _require_exact(module, match)
+            return match
+    return _recognise_library(module)
+
+
+def _recognise_library(module: nn.Module) -> Match | None:
+    """Try each layer of the public library whose marks the module has."""
+    layers = adatt_library.candidates(module)
+    if not layers:
+        adatt_library.require_no_experts(module)
+        return None
+    require_fusable(module)
+    found = []
+    reasons = []
+    for layer in layers:
+        try:
+            found.append(adatt_library.match(module, layer))
+        except Unfusable as error:
+            reasons.append(f"{layer.family}: {error}")
+    # What came as far as the probe says more than what failed before.
+    reasons = [] if found else reasons
+    for match in found:
+        try:
+            _require_exact(module, match)
+            return match
+        except Unfusable as error:
+            reasons.append(f"{match.family}: {error}")
+    raise Unfusable("; ".join(reasons))
+
+
+def _require_exact(module: nn.Module, match: Match) -> None:
+    # Shapes first: their messages are clearer than the probe's.
+    Binding(module, match.wiring)
+    require_agreement(module, match)
+
+
+def _wiring(adapter: Adapter, found) -> Wiring:
+    if not isinstance(found, Wiring):
+        raise TypeError(f"adapter {adapter.__name__}: expected a Wiring, a Match or None, got {type(found).__name__}")
+    return found
+
+
+__all__ = ["FusedForward", "Match", "Unfusable", "Wiring", "one_per_task", "recognise", "register_adapter", "whole"]

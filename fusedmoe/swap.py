@@ -1,0 +1,217 @@
+"""Swap the layers of a model for one call of the operator each: in place, per instance, reversible.
+
+`fuse` sets one attribute, `forward`, on the instance of a layer; `nn.Module.__call__` finds it before the method of the class.
+Class, module tree, parameters, buffers, hooks and `state_dict` stay what they were, and `unfuse` deletes the attribute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from fusedmoe.adapters import FusedForward, Match, Unfusable, recognise, register_adapter
+from fusedmoe.backends import choose, require
+from fusedmoe.nn.binding import Binding, describe_table
+from fusedmoe.nn.fused import Fused
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module of a model: where it is, what it was found to be, and what runs it or why nothing does."""
+
+    path: str
+    module: str
+    family: str = ""
+    backend: str = ""
+    reason: str = ""
+
+    def __str__(self) -> str:
+        found = f"{self.path or '(the model itself)'}: {self.module}"
+        if self.reason:
+            return f"{found}: {self.reason}"
+        return f"{found} as {self.family}, backend {self.backend}"
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What `fuse` did: the layers it fused, those that were fused already, and what it left alone, with the reasons.
+
+    True if anything was fused by this call.
+    """
+
+    fused: tuple[Entry, ...] = ()
+    declined: tuple[Entry, ...] = ()
+    already: tuple[Entry, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.fused)
+
+    def __str__(self) -> str:
+        if not (self.fused or self.declined or self.already):
+            return "fused: 0; no layer of this model was recognised, fusedmoe.register_adapter can teach one"
+        lines = [f"fused: {len(self.fused)}", *(f"  {entry}" for entry in self.fused)]
+        for word, entries in (("fused already", self.already), ("declined", self.declined)):
+            if entries:
+                lines += [f"{word}: {len(entries)}", *(f"  {entry}" for entry in entries)]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """A module that somebody recognised, or came near to. One of `binding` (fused), `match` (fusable) and `entry.reason` (declined) says which."""
+
+    entry: Entry
+    module: nn.Module
+    binding: Binding | None = None
+    match: Match | None = None
+
+
+def fuse(model: nn.Module, backend: str = "auto") -> FuseReport:
+    """Let every layer of `model` that is recognised run as one call of the operator, in place.
+
+    Args:
+        model: any module; it may be a layer itself. Layers are found by their structure, outermost first, and each is probed
+            numerically on a copy before it is trusted. A layer whose inside was changed after it was fused is looked at anew.
+        backend: "auto" chooses at every call; a name runs that backend or raises.
+
+    Returns: the report. What could not be fused exactly runs as before, and stands in `declined` with the reason.
+
+    Raises: TypeError if `model` is no module, ValueError for an unknown backend, RuntimeError with the reason for one that cannot
+        run here, or not with the dtype and device of a layer. The model is then as it was.
+    """
+    _require_module(model, "fuse")
+    require(backend)
+    before = _installed(model)
+    try:
+        for module, forward in before:
+            if forward.binding.change():
+                del module.__dict__["forward"]
+        findings = list(_walk(model, "", set()))
+        planned = [(finding.module, _forward(finding.module, finding.match, backend)) for finding in findings if finding.match]
+    except BaseException:
+        for module, forward in before:
+            module.__dict__["forward"] = forward
+        raise
+    for module, forward in planned:
+        module.__dict__["forward"] = forward
+    return FuseReport(
+        tuple(replace(finding.entry, backend=backend) for finding in findings if finding.match),
+        tuple(finding.entry for finding in findings if finding.entry.reason),
+        tuple(finding.entry for finding in findings if finding.binding and not finding.entry.reason),
+    )
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every layer of `model` that `fuse` fused the forward of its class back; the model is bit for bit what it was.
+
+    Modules of `fusedmoe.nn` have no other forward and stay. A model without fused layers is left alone.
+
+    Raises: TypeError if `model` is no module.
+    """
+    _require_module(model, "unfuse")
+    for module, _ in _installed(model):
+        del module.__dict__["forward"]
+
+
+def describe(model: nn.Module) -> str:
+    """Return the wiring of every layer found in `model`, fused or not: experts, slots, units, what they see, gates, static
+    weights, widths, parameters and FLOPs; and the backend of those that are fused. The model is not changed.
+
+    Raises: TypeError if `model` is no module.
+    """
+    _require_module(model, "describe")
+    texts = []
+    for finding in _walk(model, "", set()):
+        table = finding.binding.table if finding.binding else finding.match.wiring.table if finding.match else None
+        lines = describe_table(table).splitlines() if table else []
+        texts.append("\n".join([f"{finding.entry}{_choice(finding)}", *(f"  {line}" for line in lines)]))
+    return "\n".join(texts) if texts else "no layer of this model was recognised; fusedmoe.register_adapter can teach one"
+
+
+def _choice(finding: _Finding) -> str:
+    """Return what "auto" comes to for a fused module as it stands."""
+    if finding.entry.backend != "auto" or finding.entry.reason:
+        return ""
+    parameter = next(finding.module.parameters())
+    return f" (chooses {choose('auto', parameter.device, parameter.dtype)})"
+
+
+def _forward(module: nn.Module, match: Match, backend: str) -> FusedForward:
+    """Return the forward for a module. Raises: RuntimeError if the backend asked for cannot serve its parameters."""
+    parameter = next(module.parameters())
+    choose(backend, parameter.device, parameter.dtype)
+    return FusedForward(module, match, backend)
+
+
+def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[_Finding]:
+    """Yield what is found in a tree, outermost first; a module that stands at two paths once."""
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    finding = _find(module, path)
+    if finding:
+        yield finding
+        if finding.binding or finding.match or _wrapper(module):
+            return
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _walk(child, f"{path}.{name}" if path else name, seen)
+
+
+def _find(module: nn.Module, path: str) -> _Finding | None:
+    """Return what one module is: fused, fusable, declined with a reason, or None."""
+    entry = Entry(path, type(module).__name__)
+    reason = _wrapper(module)
+    if reason:
+        return _Finding(replace(entry, reason=reason), module)
+    try:
+        fused = _fused(module)
+        if fused:
+            family, backend, binding = fused
+            change = binding.change()
+            reason = f"was changed inside after it was fused. {change}" if change else ""
+            return _Finding(replace(entry, family=family, backend=backend, reason=reason), module, binding)
+        match = recognise(module)
+    except Unfusable as error:
+        return _Finding(replace(entry, reason=str(error)), module)
+    return _Finding(replace(entry, family=match.family, backend="none (not fused)"), module, match=match) if match else None
+
+
+def _fused(module: nn.Module) -> tuple[str, str, Binding] | None:
+    """Return (family, backend, binding) of a module that `fuse` fused, or that is one of `fusedmoe.nn`."""
+    forward = _forward_of(module)
+    if forward:
+        return forward.family, forward.backend, forward.binding
+    return (type(module).wiring.__name__, module.backend, module._binding) if isinstance(module, Fused) else None
+
+
+def _wrapper(module: nn.Module) -> str:
+    """Return why nothing below a wrapper of PyTorch's can be fused; empty for other modules."""
+    if isinstance(module, nn.DataParallel):
+        return "it copies its modules to every device in each call; fused layers would read the first device's parameters. Use DistributedDataParallel"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is compiled by TorchScript; fuse the model before"
+    if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+        return "it is compiled by torch.compile; fuse the model before"
+    return ""
+
+
+def _forward_of(module: nn.Module) -> FusedForward | None:
+    """Return the forward that `fuse` set on this very module."""
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, FusedForward) else None
+
+
+def _installed(model: nn.Module) -> list[tuple[nn.Module, FusedForward]]:
+    return [(module, forward) for module in model.modules() if (forward := _forward_of(module))]
+
+
+def _require_module(model, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: expected an nn.Module, got {type(model).__name__}")
+
+
+__all__ = ["Entry", "FuseReport", "describe", "fuse", "register_adapter", "unfuse"]

@@ -1,0 +1,280 @@
+"""Cases, inputs and the measure of error that `tests/` and `bench/` share. No tolerance is typed anywhere: each is derived here.
+
+The rule: error(ours, truth) <= 2 x error(plain torch in that dtype, truth) + 8 x roundoff x max |truth|, with the largest absolute
+difference as error and autograd of the eager reference in float64 as truth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedmoe import dtype as dtypes
+from fusedmoe.activation import Activation, activation
+from fusedmoe.families import FAMILIES
+from fusedmoe.reference import operator as reference
+from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit
+
+KINKED = ("relu", "leaky_relu", "elu")
+# A z nearer to the kink than this many roundoffs of its terms may fall on the other side in another order of summation.
+KINK_ROUNDOFFS = 8
+MOST_LEFT_OUT = 0.05
+# Plain torch's error on one input may be small by luck: a sum of five numbers is often exact. Over 15,868 values (all cases, 4 seeds)
+# 3 neighbours at 1 roundoff left 1 in 2,000 of the cpu backend's beyond the rule, 8 at 4 roundoffs none beyond half of it.
+NEIGHBOURS = 8
+NEIGHBOUR_ROUNDOFFS = 4
+
+Network = Callable[[Tensor, Sequence[Tensor], Table], tuple[Tensor, Sequence[Tensor]]]
+
+
+class Case(NamedTuple):
+    """A table and the number of rows to run it on."""
+
+    table: Table
+    rows: int
+
+
+class Problem(NamedTuple):
+    """What one comparison starts from: x [B, S, D], the parameters, and the upstream gradients of output and mixing weights."""
+
+    table: Table
+    x: Tensor
+    params: tuple[Tensor, ...]
+    d_out: Tensor
+    d_weights: tuple[Tensor, ...]
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same numbers, rounded to a dtype."""
+        return Problem(self.table, self.x.to(dtype), tuple(p.to(dtype) for p in self.params), self.d_out.to(dtype), tuple(d.to(dtype) for d in self.d_weights))
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """Return max |value - truth| in float64; infinite where NaN or infinity stands in one and not the same in the other."""
+    if value.shape != truth.shape:
+        raise AssertionError(f"expected shape {list(truth.shape)}, got {list(value.shape)}")
+    value, truth = value.detach().double(), truth.detach().double()
+    difference = (value - truth).abs()
+    same = (value == truth) | (value.isnan() & truth.isnan())
+    return float(torch.where(same, 0.0, difference.nan_to_num(nan=math.inf)).max()) if value.numel() else 0.0
+
+
+def bound(plain_error: float, truth: Tensor, dtype: torch.dtype) -> float:
+    """Return the largest error allowed in `dtype`, given that of plain torch: the rule of this module."""
+    largest = float(truth.detach().double().abs().max()) if truth.numel() else 0.0
+    return 2 * plain_error + 8 * dtypes.row(dtype).roundoff * largest
+
+
+def assert_close(ours: dict[str, Tensor | None], expected: dict[str, tuple[Tensor | None, float]]) -> None:
+    """Raise AssertionError, naming the worst, unless every named value is as near to its truth as its bound allows.
+
+    Args:
+        ours: values by name, as `evaluate` returns them.
+        expected: (truth, largest error allowed) by name, as `expectation` returns them. None stands for no gradient.
+    """
+    assert ours.keys() == expected.keys(), f"expected {sorted(expected)}, got {sorted(ours)}"
+    faults = []
+    for name, (truth, allowed) in expected.items():
+        value = ours[name]
+        if value is None or truth is None:
+            if value is not truth:
+                faults.append((math.inf, f"{name}: expected {'no gradient' if truth is None else 'a gradient'}, got {'none' if value is None else 'one'}"))
+        elif not (worst := error(value, truth)) <= allowed:
+            faults.append((worst / max(allowed, 1e-300), f"{name}: expected an error of at most {allowed:.2e}, got {worst:.2e} ({list(value.shape)})"))
+    assert not faults, f"{len(faults)} of {len(expected)} differ, the worst in {max(faults)[1]}"
+
+
+def randomise(params: Iterable[Tensor], seed: int) -> None:
+    """Overwrite every tensor with normal numbers of the scale 1 / sqrt(width of its rows), so that no value is so small that errors hide.
+
+    Some libraries initialise near zero, where a broken kernel passes every comparison.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for param in params:
+            scale = param.shape[-1] ** -0.5 if param.dim() > 1 and param.shape[-1] else 0.5
+            param.copy_(torch.randn(param.shape, generator=generator, dtype=torch.float64) * scale)
+
+
+def problem(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:
+    """Return the inputs of a case: random numbers in `dtype`, without the rows whose gradient depends on the order of summation.
+
+    Raises: AssertionError if more than 5 % of the rows would have to go.
+    """
+    table = case.table
+    params = tuple(torch.empty(p.shape, dtype=dtype) for p in table.parameters)
+    randomise(params, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = draw(case.rows, table.slots, table.width)
+    x = x[rows_off_kinks(x, params, table)]
+    d_out = draw(len(x), *eager(x, params, table)[0].shape[1:])
+    return Problem(table, x, params, d_out, tuple(draw(len(x), len(level.units), len(level.experts)) for level in table.levels))
+
+
+def rows_off_kinks(x: Tensor, params: Sequence[Tensor], table: Table) -> Tensor:
+    """Return which rows [B] have every |z| >= 8 roundoff x sum over k of |w_k x_k|, in float64, at every kinked activation.
+
+    Raises: AssertionError if fewer than 95 % have.
+    """
+    # Float64 takes the margin of float32, because `expectation` measures plain torch in float32 on the same rows.
+    margin = KINK_ROUNDOFFS * max(dtypes.row(x.dtype).roundoff, dtypes.row(torch.float32).roundoff)
+    off = torch.ones(len(x), dtype=torch.bool)
+    for kind, z, scale in reference.preactivations(x.double(), [p.double() for p in params], table):
+        if kind.name in KINKED:
+            off &= ~((z.abs() < margin * scale).any(-1))
+    assert int((~off).sum()) <= MOST_LEFT_OUT * len(x), f"expected at most {MOST_LEFT_OUT:.0%} of {len(x)} rows near a kink, got {int((~off).sum())}"
+    return off
+
+
+def eager(x: Tensor, params: Sequence[Tensor], table: Table) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The reference's forward, its output arranged as callers see it: tasks without towers get the concatenation of their units."""
+    out, weights = reference.forward(x, params, table)
+    if table.tasks and not table.has_towers:
+        out = torch.stack([torch.cat([out[:, u] for u in task.units], -1) for task in table.tasks], 1)
+    return out, weights
+
+
+def evaluate(network: Network, given: Problem, strided: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor | None]:
+    """Run a network and its autograd; return output, mixing weights and every gradient by name (None: no gradient).
+
+    `strided` gives each tensor its layout: it returns the same numbers in another one.
+    """
+    x, *params = (strided(t.detach()).requires_grad_() for t in (given.x, *given.params))
+    out, weights = network(x, params, given.table)
+    # A network that keeps its mixing weights to itself returns none.
+    loss = (out * strided(given.d_out)).sum() + sum((w * strided(d)).sum() for w, d in zip(weights, given.d_weights, strict=False))
+    grads = torch.autograd.grad(loss, [x, *params], allow_unused=True) if loss.requires_grad else [None] * (1 + len(params))
+    # An input that no output depends on has a gradient all the same: zero, as the slots have that nobody reads.
+    d_x = torch.zeros_like(x) if grads[0] is None else grads[0]
+    names = [f"d_{p.name}" for p in given.table.parameters]
+    outputs = {"out": out.detach(), **{f"weights.{i}": w.detach() for i, w in enumerate(weights)}}
+    return {**outputs, "d_x": d_x, **dict(zip(names, grads[1:], strict=True))}
+
+
+def expectation(given: Problem, network: Network = eager) -> dict[str, tuple[Tensor | None, float]]:
+    """Return (truth, largest error allowed) by name for the outputs and gradients of a problem in its dtype.
+
+    Plain torch's error is the largest of a few runs, on the problem and its neighbours, all against the problem's truth. In float64,
+    where plain torch is the truth itself, it is measured in float32 and scaled by the ratio of the roundoffs.
+    """
+    dtype = given.x.dtype
+    measured = torch.float32 if dtype == torch.float64 else dtype
+    rounded = given.to(measured)
+    exact = evaluate(network, rounded.to(torch.float64))
+    truth = exact if measured == dtype else evaluate(network, given)
+    runs = [evaluate(network, rounded), *(evaluate(network, neighbour(rounded, seed)) for seed in range(NEIGHBOURS))]
+    scale = dtypes.row(dtype).roundoff / dtypes.row(measured).roundoff
+
+    def allowed(name: str, value: Tensor | None) -> float:
+        return 0.0 if value is None else bound(scale * max(error(run[name], exact[name]) for run in runs), value, dtype)
+
+    return {name: (value, allowed(name, value)) for name, value in truth.items()}
+
+
+def neighbour(given: Problem, seed: int) -> Problem:
+    """Return the problem with every number moved up or down by a few roundings in its dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    step = NEIGHBOUR_ROUNDOFFS * dtypes.row(given.x.dtype).roundoff
+
+    def move(tensor: Tensor) -> Tensor:
+        sign = 2 * torch.randint(2, tensor.shape, generator=generator) - 1
+        return (tensor.double() * (1 + step * sign)).to(tensor.dtype)
+
+    return Problem(given.table, move(given.x), tuple(map(move, given.params)), move(given.d_out), tuple(map(move, given.d_weights)))
+
+
+# The activation of a family's tiny, ragged, one-expert and empty-gate cases; between them they cover all; the others use relu.
+ACTIVATION = dict(
+    zip(FAMILIES, ("silu", "gelu", "tanh", "gelu_tanh", "sigmoid", "leaky_relu", "elu", "softplus", "identity", "silu", "relu", "gelu"), strict=True)
+)
+ONE_LEVEL = ("single_task", "shared_bottom", "omoe", "mmoe", "cgc", "asymmetric_sharing", "customized_sharing")
+
+
+def build(family: str, width: int, widths: list[list[int]], tasks: int, experts: int | list[int], **more) -> Table:
+    """Return a family's table with `experts` experts per task (a list: per task) and as many shared ones, or in all where tasks own none."""
+    function = FAMILIES[family]
+    count = experts if isinstance(experts, int) else max(experts)
+    if family in ("omoe", "mmoe", "ml_mmoe"):
+        more["num_experts"] = count
+    if family in ("cgc", "ple", "adatt_sp", "adatt"):
+        more["num_task_experts"] = experts
+    if family in ("cgc", "ple", "adatt"):
+        more["num_shared_experts"] = count
+    if family == "asymmetric_sharing":
+        more["borrows"] = [[t, (t + 1) % tasks] for t in range(tasks)]
+    return function(width, widths[:1] if family in ONE_LEVEL else widths, tasks, **more)
+
+
+def ragged(table: Table) -> Table:
+    """Give the experts of each level different depths and hidden widths: expert e gets e % 3 more layers before its last."""
+    levels = []
+    for level in table.levels:
+        experts = []
+        for e, expert in enumerate(level.experts):
+            kind = expert.layers[0].activation
+            experts.append(replace(expert, layers=(*(Layer(3 + 2 * e + j, kind) for j in range(e % 3)), expert.layers[-1])))
+        levels.append(replace(level, experts=tuple(experts)))
+    return replace(table, levels=tuple(levels))
+
+
+def with_empty_gate(table: Table) -> Table:
+    """Let unit 0 of every level see nothing: its output is zero, and a slot of zeros for the level above."""
+    empty = Unit(Gate(Selector("slot", 0), ()))
+    return replace(table, levels=tuple(replace(level, units=(empty, *level.units[1:])) for level in table.levels))
+
+
+def every_feature() -> Table:
+    """Two slots, selectors of all kinds, hidden layers in gates, gates and layers without bias, static weights fixed, learned and shared
+    between levels, experts and units that no output needs, an empty gate, a unit without anything, towers that share a unit."""
+
+    def mlp(*widths: int, name: str = "relu", bias: bool = True) -> tuple[Layer, ...]:
+        return tuple(Layer(width, activation(name), bias) for width in widths)
+
+    lower = Level(
+        (Expert(0, mlp(5, 4, name="tanh")), Expert(1, mlp(4, bias=False)), Expert(0, mlp(6, 3, 5, 4, name="elu")), Expert(1, mlp(4)), Expert(0, mlp(4))),
+        (
+            Unit(Gate(Selector("slot", 1), (2, 0), mlp(3, name="gelu"))),
+            Unit(Gate(Selector("expert", 3), (0, 1), bias=False), Static((1, 2), tensor=0, offset=1)),
+            Unit(Gate(Selector("root"), (1, 2)), Static((2,), (0.5,))),
+            Unit(Gate(Selector("slot", 0), ())),
+            Unit(),
+            Unit(Gate(Selector("slot", 0), (4,))),
+        ),
+    )
+    upper = Level(
+        (Expert(0, mlp(3)), Expert(1, mlp(7, 3, name="silu")), Expert(4, mlp(3)), Expert(3, mlp(3)), Expert(2, (Layer(3, Activation("leaky_relu", 0.2)),))),
+        (
+            Unit(Gate(Selector("root"), (0, 1, 4)), Static((0,), tensor=0)),
+            Unit(static=Static((1, 2, 3), tensor=1)),
+            Unit(Gate(Selector("expert", 0), (3, 1))),
+            Unit(static=Static((0,), tensor=2)),
+        ),
+    )
+    towers = (Task((0,), mlp(4, 2)), Task((1, 0), mlp(2, name="sigmoid")), Task((2,), mlp(3, 2, bias=False)))
+    return Table(2, 5, (lower, upper), towers, ((2, 3), (3,), (1,)), root=1)
+
+
+@cache
+def cases() -> dict[str, Case]:
+    """Every family x {tiny, odd sizes, one row, one expert, ragged experts, empty gate}, and one table with everything, by name."""
+    result = {"every_feature": Case(every_feature(), 70)}
+    for family, name in ACTIVATION.items():
+        odd = build(family, 13, [[9, 11], [7]], 3, 2, towers=(5, 1))
+        result |= {
+            f"{family}-tiny": Case(build(family, 2, [[2], [2]], 2, 2, activation=name), 3),
+            f"{family}-odd": Case(odd, 37),
+            f"{family}-one_row": Case(odd, 1),
+            f"{family}-one_expert": Case(build(family, 5, [[4], [3]], 2, 1, activation=name), 5),
+            f"{family}-ragged": Case(ragged(build(family, 6, [[5], [7]], 3, [1, 3, 2], activation=name)), 19),
+            f"{family}-empty_gate": Case(with_empty_gate(build(family, 6, [[5], [4]], 2, 2, activation=name)), 7),
+        }
+    return result

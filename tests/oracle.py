@@ -1,0 +1,165 @@
+"""The operator and four families by float64 loops over rows, units, experts and k, written from the papers' equations.
+
+Plain Python numbers and lists: nothing here is shared with the reference. Only for tiny sizes.
+"""
+
+from __future__ import annotations
+
+import math
+
+ACTIVATIONS = {
+    "identity": lambda z, _: z,
+    "relu": lambda z, _: 0.0 if z <= 0 else z,
+    "sigmoid": lambda z, _: 1 / (1 + math.exp(-z)),
+    "tanh": lambda z, _: math.tanh(z),
+    "silu": lambda z, _: z / (1 + math.exp(-z)),
+    "gelu": lambda z, _: z * (1 + math.erf(z / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda z, _: z * (1 + math.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2,
+    "leaky_relu": lambda z, slope: z if z > 0 else slope * z,
+    "elu": lambda z, alpha: z if z > 0 else alpha * math.expm1(z),
+    # PyTorch's softplus is the identity above 20.
+    "softplus": lambda z, _: z if z > 20 else math.log1p(math.exp(z)),
+}
+
+
+def dot(a, b):
+    total = 0.0
+    for k in range(len(a)):
+        total += a[k] * b[k]
+    return total
+
+
+def linear(weight, bias, h):
+    """W h + b for W [N][K]; no bias where it is None."""
+    return [dot(weight[n], h) + (bias[n] if bias is not None else 0.0) for n in range(len(weight))]
+
+
+def mlp(layers, h):
+    """`layers`: (weight, bias, activation name, its parameter) from the input upward."""
+    for weight, bias, name, parameter in layers:
+        h = [ACTIVATIONS[name](z, parameter) for z in linear(weight, bias, h)]
+    return h
+
+
+def softmax(z):
+    top = max(z, default=0.0)
+    powers = [math.exp(value - top) for value in z]
+    return [power / sum(powers) for power in powers]
+
+
+def combine(weights, vectors):
+    """sum over e of weights[e] vectors[e], elementwise."""
+    return [dot(weights, [vector[n] for vector in vectors]) for n in range(len(vectors[0]))]
+
+
+def network(table, values, row):
+    """One row through a table. `values`: parameter name -> nested lists; row [S][D]. Returns (out, w per level as [U][E])."""
+    slots = [list(slot) for slot in row]
+    root = slots[table.root]
+    weights = []
+    for number, level in enumerate(table.levels):
+        y = [mlp(_layers(values, f"levels.{number}.experts.{e}", expert.layers), slots[expert.slot]) for e, expert in enumerate(level.experts)]
+        w = [_unit_weights(values, table, number, u, unit, slots, root, y) for u, unit in enumerate(level.units)]
+        units = []
+        for u, unit in enumerate(level.units):
+            reads = sorted(set(unit.gate.sees if unit.gate else ()) | set(unit.static.experts if unit.static else ()))
+            units.append(combine([w[u][e] for e in reads], [y[e] for e in reads]) if reads else [0.0] * table.widths[number + 1][u])
+        weights.append(w)
+        slots = units
+    if any(task.tower for task in table.tasks):
+        joined = [[value for u in task.units for value in slots[u]] for task in table.tasks]
+        return [mlp(_layers(values, f"towers.{t}", task.tower), joined[t]) for t, task in enumerate(table.tasks)], weights
+    return slots, weights
+
+
+def _layers(values, where, layers):
+    return [
+        (values[f"{where}.{j}.weight"], values[f"{where}.{j}.bias"] if layer.bias else None, layer.activation.name, layer.activation.parameter)
+        for j, layer in enumerate(layers)
+    ]
+
+
+def _unit_weights(values, table, number, u, unit, slots, root, y):
+    """w[u] over all experts of the level: softmax over those seen, plus the static weights."""
+    w = [0.0] * len(y)
+    if unit.gate is not None and unit.gate.sees:
+        selector = {"slot": slots, "root": [root], "expert": y}[unit.gate.selector.kind][unit.gate.selector.index]
+        where = f"levels.{number}.gates.{u}"
+        hidden = mlp(_layers(values, f"{where}.hidden", unit.gate.hidden), selector)
+        logits = linear(values[f"{where}.weight"], values[f"{where}.bias"] if unit.gate.bias else None, hidden)
+        for e, p in zip(unit.gate.sees, softmax(logits), strict=True):
+            w[e] += p
+    if unit.static is not None:
+        for i, e in enumerate(unit.static.experts):
+            w[e] += unit.static.values[i] if unit.static.values is not None else _flat(values[f"statics.{unit.static.tensor}"])[unit.static.offset + i]
+    return w
+
+
+def _flat(nested):
+    return [value for item in nested for value in _flat(item)] if isinstance(nested, list) else [nested]
+
+
+def mmoe(x, experts, gates):
+    """MMoE eq. 6-8: f^k(x) = sum over i of g^k(x)_i f_i(x), g^k(x) = softmax(W_gk x + b_gk). Returns [T][H].
+
+    `experts`: n MLPs; `gates`: (W, b) per task.
+    """
+    outputs = [mlp(expert, x) for expert in experts]
+    return [combine(softmax(linear(weight, bias, x)), outputs) for weight, bias in gates]
+
+
+def ple(slots, levels, counts):
+    """PLE eq. 2-7. Returns [T][H].
+
+    Task k's gate weighs its own m_k experts and the m_s shared ones, in this order (eq. 2-5); below the last level one more
+    gate weighs the experts of all tasks and the shared ones (eq. 6-7); each reads its own slot, the shared one comes last.
+
+    `levels`: (experts, gates) per level, experts ordered by task, the shared ones last; `counts`: m_k per task, then m_s.
+    """
+    tasks = len(counts) - 1
+    for experts, gates in levels:
+        outputs = []
+        place = 0
+        for k in range(tasks + 1):
+            outputs.append([mlp(experts[place + i], slots[k]) for i in range(counts[k])])
+            place += counts[k]
+        units = []
+        for k in range(len(gates)):
+            selected = outputs[k] + outputs[tasks] if k < tasks else [y for group in outputs for y in group]
+            units.append(combine(softmax(linear(*gates[k], slots[k])), selected))
+        slots = units
+    return slots
+
+
+def adatt(slots, levels, counts):
+    """AdaTT eq. 2-10: f_t = AllTaskFusion + NativeExpertFusion. Returns one vector per unit of the last level.
+
+    AllTaskFusion weighs every expert of the level by softmax(G_t x_t); NativeExpertFusion adds the unit's own experts with
+    the weights v_t, which do not depend on x. With one native expert everywhere v_t = 1, and without the residual it is absent.
+
+    `levels`: (experts ordered by slot, gates, natives) per level, natives[u] = v_u or None; `counts`: experts per slot, shared last if any.
+    """
+    for experts, gates, natives in levels:
+        own = []
+        place = 0
+        for s in range(len(counts)):
+            own.append([mlp(experts[place + i], slots[s]) for i in range(counts[s])])
+            place += counts[s]
+        everything = [y for group in own for y in group]
+        units = []
+        for u in range(len(gates)):
+            fused = combine(softmax(linear(*gates[u], slots[u])), everything)
+            if natives[u] is not None:
+                native = combine(natives[u], own[u])
+                fused = [a + b for a, b in zip(fused, native, strict=True)]
+            units.append(fused)
+        slots = units
+    return slots
+
+
+def cross_stitch(slots, levels):
+    """Cross-Stitch (MMoE 6.1): unit i = sum over j of alpha_ij times task j's hidden vector. `levels`: (experts, alpha [T][T])."""
+    for experts, alpha in levels:
+        outputs = [mlp(expert, slot) for expert, slot in zip(experts, slots, strict=True)]
+        slots = [combine(row, outputs) for row in alpha]
+    return slots

@@ -1,0 +1,191 @@
+"""Properties that hold for every table, over random ones."""
+
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from fusedmoe.activation import DEFAULT_PARAMETER, activation
+from fusedmoe.op import fusion_network
+from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit
+from fusedmoe.testing import Problem, assert_close, evaluate, expectation, randomise
+
+# The same tables on every run: a suite that is red once in a hundred runs teaches people to run it again.
+SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
+WIDTHS = st.integers(1, 9)
+SMOOTH = sorted(set(DEFAULT_PARAMETER) - {"relu", "leaky_relu", "elu"})
+LEARNED = (3, 4)
+
+
+@st.composite
+def layers(draw, width=None, most: int = 3):
+    """1 to `most` layers, the last of a given width."""
+    result = draw(st.lists(st.builds(Layer, WIDTHS, st.sampled_from(SMOOTH).map(activation), st.booleans()), min_size=1, max_size=most))
+    return (*result[:-1], replace(result[-1], width=width)) if width else tuple(result)
+
+
+def subset(count: int, least: int = 0):
+    return st.lists(st.integers(0, count - 1), unique=True, min_size=least, max_size=count).map(tuple)
+
+
+@st.composite
+def gates(draw, slots: int, experts: int):
+    kind = draw(st.sampled_from(["slot", "root", "expert"]))
+    index = draw(st.integers(0, {"slot": slots, "root": 1, "expert": experts}[kind] - 1))
+    return Gate(Selector(kind, index), draw(subset(experts)), draw(st.just(()) | layers(most=2)), draw(st.booleans()))
+
+
+@st.composite
+def statics(draw, experts: int):
+    chosen = draw(subset(experts, 1))
+    if draw(st.booleans()):
+        return Static(chosen, tuple(draw(st.lists(st.floats(-2, 2), min_size=len(chosen), max_size=len(chosen)))))
+    return Static(chosen, tensor=0, offset=draw(st.integers(0, LEARNED[0] * LEARNED[1] - len(chosen))))
+
+
+@st.composite
+def tables(draw):
+    """1 to 3 levels of up to 4 experts and 3 units, any selector and static weights, towers or none."""
+    slots = inputs = draw(st.integers(1, 3))
+    levels = []
+    for _ in range(draw(st.integers(1, 3))):
+        width = draw(WIDTHS)
+        experts = tuple(Expert(slot, draw(layers(width))) for slot in draw(st.lists(st.integers(0, slots - 1), min_size=1, max_size=4)))
+        unit = st.builds(Unit, st.none() | gates(slots, len(experts)), st.none() | statics(len(experts)))
+        levels.append(Level(experts, tuple(draw(st.lists(unit, min_size=1, max_size=3)))))
+        slots = len(levels[-1].units)
+    width = draw(WIDTHS)
+    tasks = draw(st.just(()) | st.lists(st.builds(Task, subset(slots, 1), layers(width, 2)), min_size=1, max_size=2).map(tuple))
+    return Table(inputs, draw(WIDTHS), tuple(levels), tasks, (LEARNED,), draw(st.integers(0, inputs - 1)))
+
+
+def start(table: Table, rows: int = 5, dtype: torch.dtype = torch.float64) -> Problem:
+    """Random numbers for a table."""
+    x, d_out = torch.empty(rows, table.slots, table.width, dtype=dtype), torch.empty(rows, *table.output, dtype=dtype)
+    params = tuple(torch.empty(p.shape, dtype=dtype) for p in table.parameters)
+    d_weights = tuple(torch.empty(rows, len(level.units), len(level.experts), dtype=dtype) for level in table.levels)
+    for seed, tensors in enumerate(([x], params, [d_out], d_weights)):
+        randomise(tensors, seed)
+    return Problem(table, x, params, d_out, d_weights)
+
+
+def fused(x: Tensor, params, table: Table):
+    return fusion_network(x, params, table, backend="cpu", return_mixing_weights=True)
+
+
+def by_name(given: Problem) -> dict[str, Tensor]:
+    return {p.name: tensor for p, tensor in zip(given.table.parameters, given.params, strict=True)}
+
+
+@SETTINGS
+@given(tables(), st.sampled_from([torch.float32, torch.float64]), st.integers(1, 70))
+def test_parity_of_any_table(table, dtype, rows):
+    given = start(table, rows, dtype)
+    assert_close(evaluate(fused, given), expectation(given))
+
+
+@SETTINGS
+@given(tables(), st.randoms(use_true_random=False))
+def test_permuting_the_experts_changes_nothing(table, random):
+    """Expert `order[e]` of the permuted table is expert e; sums run in another order, so equal up to rounding."""
+    levels, renamed, orders = [], {}, []
+    for number, level in enumerate(table.levels):
+        order = random.sample(range(len(level.experts)), len(level.experts))
+        orders.append(order)
+        levels.append(Level(tuple(level.experts[order.index(i)] for i in range(len(order))), tuple(renumbered(unit, order) for unit in level.units)))
+        renamed |= {f"levels.{number}.experts.{e}.": f"levels.{number}.experts.{i}." for e, i in enumerate(order)}
+    permuted = replace(table, levels=tuple(levels))
+    given = start(table)
+
+    def target(name: str) -> str:
+        return next((new + name.removeprefix(old) for old, new in renamed.items() if name.startswith(old)), name)
+
+    values = {target(name): tensor for name, tensor in by_name(given).items()}
+    back = [torch.tensor(order) for order in orders]
+    d_weights = tuple(torch.empty_like(d).index_copy_(2, order, d) for d, order in zip(given.d_weights, back, strict=True))
+    ours = evaluate(fused, Problem(permuted, given.x, tuple(values[p.name] for p in permuted.parameters), given.d_out, d_weights))
+    wanted = expectation(given)
+    result = {name: ours["d_" + target(name[2:])] if name.startswith("d_levels") else ours[name] for name in wanted}
+    result |= {f"weights.{i}": ours[f"weights.{i}"][:, :, order] for i, order in enumerate(back)}
+    assert_close(result, wanted)
+
+
+def renumbered(unit: Unit, order: list[int]) -> Unit:
+    """The unit with expert e called `order[e]`."""
+    gate, static = unit.gate, unit.static
+    if gate:
+        selector = replace(gate.selector, index=order[gate.selector.index]) if gate.selector.kind == "expert" else gate.selector
+        gate = replace(gate, selector=selector, sees=tuple(order[e] for e in gate.sees))
+    return Unit(gate, static and replace(static, experts=tuple(order[e] for e in static.experts)))
+
+
+@SETTINGS
+@given(tables(), st.floats(-3, 3))
+def test_shifting_the_bias_of_a_gate_changes_nothing(table, shift):
+    given = start(table)
+    shifted = tuple(t + shift if ".gates." in name and ".hidden." not in name and name.endswith("bias") else t for name, t in by_name(given).items())
+    assert_close(evaluate(fused, given._replace(params=shifted)), expectation(given))
+
+
+@SETTINGS
+@given(tables(), st.floats(-2, 2))
+def test_the_output_of_a_level_is_linear_in_its_static_weights(table, factor):
+    given = start(replace(table, levels=table.levels[:1], tasks=()))
+    learned = given.params[-1]
+
+    def at(v: Tensor) -> Tensor:
+        return fused(given.x, (*given.params[:-1], v), given.table)[0]
+
+    none, some, scaled = at(torch.zeros_like(learned)), at(learned), at(factor * learned)
+    expected = (1 - factor) * none + factor * some
+    # Three outputs, each with the rounding error that plain torch may have.
+    allowed = (2 + 2 * abs(factor)) * expectation(given)["out"][1] + expectation(given._replace(params=(*given.params[:-1], factor * learned)))["out"][1]
+    assert float((scaled - expected).abs().max()) <= allowed
+
+
+@SETTINGS
+@given(tables(), st.data())
+def test_a_blind_unit_sends_no_gradient_unless_the_expert_is_its_selector(table, data):
+    table = replace(table, levels=table.levels[:1], tasks=())
+    given = start(table)
+    level = table.levels[0]
+    u = data.draw(st.integers(0, len(level.units) - 1))
+    d_out = torch.zeros_like(given.d_out)
+    d_out[:, u] = given.d_out[:, u]
+    zeros = tuple(map(torch.zeros_like, given.d_weights))
+    grads = evaluate(fused, given._replace(d_out=d_out, d_weights=zeros))
+    gate = level.units[u].gate
+    selector = {gate.selector.index} if gate and gate.sees and gate.selector.kind == "expert" else set()
+    for e in set(range(len(level.experts))) - set(level.units[u].reads) - selector:
+        for name, d in grads.items():
+            assert d is None or not name.startswith(f"d_levels.0.experts.{e}.") or not d.any(), name
+
+
+@SETTINGS
+@given(tables(), st.sampled_from([torch.float32, torch.float64]), st.integers(1, 70), st.data())
+def test_a_split_batch_equals_the_whole_bit_for_bit(table, dtype, rows, data):
+    """The bits of a row's output, mixing weights and d_x do not depend on the batch it comes in."""
+    given = start(table, rows, dtype)
+    cut = data.draw(st.integers(0, rows))
+    whole = evaluate(fused, given)
+    parts = [
+        evaluate(fused, given._replace(x=given.x[part], d_out=given.d_out[part], d_weights=tuple(d[part] for d in given.d_weights)))
+        for part in (slice(0, cut), slice(cut, rows))
+    ]
+    for name in ("out", "d_x", *(f"weights.{i}" for i in range(len(table.levels)))):
+        assert torch.equal(whole[name], torch.cat([part[name] for part in parts])), name
+
+
+@SETTINGS
+@given(tables())
+def test_seeing_one_expert_means_weight_one(table):
+    given = start(table)
+    _, weights = fused(given.x, given.params, table)
+    for level, w, (units, _) in zip(table.levels, weights, table.live, strict=True):
+        for u, unit in enumerate(level.units):
+            if u in units and unit.gate and len(unit.gate.sees) == 1 and unit.static is None:
+                expected = torch.zeros(len(level.experts), dtype=w.dtype)
+                expected[unit.gate.sees[0]] = 1.0
+                assert torch.equal(w[:, u], expected.expand(len(w), -1))
