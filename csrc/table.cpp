@@ -208,6 +208,50 @@ void number(Table& t, const std::vector<std::vector<int64_t>>& statics) {
     t.output = {int64_t(slots.size()), slots.at(0)};
 }
 
+// The rules of fusedmoe/table.py on which the kernels rely for memory safety; the messages are given there.
+bool consistent(const Table& t, const std::vector<std::vector<int64_t>>& statics) {
+  const auto positive = [](const std::vector<Layer>& layers) {
+    for (const Layer& layer : layers)
+      if (layer.width < 1) return false;
+    return true;
+  };
+  if (t.levels.empty() || t.slots < 1 || t.slots > 1 << 20 || t.width < 1) return false;
+  for (const Level& level : t.levels) {
+    if (level.experts.empty() || level.units.empty()) return false;
+    for (const Expert& e : level.experts)
+      if (e.layers.empty() || !positive(e.layers)) return false;
+    for (const Unit& unit : level.units) {
+      std::vector<int> reads;
+      if (unit.gate) reads = unit.gate->sees;
+      if (unit.gate && !positive({unit.gate->layers.begin(), unit.gate->layers.end() - 1})) return false;
+      if (unit.fixed) {
+        const Static& f = *unit.fixed;
+        reads.insert(reads.end(), f.experts.begin(), f.experts.end());
+        if ((f.parameter >= 0) != f.values.empty() && !f.experts.empty()) return false;
+        if (f.parameter < 0 && f.values.size() != f.experts.size()) return false;
+        int64_t size = 1;
+        if (f.parameter >= 0)
+          for (int64_t n : statics.at(f.parameter)) size *= n;
+        if (f.parameter >= 0 && f.offset + int64_t(f.experts.size()) > size) return false;
+      }
+      for (int e : reads)
+        if (level.experts.at(e).layers.back().width != level.experts.at(reads[0]).layers.back().width) return false;
+    }
+  }
+  for (const Task& task : t.tasks)
+    if (task.tower.empty() == t.has_towers || !positive(task.tower)) return false;
+  return true;
+}
+
+// Whether the outputs have one width, so that they can stand in one tensor.
+bool even(const Table& t) {
+  for (const Task& task : t.tasks)
+    if (t.has_towers && (task.units.empty() || task.tower.back().width != t.output[1])) return false;
+  for (const Unit& unit : t.levels.back().units)
+    if (!t.has_towers && unit.width != t.output[1]) return false;
+  return true;
+}
+
 }  // namespace
 
 Table decode(const std::string& text) {
@@ -226,10 +270,11 @@ Table decode(const std::string& text) {
     auto statics = r.list([&] { return r.list([&] { return r.natural(); }); });
     t.root = r.index(t.slots);
     r.end();
-    if (t.levels.empty() || t.slots > 1 << 20) r.fail();
     for (const Task& task : t.tasks) t.has_towers = t.has_towers || !task.tower.empty();
+    if (!consistent(t, statics)) r.fail();
     mark_live(t);
     number(t, statics);
+    if (!even(t)) r.fail();
     return t;
   } catch (const std::logic_error&) {  // an index out of range, or no number where one belongs
     r.fail();

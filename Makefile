@@ -1,0 +1,82 @@
+# Everything a newcomer types. Each target sets up what it needs first: a virtual environment (.venv, unless one is active) with the
+# versions of requirements-dev.txt, and the extension. A second run finds the stamps and goes straight to work.
+
+SHELL := bash
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench report build wheel clean
+
+ifdef VIRTUAL_ENV
+VENV := $(VIRTUAL_ENV)
+else
+VENV := $(CURDIR)/.venv
+endif
+PYTHON := $(VENV)/bin/python
+# Stamps belong to one environment and one checkout.
+STAMPS := build/stamps$(subst /,-,$(VENV))
+SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
+say = @echo "==> $(1)"
+
+help:
+	@echo "make demo    train a three-task AdaTT on Census-Income twice, plain and fused; draw docs/demo.png"
+	@echo "make test    run the tests"
+	@echo "make lint    run ruff"
+	@echo "make bench   run the benchmarks and save bench/results/*.json"
+	@echo "make report  write README's table of speeds from that JSON"
+	@echo "make build   set up and build the extension only"
+	@echo "make wheel   build a wheel, install it elsewhere and run it there"
+	@echo "make clean   remove what make built, .venv included"
+
+demo: build
+	$(call say,training twice on Census-Income: the reference layers, then fused)
+	@mkdir -p docs
+	@$(PYTHON) -m fusedmoe demo --picture docs/demo.png
+
+test: build
+	$(call say,running the tests)
+	@$(PYTHON) -m pytest -n 2 -p no:benchmark
+
+lint: $(STAMPS)/requirements
+	$(call say,checking the style)
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+
+bench: build
+	$(call say,running the benchmarks: one thread; keep the machine idle)
+	@mkdir -p bench/results
+	@$(PYTHON) -m pytest bench --benchmark-json=bench/results/cpu.json
+
+report: $(STAMPS)/requirements
+	@$(PYTHON) bench/report.py
+
+build: $(STAMPS)/extension $(STAMPS)/installed
+
+wheel: build
+	$(call say,building a wheel and running it from another folder)
+	@PYTHON=$(PYTHON) bash .ci/wheel
+
+clean:
+	rm -rf build dist .venv fusedmoe.egg-info fusedmoe/_C.*.so
+
+$(PYTHON):
+	$(call say,creating a virtual environment in $(VENV))
+	@for python in python3.11 python3.12 python3.13 python3; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then exec $$python -m venv $(VENV); fi; \
+	done; echo "fusedmoe needs Python 3.11 or later, found none; install it (Debian and Ubuntu: apt-get install python3.11-venv)." >&2; exit 1
+
+# An active environment keeps the versions it has and gets what it lacks; our own gets the pinned ones.
+$(STAMPS)/requirements: requirements-dev.txt | $(PYTHON)
+	$(call say,installing the development requirements into $(VENV))
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check $(if $(VIRTUAL_ENV),$(shell sed -n 's/==.*//p' requirements-dev.txt),-r requirements-dev.txt)
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/extension: $(SOURCES) $(STAMPS)/requirements
+	$(call say,building the extension)
+	@$(PYTHON) setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(STAMPS)/installed: pyproject.toml setup.py $(STAMPS)/extension
+	@if [ ! -e $@ ] || [ pyproject.toml -nt $@ ] || [ setup.py -nt $@ ]; then \
+	  echo "==> installing fusedmoe into $(VENV), as a link to this folder"; \
+	  $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .; \
+	fi
+	@touch $@

@@ -1,0 +1,169 @@
+"""Build of fusedmoe: one extension, `fusedmoe._C`, out of csrc/.
+
+csrc/cpu/isa.cpp is compiled once per instruction set and every other file once; the library picks among them at run time, so a
+wheel runs on any CPU of its architecture. Objects are rebuilt when a file that they include, or their command, has changed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, __version__, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+OLDEST_TORCH = (2, 10)
+OLDEST_SETUPTOOLS = 77
+PREPARE = f"run `pip install torch pybind11 'setuptools>={OLDEST_SETUPTOOLS}'`, then `pip install --no-build-isolation .`"
+
+# Flags of each build of csrc/cpu/isa.cpp. Only x86-64 chooses at run time; elsewhere the compiler's own default is the one build.
+ISAS = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISAS["avx2"] = ["-mavx2", "-mfma"]
+    # GCC and Clang halve AVX-512 vectors by default: their cost model is that of CPUs that clocked down.
+    ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+# A row's bits must not depend on the kernel that computes it, so every a*b+c is contracted (GCC's default, not Clang's).
+FLAGS += ["-ffp-contract=fast"]
+# The oldest torch whose stable ABI the binary asks for: one build serves every later version.
+FLAGS += [f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"]
+
+PROBE = "#include <concepts>\n#include <span>\nint probe(std::span<int> s) { return static_cast<int>(s.size()); }\n"
+INSTALL = "install one (Debian and Ubuntu: `apt-get install g++`, version 11 or later) or name one in CXX"
+
+
+def compiler() -> list[str]:
+    """Return the command of a working C++20 compiler: $CXX, else the first of g++, clang++ and c++.
+
+    Raises: SystemExit with one sentence that tells what to install.
+    """
+    named = os.environ.get("CXX")
+    if named is None:
+        named = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
+    if named is None:
+        raise SystemExit(f"fusedmoe: building needs a C++20 compiler, found no g++, clang++ or c++; {INSTALL}.")
+    command = shlex.split(named)
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "probe.cpp"), Path(folder, "probe.o")
+        source.write_text(PROBE)
+        try:
+            result = subprocess.run([*command, "-std=c++20", "-c", str(source), "-o", str(target)], capture_output=True, text=True)
+            fault = None if result.returncode == 0 and target.exists() else (result.stderr.strip().splitlines() or ["it wrote no object file"])[0]
+        except OSError as error:
+            fault = error.strerror
+    if fault:
+        raise SystemExit(f"fusedmoe: building needs a C++20 compiler, and {named!r} does not compile a three-line program ({fault}); {INSTALL}.")
+    return command
+
+
+def torch_folders() -> tuple[list[str], list[str]]:
+    """Return torch's include and library folders. Raises: SystemExit with one sentence for a torch that is missing or too old."""
+    try:
+        import torch
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError:
+        raise SystemExit(f"fusedmoe: building needs torch, which this Python does not have; {PREPARE}.") from None
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        raise SystemExit(f"fusedmoe: building needs torch {'.'.join(map(str, OLDEST_TORCH))} or later, found {torch.__version__}; {PREPARE}.")
+    return include_paths(), library_paths()
+
+
+def python_folders() -> list[str]:
+    """Return the include folders of Python and pybind11. Raises: SystemExit with one sentence if either is missing."""
+    try:
+        import pybind11
+    except ImportError:
+        raise SystemExit(f"fusedmoe: building needs pybind11, which this Python does not have; {PREPARE}.") from None
+    headers = sysconfig.get_path("include")
+    if not (Path(headers) / "Python.h").exists():
+        raise SystemExit(f"fusedmoe: building needs Python.h, found none in {headers}; install it (Debian and Ubuntu: `apt-get install python3-dev`).")
+    return [headers, pybind11.get_include()]
+
+
+def objects(folder: Path) -> list[tuple[Path, Path, list[str]]]:
+    """Return (source, object, extra flags) of every compilation."""
+    result = []
+    for source in sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]):
+        name = "-".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
+        if source == ROOT / "csrc/cpu/isa.cpp":
+            result += [(source, folder / f"{name}-{isa}.o", [f"-DFUSEDMOE_ISA={isa}", *flags]) for isa, flags in ISAS.items()]
+        else:
+            result.append((source, folder / f"{name}.o", []))
+    return result
+
+
+def stale(target: Path, command: list[str]) -> bool:
+    """Whether `target` is missing, was made by another command, or is older than a file that went into it."""
+    made_by, depends = target.with_suffix(".command"), target.with_suffix(".d")
+    if not (target.exists() and made_by.exists() and depends.exists()) or made_by.read_text() != shlex.join(command):
+        return True
+    inputs = shlex.split(depends.read_text().replace("\\\n", " "))[1:]
+    return any(not Path(path).exists() or Path(path).stat().st_mtime > target.stat().st_mtime for path in inputs)
+
+
+def compile_object(source: Path, target: Path, command: list[str]) -> None:
+    """Run one compilation; its warnings go to standard error. Raises: SystemExit naming the file that does not compile."""
+    print(f"  {target.stem}", flush=True)
+    target.unlink(missing_ok=True)
+    result = subprocess.run(command, capture_output=True, text=True)
+    sys.stderr.write(result.stderr)
+    if result.returncode:
+        raise SystemExit(f"fusedmoe: {source.relative_to(ROOT)} does not compile with {command[0]}; the compiler's messages stand above.")
+    target.with_suffix(".command").write_text(shlex.join(command))
+
+
+class Build(build_ext):
+    """Compile csrc/ with flags per object, two at a time (`--parallel` changes that), and link."""
+
+    def build_extension(self, ext: Extension) -> None:
+        # Not `self.build_temp`: pip gives a fresh one each time, and every installation would compile everything again.
+        folder = ROOT / "build" / f"objects-{sys.implementation.cache_tag}-{self.plat_name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        includes, libraries = torch_folders()
+        # System folders: a warning inside torch's headers is not ours to mend.
+        includes = [word for path in [*includes, *python_folders()] for word in ("-isystem", path)]
+        cxx = compiler()
+        jobs = []
+        for source, target, flags in objects(folder):
+            depends = target.with_suffix(".d")
+            jobs.append(
+                (source, target, [*cxx, *FLAGS, *flags, f"-I{ROOT / 'csrc'}", *includes, "-MMD", "-MF", str(depends), "-c", str(source), "-o", str(target)])
+            )
+        if not jobs:
+            raise SystemExit(f"fusedmoe: building needs the sources in {ROOT / 'csrc'}, found none; take the whole repository or source archive.")
+        due = [job for job in jobs if stale(job[1], job[2])]
+        print(f"fusedmoe: compiling {len(due)} of {len(jobs)} objects", flush=True)
+        with ThreadPoolExecutor(self.parallel or 2) as pool:
+            list(pool.map(lambda job: compile_object(*job), due))
+        self.link(cxx, [target for _, target, _ in jobs], Path(self.get_ext_fullpath(ext.name)), libraries)
+
+    def link(self, cxx: list[str], targets: list[Path], library: Path, folders: list[str]) -> None:
+        """Link the objects to torch. No run path: `fusedmoe` imports torch first, and the loader takes the library already there."""
+        library.parent.mkdir(parents=True, exist_ok=True)
+        if library.exists() and all(target.stat().st_mtime <= library.stat().st_mtime for target in targets):
+            return
+        command = [*cxx, "-shared", *map(str, targets), "-o", str(library), *(f"-L{path}" for path in folders), "-ltorch_cpu"]
+        if subprocess.run(command).returncode:
+            raise SystemExit("fusedmoe: the extension does not link to torch; the linker's messages stand above.")
+
+
+if int(__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(f"fusedmoe: building needs setuptools {OLDEST_SETUPTOOLS} or later, found {__version__}; {PREPARE}.")
+
+setup(
+    package_dir={"fusedmoe": "fusedmoe", "fusedmoe.kernels": "kernels"},
+    packages=[*find_packages(include=["fusedmoe", "fusedmoe.*"]), "fusedmoe.kernels"],
+    package_data={"fusedmoe": ["data/*"]},
+    ext_modules=[Extension("fusedmoe._C", sources=[])],
+    cmdclass={"build_ext": Build},
+)

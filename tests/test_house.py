@@ -1,0 +1,181 @@
+"""The house's own rules: imports point down, files and functions stay small, and README's commands exist."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusedmoe.reference.layers import SharedBottom
+
+ROOT = Path(__file__).parent.parent
+# Room -> floor. A module may import from floors below its own, and from its own room.
+FLOORS = {
+    "fusedmoe.table": 0,
+    "fusedmoe.activation": 0,
+    "fusedmoe.dtype": 0,
+    "fusedmoe.codec": 0,
+    "fusedmoe.reference": 1,
+    "fusedmoe.families": 1,
+    "fusedmoe.kernels": 1,
+    "fusedmoe._C": 1,
+    "fusedmoe.backends": 2,
+    "fusedmoe.op": 3,
+    "fusedmoe.functional": 3,
+    "fusedmoe.nn": 4,
+    "fusedmoe.adapters": 5,
+    "fusedmoe.swap": 5,
+    "fusedmoe.testing": 6,
+    # The package itself gathers the public names of the floors below; only what stands above may import it.
+    "fusedmoe": 6,
+    "fusedmoe.doctor": 7,
+    "fusedmoe.speed": 7,
+    "fusedmoe.demo": 7,
+    "fusedmoe.__main__": 8,
+}
+# Rooms of one floor that build on one another. A table also asks the codec for its own text, once and lazily.
+NEIGHBOURS = {
+    ("fusedmoe.table", "fusedmoe.activation"),
+    ("fusedmoe.codec", "fusedmoe.table"),
+    ("fusedmoe.table", "fusedmoe.codec"),
+    ("fusedmoe.functional", "fusedmoe.op"),
+    ("fusedmoe.swap", "fusedmoe.adapters"),
+}
+LONGEST_FILE, LONGEST_FUNCTION, MOST_ARGUMENTS = 400, 60, 8
+
+PYTHON = [*sorted(path for folder in ("fusedmoe", "kernels", "bench", "tests", ".ci") for path in (ROOT / folder).rglob("*.py")), ROOT / "setup.py"]
+SOURCES = [*PYTHON, *sorted(path for ending in ("*.h", "*.cpp", "*.cu") for path in (ROOT / "csrc").rglob(ending))]
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a module of the package."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("fusedmoe", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """The longest entry of FLOORS that the module lies in; the package's own entry stands for `fusedmoe/__init__.py` alone."""
+    parts = module.split(".")
+    for size in range(len(parts), 1, -1):
+        if ".".join(parts[:size]) in FLOORS:
+            return ".".join(parts[:size])
+    if module == "fusedmoe":
+        return module
+    raise KeyError(f"{module}: expected a room of FLOORS, got none")
+
+
+def imports_of(tree: ast.AST, modules: set[str]) -> set[str]:
+    """The modules of the package that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "fusedmoe"}
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fusedmoe":
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & modules) or {node.module}
+    return found
+
+
+def upward(importer: str, imported: set[str]) -> list[str]:
+    """The imports that do not point down."""
+    room = room_of(importer)
+    others = {room_of(module) for module in imported} - {room}
+    return [f"{importer} imports {other}" for other in sorted(others) if FLOORS[other] >= FLOORS[room] and (room, other) not in NEIGHBOURS]
+
+
+MODULES = {name_of(path): path for path in PYTHON if path.relative_to(ROOT).parts[0] in ("fusedmoe", "kernels")}
+
+
+def test_imports_point_down():
+    known = {*MODULES, "fusedmoe._C"}
+    faults = [fault for name, path in MODULES.items() for fault in upward(name, imports_of(ast.parse(path.read_text()), known))]
+    assert faults == []
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("import fusedmoe.swap", "fusedmoe.op imports fusedmoe.swap"),
+        ("from fusedmoe import nn", "fusedmoe.op imports fusedmoe.nn"),
+        ("def f():\n    from fusedmoe.nn.wiring import Wiring", "fusedmoe.op imports fusedmoe.nn"),
+        ("from fusedmoe import fuse", "fusedmoe.op imports fusedmoe"),
+    ],
+)
+def test_an_upward_import_is_noticed(text, fault):
+    assert upward("fusedmoe.op", imports_of(ast.parse(text), set(MODULES))) == [fault]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= LONGEST_FILE
+
+
+def functions_of(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def arguments_of(function: ast.FunctionDef) -> int:
+    """How many arguments a caller may give, `self` and `cls` not counted."""
+    given = function.args
+    names = [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_are_short(path):
+    long = [f"{f.name}: {f.end_lineno - f.lineno + 1} lines" for f in functions_of(path) if f.end_lineno - f.lineno + 1 > LONGEST_FUNCTION]
+    wide = [f"{f.name}: {arguments_of(f)} arguments" for f in functions_of(path) if arguments_of(f) > MOST_ARGUMENTS]
+    assert long + wide == []
+
+
+def test_no_numbered_or_vague_names():
+    vague = re.compile(r"(^|_)(utils?|common|helpers?|misc|new|old|v\d+|fast)$")
+    assert [str(path.relative_to(ROOT)) for path in SOURCES if vague.search(path.stem)] == []
+
+
+def test_kernels_are_not_importable_by_their_bare_name():
+    result = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True)
+    assert "imported as fusedmoe.kernels" in result.stderr
+    bare = [path for path in PYTHON for node in ast.walk(ast.parse(path.read_text())) if is_bare_kernels(node)]
+    assert bare == []
+
+
+def is_bare_kernels(node: ast.AST) -> bool:
+    if isinstance(node, ast.Import):
+        return any(alias.name.split(".")[0] == "kernels" for alias in node.names)
+    return isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "kernels"
+
+
+def test_readme_names_commands_that_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (ROOT / page).read_text()
+        assert set(re.findall(r"`make ([a-z]+)", text)) | set(re.findall(r"^ *make ([a-z]+)", text, flags=re.MULTILINE)) <= targets
+        for path in re.findall(r"`((?:fusedmoe|csrc|kernels|bench|tests)/[\w./-]*)`", text):
+            assert (ROOT / path).exists(), f"{page} names {path}"
+
+
+def test_readme_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_readme_examples_run():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    names = {"model": SharedBottom(4, [3], 2)}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 3 and bool(names["report"])
+    # The comments beside them say so.
+    assert names["out"].shape == (32, 3, 1) and [w.shape for w in names["weights"]] == [(32, 4, 7), (32, 3, 7)]
+
+
+def test_nothing_names_the_place_where_it_was_written():
+    pages = [path for ending in ("*.md", "*.toml", "*.txt", "Makefile") for path in ROOT.glob(ending)]
+    place = re.compile("/" + r"work/|/" + r"tmp/|\.\./" + "shared")
+    assert [str(path.relative_to(ROOT)) for path in [*SOURCES, *pages] if place.search(path.read_text())] == []
