@@ -33,7 +33,8 @@ demo: build
 
 test: build
 	$(call say,running the tests)
-	@$(PYTHON) -m pytest -n 2 -p no:benchmark
+	@# Two workers on two cores: two threads in each would wait for one another.
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark
 
 lint: $(STAMPS)/requirements
 	$(call say,checking the style)

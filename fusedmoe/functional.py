@@ -1,16 +1,22 @@
-"""The operator for people who build their own layer: a whole network by its table, or one level by its tensors."""
+"""The operator for people who build their own layer: a whole network by its table, or one level by its tensors.
+
+`fusion_level` and `mixing_weights` read off the arguments what decides the level's table (`_Key`), look the table up, and hand the
+tensors to the operator in its order. `_experts`, `_gates`, `_sees` and `_static` each read one argument, in all the forms it may have.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import operator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn import ParameterList
 
 from fusedmoe.activation import Activation, activation
 from fusedmoe.op import fusion_network
-from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Unit
+from fusedmoe.table import SELECTORS, Expert, Gate, Layer, Level, Selector, Static, Table, Unit
 
 __all__ = ["LevelWiring", "fusion_level", "fusion_network", "mixing_weights"]
 
@@ -22,39 +28,59 @@ class LevelWiring:
     Args:
         slots: the slot each expert reads, one index an expert. Default: slot 0 where x has one slot, otherwise the experts are
             dealt out to the slots evenly and in order, as AdaTT's are (E must be a multiple of S).
-        selectors: the vector each unit's gate reads. Default: slot 0 where x has one slot, otherwise slot u (U at most S).
+        selectors: the vector each unit's gate reads, one item a unit, None for the default: slot 0 where x has one slot,
+            otherwise slot u (U at most S). Units without a gate take None only.
         activation: after every layer of every expert.
+
+    Raises: TypeError, ValueError for anything else. Lists become tuples.
     """
 
     slots: tuple[int, ...] | None = None
-    selectors: tuple[Selector, ...] | None = None
+    selectors: tuple[Selector | None, ...] | None = None
     activation: str | Activation = "relu"
 
+    def __post_init__(self):
+        if self.slots is not None:
+            object.__setattr__(self, "slots", _indices(self.slots, "wiring.slots"))
+        if self.selectors is not None:
+            object.__setattr__(self, "selectors", tuple(_items(self.selectors, "wiring.selectors", "a tuple of Selector")))
+            for u, selector in enumerate(self.selectors):
+                _check_selector(selector, f"wiring.selectors, unit {u}")
+        if not isinstance(self.activation, (str, Activation)):
+            raise TypeError(f"wiring.activation: expected a name or an Activation, got {_name(self.activation)}")
 
-def fusion_level(x: Tensor, weights, biases, gates, wiring: LevelWiring = LevelWiring(), sees=None, static=None, backend: str = "auto") -> Tensor:
+
+DEFAULT = LevelWiring()
+
+
+def fusion_level(x: Tensor, weights, biases, gates, wiring: LevelWiring = DEFAULT, sees=None, static=None, backend: str = "auto") -> Tensor:
     """Run one fusion level: out[b,u] = sum over e of (softmax_e(G[u] q[b,u] + c[u]) + v[u,e]) * MLP_e(x[b, slot(e)]).
+
+    Lists may be tuples or `nn.ParameterList` throughout.
 
     Args:
         x: [B, S, D], or [B, D] for one slot.
-        weights: of the experts: stacked [E, H, D]; or E matrices [H_e, D]; or, for deeper experts, a sequence of either, one
-            item a layer.
-        biases: in the same form, [E, H] or E vectors a layer; or None.
-        gates: one item a unit: None (no gate), G [n, K], or (G, c [n]), n the experts it sees; or stacked G [U, E, K], or
-            (G, c [U, E]); or None: no gates at all, and then `static` says how many units there are.
+        weights: of the experts: stacked [E, H, D]; or a list of E matrices [H_e, D]; or, for deeper experts, a list of either,
+            one item a layer.
+        biases: in either form, [E, H] or E vectors a layer; or None.
+        gates: one item a unit: None (no gate), G [n, K], or (G, c [n]), n the experts it sees, K the width of its selector; or
+            stacked G [U, n, K], or (G, c [U, n]); or None: no gates at all, and then `static` says how many units there are.
         wiring: slots, selectors and activation where they differ from the default.
-        sees: one tuple of experts a unit, in the order of the rows of its G; default: all, in order.
+        sees: one tuple of experts a unit, in the order of the rows of its G, or None for all of them, in order; default: None
+            for every unit. Units without a gate take None only.
         static: the static weights v: [U, E]; or one item a unit: None, or (experts, weights), the weights a tensor
             [len(experts)] or floats.
         backend: as in `fusion_network`.
 
     Returns: [B, U, H], of x's dtype.
-    Raises: TypeError, ValueError for tensors that do not fit together; RuntimeError for a backend that cannot run.
+    Raises: TypeError, ValueError for arguments that do not fit together; RuntimeError for a backend that cannot run.
+        A tensor whose shape, dtype or device is wrong is named as in `Table.parameters`.
     Source: MMoE eq. 6-8, PLE eq. 2-5, AdaTT eq. 2-10.
     """
     return _run(x, weights, biases, gates, wiring, sees, static, backend)[0]
 
 
-def mixing_weights(x: Tensor, weights, biases, gates, wiring: LevelWiring = LevelWiring(), sees=None, static=None, backend: str = "auto") -> Tensor:
+def mixing_weights(x: Tensor, weights, biases, gates, wiring: LevelWiring = DEFAULT, sees=None, static=None, backend: str = "auto") -> Tensor:
     """Return the mixing weights w = p + v of the level that `fusion_level` would run, [B, U, E], differentiable.
 
     Args, Raises, Source: see `fusion_level`. The experts are run too, because a gate may read them.
@@ -62,123 +88,276 @@ def mixing_weights(x: Tensor, weights, biases, gates, wiring: LevelWiring = Leve
     return _run(x, weights, biases, gates, wiring, sees, static, backend)[1][0]
 
 
-def _run(x, weights, biases, gates, wiring, sees, static, backend):
-    if not isinstance(x, Tensor) or x.dim() not in (2, 3):
-        raise TypeError(f"x: expected a tensor [B, D] or [B, S, D], got {list(x.shape) if isinstance(x, Tensor) else type(x).__name__}")
-    slots = 1 if x.dim() == 2 else x.shape[1]
-    layers = _layers(weights, "weights", 2)
-    offsets = None if biases is None else _layers(biases, "biases", 1)
-    experts = len(layers[0])
-    for j, layer in enumerate(layers):
-        if len(layer) != experts or (offsets is not None and (len(offsets) != len(layers) or len(offsets[j]) != experts)):
-            raise ValueError(f"weights and biases, layer {j}: expected {experts} experts in each of {len(layers)} layers")
-    maps, counts = _gates(gates)
-    fixed, learned, shapes = _static(static, experts)
-    units = max(len(maps), len(fixed))
-    if not units or (maps and fixed and len(maps) != len(fixed)):
-        raise ValueError(f"gates and static: expected one item a unit in either, got {len(maps)} and {len(fixed)}")
-    seen = _sees(sees, counts, experts)
-    widths = tuple(tuple(w.shape[0] for w in column) for column in zip(*layers, strict=True))
-    key = (slots, x.shape[-1], widths, biases is not None, wiring, seen, counts, fixed, shapes, units)
-    params: list[Tensor] = []
-    for e in range(experts):
-        for j, layer in enumerate(layers):
-            params += [layer[e]] + ([offsets[j][e]] if offsets is not None else [])
+class _Key(NamedTuple):
+    """All that decides a level's table. Integers and text in tuples: torch.compile takes nothing else for a constant.
+
+    Floats stand as text in hexadecimal, which is exact; integers went through `operator.index`, which makes a size that
+    torch.compile holds for dynamic a constant.
+    """
+
+    slots: int
+    width: int
+    # Of each expert, the widths of its layers.
+    experts: tuple[tuple[int, ...], ...]
+    bias: bool
+    # Of each unit, the experts its gate sees and whether it has a bias; None: no gate.
+    gates: tuple[tuple[tuple[int, ...], bool] | None, ...]
+    # Of each unit, the fields of its `Static`; None: no static weights.
+    statics: tuple[tuple[tuple[int, ...], tuple[str, ...] | None, int | None, int] | None, ...]
+    static_shapes: tuple[tuple[int, ...], ...]
+    # The slot of each expert, and the kind and index of each unit's selector; None: the default.
+    reads: tuple[int, ...] | None
+    selectors: tuple[tuple[str, int] | None, ...] | None
+    # Its name, and its parameter where it came as an `Activation`.
+    activation: tuple[str, str | None]
+
+
+def _run(x, weights, biases, gates, wiring, sees, static, backend) -> tuple[Tensor, tuple[Tensor]]:
+    """Read the key and the operator's parameters off the arguments; return out and (mixing weights,)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor [B, D] or [B, S, D], got {_name(x)}")
+    if x.dim() not in (2, 3) or 0 in x.shape[1:]:
+        raise ValueError(f"x: expected [B, D] or [B, S, D], S and D at least 1, got {_name(x)}")
+    if not isinstance(wiring, LevelWiring):
+        raise TypeError(f"wiring: expected a LevelWiring, got {_name(wiring)}")
+    widths, params = _experts(weights, biases)
+    maps = _gates(gates)
+    statics, learned = _static(static, len(widths))
+    if not maps and not statics:
+        raise ValueError(f"gates, static: expected at least one unit, got {_name(gates)} and {_name(static)}")
+    if maps and statics and len(maps) != len(statics):
+        raise ValueError(f"static: expected {len(maps)} units, as gates has, got {len(statics)}")
+    maps = maps or [None] * len(statics)
+    seen = _sees(sees, maps, len(widths))
+    kind = wiring.activation
+    key = _Key(
+        slots=operator.index(x.shape[1]) if x.dim() == 3 else 1,
+        width=operator.index(x.shape[-1]),
+        experts=widths,
+        bias=biases is not None,
+        gates=tuple(None if pair is None else (experts, pair[1] is not None) for pair, experts in zip(maps, seen, strict=True)),
+        statics=tuple(statics) or (None,) * len(maps),
+        static_shapes=tuple(tuple(operator.index(size) for size in v.shape) for v in learned),
+        reads=wiring.slots,
+        selectors=None if wiring.selectors is None else tuple(s and (s.kind, operator.index(s.index)) for s in wiring.selectors),
+        activation=(kind, None) if isinstance(kind, str) else (kind.name, kind.parameter.hex()),
+    )
     params += [tensor for pair in maps if pair is not None for tensor in pair if tensor is not None]
-    return fusion_network(x, params + learned, _level_table(*key), backend, return_mixing_weights=True)
+    return fusion_network(x, params + learned, _table(tuple(key)), backend, return_mixing_weights=True)
 
 
-def _matrices(value, what: str, dim: int) -> list[Tensor]:
-    """The tensors of one layer, one an expert: a stacked tensor's slices, or the items themselves."""
-    if isinstance(value, Tensor) and value.dim() == dim + 1:
+def _name(value) -> str:
+    """What a message says it got."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    if value is None or (isinstance(value, (list, tuple)) and not value):
+        return repr(value)
+    return type(value).__name__
+
+
+def _items(value, where: str, form: str) -> list:
+    """The items of a list; raise TypeError, with the form it should have, for anything else."""
+    if not isinstance(value, (list, tuple, range, ParameterList)):
+        raise TypeError(f"{where}: expected {form}, got {_name(value)}")
+    return list(value)
+
+
+def _indices(value, where: str) -> tuple[int, ...]:
+    """A tuple of integers. `Table` checks their range; their type cannot wait, for True and 1 make the same key."""
+    items = _items(value, where, "a tuple of integers")
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, int):
+            raise TypeError(f"{where}: expected integers, got {_name(item)} in it")
+    return tuple(operator.index(item) for item in items)
+
+
+def _check_selector(value, where: str) -> None:
+    """Raise TypeError unless `value` is None or a Selector with a kind and an integer; `Table` checks the integer's range."""
+    if value is None:
+        return
+    if not isinstance(value, Selector):
+        raise TypeError(f"{where}: expected a Selector or None, got {value!r}")
+    if value.kind not in SELECTORS:
+        raise ValueError(f"{where}: expected one of {', '.join(SELECTORS)}, got {value.kind!r}")
+    if isinstance(value.index, bool) or not isinstance(value.index, int):
+        raise TypeError(f"{where}: expected an integer as index, got {value.index!r}")
+
+
+def _experts(weights, biases) -> tuple[tuple[tuple[int, ...], ...], list[Tensor]]:
+    """The widths of each expert's layers, and its parameters in the operator's order."""
+    layers = _layers(weights, "weights", "[E, H, D]", "[H, D]")
+    offsets = [] if biases is None else _layers(biases, "biases", "[E, H]", "[H]")
+    if biases is not None and len(offsets) != len(layers):
+        raise ValueError(f"biases: expected {len(layers)} layers, as weights has, got {len(offsets)}")
+    count = len(layers[0])
+    for name, stack in (("weights", layers), ("biases", offsets)):
+        for j, layer in enumerate(stack):
+            if len(layer) != count:
+                raise ValueError(f"{name}, layer {j}: expected {count} experts, as layer 0 of weights has, got {len(layer)}")
+    widths = tuple(tuple(operator.index(layer[e].shape[0]) for layer in layers) for e in range(count))
+    stacks = list(zip(layers, offsets, strict=True)) if offsets else [(layer,) for layer in layers]
+    return widths, [tensors[e] for e in range(count) for stack in stacks for tensors in stack]
+
+
+def _layers(value, name: str, stacked: str, single: str) -> list[list[Tensor]]:
+    """result[j][e]: the tensor of layer j of expert e, from any of the forms that `fusion_level` takes."""
+    dim = single.count(",") + 1
+    form = f"{stacked} or a list of E tensors {single}"
+    if isinstance(value, Tensor):
+        return [_layer(value, name, stacked, single)]
+    items = _items(value, name, f"{form}, or a list of either, one a layer")
+    if not items:
+        raise ValueError(f"{name}: expected {form}, or a list of either, one a layer, got an empty list")
+    if any(isinstance(item, Tensor) and item.dim() == dim for item in items):
+        return [_layer(items, name, stacked, single)]
+    return [_layer(item, f"{name}, layer {j}", stacked, single) for j, item in enumerate(items)]
+
+
+def _layer(value, where: str, stacked: str, single: str) -> list[Tensor]:
+    """result[e]: the tensor of expert e, from a stacked tensor or a list."""
+    dim = single.count(",") + 1
+    if isinstance(value, Tensor):
+        if value.dim() != dim + 1 or not len(value):
+            raise ValueError(f"{where}: expected {stacked}, E at least 1, or a list of E tensors {single}, got {_name(value)}")
         return list(value.unbind(0))
-    if isinstance(value, Sequence) and value and all(isinstance(item, Tensor) and item.dim() == dim for item in value):
-        return list(value)
-    raise ValueError(f"{what}: expected a stacked tensor of {dim + 1} dimensions or a sequence of tensors of {dim}, got {type(value).__name__}")
+    items = _items(value, where, f"{stacked} or a list of E tensors {single}")
+    if not items:
+        raise ValueError(f"{where}: expected at least one expert, got an empty list")
+    for e, item in enumerate(items):
+        _tensor(item, dim, f"{where}, expert {e}", single)
+    return items
 
 
-def _layers(value, what: str, dim: int) -> list[list[Tensor]]:
-    if isinstance(value, Tensor) or (isinstance(value, Sequence) and value and isinstance(value[0], Tensor) and value[0].dim() == dim):
-        return [_matrices(value, what, dim)]
-    if not isinstance(value, Sequence) or not value:
-        raise ValueError(f"{what}: expected at least one layer, got {value!r}")
-    return [_matrices(layer, f"{what}, layer {j}", dim) for j, layer in enumerate(value)]
+def _tensor(value, dim: int, where: str, form: str) -> None:
+    """Raise TypeError unless `value` is a tensor, ValueError unless it has `dim` axes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: expected a tensor {form}, got {_name(value)}")
+    if value.dim() != dim:
+        raise ValueError(f"{where}: expected {form}, got {_name(value)}")
 
 
-def _gates(gates) -> tuple[list[tuple[Tensor, Tensor | None] | None], tuple[tuple[int, bool] | None, ...]]:
-    """(G, c or None) of each unit that has a gate, and (experts seen, has a bias)."""
+def _gates(gates) -> list[tuple[Tensor, Tensor | None] | None]:
+    """(G, c or None) of each unit, None for a unit without a gate; empty where there are no gates."""
     if gates is None:
-        return [], ()
-    if isinstance(gates, Tensor):
-        gates = [(g, None) for g in _matrices(gates, "gates", 2)]
-    elif len(gates) == 2 and all(isinstance(g, Tensor) for g in gates) and (gates[0].dim(), gates[1].dim()) == (3, 2):
-        gates = list(zip(gates[0].unbind(0), gates[1].unbind(0), strict=True))
-    maps = []
-    for u, gate in enumerate(gates):
+        return []
+    pair = (gates, None) if isinstance(gates, Tensor) else gates
+    if isinstance(gates, Tensor) or (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], Tensor) and pair[0].dim() == 3):
+        maps, biases = pair
+        _tensor(maps, 3, "gates", "stacked [U, n, K], or one item a unit")
+        if biases is None:
+            return [(g, None) for g in maps.unbind(0)]
+        _tensor(biases, 2, "gates, bias", "[U, n]")
+        if len(biases) != len(maps):
+            raise ValueError(f"gates, bias: expected {len(maps)} units, as G has, got {len(biases)}")
+        return list(zip(maps.unbind(0), biases.unbind(0), strict=True))
+    result = []
+    for u, gate in enumerate(_items(gates, "gates", "None, stacked G [U, n, K], (G, c [U, n]), or a list of one item a unit")):
         pair = (gate, None) if isinstance(gate, Tensor) else gate
-        if pair is not None and (len(pair) != 2 or not isinstance(pair[0], Tensor) or pair[0].dim() != 2):
-            raise ValueError(f"gates, unit {u}: expected None, a matrix or a pair of matrix and bias, got {gate!r}")
-        maps.append(None if pair is None else tuple(pair))
-    return maps, tuple(None if pair is None else (pair[0].shape[0], pair[1] is not None) for pair in maps)
+        if pair is not None:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise TypeError(f"gates, unit {u}: expected None, G [n, K] or (G, c [n]), got {_name(gate)}")
+            _tensor(pair[0], 2, f"gates, unit {u}", "[n, K]")
+            if pair[1] is not None:
+                _tensor(pair[1], 1, f"gates, unit {u}, bias", "[n]")
+        result.append(None if pair is None else tuple(pair))
+    return result
 
 
-def _sees(sees, counts, experts: int) -> tuple[tuple[int, ...], ...]:
-    if sees is not None and len(sees) != len(counts):
-        raise ValueError(f"sees: expected one tuple a unit with {len(counts)} units, got {len(sees)}")
-    seen = tuple(tuple(range(experts)) if sees is None or sees[u] is None else tuple(sees[u]) for u in range(len(counts)))
-    for u, count in enumerate(counts):
-        if count is not None and count[0] != len(seen[u]):
-            raise ValueError(f"gates, unit {u}: expected {len(seen[u])} rows, one for each expert it sees, got {count[0]}")
-    return seen
+def _sees(sees, maps, experts: int) -> list[tuple[int, ...]]:
+    """The experts that each unit's gate sees; () for a unit without a gate."""
+    items = [None] * len(maps) if sees is None else _items(sees, "sees", "one tuple of experts a unit")
+    if len(items) != len(maps):
+        raise ValueError(f"sees: expected {len(maps)} items, one a unit, got {len(items)}")
+    result = []
+    for u, (item, pair) in enumerate(zip(items, maps, strict=True)):
+        if pair is None:
+            if item is not None:
+                raise ValueError(f"sees, unit {u}: expected None, because the unit has no gate, got {item!r}")
+            result.append(())
+            continue
+        result.append(tuple(range(experts)) if item is None else _indices(item, f"sees, unit {u}"))
+        if len(pair[0]) != len(result[u]):
+            raise ValueError(f"gates, unit {u}: expected {len(result[u])} rows, one for each expert it sees, got {len(pair[0])}")
+    return result
 
 
-def _static(static, experts: int):
-    """Per unit None or (experts, float values or None), the learned tensors, and their shapes."""
+def _static(static, experts: int) -> tuple[list, list[Tensor]]:
+    """`_Key.statics` (empty where there are none), and the learned tensors that they are elements of."""
     if static is None:
-        return (), [], ()
+        return [], []
     if isinstance(static, Tensor):
         if static.dim() != 2 or static.shape[1] != experts:
-            raise ValueError(f"static: expected [U, E] with E = {experts}, got {list(static.shape)}")
-        return tuple((tuple(range(experts)), None, 0, u * experts) for u in range(static.shape[0])), [static], (tuple(static.shape),)
-    fixed, learned = [], []
-    for u, item in enumerate(static):
+            raise ValueError(f"static: expected [U, {experts}], one column an expert, got {_name(static)}")
+        return [(tuple(range(experts)), None, 0, u * experts) for u in range(len(static))], [static]
+    result, learned = [], []
+    for u, item in enumerate(_items(static, "static", "None, [U, E], or a list of one item a unit")):
         if item is None:
-            fixed.append(None)
+            result.append(None)
             continue
-        if not isinstance(item, Sequence) or len(item) != 2:
-            raise ValueError(f"static, unit {u}: expected None or a pair of experts and weights, got {item!r}")
-        owned, values = tuple(item[0]), item[1]
-        if len(values) != len(owned):
-            raise ValueError(f"static, unit {u}: expected {len(owned)} weights, got {len(values)}")
+        if not isinstance(item, (list, tuple)) or len(item) != 2:
+            raise TypeError(f"static, unit {u}: expected None or a pair (experts, weights), got {_name(item)}")
+        owned, values = _indices(item[0], f"static, unit {u}, experts"), item[1]
         if isinstance(values, Tensor):
-            fixed.append((owned, None, len(learned), 0))
+            _tensor(values, 1, f"static, unit {u}", f"[{len(owned)}]")
+            result.append((owned, None, len(learned), 0))
             learned.append(values)
         else:
-            fixed.append((owned, tuple(float(v) for v in values), None, 0))
-    return tuple(fixed), learned, tuple(tuple(t.shape) for t in learned)
+            values = _items(values, f"static, unit {u}", "a tensor or a list of floats")
+            # float() would take a tensor too, and its gradient would be lost.
+            if not all(isinstance(v, (int, float)) for v in values):
+                raise TypeError(f"static, unit {u}: expected one tensor or floats, got {', '.join(map(_name, values))}")
+            result.append((owned, tuple(float(v).hex() for v in values), None, 0))
+        if len(values) != len(owned):
+            raise ValueError(f"static, unit {u}: expected {len(owned)} weights, one for each of its experts, got {len(values)}")
+    return result, learned
+
+
+def _table(key: tuple) -> Table:
+    """Return the table of a level, given the fields of its `_Key`."""
+    return _build(_Key(*key))
+
+
+# Dynamo shall call it and take the result for a constant, not trace it. `torch.compiler.assume_constant_result` sets this
+# attribute, but imports Dynamo to do so: 1 s at every import of this library.
+_table._dynamo_marked_constant = True
 
 
 @functools.lru_cache(maxsize=1024)
-def _level_table(slots, width, widths, has_bias, wiring, seen, counts, fixed, shapes, units) -> Table:
-    experts = len(widths)
-    read = wiring.slots
-    if read is None:
-        if experts % slots:
-            raise ValueError(f"wiring.slots: expected the slot of each expert, because {experts} experts cannot be dealt out to {slots} slots evenly")
-        read = tuple(e * slots // experts for e in range(experts))
-    if len(read) != experts or (wiring.selectors is not None and len(wiring.selectors) != units):
-        raise ValueError(f"wiring: expected {experts} slots and {units} selectors, got {len(read)} and {len(wiring.selectors or ())}")
-    act = activation(wiring.activation)
+def _build(key: _Key) -> Table:
+    """Build the table of a level, with the wiring's defaults filled in."""
+    count = len(key.experts)
+    reads = key.reads
+    if reads is None:
+        if count % key.slots:
+            raise ValueError(f"wiring.slots: expected the slot of each expert, because {count} experts do not deal out evenly to {key.slots} slots, got None")
+        reads = tuple(e * key.slots // count for e in range(count))
+    if len(reads) != count:
+        raise ValueError(f"wiring.slots: expected {count} slots, one an expert, got {len(reads)}")
+    selectors = (None,) * len(key.gates) if key.selectors is None else key.selectors
+    if len(selectors) != len(key.gates):
+        raise ValueError(f"wiring.selectors: expected {len(key.gates)} selectors, one a unit, got {len(selectors)}")
+    name, parameter = key.activation
+    kind = activation(name) if parameter is None else Activation(name, float.fromhex(parameter))
+    experts = tuple(Expert(slot, tuple(Layer(width, kind, key.bias) for width in widths)) for slot, widths in zip(reads, key.experts, strict=True))
+    units = tuple(Unit(_build_gate(key, u, selectors[u]), _build_static(key.statics[u])) for u in range(len(key.gates)))
+    return Table(key.slots, key.width, (Level(experts, units),), statics=key.static_shapes)
 
-    def unit(u: int) -> Unit:
-        gate = None
-        if u < len(counts) and counts[u] is not None:
-            selector = wiring.selectors[u] if wiring.selectors else Selector("slot", u if slots > 1 else 0)
-            gate = Gate(selector, seen[u], bias=counts[u][1])
-        return Unit(gate, Static(*fixed[u]) if u < len(fixed) and fixed[u] is not None else None)
 
-    level = Level(
-        tuple(Expert(slot, tuple(Layer(w, act, has_bias) for w in column)) for slot, column in zip(read, widths, strict=True)),
-        tuple(unit(u) for u in range(units)),
-    )
-    return Table(slots, width, (level,), statics=shapes)
+def _build_gate(key: _Key, u: int, selector: tuple[str, int] | None) -> Gate | None:
+    """The gate of unit u."""
+    if key.gates[u] is None:
+        if selector is not None:
+            raise ValueError(f"wiring.selectors, unit {u}: expected None, because the unit has no gate, got {Selector(*selector)}")
+        return None
+    if selector is None and 1 < key.slots <= u:
+        raise ValueError(f"wiring.selectors, unit {u}: expected a Selector, because x has no slot {u} but {key.slots} slots, got None")
+    sees, bias = key.gates[u]
+    return Gate(Selector(*(selector or ("slot", u if key.slots > 1 else 0))), sees, bias=bias)
+
+
+def _build_static(fields: tuple | None) -> Static | None:
+    """The static weights of a unit."""
+    if fields is None:
+        return None
+    experts, values, tensor, offset = fields
+    return Static(experts, None if values is None else tuple(map(float.fromhex, values)), tensor, offset)

@@ -32,7 +32,7 @@ void backward_chain(const BackwardBlock<T>& b, const Chain& chain) {
     p.ldb = p.ldc = b.ld;
     p.k = step.n;
     p.groups = 1;
-    p.from_c = j == 0;
+    p.add = j == 0;  // each map's chain by itself, then added: as accurate as PyTorch, where one chain through all experts is not
     multiply<T, true>(p, step.k, b.ld);
   }
 }

@@ -27,7 +27,6 @@ struct Product {
   int64_t groups = 1, jump = 0;
   const T* bias = nullptr;   // [m], added after the chain
   bool relu = false;
-  bool from_c = false;       // the chain starts from C
   bool add = false;          // the chain's end is added to C
   int64_t columns = 0;       // of C, the last tile may reach beyond; 0: it does not
 };
@@ -53,7 +52,7 @@ __attribute__((noinline)) void tile(const Product<T>& p) {
   FUSEDMOE_UNROLL
   for (int m = 0; m < M; m++)
     FUSEDMOE_UNROLL
-    for (int v = 0; v < V; v++) c[m][v] = p.from_c ? load<T>(p.c + m * p.ldc + v * lanes) : splat<T>(0);
+    for (int v = 0; v < V; v++) c[m][v] = splat<T>(0);
   for (int64_t g = 0; g < p.groups; g++) {
     for (int64_t k = 0; k < p.k; k++) {
       vec<T> x[V];
