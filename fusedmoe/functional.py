@@ -77,7 +77,8 @@ def fusion_level(x: Tensor, weights, biases, gates, wiring: LevelWiring = DEFAUL
         A tensor whose shape, dtype or device is wrong is named as in `Table.parameters`.
     Source: MMoE eq. 6-8, PLE eq. 2-5, AdaTT eq. 2-10.
     """
-    return _run(x, weights, biases, gates, wiring, sees, static, backend)[0]
+    params, table = _read(x, weights, biases, gates, wiring, sees, static)
+    return fusion_network(x, params, table, backend)
 
 
 def mixing_weights(x: Tensor, weights, biases, gates, wiring: LevelWiring = DEFAULT, sees=None, static=None, backend: str = "auto") -> Tensor:
@@ -85,7 +86,9 @@ def mixing_weights(x: Tensor, weights, biases, gates, wiring: LevelWiring = DEFA
 
     Args, Raises, Source: see `fusion_level`. The experts are run too, because a gate may read them.
     """
-    return _run(x, weights, biases, gates, wiring, sees, static, backend)[1][0]
+    params, table = _read(x, weights, biases, gates, wiring, sees, static)
+    _, (mixing,) = fusion_network(x, params, table, backend, return_mixing_weights=True)
+    return mixing
 
 
 class _Key(NamedTuple):
@@ -112,8 +115,8 @@ class _Key(NamedTuple):
     activation: tuple[str, str | None]
 
 
-def _run(x, weights, biases, gates, wiring, sees, static, backend) -> tuple[Tensor, tuple[Tensor]]:
-    """Read the key and the operator's parameters off the arguments; return out and (mixing weights,)."""
+def _read(x, weights, biases, gates, wiring, sees, static) -> tuple[list[Tensor], Table]:
+    """The operator's parameters, in its order, and the level's table."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor [B, D] or [B, S, D], got {_name(x)}")
     if x.dim() not in (2, 3) or 0 in x.shape[1:]:
@@ -143,7 +146,7 @@ def _run(x, weights, biases, gates, wiring, sees, static, backend) -> tuple[Tens
         activation=(kind, None) if isinstance(kind, str) else (kind.name, kind.parameter.hex()),
     )
     params += [tensor for pair in maps if pair is not None for tensor in pair if tensor is not None]
-    return fusion_network(x, params + learned, _table(tuple(key)), backend, return_mixing_weights=True)
+    return params + learned, _table(tuple(key))
 
 
 def _name(value) -> str:
@@ -340,7 +343,10 @@ def _build(key: _Key) -> Table:
     kind = activation(name) if parameter is None else Activation(name, float.fromhex(parameter))
     experts = tuple(Expert(slot, tuple(Layer(width, kind, key.bias) for width in widths)) for slot, widths in zip(reads, key.experts, strict=True))
     units = tuple(Unit(_build_gate(key, u, selectors[u]), _build_static(key.statics[u])) for u in range(len(key.gates)))
-    return Table(key.slots, key.width, (Level(experts, units),), statics=key.static_shapes)
+    table = Table(key.slots, key.width, (Level(experts, units),), statics=key.static_shapes)
+    # Dynamo cannot work out a cached property of a constant, only read it: these two work out all that the backends read.
+    _ = table.parameters, table.output
+    return table
 
 
 def _build_gate(key: _Key, u: int, selector: tuple[str, int] | None) -> Gate | None:

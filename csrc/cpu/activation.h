@@ -26,11 +26,13 @@ template <class T>
 inline vec<T> sigmoid(vec<T> x) {
   return T(1) / (T(1) + exp<T>(-x));
 }
-// Through expm1 of -2|x|, so that neither small nor large arguments cancel.
+// With e = exp(-2|x|) - 1: -e / (e + 2) for small |x|, where nothing cancels, and 1 - 2 exp(-2|x|) / (e + 2) beyond, where the error of
+// the quotient is small beside 1.
 template <class T>
 inline vec<T> tanh(vec<T> x) {
-  vec<T> e = expm1<T>(T(-2) * (x < T(0) ? -x : x));
-  vec<T> t = -e / (e + T(2));
+  vec<T> size = x < T(0) ? -x : x;
+  vec<T> e = expm1<T>(T(-2) * size);
+  vec<T> t = size < T(0.55) ? -e / (e + T(2)) : T(1) - T(2) * (e + T(1)) / (e + T(2));
   return x < T(0) ? -t : t;
 }
 
@@ -48,9 +50,18 @@ inline void chain_rule(const T* s, T* d, int64_t n, F f) {
 constexpr double sqrt_half = 0.70710678118654752440, inverse_sqrt_two_pi = 0.39894228040143267794, sqrt_two_over_pi = 0.79788456080286535588, gelu_cubic = 0.044715;
 constexpr double softplus_threshold = 20.0;  // PyTorch's default: above it softplus is the identity
 
+// 2 u in gelu_tanh(x) = x (1 + tanh(u)) / 2 = x sigmoid(2 u), which does not cancel at negative x.
 template <class T>
 inline vec<T> gelu_tanh_inner(vec<T> x) {
-  return T(sqrt_two_over_pi) * (x + T(gelu_cubic) * (x * x * x));
+  return T(2 * sqrt_two_over_pi) * (x + T(gelu_cubic) * (x * x * x));
+}
+template <class T>
+inline vec<T> gelu_tanh_slope(vec<T> x) {
+  vec<T> u = gelu_tanh_inner<T>(x);
+  vec<T> e = exp<T>(u < T(0) ? u : -u);
+  vec<T> larger = T(1) / (T(1) + e);  // sigmoid(|2 u|); the other of the two shares is e times it
+  vec<T> share = u < T(0) ? e * larger : larger;
+  return share + x * (e * larger * larger) * (T(2 * sqrt_two_over_pi) * (T(1) + T(3 * gelu_cubic) * (x * x)));
 }
 
 template <class T>
@@ -64,7 +75,7 @@ void activate(Act act, T parameter, const T* z, T* out, int64_t n) {
     case Act::tanh: return map(z, out, n, [](vec<T> x) { return tanh<T>(x); });
     case Act::silu: return map(z, out, n, [](vec<T> x) { return x / (T(1) + exp<T>(-x)); });
     case Act::gelu: return map(z, out, n, [](vec<T> x) { return T(0.5) * x * (T(1) + each<T>(x * T(sqrt_half), [](T v) { return erf_of(v); })); });
-    case Act::gelu_tanh: return map(z, out, n, [](vec<T> x) { return T(0.5) * x * (T(1) + tanh<T>(gelu_tanh_inner<T>(x))); });
+    case Act::gelu_tanh: return map(z, out, n, [](vec<T> x) { return x * sigmoid<T>(gelu_tanh_inner<T>(x)); });
     case Act::leaky_relu: return map(z, out, n, [=](vec<T> x) { return x > T(0) ? x : x * parameter; });
     case Act::elu: return map(z, out, n, [=](vec<T> x) { return x > T(0) ? x : parameter * expm1<T>(x); });
     case Act::softplus:
@@ -90,12 +101,7 @@ void differentiate(Act act, T parameter, const T* s, T* d, int64_t n) {
         vec<T> cdf = T(0.5) * (T(1) + each<T>(x * T(sqrt_half), [](T v) { return erf_of(v); }));
         return g * (cdf + x * (T(inverse_sqrt_two_pi) * exp<T>(T(-0.5) * x * x)));
       });
-    case Act::gelu_tanh:
-      return chain_rule(s, d, n, [](vec<T> x, vec<T> g) {
-        vec<T> t = tanh<T>(gelu_tanh_inner<T>(x));
-        vec<T> slope = T(sqrt_two_over_pi) * (T(1) + T(3 * gelu_cubic) * (x * x));
-        return g * (T(0.5) * (T(1) + t) + T(0.5) * x * (T(1) - t * t) * slope);
-      });
+    case Act::gelu_tanh: return chain_rule(s, d, n, [](vec<T> x, vec<T> g) { return g * gelu_tanh_slope<T>(x); });
     case Act::leaky_relu: return chain_rule(s, d, n, [=](vec<T> x, vec<T> g) { return x > T(0) ? g : g * parameter; });
     case Act::elu: return chain_rule(s, d, n, [=](vec<T> x, vec<T> g) { return x > T(0) ? g : g * (parameter * exp<T>(x)); });
     case Act::softplus: return chain_rule(s, d, n, [](vec<T> x, vec<T> g) { return x > T(softplus_threshold) ? g : g * sigmoid<T>(x); });
