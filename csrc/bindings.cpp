@@ -59,9 +59,9 @@ std::string shape_of(const std::vector<int64_t>& sizes) {
 }
 
 // `t` itself if it is what the kernels take, a contiguous copy if only its strides are not, an error otherwise.
-Tensor checked(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype, const std::string& what) {
-  bool same = t.dim() == int64_t(sizes.size());
-  for (size_t i = 0; same && i < sizes.size(); i++) same = t.size(i) == sizes[i];
+Tensor checked(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype, const char* what) {
+  const auto have = t.sizes();
+  bool same = have.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), have.begin());
   STD_TORCH_CHECK(same, what, ": expected shape ", shape_of(sizes), ", got ", shape_of(t));
   STD_TORCH_CHECK(t.is_cpu(), what, ": expected a CPU tensor");
   STD_TORCH_CHECK(t.scalar_type() == dtype, what, ": expected the dtype of x");
@@ -146,13 +146,13 @@ void check_dtype(const Tensor& x) {
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "x: the cpu backend expects float32 or float64");
 }
 
-std::tuple<Tensor, Tensor, Tensor> network_cpu(const Tensor& x, std::vector<Tensor> params, std::string table, bool save, bool mixing) {
+std::tuple<Tensor, Tensor, Tensor> network_cpu(const Tensor& x, const std::vector<Tensor>& params, const std::string& table, bool save, bool mixing) {
   check_dtype(x);
   return x.scalar_type() == ScalarType::Float ? forward<float>(x, params, table, save, mixing) : forward<double>(x, params, table, save, mixing);
 }
 
-std::vector<Tensor> network_cpu_backward(const Tensor& d_out, std::optional<Tensor> d_weights, const Tensor& x, std::vector<Tensor> params,
-                                         const Tensor& saved, std::string table, std::string needs) {
+std::vector<Tensor> network_cpu_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& x, const std::vector<Tensor>& params,
+                                         const Tensor& saved, const std::string& table, const std::string& needs) {
   check_dtype(x);
   return x.scalar_type() == ScalarType::Float ? backward<float>(d_out, d_weights, x, params, saved, table, needs)
                                               : backward<double>(d_out, d_weights, x, params, saved, table, needs);

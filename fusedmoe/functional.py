@@ -20,6 +20,9 @@ from fusedmoe.table import SELECTORS, Expert, Gate, Layer, Level, Selector, Stat
 
 __all__ = ["LevelWiring", "fusion_level", "fusion_network", "mixing_weights"]
 
+# What may stand where the docstrings say list.
+LISTS = (list, tuple, range, ParameterList)
+
 
 @dataclass(frozen=True)
 class LevelWiring:
@@ -128,7 +131,7 @@ def _read(x, weights, biases, gates, wiring, sees, static) -> tuple[list[Tensor]
     statics, learned = _static(static, len(widths))
     if not maps and not statics:
         raise ValueError(f"gates, static: expected at least one unit, got {_name(gates)} and {_name(static)}")
-    if maps and statics and len(maps) != len(statics):
+    if gates is not None and static is not None and len(maps) != len(statics):
         raise ValueError(f"static: expected {len(maps)} units, as gates has, got {len(statics)}")
     maps = maps or [None] * len(statics)
     seen = _sees(sees, maps, len(widths))
@@ -160,7 +163,7 @@ def _name(value) -> str:
 
 def _items(value, where: str, form: str) -> list:
     """The items of a list; raise TypeError, with the form it should have, for anything else."""
-    if not isinstance(value, (list, tuple, range, ParameterList)):
+    if not isinstance(value, LISTS):
         raise TypeError(f"{where}: expected {form}, got {_name(value)}")
     return list(value)
 
@@ -244,7 +247,7 @@ def _gates(gates) -> list[tuple[Tensor, Tensor | None] | None]:
     if gates is None:
         return []
     pair = (gates, None) if isinstance(gates, Tensor) else gates
-    if isinstance(gates, Tensor) or (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], Tensor) and pair[0].dim() == 3):
+    if isinstance(gates, Tensor) or (isinstance(pair, LISTS) and len(pair) == 2 and isinstance(pair[0], Tensor) and pair[0].dim() == 3):
         maps, biases = pair
         _tensor(maps, 3, "gates", "stacked [U, n, K], or one item a unit")
         if biases is None:
@@ -257,7 +260,7 @@ def _gates(gates) -> list[tuple[Tensor, Tensor | None] | None]:
     for u, gate in enumerate(_items(gates, "gates", "None, stacked G [U, n, K], (G, c [U, n]), or a list of one item a unit")):
         pair = (gate, None) if isinstance(gate, Tensor) else gate
         if pair is not None:
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            if not isinstance(pair, LISTS) or len(pair) != 2:
                 raise TypeError(f"gates, unit {u}: expected None, G [n, K] or (G, c [n]), got {_name(gate)}")
             _tensor(pair[0], 2, f"gates, unit {u}", "[n, K]")
             if pair[1] is not None:
@@ -297,7 +300,7 @@ def _static(static, experts: int) -> tuple[list, list[Tensor]]:
         if item is None:
             result.append(None)
             continue
-        if not isinstance(item, (list, tuple)) or len(item) != 2:
+        if not isinstance(item, LISTS) or len(item) != 2:
             raise TypeError(f"static, unit {u}: expected None or a pair (experts, weights), got {_name(item)}")
         owned, values = _indices(item[0], f"static, unit {u}, experts"), item[1]
         if isinstance(values, Tensor):

@@ -125,6 +125,12 @@ inline void multiply(Product<T> p, int64_t rows, int64_t columns) {
 }
 
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
+template <int LANES>
+struct Floats {
+  typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+};
+template <int LANES>
+using floats = typename Floats<LANES>::vec;
 
 // Where row i + 4 l of a matrix stands, for i below 4.
 struct Rows {
@@ -140,34 +146,35 @@ struct Rows {
 
 // Four numbers of one row a lane, turned: t[j] lane (i + 4 l) = number j of row (i + 4 l). Blocks of 4 x 4 are turned inside 128
 // bits; loading row i + 4 l into part l of vector i does the rest.
-template <class Source>
-inline void turn(Source rows, vec<float>* t) {
-  constexpr int lanes = Lanes<float>::count;
+template <int LANES, class Source>
+inline void turn(Source rows, floats<LANES>* t) {
   FUSEDMOE_UNROLL
   for (int i = 0; i < 4; i++) {
     auto part = rows(i);
     // Intrinsics, because compilers make a load and a shuffle of the portable form; these place what they load.
 #if FUSEDMOE_VECTOR_BYTES == 64
-    __m512 row = _mm512_castps128_ps512((__m128)part(0));
-    row = _mm512_mask_broadcast_f32x4(row, 0x00f0, (__m128)part(1));
-    row = _mm512_mask_broadcast_f32x4(row, 0x0f00, (__m128)part(2));
-    t[i] = (vec<float>)_mm512_mask_broadcast_f32x4(row, 0xf000, (__m128)part(3));
-#elif FUSEDMOE_VECTOR_BYTES == 32
-    t[i] = (vec<float>)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)part(0)), (__m128)part(1), 1);
-#else
-    t[i] = part(0);
+    if constexpr (LANES == 16) {
+      __m512 row = _mm512_castps128_ps512((__m128)part(0));
+      row = _mm512_mask_broadcast_f32x4(row, 0x00f0, (__m128)part(1));
+      row = _mm512_mask_broadcast_f32x4(row, 0x0f00, (__m128)part(2));
+      t[i] = (floats<LANES>)_mm512_mask_broadcast_f32x4(row, 0xf000, (__m128)part(3));
+    }
 #endif
+#if FUSEDMOE_VECTOR_BYTES >= 32
+    if constexpr (LANES == 8) t[i] = (floats<LANES>)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)part(0)), (__m128)part(1), 1);
+#endif
+    if constexpr (LANES == 4) t[i] = part(0);
   }
   [&]<int... I>(std::integer_sequence<int, I...>) {
-    vec<float> a = __builtin_shufflevector(t[0], t[1], (I / 4 * 4 + I % 4 / 2 + I % 2 * lanes)...);
-    vec<float> b = __builtin_shufflevector(t[0], t[1], (I / 4 * 4 + I % 4 / 2 + 2 + I % 2 * lanes)...);
-    vec<float> c = __builtin_shufflevector(t[2], t[3], (I / 4 * 4 + I % 4 / 2 + I % 2 * lanes)...);
-    vec<float> d = __builtin_shufflevector(t[2], t[3], (I / 4 * 4 + I % 4 / 2 + 2 + I % 2 * lanes)...);
-    t[0] = __builtin_shufflevector(a, c, (I / 4 * 4 + I % 2 + I % 4 / 2 * lanes)...);
-    t[1] = __builtin_shufflevector(a, c, (I / 4 * 4 + I % 2 + 2 + I % 4 / 2 * lanes)...);
-    t[2] = __builtin_shufflevector(b, d, (I / 4 * 4 + I % 2 + I % 4 / 2 * lanes)...);
-    t[3] = __builtin_shufflevector(b, d, (I / 4 * 4 + I % 2 + 2 + I % 4 / 2 * lanes)...);
-  }(std::make_integer_sequence<int, lanes>());
+    floats<LANES> a = __builtin_shufflevector(t[0], t[1], (I / 4 * 4 + I % 4 / 2 + I % 2 * LANES)...);
+    floats<LANES> b = __builtin_shufflevector(t[0], t[1], (I / 4 * 4 + I % 4 / 2 + 2 + I % 2 * LANES)...);
+    floats<LANES> c = __builtin_shufflevector(t[2], t[3], (I / 4 * 4 + I % 4 / 2 + I % 2 * LANES)...);
+    floats<LANES> d = __builtin_shufflevector(t[2], t[3], (I / 4 * 4 + I % 4 / 2 + 2 + I % 2 * LANES)...);
+    t[0] = __builtin_shufflevector(a, c, (I / 4 * 4 + I % 2 + I % 4 / 2 * LANES)...);
+    t[1] = __builtin_shufflevector(a, c, (I / 4 * 4 + I % 2 + 2 + I % 4 / 2 * LANES)...);
+    t[2] = __builtin_shufflevector(b, d, (I / 4 * 4 + I % 2 + I % 4 / 2 * LANES)...);
+    t[3] = __builtin_shufflevector(b, d, (I / 4 * 4 + I % 2 + 2 + I % 4 / 2 * LANES)...);
+  }(std::make_integer_sequence<int, LANES>());
 }
 
 // to[c * ld_to + r] = from[r * ld_from + c] for `rows` x `columns`; columns `rows` .. `fill` of `to` become 0.
@@ -180,7 +187,7 @@ void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T*
       if (r + lanes <= rows)
         for (; c + 4 <= columns; c += 4) {
           vec<float> t[4];
-          turn(Rows{from + r * ld_from + c, ld_from}, t);
+          turn<lanes>(Rows{from + r * ld_from + c, ld_from}, t);
           FUSEDMOE_UNROLL
           for (int j = 0; j < 4; j++) store<T>(to + (c + j) * ld_to + r, t[j]);
         }
@@ -191,25 +198,25 @@ void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T*
 
 // Few rows: the lanes run over the outputs, blocks of W are turned in registers, and W is streamed once.
 // y[r * ldy + i] = act(sum of w[i * k + j] x[r * ldx + j] + bias[i]) for G vectors of outputs, or for `n` below one vector (EDGE).
-template <int R, int G, bool EDGE>
+template <int R, int LANES, int G, bool EDGE>
 __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
-  constexpr int lanes = Lanes<float>::count;
+  typedef floats<LANES> lane_vec;
   const int64_t k_count = p.k, stride = p.lda;
   const float* w = p.a;
-  const float* ahead = w + lanes * stride;
-  vec<float> acc[G][R];
-  const float* row_of[lanes];
+  const float* ahead = w + G * LANES * stride;  // the next tile, into L2: L1 could not hold it beside this one
+  lane_vec acc[G][R];
+  const float* row_of[LANES];
   if (EDGE)
-    for (int i = 0; i < lanes; i++) row_of[i] = w + (i < n ? i : n - 1) * stride;  // rows repeated here are dropped below
+    for (int i = 0; i < LANES; i++) row_of[i] = w + (i < n ? i : n - 1) * stride;  // rows repeated here are dropped below
   FUSEDMOE_UNROLL
   for (int g = 0; g < G; g++)
     FUSEDMOE_UNROLL
-    for (int r = 0; r < R; r++) acc[g][r] = splat<float>(0);
+    for (int r = 0; r < R; r++) acc[g][r] = lane_vec{};
   // Multiply `words` columns from k on, with the rows that `source(g)` gives.
   auto step = [&](int64_t k, int words, auto source) {
-    vec<float> t[G][4];
+    lane_vec t[G][4];
     FUSEDMOE_UNROLL
-    for (int g = 0; g < G; g++) turn(source(g), t[g]);
+    for (int g = 0; g < G; g++) turn<LANES>(source(g), t[g]);
     FUSEDMOE_UNROLL
     for (int j = 0; j < 4; j++)
       if (j < words)
@@ -223,42 +230,44 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
   int64_t k = 0;
   for (; k + 4 <= k_count; k += 4) {
     FUSEDMOE_UNROLL
-    for (int i = 0; i < G * lanes / 4; i++, ahead += 16) __builtin_prefetch(ahead);
+    for (int i = 0; i < G * LANES / 4; i++, ahead += 16) __builtin_prefetch(ahead, 0, 2);
     if constexpr (EDGE)
       step(k, 4, [&](int) { return [&](int i) { return [&, i](int l) { return *(const quad*)(row_of[i + 4 * l] + k); }; }; });
     else
-      step(k, 4, [&](int g) { return Rows{w + g * lanes * stride + k, stride}; });
+      step(k, 4, [&](int g) { return Rows{w + g * LANES * stride + k, stride}; });
   }
   if (k < k_count) {
-    float last[G * lanes][4] = {};
-    for (int i = 0; i < G * lanes; i++) memcpy(last[i], (EDGE ? row_of[i] : w + i * stride) + k, (k_count - k) * sizeof(float));
-    step(k, int(k_count - k), [&](int g) { return Rows{last[g * lanes], 4}; });
+    float last[G * LANES][4] = {};
+    for (int i = 0; i < G * LANES; i++) memcpy(last[i], (EDGE ? row_of[i] : w + i * stride) + k, (k_count - k) * sizeof(float));
+    step(k, int(k_count - k), [&](int g) { return Rows{last[g * LANES], 4}; });
   }
-  const int64_t width = EDGE ? n : lanes;
+  const int64_t width = EDGE ? n : LANES;
   FUSEDMOE_UNROLL
   for (int g = 0; g < G; g++)
     FUSEDMOE_UNROLL
     for (int r = 0; r < R; r++) {
-      vec<float> y = acc[g][r], bias = splat<float>(0);
-      if (p.bias) memcpy(&bias, p.bias + g * lanes, width * sizeof(float));
+      lane_vec y = acc[g][r], bias = lane_vec{};
+      if (p.bias) memcpy(&bias, p.bias + g * LANES, width * sizeof(float));
       if (p.bias) y = y + bias;
-      if (p.relu) y = relu<float>(y);
-      memcpy(p.c + r * p.ldc + g * lanes, &y, width * sizeof(float));
+      if (p.relu) y = y < 0.0f ? lane_vec{} : y;
+      memcpy(p.c + r * p.ldc + g * LANES, &y, width * sizeof(float));
     }
 }
 
 // A = W [n, k] with lda = k, B = X [R, k] row-major, C = Y [R, n] row-major.
 template <int R>
 inline void few(Product<float> p, int64_t n) {
-  constexpr int lanes = Lanes<float>::count;
+  // One or two rows are bound by the turning, which 32-byte vectors do at twice the rate where 64-byte shuffles are split (Zen 4:
+  // 43 against 50 us for 2.4 MB of weights); more rows are bound by the multiply-adds.
+  constexpr int native = Lanes<float>::count, LANES = R <= 2 && native > 8 ? 8 : native;
   auto advance = [&](int64_t by) {
     p.a += by * p.lda;
     p.c += by;
     if (p.bias) p.bias += by;
     n -= by;
   };
-  for (; n >= 2 * lanes; advance(2 * lanes)) few_tile<R, 2, false>(p, 0);
-  for (; n > 0; advance(n < lanes ? n : lanes)) few_tile<R, 1, true>(p, n < lanes ? n : lanes);
+  for (; n >= 2 * LANES; advance(2 * LANES)) few_tile<R, LANES, 2, false>(p, 0);
+  for (; n > 0; advance(n < LANES ? n : LANES)) few_tile<R, LANES, 1, true>(p, n < LANES ? n : LANES);
 }
 
 }  // namespace fusedmoe::cpu::FUSEDMOE_ISA
