@@ -59,7 +59,7 @@ def from_json(text: str) -> Table:
     return _build(Table, value, "table")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _fields(cls: type) -> tuple[tuple[str, object, bool], ...]:
     """(name, type, has a default) of each field."""
     hints = typing.get_type_hints(cls)

@@ -75,6 +75,8 @@ def check(x, params, table) -> None:
         raise ValueError(f"x: expected {' or '.join(f'[B, {str(s)[1:-1].rstrip(chr(44))}]' for s in shapes)}, got {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x: expected a dense tensor, got layout {x.layout}")
     if len(params) != len(table.parameters):
         raise ValueError(f"params: expected {len(table.parameters)} tensors, got {len(params)}")
     for expect, tensor in zip(table.parameters, params, strict=True):
@@ -84,6 +86,8 @@ def check(x, params, table) -> None:
             raise ValueError(f"params, {expect.name}: expected {list(expect.shape)}, got {list(tensor.shape)}")
         if tensor.dtype != x.dtype:
             raise TypeError(f"params, {expect.name}: expected {x.dtype}, the dtype of x, got {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"params, {expect.name}: expected a dense tensor, got layout {tensor.layout}")
         if tensor.device != x.device:
             raise ValueError(f"params, {expect.name}: expected a tensor on {x.device}, where x is, got one on {tensor.device}")
 
@@ -130,7 +134,7 @@ def _run_cpu(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool):
                 # Without a graph to build, the Python autograd kernel would only cost time.
                 with torch._C._AutoDispatchBelowAutograd():
                     out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, False, mixing)
-        except (RuntimeError, TypeError, AttributeError):
+        except (RuntimeError, TypeError, AttributeError):  # NotImplementedError, of a layout no kernel takes, is a RuntimeError
             check(x, params, table)
             raise
     return out, _by_level(weights, table) if mixing else ()

@@ -32,7 +32,7 @@ def _tuple(value, of: type, where: str) -> None:
 def _indices(value, count: int, where: str, what: str, least: int = 0) -> None:
     """Raise unless `value` is a tuple of distinct integers below `count`."""
     if not isinstance(value, tuple) or len(value) < least or len(set(value)) != len(value):
-        raise ValueError(f"{where}: expected a tuple of at least {least} different indices, got {value!r}")
+        raise ValueError(f"{where}: expected a tuple of {'at least one index' if least else 'indices'}, none twice, got {value!r}")
     for index in value:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
             raise ValueError(f"{where}: expected one of {count} {what} (0 to {count - 1}), got {index!r}")
@@ -212,7 +212,8 @@ class Table:
         _integer(static.offset, f"{where}, offset")
         size = product(self.statics[static.tensor])
         if static.offset + len(static.experts) > size:
-            raise ValueError(f"{where}: expected elements within the {size} of static tensor {static.tensor}, got {static.offset} to {static.offset + len(static.experts) - 1}")
+            last = static.offset + len(static.experts) - 1
+            raise ValueError(f"{where}: expected elements within the {size} of static tensor {static.tensor}, got {static.offset} to {last}")
 
     def _check_tasks(self, widths: tuple[int, ...]) -> None:
         """Check the tasks over units of these widths."""

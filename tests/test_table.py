@@ -55,7 +55,7 @@ CONTRADICTIONS = {
     "layer's bias": (of_experts(EXPERTS[0], Expert(0, (Layer(3, bias=1),))), "level 0, expert 1, layer 0: expected an Activation and a bool"),
     "experts' widths": (of_experts(EXPERTS[0], Expert(0, (Layer(5),))), "level 0, unit 0: expected experts of one output width, got widths [3, 5]"),
     "sees": (of_gate(sees=(0, 2)), "level 0, unit 1, sees: expected one of 2 experts (0 to 1), got 2"),
-    "sees twice": (of_gate(sees=(1, 1)), "level 0, unit 1, sees: expected a tuple of at least 0 different indices, got (1, 1)"),
+    "sees twice": (of_gate(sees=(1, 1)), "level 0, unit 1, sees: expected a tuple of indices, none twice, got (1, 1)"),
     "sees a float": (of_gate(sees=(1.0,)), "level 0, unit 1, sees: expected one of 2 experts (0 to 1), got 1.0"),
     "selector's kind": (of_gate(selector=Selector("row")), "level 0, unit 1, selector: expected one of slot, root, expert, got 'row'"),
     "selector's slot": (of_gate(selector=Selector("slot", 1)), "level 0, unit 1, selector: expected one of 1 slots (0 to 0), got 1"),
@@ -83,7 +83,7 @@ CONTRADICTIONS = {
     ),
     "statics": ({"statics": ((2, -1),)}, "table.statics[0]: expected an integer of at least 0, got -1"),
     "task's units": ({"tasks": (Task((0,)), Task((2,)))}, "task 1, units: expected one of 2 units of the last level (0 to 1), got 2"),
-    "task without units": ({"tasks": (Task(()),)}, "task 0, units: expected a tuple of at least 1 different indices, got ()"),
+    "task without units": ({"tasks": (Task(()),)}, "task 0, units: expected a tuple of at least one index, none twice, got ()"),
     "tower missing": ({"tasks": (Task((0,), LAYERS), Task((1,)))}, "task 1: expected a tower, as the other tasks have, got none"),
     "towers' widths": ({"tasks": (Task((0,), (Layer(1),)), Task((1,), (Layer(2),)))}, "tower outputs: expected one width, got widths [1, 2]"),
 }

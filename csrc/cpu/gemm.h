@@ -1,8 +1,9 @@
 // Dense maps straight from PyTorch's row-major weights: nothing is packed, so nothing can go stale.
 //
 // Activations of a block of rows stand transposed, X[k * ld + row]: the rows are the vector lanes, a weight is broadcast.
-// Every output is a chain fma(a, b, acc) from 0 with the reduction index ascending, then the bias: its bits depend neither on the
-// batch a row came in nor on the kernel. (Needs a * b + c to be contracted: the default of GCC, -ffp-contract=fast for Clang.)
+// Every output is a sum, in order, of chains fma(a, b, acc) of `chain` products each, the reduction index ascending; then comes the
+// bias. So its bits depend neither on the batch a row came in nor on the kernel. (Needs a * b + c to be contracted: the default of
+// GCC, -ffp-contract=fast for Clang.)
 #pragma once
 #include <utility>
 
@@ -13,6 +14,10 @@
 #endif
 
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
+
+// One chain over the whole reduction would err by its length, where libraries add several shorter ones; at 128 the extra additions
+// cost 1 / 128 of the multiply-adds.
+constexpr int64_t chain = 128;
 
 // C[m][v] (+)= sum over groups g and k of A(m, g, k) B[(g * k_count + k) * ldb + v].
 template <class T>
@@ -25,9 +30,9 @@ struct Product {
   T* c;
   int64_t ldc;
   int64_t groups = 1, jump = 0;
-  const T* bias = nullptr;   // [m], added after the chain
+  const T* bias = nullptr;   // [m], added last
   bool relu = false;
-  bool add = false;          // the chain's end is added to C
+  bool add = false;          // to C
   int64_t columns = 0;       // of C, the last tile may reach beyond; 0: it does not
 };
 
@@ -39,55 +44,66 @@ constexpr int tile_rows = 8, narrow_rows = 16;
 constexpr int tile_rows = 6, narrow_rows = 8;
 #endif
 
+// C (+)= the sums of one tile's chains; bias and ReLU with the last.
+template <class T, int M, int V>
+inline void finish(const Product<T>& p, vec<T> (&c)[M][V], bool add, bool last) {
+  constexpr int lanes = Lanes<T>::count;
+  FUSEDMOE_UNROLL
+  for (int m = 0; m < M; m++)
+    FUSEDMOE_UNROLL
+    for (int v = 0; v < V; v++) {
+      T* to = p.c + m * p.ldc + v * lanes;
+      const int64_t width = p.columns ? p.columns - v * lanes : lanes;
+      vec<T> r = c[m][v];
+      if (width < lanes) {
+        for (int i = 0; i < width; i++) to[i] = add ? to[i] + r[i] : r[i];
+        continue;
+      }
+      if (add) r = load<T>(to) + r;
+      if (last && p.bias) r = r + p.bias[m];
+      if (last && p.relu) r = relu<T>(r);
+      store<T>(to, r);
+    }
+}
+
 template <class T, int M, int V, bool TRANSPOSED>
 __attribute__((noinline)) void tile(const Product<T>& p) {
   constexpr int lanes = Lanes<T>::count, thirds = (M + 2) / 3;
   const T* a[thirds];  // x86 addresses reach lda and 2 lda from a pointer: a third of the pointers suffice
   const T* b = p.b;
   const T* ahead = p.a + (TRANSPOSED ? M : M * p.lda);  // the next tile's weights
-  const int64_t lda = p.lda, ldb = p.ldb;
-  vec<T> c[M][V];
+  const int64_t lda = p.lda, ldb = p.ldb, all = p.groups * p.k;
   FUSEDMOE_UNROLL
   for (int i = 0; i < thirds; i++) a[i] = p.a + 3 * i * lda;
-  FUSEDMOE_UNROLL
-  for (int m = 0; m < M; m++)
-    FUSEDMOE_UNROLL
-    for (int v = 0; v < V; v++) c[m][v] = splat<T>(0);
-  for (int64_t g = 0; g < p.groups; g++) {
-    for (int64_t k = 0; k < p.k; k++) {
-      vec<T> x[V];
-      FUSEDMOE_UNROLL
-      for (int v = 0; v < V; v++) x[v] = load<T>(b + v * lanes);
-      __builtin_prefetch(ahead);
-      FUSEDMOE_UNROLL
-      for (int m = 0; m < M; m++) {
-        T w = TRANSPOSED ? a[0][m] : a[m / 3][m % 3 * lda];
+  // A chain ends where it is full, and may run through several groups.
+  for (int64_t done = 0; done < all;) {
+    vec<T> c[M][V] = {};
+    const int64_t from = done;
+    do {
+      const int64_t room = chain - (done - from), left = p.k - done % p.k, count = room < left ? room : left;
+      for (int64_t k = 0; k < count; k++) {
+        vec<T> x[V];
         FUSEDMOE_UNROLL
-        for (int v = 0; v < V; v++) c[m][v] = c[m][v] + w * x[v];
+        for (int v = 0; v < V; v++) x[v] = load<T>(b + v * lanes);
+        __builtin_prefetch(ahead);
+        FUSEDMOE_UNROLL
+        for (int m = 0; m < M; m++) {
+          T w = TRANSPOSED ? a[0][m] : a[m / 3][m % 3 * lda];
+          FUSEDMOE_UNROLL
+          for (int v = 0; v < V; v++) c[m][v] = c[m][v] + w * x[v];
+        }
+        b += ldb;
+        ahead += TRANSPOSED ? lda : M;
+        FUSEDMOE_UNROLL
+        for (int i = 0; i < thirds; i++) a[i] += TRANSPOSED ? lda : 1;
       }
-      b += ldb;
-      ahead += TRANSPOSED ? lda : M;
-      FUSEDMOE_UNROLL
-      for (int i = 0; i < thirds; i++) a[i] += TRANSPOSED ? lda : 1;
-    }
-    FUSEDMOE_UNROLL
-    for (int i = 0; i < thirds; i++) a[i] += p.jump - p.k;
+      done += count;
+      if (count == left)
+        FUSEDMOE_UNROLL
+        for (int i = 0; i < thirds; i++) a[i] += p.jump - p.k;
+    } while (done < all && done - from < chain);
+    finish<T, M, V>(p, c, p.add || from > 0, done == all);
   }
-  FUSEDMOE_UNROLL
-  for (int m = 0; m < M; m++)
-    FUSEDMOE_UNROLL
-    for (int v = 0; v < V; v++) {
-      T* to = p.c + m * p.ldc + v * lanes;
-      vec<T> r = c[m][v];
-      if (p.bias) r = r + p.bias[m];
-      if (p.relu) r = relu<T>(r);
-      int64_t width = p.columns ? p.columns - v * lanes : lanes;
-      if (width >= lanes) {
-        store<T>(to, p.add ? load<T>(to) + r : r);
-      } else {
-        for (int i = 0; i < width; i++) to[i] = p.add ? to[i] + r[i] : r[i];
-      }
-    }
 }
 
 // All `rows` of C for V vectors of columns.
@@ -204,7 +220,7 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
   const int64_t k_count = p.k, stride = p.lda;
   const float* w = p.a;
   const float* ahead = w + G * LANES * stride;  // the next tile, into L2: L1 could not hold it beside this one
-  lane_vec acc[G][R];
+  lane_vec acc[G][R], sum[G][R] = {};
   const float* row_of[LANES];
   if (EDGE)
     for (int i = 0; i < LANES; i++) row_of[i] = w + (i < n ? i : n - 1) * stride;  // rows repeated here are dropped below
@@ -228,7 +244,18 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
         }
   };
   int64_t k = 0;
+  // The end of a chain, where another one follows: `sum` is exact at 0, so the first chain passes unchanged.
+  auto full = [&] {
+    FUSEDMOE_UNROLL
+    for (int g = 0; g < G; g++)
+      FUSEDMOE_UNROLL
+      for (int r = 0; r < R; r++) {
+        sum[g][r] = sum[g][r] + acc[g][r];
+        acc[g][r] = lane_vec{};
+      }
+  };
   for (; k + 4 <= k_count; k += 4) {
+    if (k > 0 && k % chain == 0) full();
     FUSEDMOE_UNROLL
     for (int i = 0; i < G * LANES / 4; i++, ahead += 16) __builtin_prefetch(ahead, 0, 2);
     if constexpr (EDGE)
@@ -237,6 +264,7 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
       step(k, 4, [&](int g) { return Rows{w + g * LANES * stride + k, stride}; });
   }
   if (k < k_count) {
+    if (k > 0 && k % chain == 0) full();
     float last[G * LANES][4] = {};
     for (int i = 0; i < G * LANES; i++) memcpy(last[i], (EDGE ? row_of[i] : w + i * stride) + k, (k_count - k) * sizeof(float));
     step(k, int(k_count - k), [&](int g) { return Rows{last[g * LANES], 4}; });
@@ -246,7 +274,7 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
   for (int g = 0; g < G; g++)
     FUSEDMOE_UNROLL
     for (int r = 0; r < R; r++) {
-      lane_vec y = acc[g][r], bias = lane_vec{};
+      lane_vec y = sum[g][r] + acc[g][r], bias = lane_vec{};
       if (p.bias) memcpy(&bias, p.bias + g * LANES, width * sizeof(float));
       if (p.bias) y = y + bias;
       if (p.relu) y = y < 0.0f ? lane_vec{} : y;

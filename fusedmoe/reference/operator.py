@@ -271,11 +271,11 @@ class _LevelBackward(NamedTuple):
         d_y: dict[int, Tensor] = {}
         d_slots: dict[int, Tensor] = {}
         d_root = None
-        for u, g in sorted(d_units.items()):
+        for u in sorted(d_units):
             for e, w in self.state.w[u].items():
-                d_y[e] = _add(d_y.get(e), w[:, None] * g)
-        for u, g in sorted(d_units.items()):
-            d_w = self.mixing_weights(u, g, d_weights)
+                d_y[e] = _add(d_y.get(e), w[:, None] * d_units[u])
+        for u in sorted(d_units):
+            d_w = self.mixing_weights(u, d_units[u], d_weights)
             self.static_weights(u, d_w)
             if u not in self.state.p:
                 continue
