@@ -41,12 +41,12 @@ const Isa& choose() {
   std::string names;
   for (const auto& [isa, here] : isas()) {
     if (wanted ? std::strcmp(wanted, isa->name) == 0 : here) {
-      if (!here) throw std::runtime_error(std::string("FUSEDMOE_ISA: expected an ISA of this processor, got ") + wanted);
+      if (!here) throw std::runtime_error(std::string("FUSEDMOE_ISA: expected an ISA of this processor, got '") + wanted + "'");
       return *isa;
     }
     names += std::string(names.empty() ? "" : ", ") + isa->name;
   }
-  throw std::runtime_error("FUSEDMOE_ISA: expected one of " + names + ", got " + wanted);
+  throw std::runtime_error("FUSEDMOE_ISA: expected one of " + names + ", got '" + wanted + "'");
 }
 
 // Memory of one thread, kept from call to call: fresh pages would cost more than a small network. Zeroed once, because the lanes
