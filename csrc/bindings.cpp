@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <mutex>
 #include <unordered_map>
 
@@ -41,9 +42,18 @@ void for_each(int64_t count, const std::function<void(int64_t)>& body) {
     return;
   }
   std::atomic<int64_t> next{0};
+  std::exception_ptr failure;
+  std::once_flag once;
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) body(i);
+    // The stable ABI would replace the text of an exception that leaves here.
+    try {
+      for (int64_t i = next++; i < count; i = next++) body(i);
+    } catch (...) {
+      std::call_once(once, [&] { failure = std::current_exception(); });
+      next = count;
+    }
   });
+  if (failure) std::rethrow_exception(failure);
 }
 
 std::string shape_of(const Tensor& t) {

@@ -1,8 +1,9 @@
 #include "table.h"
 
-#include <cstdlib>
-#include <sstream>
+#include <algorithm>
+#include <charconv>
 #include <stdexcept>
+#include <string_view>
 
 namespace fusedmoe {
 namespace {
@@ -10,39 +11,28 @@ namespace {
 const char* const activations[] = {"identity", "relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "leaky_relu", "elu", "softplus"};
 const char* const selectors[] = {"slot", "root", "expert"};
 
-// The word stream, one field at a time, in the order of the dataclasses' fields.
-class Reader {
+// The word stream, one field at a time, in the order of the dataclasses' fields. No stream and no strtod: they obey the locale.
+class WordReader {
  public:
-  explicit Reader(const std::string& text) : words_(text) {}
+  explicit WordReader(std::string_view text) : rest_(text) {}
 
-  int64_t integer() {
-    int64_t value;
-    if (!(words_ >> value)) fail();
-    return value;
-  }
+  int64_t integer() { return parsed<int64_t>(); }
+  double number() { return parsed<double>(); }
   // Below a limit that no sane table reaches: a count of garbage must not become an allocation.
   int64_t natural() {
     int64_t value = integer();
     if (value < 0 || value > (int64_t{1} << 40)) fail();
     return value;
   }
-  int index(int64_t count) {
+  int index(int64_t count = 1 << 20) {
     int64_t value = natural();
     if (value >= count) fail();
     return int(value);
   }
   bool flag() { return index(2) == 1; }
-  // strtod and not stod, which refuses subnormal numbers.
-  double number() {
-    std::string w = word();
-    char* end = nullptr;
-    double value = std::strtod(w.c_str(), &end);
-    if (end != w.c_str() + w.size()) fail();
-    return value;
-  }
   template <size_t N>
   int name(const char* const (&names)[N]) {
-    std::string w = word();
+    std::string_view w = word();
     for (size_t i = 0; i < N; i++)
       if (w == names[i]) return int(i);
     fail();
@@ -54,21 +44,30 @@ class Reader {
     return result;
   }
   void end() {
-    std::string w;
-    if (words_ >> w) fail();
+    if (!rest_.empty()) fail();
   }
   [[noreturn]] void fail() { throw std::invalid_argument("table: expected the words of an encoded table"); }
 
  private:
-  std::string word() {
-    std::string w;
-    if (!(words_ >> w)) fail();
+  std::string_view word() {
+    size_t end = std::min(rest_.find(' '), rest_.size());
+    std::string_view w = rest_.substr(0, end);
+    rest_.remove_prefix(std::min(end + 1, rest_.size()));
+    if (w.empty()) fail();
     return w;
   }
-  std::istringstream words_;
+  template <class T>
+  T parsed() {
+    std::string_view w = word();
+    T value{};
+    auto [end, error] = std::from_chars(w.data(), w.data() + w.size(), value);
+    if (error != std::errc() || end != w.data() + w.size()) fail();
+    return value;
+  }
+  std::string_view rest_;
 };
 
-std::vector<Layer> layers(Reader& r) {
+std::vector<Layer> layers(WordReader& r) {
   return r.list([&] {
     Layer layer;
     layer.width = r.natural();
@@ -79,11 +78,11 @@ std::vector<Layer> layers(Reader& r) {
   });
 }
 
-Gate gate(Reader& r) {
+Gate gate(WordReader& r) {
   Gate g;
   g.selector.kind = SelectorKind(r.name(selectors));
-  g.selector.index = int(r.natural());
-  g.sees = r.list([&] { return int(r.natural()); });
+  g.selector.index = r.index();
+  g.sees = r.list([&] { return r.index(); });
   g.layers = layers(r);
   Layer last;
   last.width = int64_t(g.sees.size());
@@ -92,27 +91,27 @@ Gate gate(Reader& r) {
   return g;
 }
 
-Static fixed(Reader& r) {
+Static static_weights(WordReader& r) {
   Static s;
-  s.experts = r.list([&] { return int(r.natural()); });
+  s.experts = r.list([&] { return r.index(); });
   if (r.flag()) s.values = r.list([&] { return r.number(); });
-  if (r.flag()) s.parameter = int(r.natural());
+  if (r.flag()) s.parameter = r.index();
   s.offset = r.natural();
   return s;
 }
 
-Level level(Reader& r) {
+Level level(WordReader& r) {
   Level l;
   l.experts = r.list([&] {
     Expert e;
-    e.slot = int(r.natural());
+    e.slot = r.index();
     e.layers = layers(r);
     return e;
   });
   l.units = r.list([&] {
     Unit u;
     if (r.flag()) u.gate = gate(r);
-    if (r.flag()) u.fixed = fixed(r);
+    if (r.flag()) u.static_weights = static_weights(r);
     return u;
   });
   return l;
@@ -131,8 +130,8 @@ void mark_live(Table& t) {
       if (!unit.live) continue;
       if (unit.gate)
         for (int e : unit.gate->sees) level.experts.at(e).live = true;
-      if (unit.fixed)
-        for (int e : unit.fixed->experts) level.experts.at(e).live = true;
+      if (unit.static_weights)
+        for (int e : unit.static_weights->experts) level.experts.at(e).live = true;
       if (unit.gate && !unit.gate->sees.empty()) {
         if (unit.gate->selector.kind == SelectorKind::expert) level.experts.at(unit.gate->selector.index).live = true;
         if (unit.gate->selector.kind == SelectorKind::slot) slots.push_back(unit.gate->selector.index);
@@ -181,7 +180,7 @@ void number(Table& t, const std::vector<std::vector<int64_t>>& statics) {
     for (Expert& e : level.experts) numbers.stack(e.layers, slots.at(e.slot), e.live);
     for (Unit& u : level.units) {
       if (u.gate) numbers.stack(u.gate->layers, selector_width(t, level, u.gate->selector, slots), u.live && !u.gate->sees.empty());
-      int reads = u.gate && !u.gate->sees.empty() ? u.gate->sees[0] : u.fixed && !u.fixed->experts.empty() ? u.fixed->experts[0] : 0;
+      int reads = u.gate && !u.gate->sees.empty() ? u.gate->sees[0] : u.static_weights && !u.static_weights->experts.empty() ? u.static_weights->experts[0] : 0;
       u.width = level.experts.at(reads).layers.back().width;
     }
     slots.clear();
@@ -198,14 +197,19 @@ void number(Table& t, const std::vector<std::vector<int64_t>>& statics) {
   for (const auto& shape : statics) numbers.add(shape, false);
   for (Level& level : t.levels)
     for (Unit& u : level.units)
-      if (u.fixed && u.fixed->parameter >= 0) {
-        u.fixed->parameter += first;
-        if (u.live && !u.fixed->experts.empty()) t.live.at(u.fixed->parameter) = true;
+      if (u.static_weights && u.static_weights->parameter >= 0) {
+        u.static_weights->parameter += first;
+        if (u.live && !u.static_weights->experts.empty()) t.live.at(u.static_weights->parameter) = true;
       }
   if (t.has_towers)
     t.output = {int64_t(t.tasks.size()), t.tasks[0].tower.back().width};
   else
     t.output = {int64_t(slots.size()), slots.at(0)};
+}
+
+bool repeated(std::vector<int> indices) {
+  std::sort(indices.begin(), indices.end());
+  return std::adjacent_find(indices.begin(), indices.end()) != indices.end();
 }
 
 // The rules of fusedmoe/table.py on which the kernels rely for memory safety; the messages are given there.
@@ -223,10 +227,12 @@ bool consistent(const Table& t, const std::vector<std::vector<int64_t>>& statics
     for (const Unit& unit : level.units) {
       std::vector<int> reads;
       if (unit.gate) reads = unit.gate->sees;
+      if (repeated(reads)) return false;
       if (unit.gate && !positive({unit.gate->layers.begin(), unit.gate->layers.end() - 1})) return false;
-      if (unit.fixed) {
-        const Static& f = *unit.fixed;
+      if (unit.static_weights) {
+        const Static& f = *unit.static_weights;
         reads.insert(reads.end(), f.experts.begin(), f.experts.end());
+        if (repeated(f.experts)) return false;
         if ((f.parameter >= 0) != f.values.empty() && !f.experts.empty()) return false;
         if (f.parameter < 0 && f.values.size() != f.experts.size()) return false;
         int64_t size = 1;
@@ -239,7 +245,7 @@ bool consistent(const Table& t, const std::vector<std::vector<int64_t>>& statics
     }
   }
   for (const Task& task : t.tasks)
-    if (task.tower.empty() == t.has_towers || !positive(task.tower)) return false;
+    if (task.tower.empty() == t.has_towers || !positive(task.tower) || repeated(task.units)) return false;
   return true;
 }
 
@@ -255,7 +261,7 @@ bool even(const Table& t) {
 }  // namespace
 
 Table decode(const std::string& text) {
-  Reader r(text);
+  WordReader r(text);
   try {
     Table t;
     t.slots = r.natural();
@@ -263,7 +269,7 @@ Table decode(const std::string& text) {
     t.levels = r.list([&] { return level(r); });
     t.tasks = r.list([&] {
       Task task;
-      task.units = r.list([&] { return int(r.natural()); });
+      task.units = r.list([&] { return r.index(); });
       task.tower = layers(r);
       return task;
     });

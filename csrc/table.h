@@ -49,7 +49,7 @@ struct Static {
 
 struct Unit {
   std::optional<Gate> gate;
-  std::optional<Static> fixed;
+  std::optional<Static> static_weights;
   int64_t width = 0;
   bool live = false;
 };

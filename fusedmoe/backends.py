@@ -27,14 +27,23 @@ def _load() -> str | None:
 _EXTENSION = _load()
 
 
+def transforming() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp ...) is running: its tensors have no memory that a kernel could read."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One row: `unavailable()` is why it cannot run on this machine, or None; `devices` and `dtypes` are what it takes."""
+    """One row: `unavailable()` is why it cannot run on this machine, or None; `devices` and `dtypes` are what it takes.
+
+    `transforms`: whether it runs under the transforms of torch.func.
+    """
 
     name: str
     unavailable: Callable[[], str | None]
     devices: tuple[str, ...] | None
     dtypes: tuple[str, ...]
+    transforms: bool = False
 
     def declines(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why this backend cannot serve tensors of this device and dtype, or None."""
@@ -46,12 +55,14 @@ class Backend:
         name = str(dtype).removeprefix("torch.")
         if name not in self.dtypes:
             return f"expected {' or '.join(self.dtypes)}, got {name}"
+        if not self.transforms and not torch.compiler.is_compiling() and transforming():
+            return "expected a call outside the transforms of torch.func, got one inside"
         return None
 
 
 BACKENDS = (
     Backend("cpu", lambda: _EXTENSION, ("cpu",), ("float32", "float64")),
-    Backend("reference", lambda: None, None, tuple(dtypes.DTYPES)),
+    Backend("reference", lambda: None, None, tuple(dtypes.DTYPES), transforms=True),
 )
 
 

@@ -6,13 +6,14 @@ here. The formulas stand in `reference/operator.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from fusedmoe import codec
-from fusedmoe.backends import backends, choose
+from fusedmoe.backends import backends, choose, transforming
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
@@ -40,13 +41,35 @@ def fusion_network(x: Tensor, params: Sequence[Tensor], table: Table, backend: s
 
     Source: MMoE eq. 6-8, PLE eq. 2-7, AdaTT eq. 2-10.
     """
-    if not isinstance(x, Tensor) or not isinstance(table, Table) or x.dim() not in (2, 3):
+    if not isinstance(x, Tensor) or not isinstance(table, Table) or x.dim() not in (2, 3) or not isinstance(params, Iterable):
         check(x, params, table)
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        # Autocast lowers the inputs of some operators; this one computes in float32 at least, whatever came before it.
+        with _without_autocast(x):
+            raised = [_at_least_float32(p) for p in params]
+            return fusion_network(_at_least_float32(x), raised, table, backend, return_mixing_weights)
+    params = list(params)
     slots = x if x.dim() == 3 else x.unsqueeze(1)
-    chosen = choose(backend, x.device, x.dtype)
-    out, weights = RUN[chosen](slots, params, table, return_mixing_weights)
+    run = RUN[choose(backend, x.device, x.dtype)]
+    if torch.compiler.is_compiling():
+        out, weights = run(slots, params, table, return_mixing_weights)
+    else:
+        try:
+            out, weights = run(slots, params, table, return_mixing_weights)
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            check(x, params, table)
+            raise
     out = for_tasks(out, table)
     return (out, weights) if return_mixing_weights else out
+
+
+def _without_autocast(x: Tensor):
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if isinstance(tensor, Tensor) and tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def for_tasks(out: Tensor, table: Table) -> Tensor:
@@ -77,6 +100,9 @@ def check(x, params, table) -> None:
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"x: expected a dense tensor, got layout {x.layout}")
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params: expected {len(table.parameters)} tensors, got {type(params).__name__}")
+    params = list(params)
     if len(params) != len(table.parameters):
         raise ValueError(f"params: expected {len(table.parameters)} tensors, got {len(params)}")
     for expect, tensor in zip(table.parameters, params, strict=True):
@@ -121,22 +147,16 @@ class _Network(torch.autograd.Function):
         return None, None, d_x, *d_params
 
 
-def _run_cpu(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool):
+def _run_cpu(x: Tensor, params: list[Tensor], table: Table, mixing: bool):
     text = codec.encode(table)
-    params = list(params)
     if torch.compiler.is_compiling():
         out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, _needs_gradient(x, params), mixing)
+    elif _needs_gradient(x, params):
+        out, weights = _Network.apply(text, mixing, x, *params)
     else:
-        try:
-            if _needs_gradient(x, params):
-                out, weights = _Network.apply(text, mixing, x, *params)
-            else:
-                # Without a graph to build, the Python autograd kernel would only cost time.
-                with torch._C._AutoDispatchBelowAutograd():
-                    out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, False, mixing)
-        except (RuntimeError, TypeError, AttributeError):  # NotImplementedError, of a layout no kernel takes, is a RuntimeError
-            check(x, params, table)
-            raise
+        # Without a graph to build, the Python autograd kernel would only cost time.
+        with torch._C._AutoDispatchBelowAutograd():
+            out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, False, mixing)
     return out, _by_level(weights, table) if mixing else ()
 
 
@@ -156,12 +176,16 @@ class _Reference(torch.autograd.Function):
         x, *params = ctx.saved_tensors
         if d_out is None:
             d_out = x.new_zeros(x.shape[0], *ctx.table.output)
-        d_x, d_params = reference.backward(x, params, ctx.table, d_out, d_weights)
+        with _without_autocast(x):
+            d_x, d_params = reference.backward(x, params, ctx.table, d_out, d_weights)
         return None, d_x, *d_params
 
 
-def _run_reference(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool):
+def _run_reference(x: Tensor, params: list[Tensor], table: Table, mixing: bool):
     check(x, params, table)
+    if transforming():
+        # The transforms of torch.func differentiate and batch plain PyTorch by themselves.
+        return reference.forward(x, params, table)
     out, *weights = _Reference.apply(table, x, *params)
     return out, tuple(weights)
 
@@ -175,7 +199,7 @@ def _register() -> None:
     torch.library.register_fake("fusedmoe::network_cpu_backward", _fake_backward)
     torch.library.register_autograd("fusedmoe::network_cpu", _backward, setup_context=_save)
     torch.library.register_autograd("fusedmoe::network_cpu_backward", _double_backward, setup_context=_save_for_double)
-    # The backend computes in fp32 at least: under autocast the call's inputs come up to it.
+    # For callers of the bare operator; `fusion_network` leaves autocast by itself.
     torch.library.register_autocast("fusedmoe::network_cpu", "cpu", torch.float32)
 
 
@@ -219,12 +243,23 @@ def _gradients(ctx, d_out, d_weights, needed) -> tuple[Tensor | None, list[Tenso
     flags = [needed[0], *(p.live and need for p, need in zip(network.parameters, needed[1:], strict=True))]
     text = "".join("1" if flag else "0" for flag in flags)
     arguments = (d_out, d_weights, x, params, saved, ctx.table, text)
+    if not torch.compiler.is_compiling() and (transforming() or torch._C._functorch.is_legacy_batchedtensor(d_out)):
+        return _batched(*arguments)
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         results = iter(torch.ops.fusedmoe.network_cpu_backward(*arguments))
     else:
         with torch._C._AutoDispatchBelowAutograd():
             results = iter(torch.ops.fusedmoe.network_cpu_backward(*arguments))
     d_x, *d_params = [next(results) if flag else None for flag in flags]
+    return d_x, d_params
+
+
+def _batched(d_out, d_weights, x, params, saved, table, needs) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients under vmap (`is_grads_batched`), which can batch the reference's plain PyTorch but no C++ kernel."""
+    network = codec.decode(table)
+    by_level = (None,) * len(network.levels) if d_weights is None else _by_level(d_weights, network)
+    d_x, d_params = reference.backward(x, params, network, d_out, by_level)
+    d_x, *d_params = [d if flag == "1" else None for d, flag in zip([d_x, *d_params], needs, strict=True)]
     return d_x, d_params
 
 
@@ -238,15 +273,19 @@ def _save_for_double(ctx, inputs, output):
 def _double_backward(ctx, dd):
     """Differentiate the reference's backward, which is plain differentiable PyTorch."""
     network = codec.decode(ctx.table)
-    tensors = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
+    again = torch.is_grad_enabled()
+    # A third derivative goes on through their history. An alias each, because d_out may itself depend on x: that path is not ours.
+    tensors = [t if t is None else t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
     d_out, d_weights, x, *params = tensors
-    with torch.enable_grad():
+    with torch.enable_grad(), _without_autocast(x):
         by_level = (None,) * len(network.levels) if d_weights is None else _by_level(d_weights, network)
         d_x, d_params = reference.backward(x, params, network, d_out, by_level)
         wanted = [d for d, flag in zip([d_x, *d_params], ctx.needs, strict=True) if flag == "1"]
         pairs = [(d, g) for d, g in zip(wanted, dd, strict=True) if g is not None and d is not None and d.requires_grad]
         inputs = [t for t in tensors if t is not None]
-        results = iter(torch.autograd.grad([d for d, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True) if pairs else [None] * len(inputs))
+        results = iter([None] * len(inputs))
+        if pairs:
+            results = iter(torch.autograd.grad([d for d, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True, create_graph=again))
     d_d_out, d_d_weights, dd_x, *dd_params = [None if t is None else next(results) for t in tensors]
     return d_d_out, d_d_weights, dd_x, dd_params, None, None, None
 

@@ -38,7 +38,7 @@ inline vec<T> tanh(vec<T> x) {
 
 // z[i] -> act(z[i]), to `out`, which may be z.
 template <class T, class F>
-inline void map(const T* z, T* out, int64_t n, F f) {
+inline void elementwise(const T* z, T* out, int64_t n, F f) {
   for (int64_t i = 0; i < n; i += Lanes<T>::count) store<T>(out + i, f(load<T>(z + i)));
 }
 // d[i] *= act'(s[i]), where s is what forward kept: the output of relu, sigmoid and tanh, the pre-activation of the others.
@@ -70,16 +70,16 @@ void activate(Act act, T parameter, const T* z, T* out, int64_t n) {
     case Act::identity:
       if (out != z) memcpy(out, z, n * sizeof(T));
       return;
-    case Act::relu: return map(z, out, n, [](vec<T> x) { return relu<T>(x); });
-    case Act::sigmoid: return map(z, out, n, [](vec<T> x) { return sigmoid<T>(x); });
-    case Act::tanh: return map(z, out, n, [](vec<T> x) { return tanh<T>(x); });
-    case Act::silu: return map(z, out, n, [](vec<T> x) { return x / (T(1) + exp<T>(-x)); });
-    case Act::gelu: return map(z, out, n, [](vec<T> x) { return T(0.5) * x * (T(1) + each<T>(x * T(sqrt_half), [](T v) { return erf_of(v); })); });
-    case Act::gelu_tanh: return map(z, out, n, [](vec<T> x) { return x * sigmoid<T>(gelu_tanh_inner<T>(x)); });
-    case Act::leaky_relu: return map(z, out, n, [=](vec<T> x) { return x > T(0) ? x : x * parameter; });
-    case Act::elu: return map(z, out, n, [=](vec<T> x) { return x > T(0) ? x : parameter * expm1<T>(x); });
+    case Act::relu: return elementwise(z, out, n, [](vec<T> x) { return relu<T>(x); });
+    case Act::sigmoid: return elementwise(z, out, n, [](vec<T> x) { return sigmoid<T>(x); });
+    case Act::tanh: return elementwise(z, out, n, [](vec<T> x) { return tanh<T>(x); });
+    case Act::silu: return elementwise(z, out, n, [](vec<T> x) { return x / (T(1) + exp<T>(-x)); });
+    case Act::gelu: return elementwise(z, out, n, [](vec<T> x) { return T(0.5) * x * (T(1) + each<T>(x * T(sqrt_half), [](T v) { return erf_of(v); })); });
+    case Act::gelu_tanh: return elementwise(z, out, n, [](vec<T> x) { return x * sigmoid<T>(gelu_tanh_inner<T>(x)); });
+    case Act::leaky_relu: return elementwise(z, out, n, [=](vec<T> x) { return x > T(0) ? x : x * parameter; });
+    case Act::elu: return elementwise(z, out, n, [=](vec<T> x) { return x > T(0) ? x : parameter * expm1<T>(x); });
     case Act::softplus:
-      return map(z, out, n, [](vec<T> x) { return x > T(softplus_threshold) ? x : each<T>(exp<T>(x), [](T v) { return log1p_of(v); }); });
+      return elementwise(z, out, n, [](vec<T> x) { return x > T(softplus_threshold) ? x : each<T>(exp<T>(x), [](T v) { return log1p_of(v); }); });
   }
 }
 

@@ -67,11 +67,11 @@ void backward_stage(const BackwardBlock<T>& b, const Stage& stage) {
     if (unit.reads.count >= 0) backward_unit(b, stage, unit);
   for (int e : stage.order) {
     const Chain& chain = stage.experts[e];
-    const Span<Reader>& readers = stage.readers[e];
+    const Span<Use>& uses = stage.uses[e];
     const T* from_selectors = stage.d_expert[e] >= 0 ? b.d(stage.d_expert[e]) : nullptr;
-    auto weight = [&](int64_t i) { return (const T*)b.d(stage.units[readers[i].unit].d_w + readers[i].read); };
-    auto source = [&](int64_t i) { return (const T*)b.d(stage.units[readers[i].unit].d_out); };
-    mix<T>(readers.count, weight, source, from_selectors, chain.out.width, b.ld, b.d_z(chain.steps[chain.steps.count - 1]));
+    auto weight = [&](int64_t i) { return (const T*)b.d(stage.units[uses[i].unit].d_w + uses[i].read); };
+    auto source = [&](int64_t i) { return (const T*)b.d(stage.units[uses[i].unit].d_out); };
+    mix<T>(uses.count, weight, source, from_selectors, chain.out.width, b.ld, b.d_z(chain.steps[chain.steps.count - 1]));
     backward_chain(b, chain);
   }
 }
@@ -107,7 +107,7 @@ void turn_inputs(const BackwardBlock<T>& b) {
   const int64_t first = b.row % chunk_rows;
   for (const Turn& turn : b.plan.turns) {
     const int64_t width = turn.from.width, stride = padded(width);
-    T* to = b.call.turned + turn.to * chunk_rows + first * stride;
+    T* to = b.call.turned + turn.to * b.call.chunk + first * stride;
     if (turn.slot >= 0) {
       const T* x = b.call.x + b.row * b.call.row_stride + turn.slot * b.call.slot_stride;
       for (int64_t r = 0; r < b.rows; r++) {
@@ -128,8 +128,8 @@ void turn_inputs(const BackwardBlock<T>& b) {
 template <class T>
 void backward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, T* scratch) {
   const int64_t ld = padded(rows);
-  T* d_panels = scratch + plan.scratch * block_rows;
-  T* spare = d_panels + plan.d_scratch * block_rows;
+  T* d_panels = scratch + plan.scratch * ld;
+  T* spare = d_panels + plan.d_scratch * ld;
   T* d_z = call.d_z + row % chunk_rows * plan.d_z;
   BackwardBlock<T> b{{plan, call, row, rows, ld, call.kept + row * plan.kept, scratch, spare}, d_panels, d_z};
   const Span<Mix>& last = plan.stages[plan.stages.count - 1].units;
@@ -179,7 +179,7 @@ void map_gradient(const Plan& plan, const Call<T>& call, const MapTask& task, in
     p.lda = p.k = block_rows;
     p.groups = whole;
     p.jump = block_stride;
-    p.b = call.turned + step.turned * chunk_rows;
+    p.b = call.turned + step.turned * call.chunk;
     p.ldb = padded(step.k);
     p.c = d_weight + task.first * step.k;
     p.ldc = step.k;

@@ -139,7 +139,7 @@ template <class T, class Layout>
 void forward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, T* scratch) {
   const int64_t ld = Layout::lanes_of(rows);
   T* kept = plan.training ? call.kept + row * plan.kept : scratch;
-  Block<T> b{plan, call, row, rows, ld, kept, scratch, scratch + plan.scratch * block_rows};
+  Block<T> b{plan, call, row, rows, ld, kept, scratch, scratch + plan.scratch * ld};
   for (int64_t s = 0; s < plan.inputs.count; s++)
     if (s == 0 || !plan.expanded) Layout::input(b, s, plan.inputs[s]);
   for (const Stage& stage : plan.stages) run_stage<T, Layout>(b, stage);

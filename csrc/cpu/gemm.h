@@ -108,7 +108,7 @@ __attribute__((noinline)) void tile(const Product<T>& p) {
 
 // All `rows` of C for V vectors of columns.
 template <class T, int V, bool TRANSPOSED, int M>
-inline void panel(Product<T> p, int64_t rows) {
+inline void multiply_columns(Product<T> p, int64_t rows) {
   for (; rows >= M; rows -= M) {
     tile<T, M, V, TRANSPOSED>(p);
     p.a += TRANSPOSED ? M : M * p.lda;
@@ -116,7 +116,7 @@ inline void panel(Product<T> p, int64_t rows) {
     if (p.bias) p.bias += M;
   }
   if constexpr (M > 1)
-    if (rows) panel<T, V, TRANSPOSED, M == 6 ? 4 : M / 2>(p, rows);
+    if (rows) multiply_columns<T, V, TRANSPOSED, M == 6 ? 4 : M / 2>(p, rows);
 }
 
 // `columns` of C; B has them up to the next full vector.
@@ -129,11 +129,11 @@ inline void multiply(Product<T> p, int64_t rows, int64_t columns) {
     int64_t width = columns > lanes ? 2 * lanes : lanes;
     p.columns = columns < width ? columns : 0;
     if (width > lanes)
-      panel<T, 2, TRANSPOSED, tile_rows>(p, rows);
+      multiply_columns<T, 2, TRANSPOSED, tile_rows>(p, rows);
     else if (tall)
-      panel<T, 1, TRANSPOSED, narrow_rows>(p, rows);
+      multiply_columns<T, 1, TRANSPOSED, narrow_rows>(p, rows);
     else
-      panel<T, 1, TRANSPOSED, tile_rows>(p, rows);
+      multiply_columns<T, 1, TRANSPOSED, tile_rows>(p, rows);
     p.b += width;
     p.c += width;
     columns -= width;

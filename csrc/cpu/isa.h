@@ -17,8 +17,9 @@ struct Call {
   const T* d_weights = nullptr;
   T* d_x = nullptr;           // [B, S, D] contiguous
   T* const* grads = nullptr;  // one a parameter, null where no gradient is wanted
-  T* d_z = nullptr;           // plan.d_z x chunk_rows: panels of the chunk, block by block
-  T* turned = nullptr;        // plan.turned x chunk_rows: row-major inputs of the maps
+  int64_t chunk = 0;          // rows that the chunk's buffers hold
+  T* d_z = nullptr;           // plan.d_z x chunk: panels, block by block
+  T* turned = nullptr;        // plan.turned x chunk: row-major inputs of the maps
 };
 
 // Rows `row` .. `row + rows` of a call, at most block_rows of them.
@@ -60,8 +61,8 @@ struct Isa {
   }
 };
 
-// Numbers of scratch that a thread needs, for rows of a block's panels.
-inline int64_t forward_scratch(const Plan& plan) { return (plan.scratch + 2 * plan.widest) * block_rows; }
-inline int64_t backward_scratch(const Plan& plan) { return (plan.scratch + plan.d_scratch + 2 * plan.widest) * block_rows; }
+// Numbers of scratch that a thread needs for a block of so many rows.
+inline int64_t forward_scratch(const Plan& plan, int64_t rows) { return (plan.scratch + 2 * plan.widest) * padded(rows); }
+inline int64_t backward_scratch(const Plan& plan, int64_t rows) { return (plan.scratch + plan.d_scratch + 2 * plan.widest) * padded(rows); }
 
 }  // namespace fusedmoe::cpu

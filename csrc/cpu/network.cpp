@@ -109,12 +109,12 @@ template <class T>
 void forward(const Plan& plan, const Call<T>& call, const ForEach& each) {
   const Kernels<T>& kernels = chosen_isa().kernels<T>();
   if (call.rows <= few_rows && !plan.training && kernels.forward_few) {
-    if (call.rows) kernels.forward_few(plan, call, 0, call.rows, thread_scratch<T>(forward_scratch(plan)));
+    if (call.rows) kernels.forward_few(plan, call, 0, call.rows, thread_scratch<T>(forward_scratch(plan, call.rows)));
     return;
   }
   each((call.rows + block_rows - 1) / block_rows, [&](int64_t block) {
-    const int64_t row = block * block_rows;
-    kernels.forward(plan, call, row, std::min(block_rows, call.rows - row), thread_scratch<T>(forward_scratch(plan)));
+    const int64_t row = block * block_rows, rows = std::min(block_rows, call.rows - row);
+    kernels.forward(plan, call, row, rows, thread_scratch<T>(forward_scratch(plan, rows)));
   });
 }
 
@@ -132,14 +132,15 @@ void backward(const Plan& plan, Call<T> call, const ForEach& each) {
     statics = statics || is_static;
     if (is_static || call.rows == 0) std::fill_n(call.grads[i], size, T(0));
   }
-  const int64_t most = std::min(chunk_rows, padded(call.rows)), d_z = plan.d_z * most;
-  call.d_z = chunk_scratch<T>(d_z + (tasks.empty() ? 0 : plan.turned * chunk_rows));
+  call.chunk = std::min(chunk_rows, padded(call.rows));
+  const int64_t d_z = plan.d_z * call.chunk;
+  call.d_z = chunk_scratch<T>(d_z + (tasks.empty() ? 0 : plan.turned * call.chunk));
   call.turned = tasks.empty() ? nullptr : call.d_z + d_z;
   for (int64_t first = 0; first < call.rows; first += chunk_rows) {
     const int64_t chunk = std::min(chunk_rows, call.rows - first);
     each((chunk + block_rows - 1) / block_rows, [&](int64_t block) {
-      const int64_t row = first + block * block_rows;
-      kernels.backward(plan, call, row, std::min(block_rows, call.rows - row), thread_scratch<T>(backward_scratch(plan)));
+      const int64_t row = first + block * block_rows, rows = std::min(block_rows, call.rows - row);
+      kernels.backward(plan, call, row, rows, thread_scratch<T>(backward_scratch(plan, rows)));
     });
     each(int64_t(tasks.size()), [&](int64_t i) { kernels.map_gradient(plan, call, tasks[i], chunk, first == 0); });
     if (statics) kernels.static_gradient(plan, call, chunk);

@@ -127,7 +127,7 @@ class Builder {
       units.back().d_out = gradients.back();
     }
     stage.units = keep(std::move(units));
-    readers(stage);
+    uses(stage);
     slots_ = outputs;
     d_slots_ = gradients;
     if (!plan_.training) top_ = base;  // the level's experts are read no more
@@ -170,14 +170,14 @@ class Builder {
       mix.gate = chain(gate.layers, in, d_in, false);
       mix.p = panel(int64_t(gate.sees.size()), true);
     }
-    if (unit.fixed)
-      for (size_t j = 0; j < unit.fixed->experts.size(); j++) {
-        int e = unit.fixed->experts[j];
+    if (unit.static_weights)
+      for (size_t j = 0; j < unit.static_weights->experts.size(); j++) {
+        int e = unit.static_weights->experts[j];
         Read& read = reads.try_emplace(e, Read{e, -1, 0.0, -1, 0}).first->second;
-        read.parameter = unit.fixed->parameter;
-        if (unit.fixed->parameter < 0) read.value = unit.fixed->values.at(j);
-        read.element = unit.fixed->offset + int64_t(j);
-        if (unit.fixed->parameter >= 0) read.d_static = plan_.d_z++;
+        read.parameter = unit.static_weights->parameter;
+        if (unit.static_weights->parameter < 0) read.value = unit.static_weights->values.at(j);
+        read.element = unit.static_weights->offset + int64_t(j);
+        if (unit.static_weights->parameter >= 0) read.d_static = plan_.d_z++;
       }
     std::vector<Read> list;
     for (const auto& entry : reads) list.push_back(entry.second);
@@ -187,13 +187,13 @@ class Builder {
     return mix;
   }
 
-  void readers(Stage& stage) {
-    std::vector<std::vector<Reader>> lists(stage.experts.count);
+  void uses(Stage& stage) {
+    std::vector<std::vector<Use>> lists(stage.experts.count);
     for (int64_t u = 0; u < stage.units.count; u++)
       for (int64_t i = 0; i < stage.units[u].reads.count; i++) lists[stage.units[u].reads[i].expert].push_back({int(u), i});
-    std::vector<Span<Reader>> spans;
+    std::vector<Span<Use>> spans;
     for (auto& list : lists) spans.push_back(keep(std::move(list)));
-    stage.readers = keep(std::move(spans));
+    stage.uses = keep(std::move(spans));
   }
 
   void towers() {

@@ -71,7 +71,7 @@ struct Mix {
 };
 
 // A unit that reads an expert, and the expert's place among the unit's reads.
-struct Reader {
+struct Use {
   int unit;
   int64_t read;
 };
@@ -81,7 +81,7 @@ struct Stage {
   Span<int> order;              // the live experts
   Span<Mix> units;              // dead ones have reads.count = -1
   Span<int64_t> d_expert;       // backward: panel of the gradient that selectors hand to an expert, or -1
-  Span<Span<Reader>> readers;   // of each expert, ascending units
+  Span<Span<Use>> uses;         // of each expert, ascending units
 };
 
 struct Tower {
