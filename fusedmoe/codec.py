@@ -50,11 +50,15 @@ def to_json(table: Table) -> str:
 def from_json(text: str) -> Table:
     """Return the table that `to_json` wrote.
 
-    Raises: ValueError for text that is no JSON, misses a field, has an unknown one or one of another type, or contradicts itself.
+    Raises: TypeError for what is no text; ValueError for text that is no JSON, misses a field, has an unknown one or one of another
+        type, or contradicts itself.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text: expected the JSON of a table, got {type(text).__name__}")
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    # Not JSONDecodeError alone: an integer of more than 4300 digits is a plain ValueError.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"table: expected JSON, got {text[:60]!r} ({error})") from None
     return _build(Table, value, "table")
 
@@ -152,7 +156,10 @@ def _build(kind, value, where: str):
     accepted = (int, float) if kind is float else kind
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}")
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError:
+        raise ValueError(f"{where}: expected a float, got an integer beyond its range") from None
 
 
 __all__ = ["decode", "encode", "from_json", "to_json"]

@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from fusedmoe.activation import IDENTITY, Activation
 from fusedmoe.activation import activation as activation_of
-from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit
+from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit, require_indices, require_integer
 
 Widths = Sequence[Sequence[int]]
 ROOT = Selector("root")
@@ -32,8 +32,8 @@ def single_task(input_width: int, expert_widths: Widths, num_tasks: int, activat
     Returns: a table over x [B, 1, D] with output [B, T, H].
     Source: the single-task baseline of MMoE, section 6.1.
     """
-    tasks = range(_at_least(num_tasks, 1, "num_tasks"))
-    level = Level(_experts([0] * len(tasks), _one_level(expert_widths), activation), tuple(_pass(t) for t in tasks))
+    tasks = range(require_integer(num_tasks, "num_tasks", 1))
+    level = Level(_experts([0] * len(tasks), _one_level(expert_widths), activation), tuple(Unit(static=_ones((t,))) for t in tasks))
     return _finish(Table(1, input_width, (level,)), activation, towers)
 
 
@@ -43,7 +43,7 @@ def shared_bottom(input_width: int, expert_widths: Widths, num_tasks: int, activ
     Returns: a table over x [B, 1, D] with one unit that all tasks read.
     Source: MMoE, equation 1.
     """
-    level = Level(_experts([0], _one_level(expert_widths), activation), (_pass(0),))
+    level = Level(_experts([0], _one_level(expert_widths), activation), (Unit(static=_ones((0,))),))
     return _finish(Table(1, input_width, (level,), _same_unit(num_tasks)), activation, towers)
 
 
@@ -65,7 +65,7 @@ def omoe(
     Source: MMoE, equation 5.
     """
     table = ml_mmoe(input_width, [_one_level(expert_widths)], 1, num_experts, [gate_widths], activation)
-    return _finish(replace(table, tasks=_same_unit(num_tasks)), activation, towers)
+    return _finish(table, activation, towers, _same_unit(num_tasks))
 
 
 def mmoe(
@@ -106,8 +106,9 @@ def ml_mmoe(
     Source: AdaTT, section 4.1; PLE, figure 1h.
     """
     levels = _levels(expert_widths)
-    count = _at_least(num_experts, 1, "num_experts")
-    hidden = [tuple(widths) for widths in gate_widths] or [()] * len(levels)
+    count = require_integer(num_experts, "num_experts", 1)
+    lists = _sequence(gate_widths, "gate_widths", "one list of layer widths per level")
+    hidden = [_sequence(widths, "gate_widths") for widths in lists] or [()] * len(levels)
     if len(hidden) != len(levels):
         raise ValueError(f"gate_widths: expected one list for each of {len(levels)} levels, got {len(hidden)}")
     kind = activation_of(activation)
@@ -116,7 +117,7 @@ def ml_mmoe(
         gate = Gate(ROOT, tuple(range(count)), tuple(Layer(width, kind) for width in hidden[number]))
         units = num_tasks if number == len(levels) - 1 else count
         slots = range(count) if number else [0] * count
-        stack.append(Level(_experts(slots, widths, activation), (Unit(gate),) * _at_least(units, 1, "num_tasks")))
+        stack.append(Level(_experts(slots, widths, activation), (Unit(gate),) * require_integer(units, "num_tasks", 1)))
     return _finish(Table(1, input_width, tuple(stack)), activation, towers)
 
 
@@ -156,7 +157,7 @@ def ple(
     Source: PLE, equations 6 and 7.
     """
     levels = _levels(expert_widths)
-    own = _owned([*_per_task(num_tasks, num_task_experts), _at_least(num_shared_experts, 0, "num_shared_experts")])
+    own = _owned([*_per_task(num_tasks, num_task_experts), require_integer(num_shared_experts, "num_shared_experts", 0)])
     sees = [*(mine + own[-1] for mine in own[:-1]), sum(own, ())]
     units = tuple(Unit(Gate(Selector("slot", u), seen)) for u, seen in enumerate(sees))
     stack = tuple(Level(_experts(_owners(own), widths, activation), units) for widths in levels)
@@ -216,7 +217,7 @@ def adatt(
     Source: AdaTT, section 3.2.
     """
     levels = _levels(expert_widths)
-    counts = [*_per_task(num_tasks, num_task_experts), _at_least(num_shared_experts, 0, "num_shared_experts")]
+    counts = [*_per_task(num_tasks, num_task_experts), require_integer(num_shared_experts, "num_shared_experts", 0)]
     own = _owned(counts)
 
     def static(level: int, u: int) -> Static | None:
@@ -238,7 +239,7 @@ def cross_stitch(input_width: int, expert_widths: Widths, num_tasks: int, activa
     Source: MMoE, section 6.1; Misra et al., CVPR 2016, equation 1.
     """
     levels = _levels(expert_widths)
-    tasks = tuple(range(_at_least(num_tasks, 1, "num_tasks")))
+    tasks = tuple(range(require_integer(num_tasks, "num_tasks", 1)))
     stack = tuple(
         Level(_experts(tasks, widths, activation), tuple(Unit(static=Static(tasks, tensor=level, offset=u * num_tasks)) for u in tasks))
         for level, widths in enumerate(levels)
@@ -263,16 +264,17 @@ def asymmetric_sharing(
     Returns: a table over x [B, 1, D] with output [B, T, H], or [B, T, n H] for "concat" of n bottoms each.
     Source: PLE, section 3.2.
     """
-    sources = [tuple(tasks) for tasks in borrows]
+    form = f"one list of tasks for each of {require_integer(num_tasks, 'num_tasks', 1)} tasks"
+    sources = [_sequence(tasks, "borrows", form) for tasks in _sequence(borrows, "borrows", form)]
     if len(sources) != num_tasks:
-        raise ValueError(f"borrows: expected one list for each of {num_tasks} tasks, got {len(sources)}")
+        raise ValueError(f"borrows: expected {form}, got {len(sources)}")
+    for t, tasks in enumerate(sources):
+        require_indices(tasks, num_tasks, f"borrows, task {t}", "tasks", 1)
     if combine == "concat":
         table = single_task(input_width, expert_widths, num_tasks, activation)
-        return _finish(replace(table, tasks=tuple(Task(tasks) for tasks in sources)), activation, towers)
+        return _finish(table, activation, towers, tuple(Task(tasks) for tasks in sources))
     if combine not in ("sum", "mean"):
         raise ValueError(f"combine: expected one of sum, mean, concat, got {combine!r}")
-    if () in sources:
-        raise ValueError(f"borrows: expected at least one task for task {sources.index(())}, got none")
     units = tuple(Unit(static=Static(tasks, values=(1.0 if combine == "sum" else 1.0 / len(tasks),) * len(tasks))) for tasks in sources)
     level = Level(_experts([0] * num_tasks, _one_level(expert_widths), activation), units)
     return _finish(Table(1, input_width, (level,)), activation, towers)
@@ -284,9 +286,9 @@ def customized_sharing(input_width: int, expert_widths: Widths, num_tasks: int, 
     Returns: a table over x [B, 1, D] with T + 1 units, output [B, T, 2 H].
     Source: PLE, section 3.2.
     """
-    shared = _at_least(num_tasks, 1, "num_tasks")
+    shared = require_integer(num_tasks, "num_tasks", 1)
     table = single_task(input_width, expert_widths, shared + 1, activation)
-    return _finish(replace(table, tasks=tuple(Task((t, shared)) for t in range(shared))), activation, towers)
+    return _finish(table, activation, towers, tuple(Task((t, shared)) for t in range(shared)))
 
 
 FAMILIES: dict[str, Callable[..., Table]] = {
@@ -295,36 +297,38 @@ FAMILIES: dict[str, Callable[..., Table]] = {
 }
 
 
-def with_towers(table: Table, layers: tuple[Layer, ...]) -> Table:
-    """Put one tower of these layers on each task; task t reads what it read before (unit t where the table names no tasks).
+def with_towers(table: Table, layers: tuple[Layer, ...], tasks: tuple[Task, ...] = ()) -> Table:
+    """Put one tower of these layers on each task, or on those that replace the table's; without any, task t reads unit t.
 
     Returns: a table with output [B, T, width of the last layer].
     Raises: ValueError for no layers.
     """
     if not layers:
         raise ValueError("layers: expected at least one layer, got none")
-    tasks = table.tasks or tuple(Task((u,)) for u in range(len(table.levels[-1].units)))
+    tasks = tasks or table.tasks or tuple(Task((u,)) for u in range(len(table.levels[-1].units)))
     return replace(table, tasks=tuple(replace(task, tower=tuple(layers)) for task in tasks))
 
 
 def share_input(table: Table) -> Table:
     """Return the table's twin for callers whose slots all hold the same x: it reads x [B, 1, D] once and gives the same output."""
+
+    def unit_on_slot_0(unit: Unit) -> Unit:
+        if unit.gate is None or unit.gate.selector.kind != "slot":
+            return unit
+        return replace(unit, gate=replace(unit.gate, selector=Selector("slot", 0)))
+
     first = table.levels[0]
     experts = tuple(replace(expert, slot=0) for expert in first.experts)
-    units = tuple(_reading_slot_0(unit) for unit in first.units)
-    return replace(table, slots=1, root=0, levels=(Level(experts, units), *table.levels[1:]))
+    level = Level(experts, tuple(map(unit_on_slot_0, first.units)))
+    return replace(table, slots=1, root=0, levels=(level, *table.levels[1:]))
 
 
-def _reading_slot_0(unit: Unit) -> Unit:
-    if unit.gate is None or unit.gate.selector.kind != "slot":
-        return unit
-    return replace(unit, gate=replace(unit.gate, selector=Selector("slot", 0)))
-
-
-def _finish(table: Table, kind: str | Activation, towers: Sequence[int]) -> Table:
-    """Put towers of these widths on the table; the last layer is linear."""
-    hidden = tuple(Layer(width, activation_of(kind)) for width in towers[:-1])
-    return with_towers(table, (*hidden, Layer(towers[-1], IDENTITY))) if towers else table
+def _finish(table: Table, kind: str | Activation, towers: Sequence[int], tasks: tuple[Task, ...] = ()) -> Table:
+    """Hand the units to these tasks (none: to the table's), under towers of these widths; the last layer is linear."""
+    layers = [Layer(width, activation_of(kind)) for width in _sequence(towers, "towers")]
+    if not layers:
+        return replace(table, tasks=tasks or table.tasks)
+    return with_towers(table, (*layers[:-1], replace(layers[-1], activation=IDENTITY)), tasks)
 
 
 def _experts(slots: Sequence[int], widths: Sequence[int], kind: str | Activation) -> tuple[Expert, ...]:
@@ -345,17 +349,12 @@ def _without_shared_unit(levels: tuple[Level, ...], num_tasks: int) -> tuple[Lev
     return (*levels[:-1], replace(levels[-1], units=levels[-1].units[:num_tasks]))
 
 
-def _pass(expert: int) -> Unit:
-    """A unit that hands one expert through."""
-    return Unit(static=_ones((expert,)))
-
-
 def _ones(experts: tuple[int, ...]) -> Static:
     return Static(experts, values=(1.0,) * len(experts))
 
 
 def _same_unit(num_tasks: int) -> tuple[Task, ...]:
-    return (Task((0,)),) * _at_least(num_tasks, 1, "num_tasks")
+    return (Task((0,)),) * require_integer(num_tasks, "num_tasks", 1)
 
 
 def _owned(counts: Sequence[int]) -> list[tuple[int, ...]]:
@@ -370,17 +369,19 @@ def _owners(own: Sequence[tuple[int, ...]]) -> list[int]:
 
 def _per_task(num_tasks: int, counts: int | Sequence[int]) -> list[int]:
     """m_t for each task, from one number or a list of them."""
-    _at_least(num_tasks, 1, "num_tasks")
-    result = [counts] * num_tasks if isinstance(counts, int) else list(counts)
+    require_integer(num_tasks, "num_tasks", 1)
+    form = f"a number or a list of {num_tasks}"
+    result = [counts] * num_tasks if isinstance(counts, int) else _sequence(counts, "num_task_experts", form)
     if len(result) != num_tasks:
-        raise ValueError(f"num_task_experts: expected a number or a list of {num_tasks}, got {counts!r}")
-    return [_at_least(m, 0, "num_task_experts") for m in result]
+        raise ValueError(f"num_task_experts: expected {form}, got {counts!r}")
+    return [require_integer(m, "num_task_experts", 0) for m in result]
 
 
-def _at_least(value: int, least: int, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{what}: expected an integer of at least {least}, got {value!r}")
-    return value
+def _sequence(value, what: str, form: str = "a list of layer widths") -> tuple:
+    """`value` as a tuple; text is no list."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ValueError(f"{what}: expected {form}, got {value!r}")
+    return tuple(value)
 
 
 def _levels(widths: Widths) -> list[tuple[int, ...]]:

@@ -78,10 +78,7 @@ def for_tasks(out: Tensor, table: Table) -> Tensor:
         return out
     first = [task.units[0] for task in table.tasks]
     if any(len(task.units) > 1 for task in table.tasks):
-        rows = [torch.cat([out[:, u] for u in task.units], dim=-1) for task in table.tasks]
-        if len({row.shape[-1] for row in rows}) > 1:
-            raise ValueError(f"table.tasks: expected tasks of one width, got widths {[row.shape[-1] for row in rows]}; give them towers")
-        return torch.stack(rows, dim=1)
+        return torch.stack([torch.cat([out[:, u] for u in task.units], dim=-1) for task in table.tasks], dim=1)
     if first == list(range(out.shape[1])):
         return out
     return out.expand(-1, len(first), -1) if out.shape[1] == 1 else out[:, first]

@@ -11,6 +11,7 @@ concatenation of its units. Every family in `families.py` is a function that ret
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,9 +20,17 @@ from fusedmoe.activation import RELU, Activation
 SELECTORS = ("slot", "root", "expert")
 
 
-def _integer(value, where: str, least: int = 0) -> None:
+# The largest numbers that the operator reads (csrc/table.cpp).
+MOST_SLOTS, MOST_ELEMENTS = 1 << 20, 1 << 40
+
+
+def require_integer(value, where: str, least: int = 0, most: int = MOST_ELEMENTS) -> int:
+    """Return `value`. Raises: ValueError, naming the place, unless it is an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{where}: expected an integer of at least {least}, got {value!r}")
+    if value > most:
+        raise ValueError(f"{where}: expected at most {most}, got {value}")
+    return value
 
 
 def _tuple(value, of: type, where: str) -> None:
@@ -29,13 +38,21 @@ def _tuple(value, of: type, where: str) -> None:
         raise ValueError(f"{where}: expected a tuple of {of.__name__}, got {value!r}")
 
 
-def _indices(value, count: int, where: str, what: str, least: int = 0) -> None:
-    """Raise unless `value` is a tuple of distinct integers below `count`."""
-    if not isinstance(value, tuple) or len(value) < least or len(set(value)) != len(value):
-        raise ValueError(f"{where}: expected a tuple of {'at least one index' if least else 'indices'}, none twice, got {value!r}")
+def require_indices(value, count: int, where: str, what: str, least: int = 0) -> None:
+    """Raise ValueError, naming the place, unless `value` is a tuple of distinct integers below `count`, and of at least `least`."""
+    form = f"a tuple of {'at least one index' if least else 'indices'}, none twice"
+    if not isinstance(value, tuple) or len(value) < least:
+        raise ValueError(f"{where}: expected {form}, got {value!r}")
     for index in value:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
             raise ValueError(f"{where}: expected one of {count} {what} (0 to {count - 1}), got {index!r}")
+    if len(set(value)) != len(value):
+        raise ValueError(f"{where}: expected {form}, got {value!r}")
+
+
+def _instance(value, of: type, where: str) -> None:
+    if not isinstance(value, of):
+        raise ValueError(f"{where}: expected a {of.__name__}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,8 @@ class Table:
 
     `text` is the table as the operator takes it (`codec.py`).
 
-    Raises: ValueError, naming the place, what was expected and what came, for a table that contradicts itself.
+    Raises: ValueError, naming the place, what was expected and what came, for a table that contradicts itself, or that has more than
+        2^20 slots, units or experts in a level, or a width or static tensor beyond 2^40.
     """
 
     slots: int
@@ -146,9 +164,9 @@ class Table:
     root: int = 0
 
     def __post_init__(self):
-        _integer(self.slots, "table.slots", 1)
-        _integer(self.width, "table.width", 1)
-        _integer(self.root, "table.root")
+        require_integer(self.slots, "table.slots", 1, MOST_SLOTS)
+        require_integer(self.width, "table.width", 1)
+        require_integer(self.root, "table.root")
         if self.root >= self.slots:
             raise ValueError(f"table.root: expected one of {self.slots} slots (0 to {self.slots - 1}), got {self.root}")
         _tuple(self.levels, Level, "table.levels")
@@ -158,7 +176,8 @@ class Table:
         _tuple(self.statics, tuple, "table.statics")
         for i, shape in enumerate(self.statics):
             for size in shape:
-                _integer(size, f"table.statics[{i}]")
+                require_integer(size, f"table.statics[{i}]")
+            require_integer(product(shape), f"table.statics[{i}], elements")
         widths = (self.width,) * self.slots
         for index, level in enumerate(self.levels):
             widths = self._check_level(level, f"level {index}", widths)
@@ -177,8 +196,11 @@ class Table:
             raise ValueError(f"{where}: expected at least one expert, got none")
         if not level.units:
             raise ValueError(f"{where}: expected at least one unit, got none")
+        # The units are the slots of the next level; experts are counted as widely.
+        require_integer(len(level.units), f"{where}, number of units", 1, MOST_SLOTS)
+        require_integer(len(level.experts), f"{where}, number of experts", 1, MOST_SLOTS)
         for e, expert in enumerate(level.experts):
-            _indices((expert.slot,), len(slots), f"{where}, expert {e}, slot", "slots")
+            require_indices((expert.slot,), len(slots), f"{where}, expert {e}, slot", "slots")
             _check_layers(expert.layers, f"{where}, expert {e}", 1)
         outputs = tuple(expert.layers[-1].width for expert in level.experts)
         return tuple(self._check_unit(unit, f"{where}, unit {u}", slots, outputs) for u, unit in enumerate(level.units))
@@ -187,13 +209,17 @@ class Table:
         """Check one unit over experts of these output widths; return its width."""
         if unit.gate is not None:
             gate = unit.gate
-            _indices(gate.sees, len(outputs), f"{where}, sees", "experts")
+            _instance(gate, Gate, f"{where}, gate")
+            _instance(gate.selector, Selector, f"{where}, selector")
+            _instance(gate.bias, bool, f"{where}, bias of the gate")
+            require_indices(gate.sees, len(outputs), f"{where}, sees", "experts")
             _check_layers(gate.hidden, f"{where}, hidden layers of the gate", 0)
             if gate.selector.kind not in SELECTORS:
                 raise ValueError(f"{where}, selector: expected one of {', '.join(SELECTORS)}, got {gate.selector.kind!r}")
             count = {"slot": len(slots), "root": 1, "expert": len(outputs)}[gate.selector.kind]
-            _indices((gate.selector.index,), count, f"{where}, selector", f"{gate.selector.kind}s")
+            require_indices((gate.selector.index,), count, f"{where}, selector", f"{gate.selector.kind}s")
         if unit.static is not None:
+            _instance(unit.static, Static, f"{where}, static weights")
             self._check_static(unit.static, f"{where}, static weights", len(outputs))
         widths = {outputs[e] for e in unit.reads} or set(outputs)
         if len(widths) != 1:
@@ -201,15 +227,16 @@ class Table:
         return widths.pop()
 
     def _check_static(self, static: Static, where: str, experts: int) -> None:
-        _indices(static.experts, experts, where, "experts")
+        require_indices(static.experts, experts, where, "experts")
+        require_integer(static.offset, f"{where}, offset")
         if (static.values is None) == (static.tensor is None):
             raise ValueError(f"{where}: expected either fixed values or a static tensor, got {'neither' if static.values is None else 'both'}")
         if static.values is not None:
-            if len(static.values) != len(static.experts) or not all(isinstance(v, float) for v in static.values):
-                raise ValueError(f"{where}: expected {len(static.experts)} floats, got {static.values!r}")
+            floats = isinstance(static.values, tuple) and all(isinstance(v, float) and math.isfinite(v) for v in static.values)
+            if not floats or len(static.values) != len(static.experts):
+                raise ValueError(f"{where}: expected a tuple of {len(static.experts)} finite floats, got {static.values!r}")
             return
-        _indices((static.tensor,), len(self.statics), where, "static tensors")
-        _integer(static.offset, f"{where}, offset")
+        require_indices((static.tensor,), len(self.statics), where, "static tensors")
         size = product(self.statics[static.tensor])
         if static.offset + len(static.experts) > size:
             last = static.offset + len(static.experts) - 1
@@ -218,7 +245,7 @@ class Table:
     def _check_tasks(self, widths: tuple[int, ...]) -> None:
         """Check the tasks over units of these widths."""
         for t, task in enumerate(self.tasks):
-            _indices(task.units, len(widths), f"task {t}, units", "units of the last level", 1)
+            require_indices(task.units, len(widths), f"task {t}, units", "units of the last level", 1)
             _check_layers(task.tower, f"task {t}, tower", 0)
         towers = [bool(task.tower) for task in self.tasks]
         if any(towers) and not all(towers):
@@ -227,6 +254,9 @@ class Table:
             widths = tuple(task.tower[-1].width for task in self.tasks)
         if len(set(widths)) != 1:
             raise ValueError(f"{'tower outputs' if any(towers) else 'last level'}: expected one width, got widths {sorted(set(widths))}")
+        read = [widths[0] * len(task.units) for task in self.tasks]
+        if not any(towers) and len(set(read)) > 1:
+            raise ValueError(f"table.tasks: expected tasks of one width, got widths {read}; give them towers")
 
     @cached_property
     def has_towers(self) -> bool:
@@ -339,6 +369,6 @@ def _check_layers(layers: tuple[Layer, ...], where: str, least: int) -> None:
     if len(layers) < least:
         raise ValueError(f"{where}: expected at least {least} layer, got none")
     for j, layer in enumerate(layers):
-        _integer(layer.width, f"{where}, width of layer {j}", 1)
+        require_integer(layer.width, f"{where}, width of layer {j}", 1)
         if not isinstance(layer.activation, Activation) or not isinstance(layer.bias, bool):
             raise ValueError(f"{where}, layer {j}: expected an Activation and a bool, got {layer.activation!r} and {layer.bias!r}")

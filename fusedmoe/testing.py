@@ -6,10 +6,12 @@ difference as error and autograd of the eager reference in float64 as truth.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -197,24 +199,24 @@ def neighbour(given: Problem, seed: int) -> Problem:
 
 # The activation of a family's tiny, ragged, one-expert and empty-gate cases; between them they cover all; the others use relu.
 ACTIVATION = dict(
-    zip(FAMILIES, ("silu", "gelu", "tanh", "gelu_tanh", "sigmoid", "leaky_relu", "elu", "softplus", "identity", "silu", "relu", "gelu"), strict=True)
+    zip(FAMILIES, cycle(("silu", "gelu", "tanh", "gelu_tanh", "sigmoid", "leaky_relu", "elu", "softplus", "identity", "silu", "relu", "gelu")), strict=False)
 )
-ONE_LEVEL = ("single_task", "shared_bottom", "omoe", "mmoe", "cgc", "asymmetric_sharing", "customized_sharing")
 
 
 def build(family: str, width: int, widths: list[list[int]], tasks: int, experts: int | list[int], **more) -> Table:
-    """Return a family's table with `experts` experts per task (a list: per task) and as many shared ones, or in all where tasks own none."""
+    """Return a family's table with `experts` experts per task (a list: per task) and as many shared ones, or in all where tasks own none.
+
+    Its signature says which of these it takes; a family of one level, which refuses several, gets the first of `widths`.
+    """
     function = FAMILIES[family]
     count = experts if isinstance(experts, int) else max(experts)
-    if family in ("omoe", "mmoe", "ml_mmoe"):
-        more["num_experts"] = count
-    if family in ("cgc", "ple", "adatt_sp", "adatt"):
-        more["num_task_experts"] = experts
-    if family in ("cgc", "ple", "adatt"):
-        more["num_shared_experts"] = count
-    if family == "asymmetric_sharing":
-        more["borrows"] = [[t, (t + 1) % tasks] for t in range(tasks)]
-    return function(width, widths[:1] if family in ONE_LEVEL else widths, tasks, **more)
+    counts = {"num_experts": count, "num_task_experts": experts, "num_shared_experts": count}
+    offered = {**counts, "borrows": [list(dict.fromkeys((t, (t + 1) % tasks))) for t in range(tasks)]}
+    more |= {name: value for name, value in offered.items() if name in inspect.signature(function).parameters}
+    try:
+        return function(width, widths, tasks, **more)
+    except ValueError:
+        return function(width, widths[:1], tasks, **more)
 
 
 def ragged(table: Table) -> Table:

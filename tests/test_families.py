@@ -162,7 +162,15 @@ def test_asymmetric_sharing_sums_averages_or_concatenates():
     borrows = [[0], [0, 1]]
     assert statics(asymmetric_sharing(5, [[4]], 2, borrows).levels[0]) == [ones(0), ones(0, 1)]
     assert statics(asymmetric_sharing(5, [[4]], 2, borrows, "mean").levels[0]) == [ones(0), Static((0, 1), values=(0.5, 0.5))]
-    assert asymmetric_sharing(5, [[4]], 2, borrows, "concat").tasks == (Task((0,)), Task((0, 1)))
+    assert asymmetric_sharing(5, [[4]], 2, [[0, 1], [1, 0]], "concat").tasks == (Task((0, 1)), Task((1, 0)))
+
+
+def test_tasks_of_several_widths_are_a_table_under_towers_alone():
+    with pytest.raises(ValueError, match=r"table\.tasks: expected tasks of one width, got widths \[4, 8\]; give them towers"):
+        asymmetric_sharing(5, [[4]], 2, [[0], [0, 1]], "concat")
+    table = asymmetric_sharing(5, [[4]], 2, [[0], [0, 1]], "concat", towers=(1,))
+    assert [task.units for task in table.tasks] == [(0,), (0, 1)]
+    assert [p.shape for p in table.parameters if p.name.startswith("towers") and p.name.endswith("weight")] == [(1, 4), (1, 8)]
 
 
 def test_customized_sharing_concatenates_a_shared_bottom():
@@ -240,12 +248,19 @@ WRONG = {
     "counts of another number of tasks": (lambda: cgc(5, [[4]], 3, [1, 2], 1), "num_task_experts: expected a number or a list of 3, got [1, 2]"),
     "a negative count": (lambda: adatt(5, [[4]], 2, [1, -1], 1), "num_task_experts: expected an integer of at least 0, got -1"),
     "a boolean count": (lambda: ple(5, [[4]], 2, 1, True), "num_shared_experts: expected an integer of at least 0, got True"),
-    "borrows of another number of tasks": (lambda: asymmetric_sharing(5, [[4]], 2, [[0]]), "borrows: expected one list for each of 2 tasks, got 1"),
-    "nothing borrowed": (lambda: asymmetric_sharing(5, [[4]], 2, [[0], []]), "borrows: expected at least one task for task 1, got none"),
+    "borrows of another number of tasks": (lambda: asymmetric_sharing(5, [[4]], 2, [[0]]), "borrows: expected one list of tasks for each of 2 tasks, got 1"),
+    "nothing borrowed": (lambda: asymmetric_sharing(5, [[4]], 2, [[0], []]), "borrows, task 1: expected a tuple of at least one index, none twice, got ()"),
     "no such task": (
         lambda: asymmetric_sharing(5, [[4]], 2, [[0], [2]]),
-        "level 0, unit 1, static weights: expected one of 2 experts (0 to 1), got 2",
+        "borrows, task 1: expected one of 2 tasks (0 to 1), got 2",
     ),
+    "borrows that are a number": (lambda: asymmetric_sharing(5, [[4]], 2, 3), "borrows: expected one list of tasks for each of 2 tasks, got 3"),
+    "borrows that are numbers": (lambda: asymmetric_sharing(5, [[4]], 2, [0, 1]), "borrows: expected one list of tasks for each of 2 tasks, got 0"),
+    "counts that are no list": (lambda: ple(5, [[4]], 2, None, 1), "num_task_experts: expected a number or a list of 2, got None"),
+    "a tower that is a number": (lambda: mmoe(5, [[4]], 2, 2, towers=3), "towers: expected a list of layer widths, got 3"),
+    "a gate that is a number": (lambda: mmoe(5, [[4]], 2, 2, gate_widths=5), "gate_widths: expected a list of layer widths, got 5"),
+    "gates that are numbers": (lambda: ml_mmoe(5, [[4]], 2, 2, gate_widths=[5]), "gate_widths: expected a list of layer widths, got 5"),
+    "gates that are a number": (lambda: ml_mmoe(5, [[4]], 2, 2, gate_widths=5), "gate_widths: expected one list of layer widths per level, got 5"),
     "an unknown way to combine": (lambda: asymmetric_sharing(5, [[4]], 2, [[0], [1]], "max"), "combine: expected one of sum, mean, concat, got 'max'"),
     "an unknown activation": (lambda: mmoe(5, [[4]], 2, 2, activation="swish"), "activation: expected one of identity, relu"),
     "no layers for a tower": (lambda: with_towers(mmoe(5, [[4]], 2, 2), ()), "layers: expected at least one layer, got none"),

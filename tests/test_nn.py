@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from fusedmoe import nn as fused
-from fusedmoe.activation import IDENTITY, RELU, Activation
+from fusedmoe.activation import DEFAULT_PARAMETER, IDENTITY, PARAMETRIC, RELU, Activation, activation
 from fusedmoe.nn import wiring
 from fusedmoe.nn.wiring import Unfusable, layers_of
 from fusedmoe.reference import layers
 from fusedmoe.reference.layers.central import BACKBONES
+from fusedmoe.reference.layers.mlp import ACTIVATION_MODULES, activation_module
 from fusedmoe.table import Layer, Table
 from fusedmoe.testing import Network, Problem, assert_close, error, evaluate, expectation, randomise
 
@@ -95,15 +96,59 @@ def test_the_same_seed_gives_the_reference_layers_parameters(name):
     assert all(torch.equal(state[key], expected[key]) for key in state)
 
 
+def test_every_backbone_has_a_wiring():
+    assert set(wiring.BACKBONES) == set(BACKBONES)
+
+
+def test_the_wiring_reads_every_activation_that_the_layers_build():
+    assert set(ACTIVATION_MODULES) == set(DEFAULT_PARAMETER)
+    kinds = [activation(name) for name in DEFAULT_PARAMETER] + [Activation(name, 0.3) for name in PARAMETRIC]
+    for kind in kinds:
+        assert layers_of(nn.Sequential(nn.Linear(5, 4), activation_module(kind))) == (Layer(4, kind),)
+    assert {type(activation_module(kind)) for kind in kinds} == set(wiring.ACTIVATIONS)
+
+
 def test_adatt_has_both_names():
     assert fused.AdaTTWSharedExps is fused.AdaTT
     assert layers.AdaTTWSharedExps is layers.AdaTT
 
 
 def test_an_unknown_backend_is_refused():
-    module = fused.MMoE(D, [4], [], 2, 2, backend="abacus")
-    with pytest.raises((ValueError, RuntimeError), match="abacus"):
-        module(torch.randn(2, D))
+    with pytest.raises(ValueError, match=r"backend: expected auto, .*, got 'abacus'"):
+        fused.MMoE(D, [4], [], 2, 2, backend="abacus")
+
+
+WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "no experts": (lambda: fused.MMoE(D, [4], [], 2, 0), "num_experts: expected an integer of at least 1, got 0"),
+    "no tasks": (lambda: fused.AdaTTSp(D, ARCHS, 0, 1), "num_tasks: expected an integer of at least 1, got 0"),
+    "fewer shared experts than none": (lambda: fused.CGC(D, [4], 2, 1, -1), "num_shared_experts: expected an integer of at least 0, got -1"),
+    "no bottom": (lambda: fused.SharedBottom(D, [], 2), "hidden_dims: expected a list of layer widths, as in [256, 128], got []"),
+    "borrows": (lambda: fused.AsymmetricSharing(D, [4], 2, [[0], [2]]), "borrows[1]: expected one of 2 tasks (0 to 1), got 2"),
+    "gates": (lambda: fused.MLMMoE(D, ARCHS, [[]], 2, 2), "gate_archs: expected one list for each of 2 levels, got [[]]"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_refused_by_name(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+def test_a_class_that_no_table_expresses_is_a_value_error():
+    class Normed(fused.SharedBottom):
+        def bind(self):
+            self.norm = nn.LayerNorm(4)
+            return super().bind()
+
+    with pytest.raises(ValueError, match=r"^Normed: expected the submodules bottom_projection, got bottom_projection, norm"):
+        Normed(D, [4], 2)
+
+
+@torch.no_grad()
+def test_the_outputs_of_a_central_may_be_changed_in_place():
+    outputs = central(fused, "ple", [5])(torch.randn(B, D))
+    assert isinstance(outputs, list)
+    assert [list(out.sigmoid_().shape) for out in outputs] == [[B, 1]] * 3
 
 
 @pytest.mark.parametrize("carry", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])
@@ -237,7 +282,11 @@ REFUSED = {
         changed(layers.SingleTask(D, [4], 2), lambda m: m.bottoms.__setitem__(1, layers.MLP(D, [5]))),
         "last level: expected one width, got widths [4, 5]",
     ),
-    "an identity for an expert": (wiring.shared_bottom, layers.SharedBottom(D, [], 2), "bottom_projection: expected at least one nn.Linear, got none"),
+    "an identity for an expert": (
+        wiring.shared_bottom,
+        changed(layers.SharedBottom(D, [4], 2), lambda m: setattr(m, "bottom_projection", layers.MLP(D, []))),
+        "bottom_projection: expected at least one nn.Linear, got none",
+    ),
     "static weights switched off later": (
         wiring.adatt_sp,
         changed(adatt_sp(), lambda m: setattr(m, "self_exp_res_connect", False)),

@@ -70,7 +70,40 @@ CONTRADICTIONS = {
         of_static(experts=(0,), values=(1.0,), tensor=0),
         "level 0, unit 1, static weights: expected either fixed values or a static tensor, got both",
     ),
-    "static: values": (of_static(experts=(0, 1), values=(1.0,)), "level 0, unit 1, static weights: expected 2 floats, got (1.0,)"),
+    "static: values": (of_static(experts=(0, 1), values=(1.0,)), "level 0, unit 1, static weights: expected a tuple of 2 finite floats, got (1.0,)"),
+    "static: values in a list": (of_static(experts=(0,), values=[1.0]), "level 0, unit 1, static weights: expected a tuple of 1 finite floats, got [1.0]"),
+    "static: NaN": (
+        of_static(experts=(0,), values=(float("nan"),)),
+        "level 0, unit 1, static weights: expected a tuple of 1 finite floats, got (nan,)",
+    ),
+    "static: infinity": (
+        of_static(experts=(0,), values=(float("inf"),)),
+        "level 0, unit 1, static weights: expected a tuple of 1 finite floats, got (inf,)",
+    ),
+    "static: an integer": (of_static(experts=(0,), values=(1,)), "level 0, unit 1, static weights: expected a tuple of 1 finite floats, got (1,)"),
+    "static: tensor of another type": (
+        of_static(experts=(0,), tensor="0"),
+        "level 0, unit 1, static weights: expected one of 1 static tensors (0 to 0), got '0'",
+    ),
+    "static: offset of another type": (
+        of_static(experts=(0,), tensor=0, offset=0.0),
+        "level 0, unit 1, static weights, offset: expected an integer of at least 0, got 0.0",
+    ),
+    "static: offset of fixed values": (
+        of_static(experts=(0,), values=(1.0,), offset=None),
+        "level 0, unit 1, static weights, offset: expected an integer of at least 0, got None",
+    ),
+    "static of another type": (of_unit(Unit(static="g")), "level 0, unit 1, static weights: expected a Static, got 'g'"),
+    "gate of another type": (of_unit(Unit("g")), "level 0, unit 1, gate: expected a Gate, got 'g'"),
+    "gate without a selector": (of_gate(selector=None), "level 0, unit 1, selector: expected a Selector, got None"),
+    "gate's bias": (of_gate(bias=None), "level 0, unit 1, bias of the gate: expected a bool, got None"),
+    "gate's bias as an integer": (of_gate(bias=1), "level 0, unit 1, bias of the gate: expected a bool, got 1"),
+    "sees a list": (of_gate(sees=([0],)), "level 0, unit 1, sees: expected one of 2 experts (0 to 1), got [0]"),
+    "expert's slot in a list": (of_experts(Expert([0], LAYERS)), "level 0, expert 0, slot: expected one of 1 slots (0 to 0), got [0]"),
+    "selector's index in a list": (
+        of_gate(selector=Selector("slot", [0])),
+        "level 0, unit 1, selector: expected one of 1 slots (0 to 0), got [0]",
+    ),
     "static: expert": (of_static(experts=(4,), values=(1.0,)), "level 0, unit 1, static weights: expected one of 2 experts (0 to 1), got 4"),
     "static: tensor": (of_static(experts=(0,), tensor=1), "level 0, unit 1, static weights: expected one of 1 static tensors (0 to 0), got 1"),
     "static: offset": (
@@ -85,6 +118,28 @@ CONTRADICTIONS = {
     "task's units": ({"tasks": (Task((0,)), Task((2,)))}, "task 1, units: expected one of 2 units of the last level (0 to 1), got 2"),
     "task without units": ({"tasks": (Task(()),)}, "task 0, units: expected a tuple of at least one index, none twice, got ()"),
     "tower missing": ({"tasks": (Task((0,), LAYERS), Task((1,)))}, "task 1: expected a tower, as the other tasks have, got none"),
+    "tasks of several widths": (
+        {"tasks": (Task((0,)), Task((0, 1)))},
+        "table.tasks: expected tasks of one width, got widths [3, 6]; give them towers",
+    ),
+    "more slots than the operator counts": ({"slots": (1 << 20) + 1}, "table.slots: expected at most 1048576, got 1048577"),
+    "more units than the operator counts": (
+        {"levels": (Level(EXPERTS, (GATED,) * ((1 << 20) + 1)),)},
+        "level 0, number of units: expected at most 1048576, got 1048577",
+    ),
+    "more experts than the operator counts": (
+        {"levels": (Level(EXPERTS[:1] * ((1 << 20) + 1), (GATED,)),)},
+        "level 0, number of experts: expected at most 1048576, got 1048577",
+    ),
+    "wider than the operator counts": ({"width": (1 << 40) + 1}, "table.width: expected at most 1099511627776, got 1099511627777"),
+    "layer wider than the operator counts": (
+        of_experts(Expert(0, (Layer((1 << 40) + 1),))),
+        "level 0, expert 0, width of layer 0: expected at most 1099511627776, got 1099511627777",
+    ),
+    "static tensor larger than the operator counts": (
+        {"statics": ((1 << 30, 1 << 30),)},
+        "table.statics[0], elements: expected at most 1099511627776, got 1152921504606846976",
+    ),
     "towers' widths": ({"tasks": (Task((0,), (Layer(1),)), Task((1,), (Layer(2),)))}, "tower outputs: expected one width, got widths [1, 2]"),
 }
 
@@ -140,6 +195,28 @@ GARBAGE = {
     '{"slots": 1, "width": 2, "levels": [{"experts": [7], "units": []}]}': "table.levels[0].experts[0]: expected an object, got 7",
     '{"slots": 1, "width": 2, "levels": []}': "table.levels: expected at least one level, got none",
 }
+
+
+@pytest.mark.parametrize("value", [None, 3, b"{}", {}], ids=str)
+def test_json_is_text(value):
+    with pytest.raises(TypeError, match=f"text: expected the JSON of a table, got {type(value).__name__}"):
+        from_json(value)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ('"values": [', "1" + "0" * 400, "expected a float, got an integer beyond its range"),
+        ('"values": [', "9" * 5000, "table: expected JSON, got"),
+        ('"values": [', "NaN", "expected a tuple of 1 finite floats"),
+    ],
+    ids=["a large integer", "a longer one", "NaN"],
+)
+def test_numbers_that_no_float_holds_are_refused(place, value, message):
+    table = replace(GOOD, **of_unit(Unit(static=Static((0,), (0.5,)))))
+    head, tail = to_json(table).split(place)
+    with pytest.raises(ValueError, match=message):
+        from_json(head + place + value + tail[tail.index("]") :])
 
 
 @pytest.mark.parametrize("text", GARBAGE)

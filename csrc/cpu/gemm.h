@@ -212,6 +212,21 @@ void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T*
   }
 }
 
+// y = act(the chains' sum + bias), `width` outputs of each of G vectors.
+template <int R, int LANES, int G>
+inline void finish_few(const Product<float>& p, floats<LANES> (&sum)[G][R], floats<LANES> (&acc)[G][R], int64_t width) {
+  FUSEDMOE_UNROLL
+  for (int g = 0; g < G; g++)
+    FUSEDMOE_UNROLL
+    for (int r = 0; r < R; r++) {
+      floats<LANES> y = sum[g][r] + acc[g][r], bias = floats<LANES>{};
+      if (p.bias) memcpy(&bias, p.bias + g * LANES, width * sizeof(float));
+      if (p.bias) y = y + bias;
+      if (p.relu) y = y < 0.0f ? floats<LANES>{} : y;
+      memcpy(p.c + r * p.ldc + g * LANES, &y, width * sizeof(float));
+    }
+}
+
 // Few rows: the lanes run over the outputs, blocks of W are turned in registers, and W is streamed once.
 // y[r * ldy + i] = act(sum of w[i * k + j] x[r * ldx + j] + bias[i]) for G vectors of outputs, or for `n` below one vector (EDGE).
 template <int R, int LANES, int G, bool EDGE>
@@ -269,17 +284,7 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
     for (int i = 0; i < G * LANES; i++) memcpy(last[i], (EDGE ? row_of[i] : w + i * stride) + k, (k_count - k) * sizeof(float));
     step(k, int(k_count - k), [&](int g) { return Rows{last[g * LANES], 4}; });
   }
-  const int64_t width = EDGE ? n : LANES;
-  FUSEDMOE_UNROLL
-  for (int g = 0; g < G; g++)
-    FUSEDMOE_UNROLL
-    for (int r = 0; r < R; r++) {
-      lane_vec y = sum[g][r] + acc[g][r], bias = lane_vec{};
-      if (p.bias) memcpy(&bias, p.bias + g * LANES, width * sizeof(float));
-      if (p.bias) y = y + bias;
-      if (p.relu) y = y < 0.0f ? lane_vec{} : y;
-      memcpy(p.c + r * p.ldc + g * LANES, &y, width * sizeof(float));
-    }
+  finish_few<R, LANES, G>(p, sum, acc, EDGE ? n : LANES);
 }
 
 // A = W [n, k] with lda = k, B = X [R, k] row-major, C = Y [R, n] row-major.

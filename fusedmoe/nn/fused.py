@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from fusedmoe.backends import require
 from fusedmoe.nn.binding import Binding
-from fusedmoe.nn.wiring import Wiring
+from fusedmoe.nn.wiring import Unfusable, Wiring
 
 
 class Fused:
@@ -19,23 +20,45 @@ class Fused:
     Args:
         backend: a name out of `fusedmoe.backends()`, or "auto"; keyword only.
         others: those of the layer.
-    Raises: RuntimeError at a call if the module was changed inside since it was bound (a hook, another submodule), or if the backend
-        cannot run.
+    Raises: at construction ValueError or TypeError, naming the argument, what was expected and what came, and RuntimeError for a
+        backend that cannot run here.
     """
 
     wiring: Callable[[nn.Module], Wiring]
 
     def __init__(self, *args, backend: str = "auto", **kwargs) -> None:
+        require(backend)
         super().__init__(*args, **kwargs)
         self.backend = backend
         # Not at the first call, which may be a trace of torch.compile.
-        self.bind()
+        try:
+            self.bind()
+        except Unfusable as error:
+            # Whoever calls a constructor gave it something wrong; that no table has it is the library's view.
+            raise ValueError(str(error)) from None
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output by one operator call.
+
+        Args:
+            inputs: [B, S, D], S the slots of the class; [B, D] for a class whose tasks share one input.
+        Returns: [B, T, H], of the dtype of `inputs`.
+        Raises: TypeError, ValueError for inputs of another type, shape, dtype or device; RuntimeError if the module was changed
+            inside since it was bound (a hook, another submodule), or if the backend cannot take these inputs.
+        """
         return self.bind().run(inputs, self.backend)
 
     def bind(self) -> Binding:
-        """Return the module's parameters bound to its table. Copies and pickles carry the binding, bound to the copy."""
+        """Return the module's parameters bound to its table. Copies and pickles carry the binding, bound to the copy.
+
+        Raises: Unfusable if the module was changed inside before it was bound.
+        """
         if "_binding" not in self.__dict__:
             self._binding = Binding(self, type(self).wiring(self))
         return self._binding
+
+
+def one_per_task(out: torch.Tensor) -> list[torch.Tensor]:
+    """Return a list of T outputs [B, O] from [B, T, O]."""
+    # Not unbind: its views refuse the in-place operations that the module's own outputs allow.
+    return [out.select(1, t) for t in range(out.shape[1])]

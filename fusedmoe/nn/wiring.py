@@ -60,64 +60,112 @@ def layers_of(sequential: nn.Module) -> tuple[Layer, ...]:
 
 
 def shared_bottom(module: nn.Module) -> Wiring:
-    """Wire one bottom that is handed to every task."""
+    """Wire one bottom that is handed to every task.
+
+    Returns: the table and the module's keys.
+    Raises: Unfusable, naming the place, for a module that this table could not express.
+    """
     _check_children(module, "bottom_projection")
     return _wire(module, families.shared_bottom, [[_mlp(module.bottom_projection, "bottom_projection")]])
 
 
 def single_task(module: nn.Module) -> Wiring:
-    """Wire a bottom per task."""
+    """Wire a bottom per task.
+
+    Returns: the table and the module's keys.
+    Raises: Unfusable, naming the place, for a module that this table could not express.
+    """
     return _wire(module, families.single_task, _bottoms(module))
 
 
 def asymmetric_sharing(module: nn.Module) -> Wiring:
-    """Wire a bottom per task, of which each task combines those it borrows."""
+    """Wire a bottom per task, of which each task combines those it borrows.
+
+    Returns: the table and the module's keys.
+    Raises: Unfusable, naming the place, for a module that this table could not express.
+    """
     return _wire(module, families.asymmetric_sharing, _bottoms(module), _read(module, "borrows", "combine"))
 
 
 def customized_sharing(module: nn.Module) -> Wiring:
-    """Wire a bottom per task and a shared one."""
+    """Wire a bottom per task and a shared one.
+
+    Returns: the table and the module's keys.
+    Raises: Unfusable, naming the place, for a module that this table could not express.
+    """
     return _wire(module, families.customized_sharing, _bottoms(module))
 
 
 def ml_mmoe(module: nn.Module) -> Wiring:
-    """Wire levels of experts under gates on the root input; the gates may have hidden layers."""
+    """Wire levels of experts under gates on the root input; the gates may have hidden layers.
+
+    Returns: the table and the module's keys.
+    Raises: Unfusable, naming the place, for a module that this table could not express.
+    """
     return _gated(module, families.ml_mmoe, _read(module, "num_experts"), "gates")
 
 
 def mmoe(module: nn.Module) -> Wiring:
-    """Wire one level of experts under one gate per task."""
+    """Wire one level of experts under one gate per task.
+
+    Returns: the table and the module's keys.
+    Raises: Unfusable, naming the place, for a module that this table could not express.
+    """
     return _gated(module, families.mmoe, _read(module, "num_experts"), "gates")
 
 
 def omoe(module: nn.Module) -> Wiring:
-    """Wire one level of experts under one gate."""
+    """Wire one level of experts under one gate.
+
+    Returns: the table and the module's keys.
+    Raises: Unfusable, naming the place, for a module that this table could not express.
+    """
     return _gated(module, families.omoe, _read(module, "num_experts"), "gates")
 
 
 def ple(module: nn.Module) -> Wiring:
-    """Wire own and shared experts, levels of them."""
+    """Wire own and shared experts, levels of them.
+
+    Returns: the table and the module's keys.
+    Raises: Unfusable, naming the place, for a module that this table could not express.
+    """
     return _gated(module, families.ple, _read(module, "num_task_experts", "num_shared_experts"), "gate_weights")
 
 
 def cgc(module: nn.Module) -> Wiring:
-    """Wire own and shared experts, one level on a shared input."""
+    """Wire own and shared experts, one level on a shared input.
+
+    Returns: the table and the module's keys.
+    Raises: Unfusable, naming the place, for a module that this table could not express.
+    """
     return _gated(module, families.cgc, _read(module, "num_task_experts", "num_shared_experts"), "gate_weights")
 
 
 def adatt_sp(module: nn.Module) -> Wiring:
-    """Wire AdaTT without shared experts."""
+    """Wire AdaTT without shared experts.
+
+    Returns: the table and the module's keys.
+    Raises: Unfusable, naming the place, for a module that this table could not express.
+    """
     return _gated(module, families.adatt_sp, _read(module, "num_task_experts", "self_exp_res_connect"), "gate_weights", "self_exp_weights")
 
 
 def adatt(module: nn.Module) -> Wiring:
-    """Wire AdaTT with shared experts."""
+    """Wire AdaTT with shared experts.
+
+    Returns: the table and the module's keys.
+    Raises: Unfusable, naming the place, for a module that this table could not express.
+    """
     counts, static_weights = _read(module, "num_expert_list", "self_exp_res_connect")
     return _gated(module, families.adatt, (counts[:-1], *counts[-1:], static_weights), "gate_weights", "self_exp_weights")
 
 
 def cross_stitch(module: nn.Module) -> Wiring:
-    """Wire an expert per task and learned mixing of them."""
+    """Wire an expert per task and learned mixing of them.
+
+    Returns: the table and the module's keys.
+    Raises: Unfusable, naming the place, for a module that this table could not express.
+    """
     _check_children(module, "experts", "stitchs")
     stitchs = _items(module.stitchs, "stitchs")
     for path, stitch in stitchs:
@@ -143,7 +191,12 @@ BACKBONES: dict[str, Callable[[nn.Module], Wiring]] = {
 
 
 def central(module: nn.Module) -> Wiring:
-    """Wire a backbone `mtl_arch` under the towers `task_modules`; x [B, D] is passed once, the output is [B, T, 1]."""
+    """Wire a backbone `mtl_arch` under the towers `task_modules`.
+
+    x [B, D] is passed once, the output is [B, T, 1].
+    Returns: the table and the module's keys.
+    Raises: Unfusable, naming the place, for a module that this table could not express.
+    """
     _check_children(module, "mtl_arch", "task_modules")
     (name,) = _read(module, "mtl_model")
     if name not in BACKBONES:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fusedmoe.activation import Activation
-from fusedmoe.reference.layers.mlp import experts_of, require_levels, softmax_gate
+from fusedmoe.reference.layers.mlp import counts_per_task, experts_of, require_counts, require_levels, softmax_gate
+from fusedmoe.table import require_integer
 
 
 class AdaTTSp(nn.Module):
@@ -26,6 +27,7 @@ class AdaTTSp(nn.Module):
         self_exp_res_connect: whether v exists: learned [T, m] per level, or ones when m = 1.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, T, D] to [B, T, H].
+    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what came.
     Source: AdaTT, equations 2 to 10.
     """
 
@@ -39,6 +41,7 @@ class AdaTTSp(nn.Module):
         activation: str | Activation = "RELU",
     ) -> None:
         super().__init__()
+        require_counts(input_dim=input_dim, num_tasks=num_tasks, num_task_experts=num_task_experts)
         require_levels("expert_out_dims", expert_out_dims)
         self.num_extraction_layers = len(expert_out_dims)
         self.num_tasks = num_tasks
@@ -90,6 +93,7 @@ class AdaTT(nn.Module):
             m_t and m_s is 1.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, T + 1, D], the shared slot last, to [B, T, H].
+    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what came.
     Source: AdaTT, section 3.2.
     """
 
@@ -105,12 +109,14 @@ class AdaTT(nn.Module):
         activation: str | Activation = "RELU",
     ) -> None:
         super().__init__()
+        require_counts(input_dim=input_dim, num_tasks=num_tasks)
         require_levels("expert_out_dims", expert_out_dims)
         if (num_task_experts is None) == (num_task_expert_list is None):
             raise ValueError("num_task_experts, num_task_expert_list: expected one of them, got " + ("neither" if num_task_experts is None else "both"))
-        counts = [num_task_experts] * num_tasks if num_task_expert_list is None else list(num_task_expert_list)
-        if len(counts) != num_tasks:
-            raise ValueError(f"num_task_expert_list: expected a list of {num_tasks}, got {num_task_expert_list!r}")
+        given = {"num_task_experts": num_task_experts} if num_task_expert_list is None else {"num_task_expert_list": num_task_expert_list}
+        counts = counts_per_task(num_tasks, **given)
+        if sum(counts) + require_integer(num_shared_experts, "num_shared_experts") == 0:
+            raise ValueError("num_task_experts, num_shared_experts: expected at least one expert, got none")
         levels = len(expert_out_dims)
         self.num_extraction_layers = levels
         self.num_tasks = num_tasks

@@ -11,7 +11,7 @@ from torch import nn
 
 from fusedmoe.reference.layers.adatt import AdaTT, AdaTTSp
 from fusedmoe.reference.layers.cross_stitch import CrossStitch
-from fusedmoe.reference.layers.mlp import MLP, require_levels
+from fusedmoe.reference.layers.mlp import MLP, require_counts, require_levels, require_widths
 from fusedmoe.reference.layers.mmoe import MLMMoE, OMoE
 from fusedmoe.reference.layers.ple import CGC, PLE
 from fusedmoe.reference.layers.sharing import AsymmetricSharing, CustomizedSharing, SharedBottom, SingleTask
@@ -98,11 +98,13 @@ def _cross_stitch(input_dim: int, configs: MtlConfigs, tasks: ArchInputs) -> nn.
 
 
 def _ml_mmoe(input_dim: int, configs: MtlConfigs, tasks: ArchInputs) -> nn.Module:
+    require_counts(num_shared_experts=configs.num_shared_experts)
     gate_archs = [[] for _ in configs.expert_out_dims]
     return MLMMoE(input_dim, configs.expert_out_dims, gate_archs, tasks.num_task, configs.num_shared_experts, tasks.activation_type)
 
 
 def _omoe(input_dim: int, configs: MtlConfigs, tasks: ArchInputs) -> nn.Module:
+    require_counts(num_shared_experts=configs.num_shared_experts)
     return OMoE(input_dim, _flat(configs), [], tasks.num_task, configs.num_shared_experts, tasks.activation_type)
 
 
@@ -146,13 +148,20 @@ class CentralTaskArch(nn.Module):
         opts: the tasks and their towers.
         input_dim: D.
     Returns: forward maps [B, D] to a list of T tensors [B, 1].
-    Raises: ValueError for an unknown `mtl_model`, or no `expert_out_dims`.
+    Raises: ValueError, TypeError at construction, naming the argument or the field, what was expected and what came.
     """
 
     def __init__(self, mtl_configs: MtlConfigs, opts: ArchInputs, input_dim: int) -> None:
         super().__init__()
+        # By their fields: the public library's classes do as well.
+        if not hasattr(mtl_configs, "mtl_model"):
+            raise TypeError(f"mtl_configs: expected an MtlConfigs, got {type(mtl_configs).__name__}")
+        if not hasattr(opts, "task_mlp"):
+            raise TypeError(f"opts: expected an ArchInputs, got {type(opts).__name__}")
         if mtl_configs.mtl_model not in BACKBONES:
             raise ValueError(f"mtl_model: expected one of {', '.join(BACKBONES)}, got {mtl_configs.mtl_model!r}")
+        require_counts(num_task=opts.num_task, input_dim=input_dim)
+        require_widths("task_mlp", opts.task_mlp, least=0)
         require_levels("expert_out_dims", mtl_configs.expert_out_dims)
         backbone = BACKBONES[mtl_configs.mtl_model]
         self.opts = opts

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fusedmoe.activation import Activation
-from fusedmoe.reference.layers.mlp import experts_of, require_levels
+from fusedmoe.reference.layers.mlp import experts_of, require_counts, require_levels
 
 
 class CrossStitch(nn.Module):
@@ -20,11 +20,13 @@ class CrossStitch(nn.Module):
         num_tasks: T.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, T, D] to [B, T, H].
+    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what came.
     Source: Misra et al., CVPR 2016, equation 1; MMoE, section 6.1.
     """
 
     def __init__(self, input_dim: int, expert_archs: Sequence[Sequence[int]], num_tasks: int, activation: str | Activation = "RELU") -> None:
         super().__init__()
+        require_counts(input_dim=input_dim, num_tasks=num_tasks)
         require_levels("expert_archs", expert_archs)
         self.num_layers = len(expert_archs)
         self.num_tasks = num_tasks

@@ -1,4 +1,4 @@
-"""The small MLP that every expert, gate and tower is made of, and the expert counts that the layers take."""
+"""The small MLP that every expert, gate and tower is made of, and the checks of what the layers' constructors take."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fusedmoe.activation import Activation, activation
+from fusedmoe.table import require_integer
 
 ACTIVATION_MODULES: dict[str, Callable[[Activation], nn.Module]] = {
     "identity": lambda kind: nn.Identity(),
@@ -39,10 +40,13 @@ class MLP(nn.Module):
         activation: its name in any case, or an `Activation`.
         bias: whether the linear maps have biases.
     Returns: forward maps [B, input_dim] to [B, mlp_arch[-1]].
+    Raises: ValueError, TypeError for a width or an activation that is none.
     """
 
     def __init__(self, input_dim: int, mlp_arch: Sequence[int], activation: str | Activation = "RELU", bias: bool = True) -> None:
         super().__init__()
+        require_counts(input_dim=input_dim)
+        require_widths("mlp_arch", mlp_arch, least=0)
         widths = [input_dim, *mlp_arch]
         steps: list[nn.Module] = []
         for fan_in, fan_out in pairwise(widths):
@@ -63,7 +67,33 @@ def softmax_gate(input_dim: int, experts: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(input_dim, experts), nn.Softmax(dim=-1))
 
 
+def require_counts(**counts: int) -> None:
+    """Raise ValueError unless every argument, given by its name, is an integer of at least 1."""
+    for what, count in counts.items():
+        require_integer(count, what, 1)
+
+
+def require_widths(what: str, widths: Sequence[int], least: int = 1) -> None:
+    """Raise ValueError unless `widths` lists at least `least` layer widths."""
+    if isinstance(widths, str) or not isinstance(widths, Sequence) or len(widths) < least:
+        raise ValueError(f"{what}: expected a list of {'layer widths' if least else 'layer widths or none'}, as in [256, 128], got {widths!r}")
+    for i, width in enumerate(widths):
+        require_integer(width, f"{what}[{i}]", 1)
+
+
 def require_levels(what: str, levels: Sequence[Sequence[int]]) -> None:
     """Raise ValueError unless `levels` lists the layer widths of at least one level."""
-    if not levels or not all(isinstance(widths, Sequence) and widths for widths in levels):
+    if isinstance(levels, str) or not isinstance(levels, Sequence) or not levels or not all(isinstance(widths, Sequence) and widths for widths in levels):
         raise ValueError(f"{what}: expected the layer widths of at least one level, as in [[256], [128]], got {levels!r}")
+    for level, widths in enumerate(levels):
+        require_widths(f"{what}[{level}]", widths)
+
+
+def counts_per_task(num_tasks: int, **given: int | Sequence[int]) -> list[int]:
+    """Return m_t for each task, from one number or a list of T, given by its name. Raises: ValueError for anything else."""
+    ((what, counts),) = given.items()
+    if isinstance(counts, int):
+        return [require_integer(counts, what)] * num_tasks
+    if isinstance(counts, str) or not isinstance(counts, Sequence) or len(counts) != num_tasks:
+        raise ValueError(f"{what}: expected a number or a list of {num_tasks}, got {counts!r}")
+    return [require_integer(count, f"{what}[{t}]") for t, count in enumerate(counts)]

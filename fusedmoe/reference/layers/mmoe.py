@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fusedmoe.activation import Activation
-from fusedmoe.reference.layers.mlp import MLP, experts_of, require_levels
+from fusedmoe.reference.layers.mlp import MLP, experts_of, require_counts, require_levels, require_widths
 
 
 class MLMMoE(nn.Module):
@@ -24,6 +24,7 @@ class MLMMoE(nn.Module):
         num_experts: E, experts of every level and units of every level below the last.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, D] to [B, T, H].
+    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what came.
     Source: AdaTT, section 4.1; MMoE, equations 6 to 8.
     """
 
@@ -37,9 +38,12 @@ class MLMMoE(nn.Module):
         activation: str | Activation = "RELU",
     ) -> None:
         super().__init__()
+        require_counts(input_dim=input_dim, num_tasks=num_tasks, num_experts=num_experts)
         require_levels("expert_archs", expert_archs)
-        if len(gate_archs) != len(expert_archs):
-            raise ValueError(f"gate_archs: expected one list for each of {len(expert_archs)} levels, got {len(gate_archs)}")
+        if isinstance(gate_archs, str) or not isinstance(gate_archs, Sequence) or len(gate_archs) != len(expert_archs):
+            raise ValueError(f"gate_archs: expected one list for each of {len(expert_archs)} levels, got {gate_archs!r}")
+        for level, widths in enumerate(gate_archs):
+            require_widths(f"gate_archs[{level}]", widths, least=0)
         self.num_layers = len(expert_archs)
         self.num_tasks = num_tasks
         self.num_experts = num_experts
@@ -81,6 +85,9 @@ class MMoE(MLMMoE):
         num_experts: int,
         activation: str | Activation = "RELU",
     ) -> None:
+        # Before the general class, which would call them by its own names.
+        require_widths("expert_arch", expert_arch)
+        require_widths("gate_arch", gate_arch, least=0)
         super().__init__(input_dim, [expert_arch], [gate_arch], num_tasks, num_experts, activation)
 
 
@@ -101,6 +108,7 @@ class OMoE(MMoE):
         num_experts: int,
         activation: str | Activation = "RELU",
     ) -> None:
+        require_counts(num_tasks=num_tasks)
         super().__init__(input_dim, expert_arch, gate_arch, 1, num_experts, activation)
         self.num_tasks = num_tasks
 

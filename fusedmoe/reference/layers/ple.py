@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fusedmoe.activation import Activation
-from fusedmoe.reference.layers.mlp import experts_of, require_levels, softmax_gate
+from fusedmoe.reference.layers.mlp import counts_per_task, experts_of, require_counts, require_levels, require_widths, softmax_gate
+from fusedmoe.table import require_integer
 
 
 class PLE(nn.Module):
@@ -24,6 +25,7 @@ class PLE(nn.Module):
         num_shared_experts: m_s, 0 or more.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, T + 1, D], the shared slot last, to [B, T, H].
+    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what came.
     Source: PLE, equations 6 and 7.
     """
 
@@ -37,10 +39,11 @@ class PLE(nn.Module):
         activation: str | Activation = "RELU",
     ) -> None:
         super().__init__()
+        require_counts(input_dim=input_dim, num_tasks=num_tasks)
         require_levels("expert_out_dims", expert_out_dims)
-        counts = [num_task_experts] * num_tasks if isinstance(num_task_experts, int) else list(num_task_experts)
-        if len(counts) != num_tasks:
-            raise ValueError(f"num_task_experts: expected a number or a list of {num_tasks}, got {num_task_experts!r}")
+        counts = counts_per_task(num_tasks, num_task_experts=num_task_experts)
+        if sum(counts) + require_integer(num_shared_experts, "num_shared_experts") == 0:
+            raise ValueError("num_task_experts, num_shared_experts: expected at least one expert, got none")
         self.num_extraction_layers = len(expert_out_dims)
         self.num_tasks = num_tasks
         self.num_task_experts = num_task_experts if isinstance(num_task_experts, int) else counts
@@ -92,6 +95,8 @@ class CGC(PLE):
         num_shared_experts: int,
         activation: str | Activation = "RELU",
     ) -> None:
+        # Before the general class, which would call it by its own name.
+        require_widths("expert_arch", expert_arch)
         super().__init__(input_dim, [expert_arch], num_tasks, num_task_experts, num_shared_experts, activation)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

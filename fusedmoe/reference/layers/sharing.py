@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fusedmoe.activation import Activation
-from fusedmoe.reference.layers.mlp import MLP, experts_of
+from fusedmoe.reference.layers.mlp import MLP, experts_of, require_counts, require_widths
+from fusedmoe.table import require_indices
 
 COMBINE = {
     "sum": lambda outputs: torch.stack(outputs, dim=1).sum(1),
@@ -26,11 +27,14 @@ class SharedBottom(nn.Module):
         num_tasks: T.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, D] to [B, T, H], expanded from [B, H] (stride 0 over tasks).
+    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what came.
     Source: MMoE, equation 1.
     """
 
     def __init__(self, input_dim: int, hidden_dims: Sequence[int], num_tasks: int, activation: str | Activation = "RELU") -> None:
         super().__init__()
+        require_counts(input_dim=input_dim, num_tasks=num_tasks)
+        require_widths("hidden_dims", hidden_dims)
         self.bottom_projection = MLP(input_dim, hidden_dims, activation)
         self.num_tasks = num_tasks
 
@@ -48,6 +52,8 @@ class SingleTask(nn.Module):
 
     def __init__(self, input_dim: int, hidden_dims: Sequence[int], num_tasks: int, activation: str | Activation = "RELU") -> None:
         super().__init__()
+        require_counts(input_dim=input_dim, num_tasks=num_tasks)
+        require_widths("hidden_dims", hidden_dims)
         self.bottoms = experts_of(num_tasks, input_dim, hidden_dims, activation)
         self.num_tasks = num_tasks
 
@@ -80,10 +86,11 @@ class AsymmetricSharing(nn.Module):
         activation: str | Activation = "RELU",
     ) -> None:
         super().__init__()
-        if len(borrows) != num_tasks:
-            raise ValueError(f"borrows: expected one list for each of {num_tasks} tasks, got {len(borrows)}")
+        require_counts(input_dim=input_dim, num_tasks=num_tasks)
+        require_widths("hidden_dims", hidden_dims)
         if combine not in COMBINE:
             raise ValueError(f"combine: expected one of {', '.join(COMBINE)}, got {combine!r}")
+        _require_borrows(borrows, num_tasks, combine)
         self.bottoms = experts_of(num_tasks, input_dim, hidden_dims, activation)
         self.num_tasks = num_tasks
         self.borrows = tuple(tuple(tasks) for tasks in borrows)
@@ -105,9 +112,23 @@ class CustomizedSharing(nn.Module):
 
     def __init__(self, input_dim: int, hidden_dims: Sequence[int], num_tasks: int, activation: str | Activation = "RELU") -> None:
         super().__init__()
+        require_counts(input_dim=input_dim, num_tasks=num_tasks)
+        require_widths("hidden_dims", hidden_dims)
         self.bottoms = experts_of(num_tasks + 1, input_dim, hidden_dims, activation)
         self.num_tasks = num_tasks
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         *own, shared = [bottom(input) for bottom in self.bottoms]
         return torch.stack([torch.cat([mine, shared], dim=1) for mine in own], dim=1)
+
+
+def _require_borrows(borrows: Sequence[Sequence[int]], num_tasks: int, combine: str) -> None:
+    """Raise ValueError unless `borrows` lists different tasks for each task, and equally many where they are concatenated."""
+    if not isinstance(borrows, Sequence) or not all(isinstance(tasks, Sequence) for tasks in borrows):
+        raise ValueError(f"borrows: expected one list of tasks for each of {num_tasks} tasks, got {borrows!r}")
+    if len(borrows) != num_tasks:
+        raise ValueError(f"borrows: expected one list of tasks for each of {num_tasks} tasks, got {len(borrows)}")
+    for t, tasks in enumerate(borrows):
+        require_indices(tuple(tasks), num_tasks, f"borrows[{t}]", "tasks", 1)
+    if combine == "concat" and len({len(tasks) for tasks in borrows}) > 1:
+        raise ValueError(f"borrows: expected equally many tasks in every list, to be concatenated, got {[len(tasks) for tasks in borrows]}")
