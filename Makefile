@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench report build wheel clean
+.PHONY: help demo picture test lint bench report build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -17,7 +17,8 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
 say = @echo "==> $(1)"
 
 help:
-	@echo "make demo    train a three-task AdaTT on Census-Income twice, plain and fused; draw docs/demo.png"
+	@echo "make demo    train a three-task AdaTT on Census-Income twice, plain and fused; draw build/demo.png"
+	@echo "make picture the same, and put the picture into README (docs/demo.png)"
 	@echo "make test    run the tests"
 	@echo "make lint    run ruff"
 	@echo "make bench   run the benchmarks and save bench/results/*.json"
@@ -28,8 +29,10 @@ help:
 
 demo: build
 	$(call say,training twice on Census-Income: the reference layers, then fused)
-	@mkdir -p docs
-	@$(PYTHON) -m fusedmoe demo --picture docs/demo.png
+	@$(PYTHON) -m fusedmoe demo --picture build/demo.png
+
+picture: demo
+	@cp build/demo.png docs/demo.png
 
 test: build
 	$(call say,running the tests)
@@ -67,7 +70,7 @@ $(PYTHON):
 # An active environment keeps the versions it has and gets what it lacks; our own gets the pinned ones.
 $(STAMPS)/requirements: requirements-dev.txt | $(PYTHON)
 	$(call say,installing the development requirements into $(VENV))
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check $(if $(VIRTUAL_ENV),$(shell sed -n 's/==.*//p' requirements-dev.txt),-r requirements-dev.txt)
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check $(if $(VIRTUAL_ENV),$(shell sed -n 's/==.*//p' requirements-dev.txt),-r requirements-dev.txt)
 	@mkdir -p $(@D) && touch $@
 
 $(STAMPS)/extension: $(SOURCES) $(STAMPS)/requirements
@@ -78,6 +81,6 @@ $(STAMPS)/extension: $(SOURCES) $(STAMPS)/requirements
 $(STAMPS)/installed: pyproject.toml setup.py $(STAMPS)/extension
 	@if [ ! -e $@ ] || [ pyproject.toml -nt $@ ] || [ setup.py -nt $@ ]; then \
 	  echo "==> installing fusedmoe into $(VENV), as a link to this folder"; \
-	  $(PYTHON) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .; \
+	  $(PYTHON) -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps --editable .; \
 	fi
 	@touch $@

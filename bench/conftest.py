@@ -1,6 +1,7 @@
 """What every benchmark shares: one thread, and the machine's description in the saved JSON."""
 
 import platform
+from functools import cache
 
 import pytest
 import torch
@@ -10,6 +11,18 @@ from fusedmoe import _C
 from fusedmoe.doctor import cpu
 
 PEAK_SECONDS = 0.5
+
+
+@cache
+def peak_gflops() -> float:
+    """Measure once a run what this core can do at most: multiply-adds on registers, GFLOP/s."""
+    return _C.fma_peak(PEAK_SECONDS)
+
+
+@pytest.fixture
+def peak() -> float:
+    """The measured peak, GFLOP/s."""
+    return peak_gflops()
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +42,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         isa=_C.isa(),
         threads=1,
         precision="float32",
-        peak_gflops=_C.fma_peak(PEAK_SECONDS),
+        peak_gflops=peak_gflops(),
         python=platform.python_version(),
         torch=torch.__version__,
         fusedmoe=fusedmoe.__version__,

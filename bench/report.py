@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -10,40 +11,44 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- speeds: written by `make report` -->", "<!-- end of speeds -->"
 
 
-def duration(seconds: float) -> str:
-    """Return seconds as text with three digits and a unit."""
-    return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
+def milliseconds(seconds: float) -> str:
+    """Return seconds as milliseconds with three digits."""
+    value = 1e3 * seconds
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
-def row(info: dict, peak: float) -> str:
+def row(info: dict) -> str:
     """Return one case as a row of the table."""
     medians = {name: times["median"] for name, times in info["arms"].items()}
     ours, spread = medians.pop("fused"), info["arms"]["fused"]
     best = min(medians, key=medians.get)
-    rate = info["flops"] / ours * 1e-9
     cells = [
         info["subject"],
         info["mode"],
         str(info["batch"]),
-        f"{duration(ours)} ({duration(spread['p20'])} to {duration(spread['p80'])})",
-        duration(medians["eager"]),
+        f"{milliseconds(ours)} ({milliseconds(spread['p20'])} to {milliseconds(spread['p80'])})",
+        milliseconds(medians["eager"]),
         f"**{medians['eager'] / ours:.1f}**",
         f"{medians[best] / ours:.1f} ({best})",
-        f"{rate:.0f} ({rate / peak:.0%})",
+        f"{info['share_of_peak']:.0%}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def table(results: dict) -> str:
     """Return the results as Markdown: a line about the machine, and a row for each case."""
-    machine = results["machine_info"]
+    machine, commit = results["machine_info"], results["commit_info"]
+    cases = [entry["extra_info"] for entry in results["benchmarks"]]
+    arms = dict.fromkeys(name for info in cases for name in info["arms"] if name != "fused")
     lines = [
-        f"{machine['cpu']}, {machine['isa']}, one thread, {machine['precision']}, torch {machine['torch']}; commit `{results['commit_info']['id'][:10]}`. "
-        f"Medians of arms timed in turn (20th to 80th percentile); peak {machine['peak_gflops']:.0f} GFLOP/s, measured in the same run.",
+        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} thread, {machine['precision']}; torch {machine['torch']}, Python {machine['python']}, "
+        f"fusedmoe {machine['fusedmoe']} at commit `{commit['id'][:10]}`{' with changes' if commit.get('dirty') else ''}. Medians of arms timed in turn "
+        f"(20th to 80th percentile), in milliseconds. `x best` is over the fastest of: {'; '.join(arms)}. "
+        f"Peak: {machine['peak_gflops']:.0f} GFLOP/s of multiply-adds, measured in the same run.",
         "",
-        "| layer | mode | B | fused | eager | x eager | x best PyTorch | GFLOP/s (of peak) |",
+        "| layer | mode | B | fused, ms | eager, ms | x eager | x best | of peak |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
-        *(row(entry["extra_info"], machine["peak_gflops"]) for entry in results["benchmarks"]),
+        *map(row, cases),
     ]
     return "\n".join(lines)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fusedmoe.adapters import FusedForward, Match, Unfusable, recognise, register_adapter
-from fusedmoe.backends import choose, require
+from fusedmoe.backends import BACKENDS, choose, require
 from fusedmoe.nn.binding import Binding, describe_table
 from fusedmoe.nn.fused import Fused
 
@@ -75,7 +75,8 @@ def fuse(model: nn.Module, backend: str = "auto") -> FuseReport:
     Args:
         model: any module; it may be a layer itself. Layers are found by their structure, outermost first, and each is probed
             numerically on a copy before it is trusted. A layer whose inside was changed after it was fused is looked at anew.
-        backend: "auto" chooses at every call; a name runs that backend or raises.
+        backend: "auto" chooses at every call, and leaves a layer alone that only the reference could run, slower than the layer
+            itself; a name runs that backend or raises.
 
     Returns: the report. What could not be fused exactly runs as before, and stands in `declined` with the reason.
 
@@ -89,7 +90,7 @@ def fuse(model: nn.Module, backend: str = "auto") -> FuseReport:
         for module, forward in before:
             if forward.binding.change():
                 del module.__dict__["forward"]
-        findings = list(_walk(model, "", set()))
+        findings = [_with_choice(finding, backend) for finding in _walk(model, "", set())]
         planned = [(finding.module, _forward(finding.module, finding.match, backend)) for finding in findings if finding.match]
     except BaseException:
         for module, forward in before:
@@ -98,7 +99,7 @@ def fuse(model: nn.Module, backend: str = "auto") -> FuseReport:
     for module, forward in planned:
         module.__dict__["forward"] = forward
     return FuseReport(
-        tuple(replace(finding.entry, backend=backend) for finding in findings if finding.match),
+        tuple(finding.entry for finding in findings if finding.match),
         tuple(finding.entry for finding in findings if finding.entry.reason),
         tuple(finding.entry for finding in findings if finding.binding and not finding.entry.reason),
     )
@@ -127,16 +128,27 @@ def describe(model: nn.Module) -> str:
     for finding in _walk(model, "", set()):
         table = finding.binding.table if finding.binding else finding.match.wiring.table if finding.match else None
         lines = describe_table(table).splitlines() if table else []
-        texts.append("\n".join([f"{finding.entry}{_choice(finding)}", *(f"  {line}" for line in lines)]))
+        texts.append("\n".join([str(_with_choice(finding, finding.entry.backend).entry), *(f"  {line}" for line in lines)]))
     return "\n".join(texts) if texts else "no layer of this model was recognised; fusedmoe.register_adapter can teach one"
 
 
-def _choice(finding: _Finding) -> str:
-    """Return what "auto" comes to for a fused module as it stands."""
-    if finding.entry.backend != "auto" or finding.entry.reason:
-        return ""
+def _with_choice(finding: _Finding, backend: str) -> _Finding:
+    """Say in the entry which backend runs the module: the one that it has, or `backend` for one that is to be fused."""
+    entry = finding.entry
+    if entry.reason or not (finding.match or finding.binding):
+        return finding
+    name = backend if finding.match else entry.backend
+    if name != "auto":
+        return replace(finding, entry=replace(entry, backend=name))
     parameter = next(finding.module.parameters())
-    return f" (chooses {choose('auto', parameter.device, parameter.dtype)})"
+    chosen = choose("auto", parameter.device, parameter.dtype)
+    if chosen != "reference":
+        return replace(finding, entry=replace(entry, backend=f"auto ({chosen})"))
+    faster = "; ".join(f"{row.name}: {row.declines(parameter.device, parameter.dtype)}" for row in BACKENDS if row.name != "reference")
+    if finding.binding:
+        return replace(finding, entry=replace(entry, backend=f"auto (reference: {faster})"))
+    reason = f'only the reference could run it, slower than the layer itself ({faster}); backend="reference" asks for that'
+    return replace(finding, entry=replace(entry, reason=reason), match=None)
 
 
 def _forward(module: nn.Module, match: Match, backend: str) -> FusedForward:

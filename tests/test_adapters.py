@@ -1,6 +1,7 @@
 """register_adapter: teach fuse a layer, decline one, say something wrong."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -66,6 +67,36 @@ def test_an_unregistered_adapter_is_gone():
     unregister = register_adapter(two_experts)
     unregister()
     assert not fuse(TwoExperts())
+
+
+def test_unregistering_twice_is_as_good_as_once(adapter):
+    unregister = register_adapter(two_experts)
+    unregister()
+    unregister()
+    assert not fuse(TwoExperts())
+
+
+class Teacher:
+    def __call__(self, module):
+        return adatt_sp(module) if isinstance(module, layers.AdaTTSp) else None
+
+
+@pytest.mark.parametrize(("function", "family"), [(functools.partial(Teacher()), "Teacher"), (functools.partial(adatt_sp), "adatt_sp"), (Teacher(), "Teacher")])
+def test_an_adapter_may_be_any_callable(adapter, layer, function, family):
+    adapter(function)
+    assert fuse(layer).fused[0].family == family
+
+
+def test_what_an_adapter_raises_names_it_and_the_module(adapter):
+    def clumsy(module):
+        return {}[type(module).__name__]
+
+    adapter(clumsy)
+    model = nn.Sequential(TwoExperts())
+    before = everything(model)
+    with pytest.raises(RuntimeError, match="adapter clumsy raised KeyError on a Sequential: 'Sequential'"):
+        fuse(model)
+    assert everything(model) == before
 
 
 def test_adapters_come_before_the_built_in_one(adapter, layer):

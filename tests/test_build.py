@@ -1,4 +1,4 @@
-"""The build says in one sentence what it lacks, and rebuilds only what changed."""
+"""The build says in one sentence what it lacks, rebuilds only what changed, and leaves a clean tree; what it installs is quick to import."""
 
 import os
 import runpy
@@ -98,3 +98,30 @@ def test_every_isa_has_an_object(recipe, tmp_path):
     names = [target.stem for _, target, _ in recipe["objects"](tmp_path)]
     assert len(names) == len(set(names))
     assert {f"cpu-isa-{isa}" for isa in recipe["ISAS"]} <= set(names) and "cpu-isa" not in names
+
+
+def recipe_of(target: str) -> str:
+    """What `make` would run for a target."""
+    return subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_demo_leaves_tracked_files_alone():
+    assert "--picture build/demo.png" in recipe_of("demo") and "docs/" not in recipe_of("demo")
+    assert "cp build/demo.png docs/demo.png" in recipe_of("picture")
+
+
+@pytest.mark.parametrize("path", ["Makefile", ".ci/wheel"])
+def test_pip_is_quiet_about_package_indices(path):
+    """Once quiet it still prints a warning for every index that does not answer."""
+    calls = [line for line in (ROOT / path).read_text().splitlines() if "-m pip " in line]
+    assert calls and all(" -qq " in line for line in calls)
+
+
+# Beyond torch's own time: what a user waits for at every start.
+LONGEST_IMPORT = 0.3
+
+
+def test_import_is_quick():
+    program = "import time, torch; start = time.perf_counter(); import fusedmoe; print(time.perf_counter() - start)"
+    runs = [subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(3)]
+    assert min(float(run.stdout) for run in runs) < LONGEST_IMPORT

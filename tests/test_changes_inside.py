@@ -1,12 +1,15 @@
 """What is done to the inside of a fused layer stops its next call, with the place and the cure."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from fusedmoe import testing
+from fusedmoe.nn.wiring import adatt_sp
 from fusedmoe.reference import layers
-from fusedmoe.swap import fuse, unfuse
+from fusedmoe.swap import fuse, register_adapter, unfuse
 
 from . import swap_cases as edit
 from .swap_cases import WIDTHS, D, T, central, sample, smooth_layer
@@ -77,6 +80,82 @@ def test_a_list_edited_in_place_is_noticed():
     module.num_task_experts[0] = 2
     with pytest.raises(RuntimeError, match=r"num_task_experts: expected \[1, 2, 1\]"):
         module(sample(T + 1))
+
+
+@pytest.fixture
+def adapter():
+    """Teach the wiring of `Configured`, of which a buffer keeps the built-in adapter away."""
+    unregister = register_adapter(lambda module: adatt_sp(smooth_layer()) if isinstance(module, Configured) else None)
+    yield
+    unregister()
+
+
+class Configured(layers.AdaTTSp):
+    """Reads a number of its class, a dict, tensors, a function and a method, all of which change nothing as they are."""
+
+    factor = 1
+
+    def __init__(self):
+        super().__init__(D, WIDTHS, T, 2, activation="silu")
+        self.options = {"factor": 1, "offsets": [0.0]}
+        self.plain = torch.ones(4)
+        self.register_buffer("kept", torch.ones(4))
+        self.function = nn.Identity.forward
+
+    def forward(self, inputs):
+        out = self.function(self, super().forward(inputs))
+        return self.after(out * self.factor * self.options["factor"] * self.plain * self.kept + self.options["offsets"][0])
+
+    def after(self, out):
+        return out
+
+
+def write(module, name):
+    getattr(module, name).mul_(2)
+
+
+SETTINGS = {
+    "a number of the class": (lambda module: setattr(module, "factor", 2), "factor: expected 1, as when it was fused, got 2"),
+    "an item of a dict": (lambda module: module.options.update(factor=2), r"options: expected \{'factor': 1.*got \{'factor': 2"),
+    "a list in a dict": (lambda module: module.options["offsets"].append(2.0), r"options: expected .*\[0\.0\].*got .*\[0\.0, 2\.0\]"),
+    "a tensor replaced": (lambda module: setattr(module, "plain", torch.zeros(4)), "plain: expected the values of the tensor"),
+    "a tensor written to": (lambda module: write(module, "plain"), "plain: expected the values of the tensor"),
+    "a tensor removed": (lambda module: setattr(module, "plain", None), "plain: expected the values of the tensor"),
+    "a buffer replaced": (lambda module: setattr(module, "kept", torch.zeros(4)), "kept: expected the values of the tensor"),
+    "a buffer written to": (lambda module: write(module, "kept"), "kept: expected the values of the tensor"),
+    "a function": (lambda module: setattr(module, "function", lambda _, out: out * 2), "function: expected the function it was fused with, got function"),
+    "a method": (lambda module: setattr(module, "after", lambda out: out * 2), "after: expected that of the class Configured, got one set on the instance"),
+}
+
+
+@pytest.mark.usefixtures("adapter")
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_the_forward_reads_is_watched(name, copied):
+    module = Configured()
+    assert fuse(module)
+    module = copy.deepcopy(module) if copied else module
+    module(sample(T))
+    change, message = SETTINGS[name]
+    change(module)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            module(sample(T))
+    assert not fuse(module).already
+
+
+@pytest.mark.usefixtures("adapter")
+def test_tensors_that_hold_the_same_values_are_no_change():
+    module = Configured()
+    fuse(module)
+    other = copy.deepcopy(module)
+    other.load_state_dict(module.state_dict())
+    other.plain = other.plain.clone()
+    other.double()(sample(T, torch.float64))
+    write(other, "kept")
+    with pytest.raises(RuntimeError, match="kept: expected the values"):
+        other(sample(T, torch.float64))
+    module(sample(T))
 
 
 def test_attributes_that_the_forward_does_not_read_are_free(layer):

@@ -4,6 +4,7 @@ import copy
 import gzip
 import hashlib
 import math
+import runpy
 import sys
 
 import numpy as np
@@ -18,9 +19,10 @@ from fusedmoe.__main__ import main
 from fusedmoe.demo import census, command, synthetic, training
 from fusedmoe.demo.dataset import Part, split_rows, standardise
 from fusedmoe.demo.metrics import auc, explained_variance
-from fusedmoe.demo.model import MODELS, expert_names, unit_names
+from fusedmoe.demo.model import MODELS, TabularModel, expert_names, unit_names
 from fusedmoe.demo.outcome import as_rich, scores
 from fusedmoe.demo.picture import draw
+from fusedmoe.families import FAMILIES
 
 
 def auc_by_pairs(scores, labels):
@@ -140,6 +142,15 @@ def test_every_family_trains_in_both_arms(family, small, tmp_path):
     assert as_rich(outcome).row_count == 4 + len(small.tasks)
     draw(outcome, tmp_path / "new" / "demo.png")
     assert (tmp_path / "new" / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_new_family_needs_no_line_here(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "another", FAMILIES["mmoe"])
+    assert runpy.run_path(sys.modules[TabularModel.__module__].__file__)["MODELS"].keys() < FAMILIES.keys()
+
+
+def test_the_picture_goes_where_git_does_not_look():
+    assert command.parser().parse_args([]).picture.parts[0] == "build"
 
 
 def test_gates_mix_to_one(small):

@@ -28,6 +28,7 @@ FLOORS = {
     "fusedmoe.adapters": 5,
     "fusedmoe.swap": 5,
     "fusedmoe.testing": 6,
+    "fusedmoe.restructured": 6,
     # The package itself gathers the public names of the floors below; only what stands above may import it.
     "fusedmoe": 6,
     "fusedmoe.doctor": 7,
@@ -44,9 +45,12 @@ NEIGHBOURS = {
     ("fusedmoe.swap", "fusedmoe.adapters"),
 }
 LONGEST_FILE, LONGEST_FUNCTION, MOST_ARGUMENTS = 400, 60, 8
+# A kernel's tile is one loop nest over registers, which cannot be cut.
+LONGEST_BODY_OF_CPP = 60
 
 PYTHON = [*sorted(path for folder in ("fusedmoe", "kernels", "bench", "tests", ".ci") for path in (ROOT / folder).rglob("*.py")), ROOT / "setup.py"]
-SOURCES = [*PYTHON, *sorted(path for ending in ("*.h", "*.cpp", "*.cu") for path in (ROOT / "csrc").rglob(ending))]
+CPP = sorted(path for ending in ("*.h", "*.cpp", "*.cu") for path in (ROOT / "csrc").rglob(ending))
+SOURCES = [*PYTHON, *CPP]
 
 
 def name_of(path: Path) -> str:
@@ -129,6 +133,50 @@ def test_functions_are_short(path):
     long = [f"{f.name}: {f.end_lineno - f.lineno + 1} lines" for f in functions_of(path) if f.end_lineno - f.lineno + 1 > LONGEST_FUNCTION]
     wide = [f"{f.name}: {arguments_of(f)} arguments" for f in functions_of(path) if arguments_of(f) > MOST_ARGUMENTS]
     assert long + wide == []
+
+
+def bodies_of(text: str) -> list[tuple[int, int]]:
+    """First and last line of every outermost block of C++ that is no namespace, class, struct, enum or extern "C"."""
+    text = re.sub(r"//.*", "", text)
+    # Braces in text and characters are none.
+    text = re.sub(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\'', "0", text)
+    containers, depth, start, head, found = [], 0, 0, "", []
+    for number, line in enumerate(text.splitlines(), 1):
+        for letter in line:
+            if letter == "{" and depth == 0 and re.search(r"\b(namespace|class|struct|enum|extern)\b[^()]*$", head):
+                containers.append(number)
+            elif letter == "{":
+                start, depth = start if depth else number, depth + 1
+            elif letter == "}" and depth == 0:
+                containers.pop()
+            elif letter == "}":
+                depth -= 1
+                found += [(start, number)] if depth == 0 else []
+            head = "" if letter in "{};" else head + letter
+        head += "\n"
+    if containers or depth:
+        raise ValueError(f"expected a }} for every {{, got {len(containers) + depth} more of the latter")
+    return found
+
+
+@pytest.mark.parametrize("path", CPP, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_of_cpp_are_short(path):
+    assert [f"lines {first} to {last}" for first, last in bodies_of(path.read_text()) if last - first + 1 > LONGEST_BODY_OF_CPP] == []
+
+
+def test_bodies_of_cpp_are_found():
+    text = 'namespace a {\nstruct S {\n  int x = 0;\n  int f() {\n    return "{"[0]; // {\n  }\n};\nvoid g(struct S s) {\n  if (s.x) {\n  }\n}\n}\n'
+    assert bodies_of(text) == [(4, 6), (8, 11)]
+    with pytest.raises(ValueError, match="1 more of the latter"):
+        bodies_of("void f() {")
+
+
+def test_contributing_names_every_place_of_an_activation():
+    """The one with the most telling name stands for all of them."""
+    places = {str(path.relative_to(ROOT)) for path in SOURCES if "gelu_tanh" in path.read_text()}
+    places = {place for place in places if not Path(place).name.startswith("test_")}
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert {place for place in places if f"`{place}`" not in text} == set()
 
 
 def test_no_numbered_or_vague_names():

@@ -51,7 +51,9 @@ def test_isa(isa):
 
 @pytest.mark.parametrize("name", ["mmx", ""])
 def test_unknown_isa_is_refused(name):
-    script = "import torch, fusedmoe\ntry:\n    fusedmoe.nn.MMoE(2, [2], [], 2, 2, backend='cpu')(torch.ones(1, 2))\nexcept RuntimeError as error:\n    print(error)"
+    script = (
+        "import torch, fusedmoe\ntry:\n    fusedmoe.nn.MMoE(2, [2], [], 2, 2, backend='cpu')(torch.ones(1, 2))\nexcept RuntimeError as error:\n    print(error)"
+    )
     result = subprocess.run([sys.executable, "-c", script], env={**os.environ, "FUSEDMOE_ISA": name}, capture_output=True, text=True)
     names = ", ".join(name for name, _ in _C.isas())
     assert result.stdout == f"backend cpu: FUSEDMOE_ISA: expected one of {names}, got {name!r}\n", result.stdout + result.stderr

@@ -100,6 +100,77 @@ class Single(Blend):
         return mixed @ torch.eye(4)
 
 
+class CountingInPlace(Counting):
+    def finish(self, mixed, ys):
+        self.counts[0] += 1
+        return mixed
+
+
+class CountingByName(Blend):
+    def finish(self, mixed, ys):
+        self.seen["rows"] += len(mixed)
+        return mixed
+
+
+class Accumulating(Blend):
+    def finish(self, mixed, ys):
+        self.aux.add_(1)
+        return mixed
+
+
+class WritingToItsInput(Blend):
+    def forward(self, z):
+        out = super().forward(z)
+        if not z.requires_grad:
+            z.zero_()
+        return out
+
+
+class Cleaning(Blend):
+    def forward(self, z):
+        return super().forward(torch.nan_to_num(z, posinf=torch.inf, neginf=-torch.inf))
+
+
+class BoundingInfinities(Blend):
+    def forward(self, z):
+        return super().forward(torch.nan_to_num(z, nan=torch.nan))
+
+
+class ClampingInput(Blend):
+    def forward(self, z):
+        return super().forward(z.clamp(-100, 100))
+
+
+class ClampingOverflow(Blend):
+    def forward(self, z):
+        return super().forward(z.clamp(-1e6, 1e6))
+
+
+class ManyRows(Blend):
+    def finish(self, mixed, ys):
+        return mixed * 2 if len(mixed) > 4 else mixed
+
+
+class OneRow(Blend):
+    def finish(self, mixed, ys):
+        return mixed * 2 if len(mixed) == 1 else mixed
+
+
+class Serving(Blend):
+    def finish(self, mixed, ys):
+        return mixed if torch.is_grad_enabled() else mixed.round(decimals=2)
+
+
+class FailingBackward(Blend):
+    def finish(self, mixed, ys):
+        mixed.register_hook(fail)
+        return mixed
+
+
+def fail(d_out):
+    raise RuntimeError("no gradient today")
+
+
 class TwoInputs(Blend):
     def forward(self, z, scale=1.0):
         return super().forward(z) * scale
@@ -136,7 +207,9 @@ def test_a_layer_that_runs_in_its_own_dtype_alone_is_probed_there():
 class OneExpert(layers.AdaTTSp):
     def forward(self, inputs):
         y = self.experts[0][0](inputs[:, 0])
-        scores = self.gate_weights[0][0][0](inputs[:, 0]).exp()
+        scores = self.gate_weights[0][0][0](inputs[:, 0])
+        # Without overflow, but not exactly 1.
+        scores = (scores - scores.detach() + 0.3).exp()
         return (scores / scores.sum(-1, keepdim=True) * y + y).unsqueeze(1)
 
 
@@ -148,9 +221,21 @@ LOOK_ALIKES = {
     Residual: r"computes something else: \S+ differs by \d\.\d[eE][+-]\d\d of its norm, allowed 3\.5e-04",
     Clipped: r"computes something else",
     GradientStopped: r"computes something else: d_\S+ differs by",
-    Dropping: r"in train mode its forward computes something else",
+    Dropping: r"in train mode, on rows of three sizes, its forward computes something else",
     Logging: r"its forward also writes to last",
     Counting: r"its forward also writes to log",
+    CountingInPlace: r"its forward also writes to counts\[0\]",
+    CountingByName: r"its forward also writes to seen\['rows'\]",
+    Accumulating: r"its forward also writes to aux",
+    WritingToItsInput: r"its forward also writes to its input",
+    Cleaning: r"on a row with nan, its forward computes something else",
+    BoundingInfinities: r"on a row with inf, its forward computes something else",
+    ClampingInput: r"on rows of size 1e\+04, its forward computes something else",
+    ClampingOverflow: r"on rows of size 1e\+08, its forward computes something else",
+    ManyRows: r"on a batch of 9, its forward computes something else",
+    OneRow: r"on a batch of 1, its forward computes something else",
+    Serving: r"without gradients, its forward computes something else",
+    FailingBackward: r"it could not be probed: no gradient today|requires gradient",
     TwoInputs: r"its forward takes \(z, scale=1\.0\), expected one input",
     Raising: r"its forward raised NotImplementedError on x \[3, 3, 6\]: not written yet",
     AsDict: r"its forward returns dict",
@@ -161,11 +246,11 @@ LOOK_ALIKES = {
 @pytest.mark.parametrize("training", [True, False])
 def test_a_look_alike_is_declined_and_untouched(cls, training):
     module = blend(cls).train(training)
-    module.log = []
+    module.log, module.counts, module.seen, module.aux = [], [0], {"rows": 0}, torch.zeros(())
     before, state, seeds = everything(module), copy.deepcopy(module.state_dict()), torch.get_rng_state()
     report = fuse(module)
     assert not report and re.search(LOOK_ALIKES[cls], report.declined[0].reason), str(report)
-    assert everything(module) == before and module.log == []
+    assert everything(module) == before and (module.log, module.counts, module.seen, module.aux.item()) == ([], [0], {"rows": 0}, 0.0)
     assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
     assert torch.equal(torch.get_rng_state(), seeds)
 
@@ -218,7 +303,7 @@ def test_modules_of_ours_count_as_fused():
     model = nn.Sequential(fused_nn.MMoE(D, [4], [], T, 2))
     report = fuse(model)
     assert not report and not report.declined
-    assert [(entry.path, entry.family, entry.backend) for entry in report.already] == [("0", "mmoe", "auto")]
+    assert [(entry.path, entry.family, entry.backend) for entry in report.already] == [("0", "mmoe", "auto (cpu)")]
 
 
 DECLINED = {

@@ -27,13 +27,23 @@ def test_arms_compute_the_same(subject, mode):
     case.check()
     results = {name: call() for name, call in case.arms.items()}
     shapes = {name: [tuple(t.shape) for t in (result if isinstance(result, tuple) else (result,))] for name, result in results.items()}
+    assert list(shapes) == ["fused", "eager", "eager, medium", "restructured", "restructured, medium"]
     assert shapes["fused"] == shapes["eager"] == shapes["eager, medium"]
+    # Its parameters are arranged otherwise; output and d_x are the same.
+    assert shapes["restructured"][0] == shapes["restructured, medium"][0] == shapes["eager"][0]
     assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_wrong_arm_is_not_timed():
     case = speed.Case("MMoE T3e8", 4, "inference")
     case._network = lambda layer, network=case._network: network(layer) if layer is case.eager else shifted(network(layer))
+    with pytest.raises(AssertionError, match="the worst in out"):
+        case.check()
+
+
+def test_a_wrong_rival_is_not_timed():
+    case = speed.Case("MMoE T3e8", 4, "inference")
+    case._rewritten = shifted(case._rewritten)
     with pytest.raises(AssertionError, match="the worst in out"):
         case.check()
 
@@ -71,7 +81,8 @@ def test_the_command_prints_every_case(monkeypatch, capsys):
     monkeypatch.setattr(speed, "measure", lambda case: {name: speed.times_of([2e-6, 4e-6]) for name in case.arms})
     assert main(["bench"]) == 0
     shown = capsys.readouterr().out
-    assert all(subject in shown for subject in speed.SUBJECTS) and "x eager" in shown
+    assert all(subject in shown for subject in speed.SUBJECTS) and "x eager" in shown and "x best" in shown
+    assert "over the fastest of eager; eager, medium; restructured; restructured, medium." in " ".join(shown.split())
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +96,26 @@ def saved(**arms):
         "mode": "inference",
         "batch": 64,
         "flops": 10**8,
+        "share_of_peak": 0.5,
         "arms": {k: {"median": v, "p20": v / 2, "p80": 2 * v} for k, v in arms.items()},
     }
-    machine = {"cpu": "Fast CPU", "isa": "avx2", "precision": "float32", "torch": "2.13.0", "peak_gflops": 200.0}
-    return {"machine_info": machine, "commit_info": {"id": "0123456789abcdef"}, "benchmarks": [{"extra_info": info}]}
+    machine = {"cpu": "Fast CPU", "isa": "avx2", "threads": 1, "precision": "float32", "peak_gflops": 200.0}
+    machine |= {"python": "3.11.9", "torch": "2.13.0", "fusedmoe": "0.1.0"}
+    return {"machine_info": machine, "commit_info": {"id": "0123456789abcdef", "dirty": False}, "benchmarks": [{"extra_info": info}]}
 
 
 def test_the_table_says_what_was_measured(report):
-    text = report["table"](json.loads(json.dumps(saved(fused=1e-3, eager=4e-3, compiled=2.5e-3))))
+    text = report["table"](json.loads(json.dumps(saved(fused=1e-3, eager=4e-3, restructured=2.5e-3))))
     row = text.splitlines()[-1]
-    assert row == "| MMoE T3e8 | inference | 64 | 1 ms (500 µs to 2 ms) | 4 ms | **4.0** | 2.5 (compiled) | 100 (50%) |"
-    assert "Fast CPU" in text and "0123456789" in text and "200 GFLOP/s" in text
+    assert row == "| MMoE T3e8 | inference | 64 | 1.00 (0.500 to 2.00) | 4.00 | **4.0** | 2.5 (restructured) | 50% |"
+    for told in ("Fast CPU", "1 thread", "`0123456789`.", "200 GFLOP/s", "torch 2.13.0", "the fastest of: eager; restructured."):
+        assert told in text
+
+
+def test_a_changed_tree_is_told(report):
+    results = saved(fused=1e-3, eager=4e-3)
+    results["commit_info"]["dirty"] = True
+    assert "`0123456789` with changes" in report["table"](results)
 
 
 def test_the_table_is_put_between_the_markers(report):
@@ -110,4 +130,10 @@ def test_the_table_is_put_between_the_markers(report):
 def test_readme_shows_the_saved_results(report):
     source = ROOT / "bench" / "results" / "cpu.json"
     assert source.exists(), "run `make bench`"
-    assert report["table"](json.loads(source.read_text())) in (ROOT / "README.md").read_text(), "run `make report`"
+    results = json.loads(source.read_text())
+    assert report["table"](results) in (ROOT / "README.md").read_text(), "run `make report`"
+    for entry in results["benchmarks"]:
+        info = entry["extra_info"]
+        assert {"fused", "eager", "eager, medium", "restructured", "restructured, medium", "torch.compile"} == set(info["arms"])
+        rate = info["flops"] / info["arms"]["fused"]["median"]
+        assert info["share_of_peak"] == pytest.approx(rate / (1e9 * results["machine_info"]["peak_gflops"]))

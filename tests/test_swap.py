@@ -2,7 +2,10 @@
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -236,6 +239,39 @@ def test_the_backend_asked_for_is_the_one_called(layer, monkeypatch):
     monkeypatch.setattr("fusedmoe.nn.binding.fusion_network", lambda x, tensors, table, backend, weights: asked.append(backend))
     layer(sample(T))
     assert asked == ["reference"]
+
+
+def test_the_report_says_what_auto_comes_to(layer):
+    assert str(fuse(layer)).splitlines()[1] == "  (the model itself): AdaTTSp as adatt_sp, backend auto (cpu)"
+    assert fuse(layer).already[0].backend == "auto (cpu)"
+    layer.bfloat16()
+    assert fuse(layer).already[0].backend == "auto (reference: cpu: expected float32 or float64, got bfloat16)"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_auto_declines_a_layer_that_only_the_reference_could_run(layer, dtype):
+    layer.to(dtype)
+    before = everything(layer)
+    report = fuse(layer)
+    name = str(dtype).removeprefix("torch.")
+    assert not report and f"only the reference could run it, slower than the layer itself (cpu: expected float32 or float64, got {name})" in str(report)
+    assert everything(layer) == before
+    assert fuse(layer, backend="reference").fused[0].backend == "reference"
+
+
+def test_a_wrong_name_of_an_isa_is_told_in_the_report():
+    script = "import fusedmoe; from tests.swap_cases import smooth_layer; print(fusedmoe.fuse(smooth_layer()))"
+    result = subprocess.run([sys.executable, "-c", script], env={**os.environ, "FUSEDMOE_ISA": "mmx"}, capture_output=True, text=True)
+    assert "declined: 1" in result.stdout and "cpu: FUSEDMOE_ISA: expected" in result.stdout and "got 'mmx'" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_whole_and_as_a_copy(layer, strict):
+    fuse(layer)
+    for module in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        program = torch.export.export(module, (sample(T),), dynamic_shapes=({0: torch.export.Dim("rows")},), strict=strict)
+        for x in (sample(T), sample(T)[:3]):
+            assert torch.equal(program.module()(x), layer(x))
 
 
 def test_a_fuse_that_fails_halfway_leaves_the_model_as_it_was(layer, monkeypatch):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from torch import nn
 
 from fusedmoe.adapters import adatt_library
 from fusedmoe.adapters.conditions import require_fusable
-from fusedmoe.adapters.forward import FusedForward, Match, one_per_task, whole
+from fusedmoe.adapters.forward import FusedForward, Match, whole
 from fusedmoe.adapters.probe import require_agreement
 from fusedmoe.nn.binding import Binding
+from fusedmoe.nn.fused import one_per_task
 from fusedmoe.nn.wiring import Unfusable, Wiring
 
 Adapter = Callable[[nn.Module], Wiring | Match | None]
@@ -29,7 +31,7 @@ def register_adapter(function: Adapter) -> Callable[[], None]:
 
     What it finds is probed numerically, as what the built-in adapter finds, before anything is fused.
 
-    Returns: a function without arguments that takes the adapter out again.
+    Returns: a function without arguments that takes the adapter out again, if it is still there.
 
     Raises: TypeError if `function` cannot be called, ValueError if it is registered already.
 
@@ -53,18 +55,24 @@ def register_adapter(function: Adapter) -> Callable[[], None]:
     if function in _registered:
         raise ValueError(f"register_adapter: expected a new adapter, got {function!r}, which is registered already")
     _registered.append(function)
-    return lambda: _registered.remove(function)
+
+    def unregister() -> None:
+        if function in _registered:
+            _registered.remove(function)
+
+    return unregister
 
 
 def recognise(module: nn.Module) -> Match | None:
     """Return what `module` computes, probed; None if no adapter knows it.
 
-    Raises: Unfusable, with the reason, if an adapter knows it but it cannot be fused exactly.
+    Raises: Unfusable, with the reason, if an adapter knows it but it cannot be fused exactly. RuntimeError, naming both, if an
+        adapter raises anything else on the module; TypeError if it returns something else.
     """
     for adapter in reversed(_registered):
-        found = adapter(module)
+        found = _ask(adapter, module)
         if found is not None:
-            match = found if isinstance(found, Match) else Match(adapter.__name__, _wiring(adapter, found), 2 if found.table.slots == 1 else 3)
+            match = found if isinstance(found, Match) else Match(_name(adapter), found, 2 if found.table.slots == 1 else 3)
             require_fusable(module)
             _require_exact(module, match)
             return match
@@ -102,10 +110,22 @@ def _require_exact(module: nn.Module, match: Match) -> None:
     require_agreement(module, match)
 
 
-def _wiring(adapter: Adapter, found) -> Wiring:
-    if not isinstance(found, Wiring):
-        raise TypeError(f"adapter {adapter.__name__}: expected a Wiring, a Match or None, got {type(found).__name__}")
+def _ask(adapter: Adapter, module: nn.Module) -> Wiring | Match | None:
+    try:
+        found = adapter(module)
+    except Unfusable:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"adapter {_name(adapter)} raised {type(error).__name__} on a {type(module).__name__}: {error}") from error
+    if found is not None and not isinstance(found, (Wiring, Match)):
+        raise TypeError(f"adapter {_name(adapter)}: expected a Wiring, a Match or None, got {type(found).__name__}")
     return found
+
+
+def _name(adapter: Adapter) -> str:
+    """Return the name of a function, of the one in a `functools.partial`, or of the class of another callable."""
+    function = adapter.func if isinstance(adapter, functools.partial) else adapter
+    return getattr(function, "__name__", type(function).__name__)
 
 
 __all__ = ["FusedForward", "Match", "Unfusable", "Wiring", "one_per_task", "recognise", "register_adapter", "whole"]

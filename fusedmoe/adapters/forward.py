@@ -19,12 +19,6 @@ def whole(out: Tensor) -> Tensor:
     return out
 
 
-def one_per_task(out: Tensor) -> list[Tensor]:
-    """Return a list of T outputs [B, O] from [B, T, O]."""
-    # Not unbind: its views refuse the in-place operations that the module's own outputs allow.
-    return [out.select(1, t) for t in range(out.shape[1])]
-
-
 class Match(NamedTuple):
     """What an adapter found in a module.
 
@@ -71,6 +65,16 @@ class FusedForward:
             expected = f"[B, {table.width}]" if self.rank == 2 else f"[B, {table.slots}, {table.width}]"
             raise ValueError(f"{self._name()}.forward: expected {self.argument} {expected}, got {list(x.shape)}")
         return self.returns(self.binding.run(x, self.backend))
+
+    @property
+    def __code__(self):
+        """That of the class's forward: torch.export reads the place of a forward off it."""
+        return type(self.binding.module).forward.__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the class's forward: dynamic shapes of torch.export go by its arguments."""
+        return inspect.signature(type(self.binding.module).forward.__get__(self.binding.module))
 
     def _name(self) -> str:
         return type(self.binding.module).__name__

@@ -1,14 +1,18 @@
 """The numerical probe: does a module compute what its wiring says?
 
 Attributes and shapes can agree while the forward does something else. So the forward of the module's class and the fused one run
-on a copy with random parameters, in train and in eval mode, and must agree in every output and gradient.
+on a copy with random parameters, in train and in eval mode, over the inputs of `_inputs`, and must agree in every output and, where
+gradients are asked for, in every gradient. That is evidence, not proof: a forward that differs on other inputs only (for one batch
+size, or past a threshold that no row here crosses) passes.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +21,18 @@ from fusedmoe.adapters.forward import FusedForward, Match
 from fusedmoe.nn.binding import HOOKS
 from fusedmoe.nn.wiring import Unfusable
 
-# Rows of three sizes, so that a forward that clips, or saturates elsewhere, cannot hide.
+# Of the rows of one batch: those of usual features, and some on which activations saturate or are nearly linear.
 ROW_SCALES = (1.0, 8.0, 0.125)
+# Of whole batches: for a clamp at the size that a guard against outliers, or against overflow, has.
+LARGE_SCALES = (1e4, 1e8)
+
+
+class _Input(NamedTuple):
+    """What both forwards are run on: `gradients` is whether their gradients are compared, or both run under no_grad."""
+
+    name: str
+    x: Tensor
+    gradients: bool = False
 
 
 def require_agreement(module: nn.Module, match: Match) -> None:
@@ -32,9 +46,15 @@ def require_agreement(module: nn.Module, match: Match) -> None:
     judged = min(parameter.dtype, torch.float32, key=lambda dtype: torch.finfo(dtype).eps)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(parameter.device.type, enabled=False):
         try:
-            _compare(module, match, torch.float64, math.sqrt(torch.finfo(judged).eps))
-        except _DoesNotRun:
-            _compare(module, match, parameter.dtype, math.sqrt(torch.finfo(parameter.dtype).eps))
+            try:
+                _compare(module, match, torch.float64, math.sqrt(torch.finfo(judged).eps))
+            except _DoesNotRun:
+                _compare(module, match, parameter.dtype, math.sqrt(torch.finfo(parameter.dtype).eps))
+        except Unfusable:
+            raise
+        except RuntimeError as error:
+            # Of a backward, say: one layer's trouble is not the model's.
+            raise Unfusable(f"it could not be probed: {error}") from error
 
 
 class _DoesNotRun(Unfusable):
@@ -51,36 +71,67 @@ def _compare(module: nn.Module, match: Match, dtype: torch.dtype, allowed: float
     def draw(shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
-    scales = torch.tensor(ROW_SCALES, dtype=torch.float64, device="cpu")
-    x = draw((len(scales), table.width)) * scales[:, None] if match.rank == 2 else draw((len(scales), table.slots, table.width)) * scales[:, None, None]
-    x = x.to(device, dtype).requires_grad_()
+    shape = (table.width,) if match.rank == 2 else (table.slots, table.width)
+    inputs = [case._replace(x=case.x.to(device, dtype)) for case in _inputs(draw, shape, dtype)]
     fused = FusedForward(clone, match, "reference")
     for training in (True, False):
-        outputs = _own_outputs(clone.train(training), x)
+        clone.train(training)
+        for case in inputs:
+            worst, name = _difference(clone, fused, case, draw, allowed)
+            if worst > allowed:
+                where = f"in {'train' if training else 'eval'} mode, on {case.name}"
+                raise Unfusable(f"{where}, its forward computes something else: {name} differs by {worst:.1e} of its norm, allowed {allowed:.1e}")
+
+
+def _inputs(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[_Input]:
+    """Yield the inputs of the probe, rows of `shape` in float64."""
+    rows = len(ROW_SCALES)
+    scales = torch.tensor(ROW_SCALES, dtype=torch.float64, device="cpu").view(-1, *[1] * len(shape))
+    yield _Input("rows of three sizes", draw((rows, *shape)) * scales, gradients=True)
+    yield _Input("rows of three sizes without gradients", draw((rows, *shape)) * scales)
+    for count in (1, 9):
+        yield _Input(f"a batch of {count}", draw((count, *shape)), gradients=True)
+    for scale in LARGE_SCALES:
+        # What overflows depends on the order of a sum.
+        if scale**2 < torch.finfo(dtype).max:
+            yield _Input(f"rows of size {scale:.0e}", draw((rows, *shape)) * scale)
+    for value in (math.nan, math.inf, -math.inf):
+        x = draw((rows, *shape))
+        x[1, ..., 0] = value
+        yield _Input(f"a row with {value}", x)
+
+
+def _difference(module: nn.Module, fused: FusedForward, case: _Input, draw: Callable[[tuple[int, ...]], Tensor], allowed: float) -> tuple[float, str]:
+    """Run both forwards on one input. Return the largest relative difference in norm, and the name of the value that has it."""
+    x = case.x.clone().requires_grad_(case.gradients)
+    with torch.set_grad_enabled(case.gradients):
+        expected = _own_outputs(module, x)
         try:
-            ours = _outputs(fused(x))
-        except (TypeError, ValueError) as error:
+            got = _outputs(fused(x))
+        except (TypeError, ValueError, RuntimeError) as error:
             raise Unfusable(f"its wiring does not run: {error}") from error
-        _require_same_structure(outputs, ours)
-        upstream = [draw(out.shape).to(device, dtype) for out in outputs.values()]
-        expected = {**outputs, **_gradients(outputs, upstream, x, clone)}
-        worst, name = _worst(expected, {**ours, **_gradients(ours, upstream, x, clone)}, allowed)
-        if worst > allowed:
-            mode = "train" if training else "eval"
-            raise Unfusable(f"in {mode} mode its forward computes something else: {name} differs by {worst:.1e} of its norm, allowed {allowed:.1e}")
+    _require_same_structure(expected, got)
+    if case.gradients:
+        upstream = [draw(out.shape).to(x.device, x.dtype) for out in expected.values()]
+        expected = {**expected, **_gradients(expected, upstream, x, module)}
+        got = {**got, **_gradients(got, upstream, x, module)}
+    return _worst(expected, got, allowed)
 
 
 def _own_outputs(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Run the forward of the module's class; whatever random numbers it draws, the global generator keeps its state."""
-    before = _attributes(module)
+    before = _held(module)
     try:
         with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
             outputs = type(module).forward(module, x)
     except Exception as error:
         raise _DoesNotRun(f"its forward raised {type(error).__name__} on x {list(x.shape)}: {error}") from error
-    written = sorted(_attributes(module) ^ before)
+    after = _held(module)
+    written = sorted(name for name in before.keys() | after.keys() if not _unwritten(before.get(name), after.get(name)))
     if written:
-        raise Unfusable(f"its forward also writes to {written[0][0]}")
+        raise Unfusable(f"its forward also writes to {written[0]}")
+    if x._version:
+        raise Unfusable("its forward also writes to its input")
     return _outputs(outputs)
 
 
@@ -103,13 +154,30 @@ def _random_copy(module: nn.Module, dtype: torch.dtype, generator: torch.Generat
         raise Unfusable(f"it could not be copied to be probed: {type(error).__name__}: {error}") from error
 
 
-def _attributes(module: nn.Module) -> set[tuple[str, int, int]]:
-    """Return what the attributes of all modules in the tree are bound to, how long plain containers are, and the buffers' versions."""
+def _held(module: nn.Module) -> dict[str, tuple[object, int]]:
+    """Return what the attributes of all modules in the tree hold, and the items of their plain containers: values, and tensors' versions."""
     return {
-        (f"{path}.{name}" if path else name, id(value), len(value) if isinstance(value, (list, dict, set)) else 0)
+        name: (value, _version(value))
         for path, inner in module.named_modules()
-        for name, value in inner.__dict__.items()
-    } | {(name, buffer._version, 0) for name, buffer in module.named_buffers()}
+        for key, attribute in inner.__dict__.items()
+        for name, value in _items(f"{path}.{key}" if path else key, attribute, ())
+    }
+
+
+def _items(name: str, value, outer: tuple[int, ...]) -> Iterator[tuple[str, object]]:
+    """Yield a value by name, and what is in it if it is a container; `outer` are those that it stands in, which may be itself."""
+    yield name, value
+    if isinstance(value, (Mapping, list, tuple, set, deque)) and id(value) not in outer:
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _items(f"{name}[{key!r}]", item, (*outer, id(value)))
+
+
+def _version(value) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
+def _unwritten(before: tuple[object, int] | None, after: tuple[object, int] | None) -> bool:
+    return before is not None and after is not None and before[0] is after[0] and before[1] == after[1]
 
 
 def _outputs(value) -> dict[str, Tensor]:
@@ -140,7 +208,7 @@ def _gradients(outputs: dict[str, Tensor], upstream: list[Tensor], x: Tensor, mo
 
 
 def _worst(expected: dict[str, Tensor | None], got: dict[str, Tensor | None], allowed: float) -> tuple[float, str]:
-    """Return the largest relative difference in norm, and the name of the value that has it."""
+    """Return the largest relative difference in norm, and the name of the value that has it; infinity where one side is finite alone."""
     norms = {name: _norm(value) for name, value in expected.items() if value is not None}
     # A gradient that is zero but for rounding has no scale of its own.
     floor = allowed * max(norms.values())
@@ -149,11 +217,15 @@ def _worst(expected: dict[str, Tensor | None], got: dict[str, Tensor | None], al
         other = got.get(name)
         if value is None or other is None:
             difference = 0.0 if value is other else math.inf
+        elif not torch.equal(value.isfinite(), other.isfinite()):
+            difference = math.inf
         else:
             difference = _norm(value - other) / max(norms[name], floor, torch.finfo(torch.float64).tiny)
-        worst = max(worst, (math.inf if math.isnan(difference) else difference, name))
+        worst = max(worst, (difference, name))
     return worst
 
 
 def _norm(value: Tensor) -> float:
-    return float(value.detach().double().norm())
+    """Return the norm of what is finite."""
+    value = value.detach().double()
+    return float(value.where(value.isfinite(), 0.0).norm())

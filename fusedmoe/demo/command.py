@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     length.add_argument("--quick", action="store_const", const=QUICK_STEPS, dest="steps", help=f"the same as --steps {QUICK_STEPS}")
     result.add_argument("--threads", type=count, default=torch.get_num_threads(), help="threads of torch (default: %(default)s)")
     result.add_argument("--seed", type=int, default=0, help="of the split, the weights and the order of rows (default: %(default)s)")
-    result.add_argument("--picture", type=Path, default=Path("demo.png"), help="where to save the picture (default: %(default)s)")
+    result.add_argument("--picture", type=Path, default=Path("build/demo.png"), help="where to save the picture (default: %(default)s)")
     return result
 
 

@@ -7,9 +7,12 @@ forward would have obeyed (a hook, another submodule in its place, a parametriza
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator
 from types import CodeType
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -28,6 +31,14 @@ HOOKS = {
 FREE = {"training", "inplace", "backend"}
 PLAIN = (bool, int, float, str, type(None))
 CURE = "undo it, or call bind() on the module"
+
+
+class _Setting(NamedTuple):
+    """An attribute that the forward of `owner` reads; `path` is where `owner` stands."""
+
+    path: str
+    owner: nn.Module
+    name: str
 
 
 class Binding:
@@ -57,15 +68,24 @@ class Binding:
         self._check_shapes()
         places = list(module.named_modules())
         self._inner = [inner for _, inner in places[1:]]
-        self._attributes = [inner.__dict__ for inner in self._inner]
         self._hooks = [getattr(inner, kind) for inner in self._inner for kind in HOOKS]
         parents = [(path, parent) for path, parent in places if parent._modules]
         self._paths = [path for path, _ in parents]
         self._children = [parent._modules for _, parent in parents]
         self._bound_children = [dict(children) for children in self._children]
-        self._settings = [(path, owner, name) for path, owner in places for name in _settings(owner)]
+        read = [_Setting(path, owner, name) for path, owner in places for name in _attributes(owner)]
+        self._settings = [setting for setting in read if _is_plain(_value(setting))]
         # Lists may be edited in place: keep what they held.
-        self._bound_settings = [copy.deepcopy(owner.__dict__[name]) for _, owner, name in self._settings]
+        self._bound_settings = [copy.deepcopy(_value(setting)) for setting in self._settings]
+        rest = [setting for setting in read if setting not in self._settings]
+        self._objects = [setting for setting in rest if setting.name in setting.owner.__dict__]
+        self._bound_objects = [_value(setting) for setting in self._objects]
+        watched = [setting for setting in rest if isinstance(_value(setting), Tensor)]
+        # Never parameters: those are read anew at every call.
+        self._tensors = [(setting, _value(setting).detach().clone()) for setting in watched]
+        self._seen = [_stamp(setting) for setting, _ in self._tensors]
+        self._methods = [setting for setting in rest if setting not in self._objects and setting.name not in setting.owner._buffers]
+        self._look_up()
 
     def tensors(self) -> list[Tensor]:
         """Return the parameters as they are at this moment, in the order of `table.parameters`.
@@ -82,6 +102,8 @@ class Binding:
         change = self.change() if self._differs() else None
         if change:
             raise RuntimeError(self._changed(change))
+        if self._tensors and not torch.compiler.is_compiling():
+            self._check_tensors()
 
     def change(self) -> str | None:
         """Return what was changed inside the module since it was bound, in words; None if nothing was."""
@@ -91,9 +113,18 @@ class Binding:
         for path, children, bound in zip(self._paths, self._children, self._bound_children, strict=True):
             if children != bound:
                 return f"{path or 'its own submodules'}: expected the submodules it was fused with, got others ({', '.join(children) or 'none'})"
-        for (path, owner, name), bound in zip(self._settings, self._bound_settings, strict=True):
-            if owner.__dict__.get(name) != bound:
-                return f"{_join(path, name)}: expected {bound!r}, as when it was fused, got {owner.__dict__.get(name)!r}"
+        for setting, bound in zip(self._settings, self._bound_settings, strict=True):
+            if _value(setting) != bound:
+                return f"{_join(setting.path, setting.name)}: expected {bound!r}, as when it was fused, got {_value(setting)!r}"
+        for setting, bound in zip(self._objects, self._bound_objects, strict=True):
+            if _value(setting) is not bound and not isinstance(bound, Tensor):
+                return f"{_join(setting.path, setting.name)}: expected the {type(bound).__name__} it was fused with, got {type(_value(setting)).__name__}"
+        for setting in self._methods:
+            if setting.name in setting.owner.__dict__:
+                return f"{_join(setting.path, setting.name)}: expected that of the class {type(setting.owner).__name__}, got one set on the instance"
+        for setting, bound in self._tensors:
+            if not _holds(_value(setting), bound):
+                return f"{_join(setting.path, setting.name)}: expected the values of the tensor it was fused with, got others"
         missing = [key for key, (parameters, leaf) in zip(self.keys, self._places, strict=True) if not isinstance(parameters.get(leaf), Tensor)]
         return _missing(missing[0]) if missing else None
 
@@ -117,25 +148,39 @@ class Binding:
                 raise RuntimeError(self._changed(change)) from None
             raise
 
-    def describe(self) -> str:
-        """Return the wiring in words, a line per expert or unit that differs from the one before."""
-        return describe_table(self.table)
-
     def _differs(self) -> bool:
         """The checks of `change` at the price of a few microseconds: this runs at every call."""
         if any(self._hooks) or self._children != self._bound_children:
             return True
-        if [owner.__dict__.get(name) for _, owner, name in self._settings] != self._bound_settings:
+        if [getattr(owner, name, None) for _, owner, name in self._settings] != self._bound_settings:
             return True
-        # A list, not a generator: half the time.
-        return any(["forward" in attributes for attributes in self._attributes])  # noqa: C419
+        if self._objects and not torch.compiler.is_compiling() and any(map(operator.is_not, map(_value, self._objects), self._bound_objects)):
+            return True
+        # Not a generator: that is twice the time.
+        return any(map(operator.contains, self._own, self._own_names))
+
+    def _check_tensors(self) -> None:
+        """Compare values where a tensor was replaced or written to: by a copy, `load_state_dict` or `to`, which may leave them alone."""
+        seen = [_stamp(setting) for setting, _ in self._tensors]
+        if seen != self._seen:
+            change = self.change()
+            if change:
+                raise RuntimeError(self._changed(change))
+            self._seen = seen
+            self._bound_objects = [_value(setting) for setting in self._objects]
+
+    def _look_up(self) -> None:
+        """Find where attributes that hide those of a class would stand."""
+        self._own = [owner.__dict__ for owner in (*self._inner, *(setting.owner for setting in self._methods))]
+        self._own_names = ["forward"] * len(self._inner) + [setting.name for setting in self._methods]
 
     def __getstate__(self) -> dict:
         # A copied or loaded module has a __dict__ of its own; every other dict here is carried over as the module's.
-        return {name: value for name, value in self.__dict__.items() if name != "_attributes"}
+        return {name: value for name, value in self.__dict__.items() if name != "_own"}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _attributes=[inner.__dict__ for inner in state["_inner"]])
+        self.__dict__.update(state)
+        self._look_up()
 
     def _changed(self, change: str) -> str:
         return f"{type(self.module).__name__} was changed inside after it was fused. {change}. Cure: {self.cure}"
@@ -182,24 +227,58 @@ def obstacles(module: nn.Module) -> Iterator[str]:
             yield f"{path}: has a forward set on the instance ({type(inner.__dict__['forward']).__name__})"
 
 
-def _settings(module: nn.Module) -> list[str]:
-    """Return the plain attributes that the module's forward reads: the slope of a LeakyReLU, a switch of a layer."""
-    return [name for name in sorted(_reads(type(module)) - FREE) if name in module.__dict__ and _is_plain(module.__dict__[name])]
+def _value(setting: _Setting):
+    """Return the attribute or buffer of the owner, or else what stands in its class; None if there is none."""
+    _, owner, name = setting
+    if name in owner.__dict__:
+        return owner.__dict__[name]
+    return owner._buffers[name] if name in owner._buffers else _on_class(owner, name)
+
+
+def _on_class(owner: nn.Module, name: str):
+    return next((vars(base)[name] for base in _bases(type(owner)) if name in vars(base)), None)
+
+
+def _attributes(owner: nn.Module) -> list[str]:
+    """Return the names that the forward of the owner's class reads off it: attributes, buffers, and what stands in the class."""
+    held = owner.__dict__.keys() | owner._buffers.keys() | {name for base in _bases(type(owner)) for name in vars(base)}
+    # A forward set on an instance has a message of its own; that of the module itself is what `fuse` sets.
+    return sorted(_reads(type(owner)) & held - FREE - {"forward"})
+
+
+def _bases(cls: type) -> tuple[type, ...]:
+    """Return a class and its bases, without `nn.Module`'s own."""
+    return cls.__mro__[: cls.__mro__.index(nn.Module)]
+
+
+def _stamp(setting: _Setting) -> tuple[int, int]:
+    """Return what changes when a tensor is replaced or written to."""
+    value = _value(setting)
+    return id(value), value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
+def _holds(value, bound: Tensor) -> bool:
+    """Whether `value` is `bound`, rounded to the dtype that `value` has now."""
+    return isinstance(value, Tensor) and torch.equal(bound.to(value), value)
 
 
 def _is_plain(value) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value, *value.values()]))
     return all(map(_is_plain, value)) if isinstance(value, (list, tuple)) else isinstance(value, PLAIN)
 
 
 def _reads(cls: type) -> set[str]:
     """Return the attribute names in the forwards of a class and its bases, and in the methods that those name."""
-    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    bases = _bases(cls)
     found: set[str] = set()
     waiting = ["forward"]
     while waiting:
         name = waiting.pop()
         for base in bases:
-            code = getattr(vars(base).get(name), "__code__", None)
+            attribute = vars(base).get(name)
+            function = getattr(attribute, "fget", None) or getattr(attribute, "__func__", attribute)
+            code = getattr(function, "__code__", None)
             new = _names(code) - found if code else set()
             found |= new
             waiting += new
