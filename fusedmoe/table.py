@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fusedmoe.activation import RELU, Activation
+from fusedmoe.words import write
 
 SELECTORS = ("slot", "root", "expert")
 
@@ -150,7 +151,7 @@ class Table:
         statics: the shapes of the learned static tensors, which units of any level may share.
         root: the input slot that selectors of kind "root" read.
 
-    `text` is the table as the operator takes it (`codec.py`).
+    `text` is the table as the operator takes it (`words.py`).
 
     Raises: ValueError, naming the place, what was expected and what came, for a table that contradicts itself, or that has more than
         2^20 slots, units or experts in a level, or a width or static tensor beyond 2^40.
@@ -184,9 +185,9 @@ class Table:
         self._check_tasks(widths)
         # The operator's argument. Written here, once: at a call it would cost more than a small network, and
         # torch.compile could not trace it.
-        from fusedmoe.codec import write
-
-        object.__setattr__(self, "text", write(self))
+        words: list[str] = []
+        write(self, Table, words)
+        object.__setattr__(self, "text", " ".join(words))
 
     def _check_level(self, level: Level, where: str, slots: tuple[int, ...]) -> tuple[int, ...]:
         """Check one level over slots of these widths; return the widths of its units."""

@@ -1,0 +1,85 @@
+"""Dataclasses as words: the fields in order, depth first, by their types.
+
+A tuple is its length and its items, an optional value is 0 or 1 and the value, booleans are 0 or 1, floats are written so that they
+come back exactly. `table.py` writes a table so, `codec.py` reads it, and so does `csrc/table.cpp`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+
+
+@functools.cache
+def fields(cls: type) -> tuple[tuple[str, object, bool], ...]:
+    """(name, type, has a default) of each field."""
+    hints = typing.get_type_hints(cls)
+    return tuple((f.name, hints[f.name], f.default is not dataclasses.MISSING) for f in dataclasses.fields(cls))
+
+
+def inside_optional(kind) -> object | None:
+    """The type inside `kind | None`, or None if `kind` is not optional."""
+    if isinstance(kind, types.UnionType):
+        return next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    return None
+
+
+def item_of(kind) -> object | None:
+    """The item type of a tuple type, or None if `kind` is no tuple type."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+
+
+def write(value, kind, words: list[str]) -> None:
+    """Append the words of `value`, which is of type `kind`."""
+    if inside_optional(kind) is not None:
+        words.append("0" if value is None else "1")
+        if value is not None:
+            write(value, inside_optional(kind), words)
+    elif item_of(kind) is not None:
+        words.append(str(len(value)))
+        for item in value:
+            write(item, item_of(kind), words)
+    elif dataclasses.is_dataclass(kind):
+        for name, field, _ in fields(kind):
+            write(getattr(value, name), field, words)
+    elif kind is bool:
+        words.append(str(int(value)))
+    else:
+        words.append(repr(value) if kind is float else str(value))
+
+
+def read(kind, words):
+    """Return the value of type `kind` that the iterator `words` begins with. Raises: ValueError for words that are none."""
+    if inside_optional(kind) is not None:
+        return read(inside_optional(kind), words) if _flag(words) else None
+    if item_of(kind) is not None:
+        return tuple(read(item_of(kind), words) for _ in range(_count(words)))
+    if dataclasses.is_dataclass(kind):
+        return kind(*(read(field, words) for _, field, _ in fields(kind)))
+    if kind is bool:
+        return _flag(words)
+    return kind(_word(words))
+
+
+def _word(words) -> str:
+    # A StopIteration inside the generator of `read` would end the tuple early.
+    word = next(words, None)
+    if word is None:
+        raise ValueError("it ends too early")
+    return word
+
+
+def _flag(words) -> bool:
+    word = _word(words)
+    if word not in ("0", "1"):
+        raise ValueError(f"expected 0 or 1, got {word!r}")
+    return word == "1"
+
+
+def _count(words) -> int:
+    count = int(_word(words))
+    if count < 0:
+        raise ValueError(f"expected a length, got {count}")
+    return count
