@@ -290,8 +290,8 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
 // A = W [n, k] with lda = k, B = X [R, k] row-major, C = Y [R, n] row-major.
 template <int R>
 inline void few(Product<float> p, int64_t n) {
-  // One or two rows are bound by the turning, which 32-byte vectors do at twice the rate where 64-byte shuffles are split (Zen 4:
-  // 43 against 50 us for 2.4 MB of weights); more rows are bound by the multiply-adds.
+  // One or two rows are bound by the turning, where 32-byte vectors lose nothing on CPUs that split 64-byte shuffles (Zen 4), and
+  // gain by fewer rows in flight; more rows are bound by the multiply-adds. Case: "AdaTT T3m2, inference, B = 1" of bench/.
   constexpr int native = Lanes<float>::count, LANES = R <= 2 && native > 8 ? 8 : native;
   auto advance = [&](int64_t by) {
     p.a += by * p.lda;
