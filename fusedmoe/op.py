@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fusedmoe import codec
 from fusedmoe.backends import backends, choose, transforming
@@ -192,12 +192,12 @@ RUN = {"cpu": _run_cpu, "reference": _run_reference}
 
 def _register() -> None:
     """Register the fake kernels, autograd and autocast of the operators that the extension defines."""
-    torch.library.register_fake("fusedmoe::network_cpu", _fake_forward)
-    torch.library.register_fake("fusedmoe::network_cpu_backward", _fake_backward)
-    torch.library.register_autograd("fusedmoe::network_cpu", _backward, setup_context=_save)
-    torch.library.register_autograd("fusedmoe::network_cpu_backward", _double_backward, setup_context=_save_for_double)
+    library.register_fake("fusedmoe::network_cpu", _fake_forward)
+    library.register_fake("fusedmoe::network_cpu_backward", _fake_backward)
+    library.register_autograd("fusedmoe::network_cpu", _backward, setup_context=_save)
+    library.register_autograd("fusedmoe::network_cpu_backward", _double_backward, setup_context=_save_for_double)
     # For callers of the bare operator; `fusion_network` leaves autocast by itself.
-    torch.library.register_autocast("fusedmoe::network_cpu", "cpu", torch.float32)
+    library.register_autocast("fusedmoe::network_cpu", "cpu", torch.float32)
 
 
 def _fake_forward(x, params, table, save, mixing):

@@ -123,7 +123,7 @@ inline void multiply_columns(Product<T> p, int64_t rows) {
 template <class T, bool TRANSPOSED>
 inline void multiply(Product<T> p, int64_t rows, int64_t columns) {
   constexpr int lanes = Lanes<T>::count;
-  // Sixteen weight rows at a stride of 4 KB would fall into one set of a 12-way L1 cache.
+  // Sixteen weight rows at a stride of 4 KB would fall into one set of an L1 cache, which has 8 to 12 ways.
   bool tall = TRANSPOSED || p.lda * int64_t(sizeof(T)) % 4096 != 0;
   while (columns > 0) {
     int64_t width = columns > lanes ? 2 * lanes : lanes;
@@ -167,7 +167,7 @@ inline void turn(Source rows, floats<LANES>* t) {
   FUSEDMOE_UNROLL
   for (int i = 0; i < 4; i++) {
     auto part = rows(i);
-    // Intrinsics, because compilers make a load and a shuffle of the portable form; these place what they load.
+    // Intrinsics, because GCC 12 makes a load and a shuffle of the portable form; these place what they load.
 #if FUSEDMOE_VECTOR_BYTES == 64
     if constexpr (LANES == 16) {
       __m512 row = _mm512_castps128_ps512((__m128)part(0));
@@ -290,8 +290,8 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
 // A = W [n, k] with lda = k, B = X [R, k] row-major, C = Y [R, n] row-major.
 template <int R>
 inline void few(Product<float> p, int64_t n) {
-  // One or two rows are bound by the turning, where 32-byte vectors lose nothing on CPUs that split 64-byte shuffles (Zen 4), and
-  // gain by fewer rows in flight; more rows are bound by the multiply-adds. Case: "AdaTT T3m2, inference, B = 1" of bench/.
+  // One or two rows are bound by the turning: Zen 4, which splits 64-byte shuffles, turns 32-byte vectors no slower (case "AdaTT
+  // T3m2, inference, B = 1" of bench/; other CPUs have not been measured). More rows are bound by the multiply-adds.
   constexpr int native = Lanes<float>::count, LANES = R <= 2 && native > 8 ? 8 : native;
   auto advance = [&](int64_t by) {
     p.a += by * p.lda;

@@ -30,7 +30,7 @@ HOOKS = {
 # What a forward may read without the table having to change: modes, and the choice of backend.
 FREE = {"training", "inplace", "backend"}
 PLAIN = (bool, int, float, str, type(None))
-CURE = "undo it, or call bind() on the module"
+CURE = "undo it, or build the module anew and load its state_dict"
 
 
 class _Setting(NamedTuple):
