@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fusedmoe import backends
 from fusedmoe.activation import IDENTITY
@@ -32,7 +32,7 @@ def needing_gradients(given: Problem) -> tuple[Tensor, list[Tensor]]:
 def test_opcheck_forward(name, gradients):
     given = start(name)
     x, params = needing_gradients(given) if gradients else (given.x, list(given.params))
-    torch.library.opcheck(torch.ops.fusedmoe.network_cpu.default, (x, params, encode(given.table), gradients, True))
+    library.opcheck(torch.ops.fusedmoe.network_cpu.default, (x, params, encode(given.table), gradients, True))
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -43,7 +43,7 @@ def test_opcheck_backward(name):
     needs = "1" + "".join(str(int(p.live)) for p in given.table.parameters)
     for d_weights in (None, torch.randn_like(weights)):
         arguments = (torch.randn_like(out), d_weights, given.x, params, saved, text, needs)
-        torch.library.opcheck(torch.ops.fusedmoe.network_cpu_backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(torch.ops.fusedmoe.network_cpu_backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def differentiable(table):
