@@ -31,7 +31,7 @@ std::shared_ptr<const cpu::Plan> plan_of(const std::string& table, bool training
   auto found = known.find(table);
   if (found != known.end()) return found->second;
   if (known.size() >= plan_limit) known.clear();
-  return known[table] = cpu::make_plan(fusedmoe::decode(table), training, expanded);
+  return known[table] = cpu::make_plan(fusedmoe::decode(table), {training, expanded});
 }
 
 // at::parallel_for, with the work handed out as the threads ask for it.
@@ -114,10 +114,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vecto
   const int64_t rows = a.call.rows;
   Tensor out = torch::stable::new_empty(a.x, {rows, table.output[0], table.output[1]});
   Tensor weights = torch::stable::new_empty(a.x, {rows, mixing ? table.mixing : 0});
-  Tensor saved = torch::stable::new_empty(a.x, {save ? a.plan->kept * cpu::padded(rows) : 0});
+  Tensor saved = torch::stable::new_empty(a.x, {save ? a.plan->kept * cpu::kept_lanes(rows) + cpu::lane_multiple : 0});
   a.call.out = static_cast<T*>(out.data_ptr());
   a.call.weights = mixing ? static_cast<T*>(weights.data_ptr()) : nullptr;
-  a.call.kept = static_cast<T*>(saved.data_ptr());
+  a.call.block = cpu::rows_of_block(rows, torch::stable::get_num_threads());
+  if (save) {
+    // Backward must cut the rows as forward did, however many threads there are by then.
+    T* state = static_cast<T*>(saved.data_ptr());
+    std::fill_n(state, cpu::lane_multiple, T(a.call.block));
+    a.call.kept = state + cpu::lane_multiple;
+  }
   cpu::forward<T>(*a.plan, a.call, for_each);
   return {out, weights, saved};
 }
@@ -130,7 +136,7 @@ std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d
   const int64_t rows = a.call.rows;
   STD_TORCH_CHECK(needs.size() == params.size() + 1, "needs: expected ", params.size() + 1, " flags, got ", needs.size());
   Tensor d_top = checked(d_out, {rows, table.output[0], table.output[1]}, a.x.scalar_type(), "d_out");
-  Tensor state = checked(saved, {a.plan->kept * cpu::padded(rows)}, a.x.scalar_type(), "saved");
+  Tensor state = checked(saved, {a.plan->kept * cpu::kept_lanes(rows) + cpu::lane_multiple}, a.x.scalar_type(), "saved");
   Tensor d_mixing = d_weights ? checked(*d_weights, {rows, table.mixing}, a.x.scalar_type(), "d_weights") : d_top;
   std::vector<Tensor> results;
   std::vector<T*> grads(params.size(), nullptr);
@@ -145,7 +151,11 @@ std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d
   }
   a.call.d_out = static_cast<const T*>(d_top.data_ptr());
   a.call.d_weights = d_weights ? static_cast<const T*>(d_mixing.data_ptr()) : nullptr;
-  a.call.kept = static_cast<T*>(state.data_ptr());
+  const T* header = static_cast<const T*>(state.data_ptr());
+  a.call.block = int64_t(header[0]);
+  STD_TORCH_CHECK(a.call.block >= cpu::lane_multiple && a.call.block <= cpu::block_rows && (a.call.block & (a.call.block - 1)) == 0,
+                  "saved: expected what the forward of this call returned, got other numbers");
+  a.call.kept = static_cast<T*>(state.data_ptr()) + cpu::lane_multiple;
   a.call.grads = grads.data();
   cpu::backward<T>(*a.plan, a.call, for_each);
   return results;

@@ -206,8 +206,9 @@ def _fake_forward(x, params, table, save, mixing):
     network = codec.decode(table)
     check(x, params, network)
     rows = x.shape[0]
-    # Panels are kept for whole multiples of 16 rows (lane_multiple in csrc/cpu/plan.h).
-    kept = (rows + 15) // 16 * 16 * _C.kept(table) if save else 0
+    # kept_lanes in csrc/cpu/plan.h, and a header of 16 numbers.
+    rest = (rows % 128 + 15) // 16 * 16
+    kept = (rows // 128 * 144 + rest + rest // 128 * 16) * _C.kept(table) + 16 if save else 0
     return x.new_empty(rows, *network.output), x.new_empty(rows, network.mixing if mixing else 0), x.new_empty(kept)
 
 

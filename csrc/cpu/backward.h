@@ -5,15 +5,20 @@
 
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
-// A block of backward: its panels of gradients, and its part of the chunk's buffers.
+// A block of backward: its panels of gradients.
 template <class T>
 struct BackwardBlock : Block<T> {
   T* d_panels;
-  T* d_z_panels;
+  T* d_steps;
 
   T* d(int64_t offset) const { return d_panels + offset * this->ld; }
-  T* d_z(int64_t offset) const { return d_z_panels + offset * this->ld; }
-  T* d_z(const Step& step) const { return d_z(step.d_z); }
+  T* d_z(const Step& step) const { return d_steps + step.d * this->ld; }
+  // Lane `lane` of row `row` of the chunk's buffer.
+  T* chunk_row(int64_t row) const { return this->call.d_z + row * this->call.chunk + this->row % chunk_rows; }
+  // Hand rows of a panel to the chunk's buffer, where the parameters' gradients find them.
+  void keep(const T* panel, int64_t first, int64_t count) const {
+    for (int64_t i = 0; i < count; i++) memcpy(chunk_row(first + i), panel + i * this->ld, this->rows * sizeof(T));
+  }
   void clear(int64_t offset, int64_t width) const { memset(d(offset), 0, width * this->ld * sizeof(T)); }
 };
 
@@ -23,6 +28,7 @@ void backward_chain(const BackwardBlock<T>& b, const Chain& chain) {
   for (int64_t j = chain.steps.count; j-- > 0;) {
     const Step& step = chain.steps[j];
     differentiate<T>(step.act, T(step.parameter), b.at(step.z), b.d_z(step), step.n * b.ld);
+    if (b.call.turned) b.keep(b.d_z(step), step.d_z, step.n);
     if (j == 0 && chain.reads_x && !b.call.d_x) return;
     Product<T> p{};
     p.a = b.call.params[step.weight];
@@ -31,9 +37,8 @@ void backward_chain(const BackwardBlock<T>& b, const Chain& chain) {
     p.c = j > 0 ? b.d_z(chain.steps[j - 1]) : b.d(chain.d_in);
     p.ldb = p.ldc = b.ld;
     p.k = step.n;
-    p.groups = 1;
     p.add = j == 0;  // each map's chain by itself, then added: as accurate as PyTorch, where one chain through all experts is not
-    multiply<T, true>(p, step.k, b.ld);
+    multiply<T, true>(p, step.k, padded(b.rows));
   }
 }
 
@@ -49,15 +54,46 @@ void backward_unit(const BackwardBlock<T>& b, const Stage& stage, const Mix& uni
     dot<T>(b.d(unit.d_out), b.at(stage.experts[read.expert].out), unit.out.width, b.ld, to);
     if (b.call.d_weights)
       for (int64_t r = 0; r < b.rows; r++) to[r] += b.call.d_weights[(b.row + r) * b.plan.table.mixing + unit.weights + read.expert];
-    if (read.d_static >= 0) memcpy(b.d_z(read.d_static), to, b.ld * sizeof(T));
+    if (read.d_static >= 0) b.keep(to, read.d_static, 1);
   }
   if (unit.gate.steps.count == 0) return;
   softmax_backward<T>(unit.reads, p, dw, b.ld, b.d_z(unit.gate.steps[unit.gate.steps.count - 1]));
   backward_chain(b, unit.gate);
 }
 
+// Row-major copies of what the maps read, for the reduction over rows.
+template <class T>
+void turn_inputs(const BackwardBlock<T>& b, const Span<Turn>& turns) {
+  if (!b.call.turned) return;
+  const int64_t first = b.row % chunk_rows;
+  for (const Turn& turn : turns) {
+    const int64_t width = turn.from.width, stride = leading(width);
+    T* to = b.call.turned + turn.to * b.call.turned_rows + first * stride;
+    if (turn.slot >= 0) {
+      const T* x = b.call.x + b.row * b.call.row_stride + turn.slot * b.call.slot_stride;
+      for (int64_t r = 0; r < b.rows; r++) {
+        memcpy(to + r * stride, x + r * b.call.row_stride, width * sizeof(T));
+        for (int64_t k = width; k < stride; k++) to[r * stride + k] = 0;
+      }
+      continue;
+    }
+    const T* from = b.at(turn.from);
+    if (turn.step) {
+      activate<T>(turn.step->act, T(turn.step->parameter), from, b.spare, width * b.ld);
+      from = b.spare;
+    }
+    transpose(from, b.ld, width, b.rows, to, stride, padded(width));
+  }
+}
+
 template <class T>
 void backward_stage(const BackwardBlock<T>& b, const Stage& stage) {
+  if (b.plan.recompute) {
+    run_experts<Transposed<T>>(b, stage);
+    for (const Mix& unit : stage.units)
+      for (int64_t j = 0; j + 1 < unit.gate.steps.count; j++) Transposed<T>::map(b, unit.gate.steps[j]);
+  }
+  turn_inputs(b, stage.turns);
   for (int e : stage.order) {
     const Step& last = stage.experts[e].steps[stage.experts[e].steps.count - 1];
     if (b.at(last.out) != b.at(last.z)) activate<T>(last.act, T(last.parameter), b.at(last.z), b.at(last.out), last.n * b.ld);
@@ -83,10 +119,12 @@ void backward_towers(const BackwardBlock<T>& b) {
   for (const Mix& unit : last)
     if (unit.reads.count >= 0) b.clear(unit.d_out, unit.out.width);
   const int64_t width = plan.towers[0].chain.out.width, stride = plan.towers.count * width;
+  if (!plan.recompute) turn_inputs(b, plan.tower_turns);
   for (int64_t t = 0; t < plan.towers.count; t++) {
     const Tower& tower = plan.towers[t];
     const Step& top = tower.chain.steps[tower.chain.steps.count - 1];
     const bool many = tower.units.count > 1;
+    if (b.plan.recompute) run_tower<Transposed<T>>(b, tower);
     transpose(b.call.d_out + b.row * stride + t * width, stride, b.rows, width, b.d_z(top), b.ld, b.ld);
     if (many) b.clear(tower.chain.d_in, tower.in.width);
     backward_chain(b, tower.chain);
@@ -99,41 +137,18 @@ void backward_towers(const BackwardBlock<T>& b) {
         from += n;
       }
   }
-}
-
-// Row-major copies of what the maps read, for the reduction over rows.
-template <class T>
-void turn_inputs(const BackwardBlock<T>& b) {
-  const int64_t first = b.row % chunk_rows;
-  for (const Turn& turn : b.plan.turns) {
-    const int64_t width = turn.from.width, stride = padded(width);
-    T* to = b.call.turned + turn.to * b.call.chunk + first * stride;
-    if (turn.slot >= 0) {
-      const T* x = b.call.x + b.row * b.call.row_stride + turn.slot * b.call.slot_stride;
-      for (int64_t r = 0; r < b.rows; r++) {
-        memcpy(to + r * stride, x + r * b.call.row_stride, width * sizeof(T));
-        for (int64_t k = width; k < stride; k++) to[r * stride + k] = 0;
-      }
-      continue;
-    }
-    const T* from = b.at(turn.from);
-    if (turn.step) {
-      activate<T>(turn.step->act, T(turn.step->parameter), from, b.spare, width * b.ld);
-      from = b.spare;
-    }
-    transpose(from, b.ld, width, b.rows, to, stride, stride);
-  }
+  // The towers of a table have panels of their own, so that all are still there.
+  if (plan.recompute) turn_inputs(b, plan.tower_turns);
 }
 
 template <class T>
 void backward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, T* scratch) {
-  const int64_t ld = padded(rows);
+  const int64_t ld = leading(rows);
   T* d_panels = scratch + plan.scratch * ld;
-  T* spare = d_panels + plan.d_scratch * ld;
-  T* d_z = call.d_z + row % chunk_rows * plan.d_z;
-  BackwardBlock<T> b{{plan, call, row, rows, ld, call.kept + row * plan.kept, scratch, spare}, d_panels, d_z};
+  T* d_steps = d_panels + plan.d_scratch * ld;
+  BackwardBlock<T> b{{plan, call, row, rows, ld, call.kept_of(plan, row), scratch, d_steps + plan.d_steps * ld}, d_panels, d_steps};
   const Span<Mix>& last = plan.stages[plan.stages.count - 1].units;
-  if (call.turned) turn_inputs(b);
+  if (plan.recompute) read_inputs<Transposed<T>>(b);
   if (plan.towers.count) {
     backward_towers(b);
   } else {
@@ -153,52 +168,40 @@ void backward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, 
     transpose(b.d(plan.d_inputs[s]), ld, width, rows, call.d_x + row * stride + s * width, stride, width);
 }
 
-// sum over the chunk's rows of one row of a dz panel: lanes side by side over the whole blocks, then in order.
+// sum over the chunk's rows: lanes side by side, then in order.
 template <class T>
-T sum_rows(const T* block, int64_t offset, int64_t block_stride, int64_t chunk) {
+T sum_rows(const T* row, int64_t chunk) {
   constexpr int lanes = Lanes<T>::count;
   vec<T> sum = splat<T>(0);
-  const int64_t whole = chunk / block_rows;
-  for (int64_t g = 0; g < whole; g++)
-    for (int64_t v = 0; v < block_rows; v += lanes) sum = sum + load<T>(block + g * block_stride + offset * block_rows + v);
+  const int64_t whole = chunk / lanes * lanes;
+  for (int64_t v = 0; v < whole; v += lanes) sum = sum + load<T>(row + v);
   T total = 0;
   for (int i = 0; i < lanes; i++) total += sum[i];
-  const T* rest = block + whole * block_stride + offset * padded(chunk % block_rows);
-  for (int64_t r = 0; r < chunk % block_rows; r++) total += rest[r];
+  for (int64_t r = whole; r < chunk; r++) total += row[r];
   return total;
 }
 
 // dW[n, k] (+)= sum over rows of dz[n, row] x[row, k], and db.
 template <class T>
-void map_gradient(const Plan& plan, const Call<T>& call, const MapTask& task, int64_t chunk, bool fresh) {
+void map_gradient(const Plan&, const Call<T>& call, const MapTask& task, int64_t chunk, bool fresh) {
   const Step& step = *task.map;
-  const int64_t block_stride = plan.d_z * block_rows, whole = chunk / block_rows, rest = chunk % block_rows;
+  const T* d_z = call.d_z + (step.d_z + task.first) * call.chunk;
   if (T* d_weight = call.grads[step.weight]) {
     Product<T> p{};
-    p.a = call.d_z + (step.d_z + task.first) * block_rows;
-    p.lda = p.k = block_rows;
-    p.groups = whole;
-    p.jump = block_stride;
-    p.b = call.turned + step.turned * call.chunk;
-    p.ldb = padded(step.k);
+    p.a = d_z;
+    p.lda = call.chunk;
+    p.k = chunk;
+    p.b = call.turned + step.turned * call.turned_rows;
+    p.ldb = leading(step.k);
     p.c = d_weight + task.first * step.k;
     p.ldc = step.k;
     p.add = !fresh;
-    if (whole) multiply<T, false>(p, task.rows, step.k);
-    if (rest) {
-      p.a = call.d_z + whole * block_stride + (step.d_z + task.first) * padded(rest);
-      p.lda = padded(rest);
-      p.k = rest;
-      p.groups = 1;
-      p.b += whole * block_rows * p.ldb;
-      p.add = p.add || whole;
-      multiply<T, false>(p, task.rows, step.k);
-    }
+    multiply<T, false>(p, task.rows, step.k);
   }
   T* d_bias = step.bias >= 0 ? call.grads[step.bias] : nullptr;
-  for (int64_t n = task.first; n < task.first + task.rows && d_bias; n++) {
-    T sum = sum_rows(call.d_z, step.d_z + n, block_stride, chunk);
-    d_bias[n] = fresh ? sum : d_bias[n] + sum;
+  for (int64_t n = 0; n < task.rows && d_bias; n++) {
+    T sum = sum_rows(d_z + n * call.chunk, chunk);
+    d_bias[task.first + n] = fresh ? sum : d_bias[task.first + n] + sum;
   }
 }
 
@@ -210,7 +213,7 @@ void static_gradient(const Plan& plan, const Call<T>& call, int64_t chunk) {
       for (int64_t i = 0; i < unit.reads.count; i++) {
         const Read& read = unit.reads[i];
         if (read.d_static >= 0 && call.grads[read.parameter])
-          call.grads[read.parameter][read.element] += sum_rows(call.d_z, read.d_static, plan.d_z * block_rows, chunk);
+          call.grads[read.parameter][read.element] += sum_rows(call.d_z + read.d_static * call.chunk, chunk);
       }
 }
 

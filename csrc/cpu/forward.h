@@ -12,7 +12,6 @@ Product<T> product(const Block<T>& b, const Step& step) {
   p.lda = p.k = step.k;
   p.b = b.at(step.in);
   p.c = b.at(step.z);
-  p.groups = 1;
   p.bias = step.bias >= 0 ? b.call.params[step.bias] : nullptr;
   p.relu = step.act == Act::relu;
   return p;
@@ -20,7 +19,7 @@ Product<T> product(const Block<T>& b, const Step& step) {
 
 template <class T>
 struct Transposed {
-  static int64_t lanes_of(int64_t rows) { return padded(rows); }
+  static int64_t lanes_of(int64_t rows) { return leading(rows); }
 
   static void input(const Block<T>& b, int64_t slot, const Panel& to) {
     const T* x = b.call.x + b.row * b.call.row_stride + slot * b.call.slot_stride;
@@ -29,7 +28,7 @@ struct Transposed {
   static void map(const Block<T>& b, const Step& step) {
     Product<T> p = product(b, step);
     p.ldb = p.ldc = b.ld;
-    multiply<T, false>(p, step.n, b.ld);
+    multiply<T, false>(p, step.n, padded(b.rows));
     if (!p.relu && step.act != Act::identity) activate<T>(step.act, T(step.parameter), b.at(step.z), b.at(step.out), step.n * b.ld);
   }
   // Returns w [reads, ld].
@@ -119,10 +118,34 @@ void write_weights(const Block<T>& b, const Stage& stage, const Mix& unit, const
   }
 }
 
-template <class T, class Layout>
-void run_stage(const Block<T>& b, const Stage& stage) {
+template <class Layout, class T>
+void run_experts(const Block<T>& b, const Stage& stage) {
   for (int e : stage.order)
     for (const Step& step : stage.experts[e].steps) Layout::map(b, step);
+}
+
+// The concatenation of the units that a tower reads, where they are several.
+template <class Layout, class T>
+void run_tower(const Block<T>& b, const Tower& tower) {
+  const Span<Mix>& last = b.plan.stages[b.plan.stages.count - 1].units;
+  int64_t at = 0;
+  if (tower.units.count > 1)
+    for (int u : tower.units) {
+      Layout::concatenate(b, last[u].out, at, tower.in);
+      at += last[u].out.width;
+    }
+  for (const Step& step : tower.chain.steps) Layout::map(b, step);
+}
+
+template <class Layout, class T>
+void read_inputs(const Block<T>& b) {
+  for (int64_t s = 0; s < b.plan.inputs.count; s++)
+    if (s == 0 || !b.plan.expanded) Layout::input(b, s, b.plan.inputs[s]);
+}
+
+template <class T, class Layout>
+void run_stage(const Block<T>& b, const Stage& stage) {
+  run_experts<Layout>(b, stage);
   for (const Mix& unit : stage.units) {
     if (unit.reads.count < 0) {
       if (b.call.weights) write_weights<T>(b, stage, unit, nullptr, 0);
@@ -138,10 +161,9 @@ void run_stage(const Block<T>& b, const Stage& stage) {
 template <class T, class Layout>
 void forward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, T* scratch) {
   const int64_t ld = Layout::lanes_of(rows);
-  T* kept = plan.training ? call.kept + row * plan.kept : scratch;
+  T* kept = plan.training ? call.kept_of(plan, row) : scratch;
   Block<T> b{plan, call, row, rows, ld, kept, scratch, scratch + plan.scratch * ld};
-  for (int64_t s = 0; s < plan.inputs.count; s++)
-    if (s == 0 || !plan.expanded) Layout::input(b, s, plan.inputs[s]);
+  read_inputs<Layout>(b);
   for (const Stage& stage : plan.stages) run_stage<T, Layout>(b, stage);
   const Span<Mix>& last = plan.stages[plan.stages.count - 1].units;
   if (plan.towers.count == 0) {
@@ -152,13 +174,7 @@ void forward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, T
   const int64_t width = plan.towers[0].chain.out.width, stride = plan.towers.count * width;
   for (int64_t t = 0; t < plan.towers.count; t++) {
     const Tower& tower = plan.towers[t];
-    int64_t at = 0;
-    if (tower.units.count > 1)
-      for (int u : tower.units) {
-        Layout::concatenate(b, last[u].out, at, tower.in);
-        at += last[u].out.width;
-      }
-    for (const Step& step : tower.chain.steps) Layout::map(b, step);
+    run_tower<Layout>(b, tower);
     Layout::output(b, tower.chain.out, call.out + row * stride + t * width, stride);
   }
 }

@@ -12,14 +12,18 @@ struct Call {
   const T* const* params = nullptr;
   T* out = nullptr;      // [B, *output]
   T* weights = nullptr;  // [B, mixing]
-  T* kept = nullptr;     // plan.kept numbers a row, block by block
+  T* kept = nullptr;     // plan.kept panels of kept_lanes(rows) lanes, block by block
+  int64_t block = block_rows;  // rows of a block: as forward had them
   const T* d_out = nullptr;
   const T* d_weights = nullptr;
   T* d_x = nullptr;           // [B, S, D] contiguous
   T* const* grads = nullptr;  // one a parameter, null where no gradient is wanted
-  int64_t chunk = 0;          // rows that the chunk's buffers hold
-  T* d_z = nullptr;           // plan.d_z x chunk: panels, block by block
-  T* turned = nullptr;        // plan.turned x chunk: row-major inputs of the maps
+  int64_t chunk = 0;          // lanes of the chunk's d_z
+  T* d_z = nullptr;           // [plan.d_z, chunk]
+  int64_t turned_rows = 0;    // rows of a chunk
+  T* turned = nullptr;        // the maps' inputs, each [chunk, leading(width)]
+
+  T* kept_of(const Plan& plan, int64_t first) const { return kept + first / block * leading(block) * plan.kept; }
 };
 
 // Rows `row` .. `row + rows` of a call, at most block_rows of them.
@@ -61,8 +65,10 @@ struct Isa {
   }
 };
 
-// Numbers of scratch that a thread needs for a block of so many rows.
-inline int64_t forward_scratch(const Plan& plan, int64_t rows) { return (plan.scratch + 2 * plan.widest) * padded(rows); }
-inline int64_t backward_scratch(const Plan& plan, int64_t rows) { return (plan.scratch + plan.d_scratch + 2 * plan.widest) * padded(rows); }
+// Numbers of scratch that a thread needs for a block of so many rows, one of the few included.
+inline int64_t forward_scratch(const Plan& plan, int64_t rows) { return (plan.scratch + 2 * plan.widest) * leading(rows); }
+inline int64_t backward_scratch(const Plan& plan, int64_t rows) {
+  return (plan.scratch + plan.d_scratch + plan.d_steps + 2 * plan.widest) * leading(rows);
+}
 
 }  // namespace fusedmoe::cpu

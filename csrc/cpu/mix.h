@@ -52,8 +52,8 @@ void mixing_weights(const Span<Read>& reads, const T* const* params, const T* p,
 template <class T, class Weight, class Source>
 void mix(int64_t count, Weight weight, Source source, const T* start, int64_t n, int64_t ld, T* out) {
   constexpr int group = 4;
-  for (int64_t v = 0; v < ld; v += Lanes<T>::count)
-    for (int64_t j = 0; j < n; j += group) {
+  for (int64_t j = 0; j < n; j += group)
+    for (int64_t v = 0; v < ld; v += Lanes<T>::count) {
       const int64_t width = n - j < group ? n - j : group, at = j * ld + v;
       vec<T> sum[group] = {};
       for (int g = 0; g < width && start; g++) sum[g] = load<T>(start + at + g * ld);

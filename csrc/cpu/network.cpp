@@ -1,6 +1,7 @@
 #include "network.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -105,6 +106,10 @@ const Isa& chosen_isa() {
   return isa;
 }
 
+int64_t rows_of_block(int64_t rows, int64_t threads) {
+  return std::clamp(int64_t(std::bit_ceil(uint64_t(rows / threads))), lane_multiple, block_rows);
+}
+
 template <class T>
 void forward(const Plan& plan, const Call<T>& call, const ForEach& each) {
   const Kernels<T>& kernels = chosen_isa().kernels<T>();
@@ -112,8 +117,8 @@ void forward(const Plan& plan, const Call<T>& call, const ForEach& each) {
     if (call.rows) kernels.forward_few(plan, call, 0, call.rows, thread_scratch<T>(forward_scratch(plan, call.rows)));
     return;
   }
-  each((call.rows + block_rows - 1) / block_rows, [&](int64_t block) {
-    const int64_t row = block * block_rows, rows = std::min(block_rows, call.rows - row);
+  each((call.rows + call.block - 1) / call.block, [&](int64_t block) {
+    const int64_t row = block * call.block, rows = std::min(call.block, call.rows - row);
     kernels.forward(plan, call, row, rows, thread_scratch<T>(forward_scratch(plan, rows)));
   });
 }
@@ -132,14 +137,15 @@ void backward(const Plan& plan, Call<T> call, const ForEach& each) {
     statics = statics || is_static;
     if (is_static || call.rows == 0) std::fill_n(call.grads[i], size, T(0));
   }
-  call.chunk = std::min(chunk_rows, padded(call.rows));
+  call.turned_rows = std::min(chunk_rows, call.rows);
+  call.chunk = leading(call.turned_rows);
   const int64_t d_z = plan.d_z * call.chunk;
-  call.d_z = chunk_scratch<T>(d_z + (tasks.empty() ? 0 : plan.turned * call.chunk));
+  call.d_z = chunk_scratch<T>(d_z + (tasks.empty() ? 0 : plan.turned * call.turned_rows));
   call.turned = tasks.empty() ? nullptr : call.d_z + d_z;
   for (int64_t first = 0; first < call.rows; first += chunk_rows) {
     const int64_t chunk = std::min(chunk_rows, call.rows - first);
-    each((chunk + block_rows - 1) / block_rows, [&](int64_t block) {
-      const int64_t row = first + block * block_rows, rows = std::min(block_rows, call.rows - row);
+    each((chunk + call.block - 1) / call.block, [&](int64_t block) {
+      const int64_t row = first + block * call.block, rows = std::min(call.block, call.rows - row);
       kernels.backward(plan, call, row, rows, thread_scratch<T>(backward_scratch(plan, rows)));
     });
     each(int64_t(tasks.size()), [&](int64_t i) { kernels.map_gradient(plan, call, tasks[i], chunk, first == 0); });

@@ -18,12 +18,15 @@ class Builder {
     std::vector<Stage> stages;
     int64_t column = 0;
     for (size_t l = 0; l < table_.levels.size(); l++) {
-      stages.push_back(stage(table_.levels[l], column));
+      // What the last level hands out is the output itself, unless towers read it.
+      stages.push_back(stage(table_.levels[l], column, l + 1 < table_.levels.size() || table_.has_towers));
+      stages.back().turns = keep(std::move(turns_));
+      turns_.clear();
       column += int64_t(table_.levels[l].experts.size() * table_.levels[l].units.size());
     }
     towers();
     plan_.stages = keep(std::move(stages));
-    plan_.turns = keep(std::move(turns_));
+    plan_.tower_turns = keep(std::move(turns_));
     plan_.maps = keep(std::move(maps_));
   }
 
@@ -39,7 +42,7 @@ class Builder {
   Panel panel(int64_t width, bool keep) {
     int64_t size = plan_.training ? width : padded(width);
     int64_t& top = keep && plan_.training ? plan_.kept : top_;
-    Panel p{top, width, keep && plan_.training};
+    Panel p{top, width, keep && plan_.training, panels_++};
     top += size;
     plan_.scratch = std::max(plan_.scratch, top_);
     plan_.widest = std::max(plan_.widest, width);
@@ -57,7 +60,7 @@ class Builder {
       bool first = s == 0 || !plan_.expanded;
       slots_.push_back(first ? panel(table_.width, false) : slots_[0]);
       gradients.push_back(d_panel(table_.width));
-      source_[key(slots_.back())].slot = int(s);
+      source_[slots_.back().id].slot = int(s);
     }
     roots_ = slots_;
     d_slots_ = gradients;
@@ -65,40 +68,45 @@ class Builder {
     plan_.d_inputs = keep(gradients);
   }
 
-  static std::pair<bool, int64_t> key(const Panel& p) { return {p.kept, p.offset}; }
-
   // Where backward finds the turned form of a panel; entered once, however many maps read it.
   int64_t turned(const Panel& in) {
-    Turn& source = source_[key(in)];
-    auto [at, fresh] = turned_.try_emplace(key(in), plan_.turned);
+    Turn& source = source_[in.id];
+    auto [at, fresh] = turned_.try_emplace(in.id, plan_.turned);
     if (fresh) {
       source.from = source.step ? source.step->z : in;
       source.from.width = in.width;
       source.to = plan_.turned;
       turns_.push_back(source);
-      plan_.turned += padded(in.width);
+      plan_.turned += leading(in.width);
     }
     return at->second;
   }
+
+  // Whether the panels of a stage are read no more when it is done, so that the next one takes their space.
+  bool passing() const { return !plan_.training || plan_.recompute; }
 
   // The output is placed first and the hidden layers behind it: in inference the next panel then takes their space.
   Chain chain(const std::vector<Layer>& layers, const Panel& in, int64_t d_in, bool out_kept) {
     std::vector<Step> steps(layers.size());
     place(layers.back(), steps.back(), out_kept);
     int64_t top = top_;
-    for (size_t j = 0; j + 1 < layers.size(); j++) place(layers[j], steps[j], true);
+    for (size_t j = 0; j + 1 < layers.size(); j++) place(layers[j], steps[j], !plan_.recompute);
     if (!plan_.training) top_ = top;
     Panel from = in;
+    int64_t d = 0;
     for (Step& step : steps) {
       step.in = from;
       from = step.out;
+      step.d = d;
+      d += step.n;
     }
-    auto source = source_.find(key(in));
+    plan_.d_steps = std::max(plan_.d_steps, d);
+    auto source = source_.find(in.id);
     Chain result{keep(std::move(steps)), in, from, d_in, source != source_.end() && source->second.slot >= 0};
     for (const Step& step : result.steps) {
       maps_.push_back(&step);
       if (!plan_.training) continue;
-      if (key(step.out) != key(step.z)) source_[key(step.out)].step = &step;
+      if (step.out.id != step.z.id) source_[step.out.id].step = &step;
     }
     for (Step& step : result.steps)
       if (plan_.training) step.turned = turned(step.in);
@@ -113,9 +121,9 @@ class Builder {
     plan_.d_z += layer.width;
   }
 
-  Stage stage(const Level& level, int64_t column) {
+  Stage stage(const Level& level, int64_t column, bool read_later) {
     std::vector<Panel> outputs;
-    for (const Unit& unit : level.units) outputs.push_back(unit.live ? panel(unit.width, true) : Panel{});
+    for (const Unit& unit : level.units) outputs.push_back(unit.live ? panel(unit.width, read_later) : Panel{});
     int64_t base = top_;
     Stage stage;
     experts(level, stage);
@@ -130,7 +138,7 @@ class Builder {
     uses(stage);
     slots_ = outputs;
     d_slots_ = gradients;
-    if (!plan_.training) top_ = base;  // the level's experts are read no more
+    if (passing()) top_ = base;
     return stage;
   }
 
@@ -142,7 +150,7 @@ class Builder {
       const Expert& expert = level.experts[e];
       if (!expert.live) continue;
       order.push_back(int(e));
-      chains[e] = chain(expert.layers, slots_.at(expert.slot), d_slots_.at(expert.slot), true);
+      chains[e] = chain(expert.layers, slots_.at(expert.slot), d_slots_.at(expert.slot), !plan_.recompute);
     }
     for (const Unit& unit : level.units)
       if (unit.live && unit.gate && !unit.gate->sees.empty() && unit.gate->selector.kind == SelectorKind::expert) {
@@ -205,9 +213,9 @@ class Builder {
       int64_t width = 0;
       for (int u : units) width += slots_.at(u).width;
       bool one = units.size() == 1;
-      tower.in = one ? slots_[units[0]] : panel(width, true);
+      tower.in = one ? slots_[units[0]] : panel(width, !plan_.recompute);
       // The derivative of the identity needs no output.
-      tower.chain = chain(task.tower, tower.in, one ? d_slots_[units[0]] : d_panel(width), task.tower.back().act != Act::identity);
+      tower.chain = chain(task.tower, tower.in, one ? d_slots_[units[0]] : d_panel(width), task.tower.back().act != Act::identity && !plan_.recompute);
       tower.units = keep(std::move(units));
       towers.push_back(tower);
     }
@@ -217,21 +225,24 @@ class Builder {
   Plan& plan_;
   const Table& table_;
   int64_t top_ = 0;
+  int panels_ = 0;
   std::vector<Panel> slots_, roots_;
   std::vector<int64_t> d_slots_;
-  std::map<std::pair<bool, int64_t>, Turn> source_;
-  std::map<std::pair<bool, int64_t>, int64_t> turned_;
+  // By the panel's id.
+  std::map<int, Turn> source_;
+  std::map<int, int64_t> turned_;
   std::vector<Turn> turns_;
   std::vector<const Step*> maps_;
 };
 
 }  // namespace
 
-std::unique_ptr<Plan> make_plan(const Table& table, bool training, bool expanded) {
+std::unique_ptr<Plan> make_plan(const Table& table, PlanKind kind) {
   auto plan = std::make_unique<Plan>();
   plan->table = table;
-  plan->training = training;
-  plan->expanded = expanded;
+  plan->training = kind.training;
+  plan->expanded = kind.expanded;
+  plan->recompute = kind.training && kind.recompute;
   Builder(*plan, plan->table).build();
   return plan;
 }

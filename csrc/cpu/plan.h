@@ -9,15 +9,23 @@
 
 namespace fusedmoe::cpu {
 
-// Rows of a block: two AVX-512 vectors of fp32, one column panel of the register tile.
-constexpr int64_t block_rows = 32;
-// Rows that backward keeps before it adds them to the parameters' gradients: 8 blocks, two chains of dW (gemm.h), whose buffers, 13.5 KB
+// Rows of a block, at most: it streams every weight once, 2.4 MB for AdaTT T3m2, which a core computes on for 5 us a row and reads from a
+// last-level cache of 30 GB/s in 80 us; more rows would drive the block's panels, 10 KB a row, out of an L2 of 1 to 2 MB.
+constexpr int64_t block_rows = 128;
+// Rows that backward keeps before it adds them to the parameters' gradients: two chains of dW (gemm.h), whose buffers, 13.5 KB
 // a row for AdaTT T3m2 (2,352 numbers of dz and 1,024 of turned inputs), stay in the last-level cache.
-constexpr int64_t chunk_rows = 8 * block_rows;
+constexpr int64_t chunk_rows = 2 * block_rows;
 // Panels and their columns come in multiples of this: the longest vector, 16 fp32.
 constexpr int64_t lane_multiple = 16;
 
 constexpr int64_t padded(int64_t n) { return (n + lane_multiple - 1) / lane_multiple * lane_multiple; }
+
+// The distance between the rows of a panel of n columns: beyond 64 no multiple of 64 columns, because three lines of each of 128 rows
+// would then fall into a quarter of the sets of an L1 cache.
+constexpr int64_t leading(int64_t n) { return padded(n) + (n > 64 && padded(n) % 64 == 0 ? lane_multiple : 0); }
+
+// Lanes of the kept panels of B rows: those of whole blocks, and of the rest; no smaller blocks need more.
+constexpr int64_t kept_lanes(int64_t rows) { return rows / block_rows * leading(block_rows) + leading(rows % block_rows); }
 
 template <class T>
 struct Span {
@@ -32,6 +40,7 @@ struct Span {
 struct Panel {
   int64_t offset = -1, width = 0;
   bool kept = false;
+  int id = -1;  // of its own: another panel may take the same place later
 };
 
 // One linear map with its activation: in -> z -> out. `z` is what is kept for backward: the pre-activation, or where the
@@ -42,8 +51,8 @@ struct Step {
   Act act;
   double parameter;
   Panel in, z, out;
-  // Backward: rows of the chunk's buffers, dz [n, rows] and the input turned to [rows, padded(k)].
-  int64_t d_z = -1, turned = -1;
+  // Backward: its dz among the thread's, that of the whole chunk [n, chunk], and the input turned to [chunk, leading(k)].
+  int64_t d = -1, d_z = -1, turned = -1;
 };
 
 struct Chain {
@@ -53,13 +62,21 @@ struct Chain {
   bool reads_x = false; // `in` is an input slot of the network
 };
 
+// An activation that backward turns to [chunk, leading(width)] in the chunk's buffer: the x of a dW.
+struct Turn {
+  Panel from;
+  int slot = -1;               // >= 0: input slot of the network, read from x itself
+  const Step* step = nullptr;  // the step whose activation must be applied to `from` first
+  int64_t to = 0;
+};
+
 // One expert that a unit reads: its place in the softmax (-1: not seen) and its static weight, fixed or an element of a parameter.
 struct Read {
   int expert, seen;
   double value;
   int parameter;
   int64_t element;
-  int64_t d_static = -1;  // row of the chunk's buffer of dw, for a learned weight
+  int64_t d_static = -1;  // row of the chunk's buffer of dz, for the dw of a learned weight
 };
 
 struct Mix {
@@ -82,6 +99,7 @@ struct Stage {
   Span<Mix> units;              // dead ones have reads.count = -1
   Span<int64_t> d_expert;       // backward: panel of the gradient that selectors hand to an expert, or -1
   Span<Span<Use>> uses;         // of each expert, ascending units
+  Span<Turn> turns;
 };
 
 struct Tower {
@@ -90,24 +108,18 @@ struct Tower {
   Panel in;             // the units' concatenation; the unit's own panel where there is only one
 };
 
-// An activation that backward turns to [rows, padded(width)] in the chunk's buffer: the x of a dW.
-struct Turn {
-  Panel from;
-  int slot = -1;               // >= 0: input slot of the network, read from x itself
-  const Step* step = nullptr;  // the step whose activation must be applied to `from` first
-  int64_t to = 0;
-};
-
 struct Plan {
   Table table;
   bool training, expanded;
+  bool recompute;                // keep only the units' outputs and the softmax, and run maps and towers again in backward
   Span<Panel> inputs;            // of the input slots; one for all when x is expanded
   Span<Stage> stages;
   Span<Tower> towers;
-  Span<Turn> turns;
+  Span<Turn> tower_turns;
   Span<const Step*> maps;        // every live linear map
   int64_t kept = 0, scratch = 0;      // rows of a block's two buffers
-  int64_t d_scratch = 0;              // rows of backward's own buffer of a thread
+  int64_t d_scratch = 0;              // rows of backward's own buffer of a thread: gradients of panels,
+  int64_t d_steps = 0;                // and the dz of one chain
   Span<int64_t> d_inputs;             // panels of the input slots' gradients
   int64_t d_z = 0, turned = 0;        // rows (dz) and columns (turned inputs) of the chunk's buffers
   int64_t widest = 0;                 // the widest panel
@@ -115,7 +127,12 @@ struct Plan {
   std::vector<std::shared_ptr<void>> storage;
 };
 
-// Place every buffer. `training`: keep what backward needs. `expanded`: x has stride 0 over its slots, so one panel serves all.
-std::unique_ptr<Plan> make_plan(const Table& table, bool training, bool expanded);
+// How a call is to be planned. `training`: keep what backward needs, with `recompute` as little as possible. `expanded`: x has stride 0
+// over its slots, so one panel serves all.
+struct PlanKind {
+  bool training = false, expanded = false, recompute = false;
+};
+// Place every buffer.
+std::unique_ptr<Plan> make_plan(const Table& table, PlanKind kind);
 
 }  // namespace fusedmoe::cpu
