@@ -31,6 +31,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ["-mavx2", "-mfma"]
     # GCC and Clang halve AVX-512 vectors by default: their cost model is that of CPUs that clocked down.
     ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+    # These two differ from it in bfloat16 alone: dot products of pairs, and tiles.
+    ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
+    ISAS["amx"] = [*ISAS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 # A row's bits must not depend on the kernel that computes it, so every a*b+c is contracted (GCC's default, not Clang's).

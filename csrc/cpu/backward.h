@@ -13,36 +13,23 @@ struct BackwardBlock : Block<T> {
 
   T* d(int64_t offset) const { return d_panels + offset * this->ld; }
   T* d_z(const Step& step) const { return d_steps + step.d * this->ld; }
-  // Lane `lane` of row `row` of the chunk's buffer.
-  T* chunk_row(int64_t row) const { return this->call.d_z + row * this->call.chunk + this->row % chunk_rows; }
-  // Hand rows of a panel to the chunk's buffer, where the parameters' gradients find them.
-  void keep(const T* panel, int64_t first, int64_t count) const {
-    for (int64_t i = 0; i < count; i++) memcpy(chunk_row(first + i), panel + i * this->ld, this->rows * sizeof(T));
-  }
   void clear(int64_t offset, int64_t width) const { memset(d(offset), 0, width * this->ld * sizeof(T)); }
 };
 
 // From the gradient of the chain's output, which stands in the dz of its last step, down to that of its input, which is added.
-template <class T>
+template <class Operands, class T>
 void backward_chain(const BackwardBlock<T>& b, const Chain& chain) {
   for (int64_t j = chain.steps.count; j-- > 0;) {
     const Step& step = chain.steps[j];
     differentiate<T>(step.act, T(step.parameter), b.at(step.z), b.d_z(step), step.n * b.ld);
-    if (b.call.turned) b.keep(b.d_z(step), step.d_z, step.n);
+    if (b.call.turned) Operands::keep(b, (const T*)b.d_z(step), step);
     if (j == 0 && chain.reads_x && !b.call.d_x) return;
-    Product<T> p{};
-    p.a = b.call.params[step.weight];
-    p.lda = step.k;
-    p.b = b.d_z(step);
-    p.c = j > 0 ? b.d_z(chain.steps[j - 1]) : b.d(chain.d_in);
-    p.ldb = p.ldc = b.ld;
-    p.k = step.n;
-    p.add = j == 0;  // each map's chain by itself, then added: as accurate as PyTorch, where one chain through all experts is not
-    multiply<T, true>(p, step.k, padded(b.rows));
+    // Each map's sum by itself, then added: as accurate as PyTorch, where one chain through all experts is not.
+    Operands::d_input(b, step, b.d_z(step), j > 0 ? b.d_z(chain.steps[j - 1]) : b.d(chain.d_in), j == 0);
   }
 }
 
-template <class T>
+template <class Operands, class T>
 void backward_unit(const BackwardBlock<T>& b, const Stage& stage, const Mix& unit) {
   const T* p = b.at(unit.p);
   T* w = b.d(unit.d_w);
@@ -54,53 +41,47 @@ void backward_unit(const BackwardBlock<T>& b, const Stage& stage, const Mix& uni
     dot<T>(b.d(unit.d_out), b.at(stage.experts[read.expert].out), unit.out.width, b.ld, to);
     if (b.call.d_weights)
       for (int64_t r = 0; r < b.rows; r++) to[r] += b.call.d_weights[(b.row + r) * b.plan.table.mixing + unit.weights + read.expert];
-    if (read.d_static >= 0) b.keep(to, read.d_static, 1);
+    if (read.d_static >= 0) memcpy(b.chunk_row(read.d_static), to, b.rows * sizeof(T));
   }
   if (unit.gate.steps.count == 0) return;
   softmax_backward<T>(unit.reads, p, dw, b.ld, b.d_z(unit.gate.steps[unit.gate.steps.count - 1]));
-  backward_chain(b, unit.gate);
+  backward_chain<Operands>(b, unit.gate);
 }
 
 // Row-major copies of what the maps read, for the reduction over rows.
-template <class T>
+template <class Operands, class T>
 void turn_inputs(const BackwardBlock<T>& b, const Span<Turn>& turns) {
   if (!b.call.turned) return;
-  const int64_t first = b.row % chunk_rows;
   for (const Turn& turn : turns) {
-    const int64_t width = turn.from.width, stride = leading(width);
-    T* to = b.call.turned + turn.to * b.call.turned_rows + first * stride;
+    T* to = b.call.turned + turn.to * b.call.turned_rows;
     if (turn.slot >= 0) {
-      const T* x = b.call.x + b.row * b.call.row_stride + turn.slot * b.call.slot_stride;
-      for (int64_t r = 0; r < b.rows; r++) {
-        memcpy(to + r * stride, x + r * b.call.row_stride, width * sizeof(T));
-        for (int64_t k = width; k < stride; k++) to[r * stride + k] = 0;
-      }
+      Operands::turn_rows(b, b.call.x + b.row * b.call.row_stride + turn.slot * b.call.slot_stride, turn.from.width, to);
       continue;
     }
-    const T* from = b.at(turn.from);
+    T* from = b.at(turn.from);
     if (turn.step) {
-      activate<T>(turn.step->act, T(turn.step->parameter), from, b.spare, width * b.ld);
+      activate<T>(turn.step->act, T(turn.step->parameter), from, b.spare, turn.from.width * b.ld);
       from = b.spare;
     }
-    transpose(from, b.ld, width, b.rows, to, stride, padded(width));
+    Operands::turn_panel(b, from, turn.from.width, to);
   }
 }
 
-template <class T>
+template <class Operands, class T>
 void backward_stage(const BackwardBlock<T>& b, const Stage& stage) {
   if (b.plan.recompute) {
-    run_experts<Transposed<T>>(b, stage);
+    run_experts<Transposed<T, Operands>>(b, stage);
     for (const Mix& unit : stage.units)
-      for (int64_t j = 0; j + 1 < unit.gate.steps.count; j++) Transposed<T>::map(b, unit.gate.steps[j]);
+      for (int64_t j = 0; j + 1 < unit.gate.steps.count; j++) Transposed<T, Operands>::map(b, unit.gate.steps[j]);
   }
-  turn_inputs(b, stage.turns);
+  turn_inputs<Operands>(b, stage.turns);
   for (int e : stage.order) {
     const Step& last = stage.experts[e].steps[stage.experts[e].steps.count - 1];
     if (b.at(last.out) != b.at(last.z)) activate<T>(last.act, T(last.parameter), b.at(last.z), b.at(last.out), last.n * b.ld);
     if (stage.d_expert[e] >= 0) b.clear(stage.d_expert[e], last.n);
   }
   for (const Mix& unit : stage.units)
-    if (unit.reads.count >= 0) backward_unit(b, stage, unit);
+    if (unit.reads.count >= 0) backward_unit<Operands>(b, stage, unit);
   for (int e : stage.order) {
     const Chain& chain = stage.experts[e];
     const Span<Use>& uses = stage.uses[e];
@@ -108,26 +89,26 @@ void backward_stage(const BackwardBlock<T>& b, const Stage& stage) {
     auto weight = [&](int64_t i) { return (const T*)b.d(stage.units[uses[i].unit].d_w + uses[i].read); };
     auto source = [&](int64_t i) { return (const T*)b.d(stage.units[uses[i].unit].d_out); };
     mix<T>(uses.count, weight, source, from_selectors, chain.out.width, b.ld, b.d_z(chain.steps[chain.steps.count - 1]));
-    backward_chain(b, chain);
+    backward_chain<Operands>(b, chain);
   }
 }
 
-template <class T>
+template <class Operands, class T>
 void backward_towers(const BackwardBlock<T>& b) {
   const Plan& plan = b.plan;
   const Span<Mix>& last = plan.stages[plan.stages.count - 1].units;
   for (const Mix& unit : last)
     if (unit.reads.count >= 0) b.clear(unit.d_out, unit.out.width);
   const int64_t width = plan.towers[0].chain.out.width, stride = plan.towers.count * width;
-  if (!plan.recompute) turn_inputs(b, plan.tower_turns);
+  if (!plan.recompute) turn_inputs<Operands>(b, plan.tower_turns);
   for (int64_t t = 0; t < plan.towers.count; t++) {
     const Tower& tower = plan.towers[t];
     const Step& top = tower.chain.steps[tower.chain.steps.count - 1];
     const bool many = tower.units.count > 1;
-    if (b.plan.recompute) run_tower<Transposed<T>>(b, tower);
+    if (b.plan.recompute) run_tower<Transposed<T, Operands>>(b, tower);
     transpose(b.call.d_out + b.row * stride + t * width, stride, b.rows, width, b.d_z(top), b.ld, b.ld);
     if (many) b.clear(tower.chain.d_in, tower.in.width);
-    backward_chain(b, tower.chain);
+    backward_chain<Operands>(b, tower.chain);
     const T* from = b.d(tower.chain.d_in);
     if (many)
       for (int u : tower.units) {
@@ -138,19 +119,19 @@ void backward_towers(const BackwardBlock<T>& b) {
       }
   }
   // The towers of a table have panels of their own, so that all are still there.
-  if (plan.recompute) turn_inputs(b, plan.tower_turns);
+  if (plan.recompute) turn_inputs<Operands>(b, plan.tower_turns);
 }
 
-template <class T>
+template <class T, class Operands>
 void backward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, T* scratch) {
   const int64_t ld = leading(rows);
   T* d_panels = scratch + plan.scratch * ld;
   T* d_steps = d_panels + plan.d_scratch * ld;
   BackwardBlock<T> b{{plan, call, row, rows, ld, call.kept_of(plan, row), scratch, d_steps + plan.d_steps * ld}, d_panels, d_steps};
   const Span<Mix>& last = plan.stages[plan.stages.count - 1].units;
-  if (plan.recompute) read_inputs<Transposed<T>>(b);
+  if (plan.recompute) read_inputs<Transposed<T, Operands>>(b);
   if (plan.towers.count) {
-    backward_towers(b);
+    backward_towers<Operands>(b);
   } else {
     const int64_t width = last[0].out.width, stride = last.count * width;
     for (int64_t u = 0; u < last.count; u++) transpose(call.d_out + row * stride + u * width, stride, rows, width, b.d(last[u].d_out), ld, ld);
@@ -161,47 +142,22 @@ void backward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, 
         if (below.reads.count >= 0) b.clear(below.d_out, below.out.width);
     if (l == plan.stages.count - 1 && call.d_x)
       for (int64_t s = 0; s < plan.d_inputs.count; s++) b.clear(plan.d_inputs[s], plan.table.width);
-    backward_stage(b, plan.stages[l]);
+    backward_stage<Operands>(b, plan.stages[l]);
   }
   const int64_t width = plan.table.width, stride = plan.table.slots * width;
   for (int64_t s = 0; s < plan.table.slots && call.d_x; s++)
     transpose(b.d(plan.d_inputs[s]), ld, width, rows, call.d_x + row * stride + s * width, stride, width);
 }
 
-// sum over the chunk's rows: lanes side by side, then in order.
-template <class T>
-T sum_rows(const T* row, int64_t chunk) {
-  constexpr int lanes = Lanes<T>::count;
-  vec<T> sum = splat<T>(0);
-  const int64_t whole = chunk / lanes * lanes;
-  for (int64_t v = 0; v < whole; v += lanes) sum = sum + load<T>(row + v);
-  T total = 0;
-  for (int i = 0; i < lanes; i++) total += sum[i];
-  for (int64_t r = whole; r < chunk; r++) total += row[r];
-  return total;
-}
-
 // dW[n, k] (+)= sum over rows of dz[n, row] x[row, k], and db.
-template <class T>
+template <class T, class Operands>
 void map_gradient(const Plan&, const Call<T>& call, const MapTask& task, int64_t chunk, bool fresh) {
   const Step& step = *task.map;
-  const T* d_z = call.d_z + (step.d_z + task.first) * call.chunk;
-  if (T* d_weight = call.grads[step.weight]) {
-    Product<T> p{};
-    p.a = d_z;
-    p.lda = call.chunk;
-    p.k = chunk;
-    p.b = call.turned + step.turned * call.turned_rows;
-    p.ldb = leading(step.k);
-    p.c = d_weight + task.first * step.k;
-    p.ldc = step.k;
-    p.add = !fresh;
-    multiply<T, false>(p, task.rows, step.k);
-  }
+  if (T* d_weight = call.grads[step.weight]) Operands::weight_gradient(call, step, task.first, task.rows, chunk, d_weight, !fresh);
   T* d_bias = step.bias >= 0 ? call.grads[step.bias] : nullptr;
-  for (int64_t n = 0; n < task.rows && d_bias; n++) {
-    T sum = sum_rows(d_z + n * call.chunk, chunk);
-    d_bias[task.first + n] = fresh ? sum : d_bias[task.first + n] + sum;
+  for (int64_t n = task.first; n < task.first + task.rows && d_bias; n++) {
+    T sum = Operands::sum((const T*)call.d_z + (step.d_z + n) * call.chunk, chunk);
+    d_bias[n] = fresh ? sum : d_bias[n] + sum;
   }
 }
 
@@ -213,7 +169,7 @@ void static_gradient(const Plan& plan, const Call<T>& call, int64_t chunk) {
       for (int64_t i = 0; i < unit.reads.count; i++) {
         const Read& read = unit.reads[i];
         if (read.d_static >= 0 && call.grads[read.parameter])
-          call.grads[read.parameter][read.element] += sum_rows(call.d_z + read.d_static * call.chunk, chunk);
+          call.grads[read.parameter][read.element] += Exact::sum((const T*)call.d_z + read.d_static * call.chunk, chunk);
       }
 }
 

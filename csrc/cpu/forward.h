@@ -1,35 +1,22 @@
 // The forward of a whole network for a block of rows. Two layouts of an activation share one walk through the plan:
 // `Transposed`, [width, ld], for any number of rows, and `RowByRow`, [R, padded(width)], for the few rows of online serving.
 #pragma once
-#include "mix.h"
+#include "operands.h"
 
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
-template <class T>
-Product<T> product(const Block<T>& b, const Step& step) {
-  Product<T> p{};
-  p.a = b.call.params[step.weight];
-  p.lda = p.k = step.k;
-  p.b = b.at(step.in);
-  p.c = b.at(step.z);
-  p.bias = step.bias >= 0 ? b.call.params[step.bias] : nullptr;
-  p.relu = step.act == Act::relu;
-  return p;
-}
-
-template <class T>
+template <class T, class Operands>
 struct Transposed {
   static int64_t lanes_of(int64_t rows) { return leading(rows); }
 
   static void input(const Block<T>& b, int64_t slot, const Panel& to) {
     const T* x = b.call.x + b.row * b.call.row_stride + slot * b.call.slot_stride;
     transpose(x, b.call.row_stride, b.rows, to.width, b.at(to), b.ld, b.ld);
+    Operands::input(b, slot);
   }
   static void map(const Block<T>& b, const Step& step) {
-    Product<T> p = product(b, step);
-    p.ldb = p.ldc = b.ld;
-    multiply<T, false>(p, step.n, padded(b.rows));
-    if (!p.relu && step.act != Act::identity) activate<T>(step.act, T(step.parameter), b.at(step.z), b.at(step.out), step.n * b.ld);
+    Operands::map(b, step);
+    if (step.act != Act::relu && step.act != Act::identity) activate<T>(step.act, T(step.parameter), b.at(step.z), b.at(step.out), step.n * b.ld);
   }
   // Returns w [reads, ld].
   static const T* weights(const Block<T>& b, const Mix& unit) {
@@ -63,7 +50,13 @@ struct RowByRow {
         memset(line(b, to, r), 0, to.width * sizeof(float));
   }
   static void map(const Block<float>& b, const Step& step) {
-    Product<float> p = product(b, step);
+    Product<float> p{};
+    p.a = b.call.params[step.weight];
+    p.lda = p.k = step.k;
+    p.b = b.at(step.in);
+    p.c = b.at(step.z);
+    p.bias = step.bias >= 0 ? b.call.params[step.bias] : nullptr;
+    p.relu = step.act == Act::relu;
     p.ldb = padded(step.in.width);
     p.ldc = padded(step.n);
     int64_t rows = 8;

@@ -24,8 +24,9 @@ double multiply_adds(int64_t count) {
 extern const Isa isa;
 const Isa isa = {
     FUSEDMOE_NAME_OF(FUSEDMOE_ISA),
-    {forward<float, Transposed<float>>, forward<float, RowByRow>, backward<float>, map_gradient<float>, static_gradient<float>},
-    {forward<double, Transposed<double>>, nullptr, backward<double>, map_gradient<double>, static_gradient<double>},
+    {forward<float, Transposed<float, Exact>>, forward<float, RowByRow>, backward<float, Exact>, map_gradient<float, Exact>, static_gradient<float>, nullptr},
+    {forward<double, Transposed<double, Exact>>, nullptr, backward<double, Exact>, map_gradient<double, Exact>, static_gradient<double>, nullptr},
+    {forward<float, Transposed<float, Halves>>, nullptr, backward<float, Halves>, map_gradient<float, Halves>, static_gradient<float>, turn_weight},
     multiply_adds,
 };
 

@@ -10,6 +10,7 @@ struct Call {
   const T* x = nullptr;  // [B, S, D]: rows at row_stride, slots at slot_stride, the last dimension contiguous
   int64_t rows = 0, row_stride = 0, slot_stride = 0;
   const T* const* params = nullptr;
+  const uint16_t* const* halves = nullptr;  // a plan of bfloat16 takes the maps' weights from here, and only the vectors from params
   T* out = nullptr;      // [B, *output]
   T* weights = nullptr;  // [B, mixing]
   T* kept = nullptr;     // plan.kept panels of kept_lanes(rows) lanes, block by block
@@ -21,7 +22,8 @@ struct Call {
   int64_t chunk = 0;          // lanes of the chunk's d_z
   T* d_z = nullptr;           // [plan.d_z, chunk]
   int64_t turned_rows = 0;    // rows of a chunk
-  T* turned = nullptr;        // the maps' inputs, each [chunk, leading(width)]
+  T* turned = nullptr;        // the maps' inputs, each [chunk, leading(width)]; of bfloat16, words of two rows
+  uint16_t* turned_weights = nullptr;  // of bfloat16: every weight, transposed
 
   T* kept_of(const Plan& plan, int64_t first) const { return kept + first / block * leading(block) * plan.kept; }
 };
@@ -38,6 +40,8 @@ template <class T>
 using RunMap = void (*)(const Plan&, const Call<T>&, const MapTask&, int64_t chunk, bool fresh);
 template <class T>
 using RunStatics = void (*)(const Plan&, const Call<T>&, int64_t chunk);
+template <class T>
+using RunWeight = void (*)(const Plan&, const Call<T>&, const Step& map);
 
 template <class T>
 struct Kernels {
@@ -46,6 +50,7 @@ struct Kernels {
   RunBlock<T> backward;      // gradients of the activations; `row` counts from the chunk's first row, see Call
   RunMap<T> map_gradient;    // dW and db
   RunStatics<T> static_gradient;
+  RunWeight<T> turn_weight;      // what backward needs of a map's weight before all else; null where it needs nothing
 };
 
 constexpr int64_t few_rows = 8;
@@ -54,12 +59,13 @@ struct Isa {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
+  Kernels<float> bf16;           // operands of the maps in bfloat16
   double (*multiply_adds)(int64_t count);  // `count` rounds of independent fp32 multiply-adds; returns the FLOPs done
 
   template <class T>
-  const Kernels<T>& kernels() const {
+  const Kernels<T>& kernels(const Plan& plan) const {
     if constexpr (sizeof(T) == 4)
-      return f32;
+      return plan.half ? bf16 : f32;
     else
       return f64;
   }

@@ -16,6 +16,8 @@ struct Block {
   T* scratch;
   T* spare;    // two panels of plan.widest
 
+  // This block's lanes of a row of the chunk's buffer (backward).
+  T* chunk_row(int64_t n) const { return call.d_z + n * call.chunk + row % chunk_rows; }
   T* at(const Panel& p) const { return (p.kept ? kept : scratch) + p.offset * ld; }
 };
 

@@ -6,10 +6,23 @@
 #include <cstring>
 #include <memory>
 #include <stdexcept>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 
 namespace fusedmoe::cpu {
 
 #if defined(__x86_64__)
+namespace amx {
+extern const Isa isa;
+}
+namespace avx512_bf16 {
+extern const Isa isa;
+}
 namespace avx512 {
 extern const Isa isa;
 }
@@ -21,6 +34,24 @@ namespace baseline {
 extern const Isa isa;
 }
 
+#if defined(__x86_64__)
+namespace {
+
+// Whether the processor has AMX tiles of bfloat16 and the system lets this process use them.
+bool amx_here() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+#if defined(__linux__)
+  // Linux hands the 8 KB of tiles to a process that asks: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+#endif
+
 std::vector<std::pair<const Isa*, bool>> isas() {
   std::vector<std::pair<const Isa*, bool>> result;
 #if defined(__x86_64__)
@@ -28,6 +59,9 @@ std::vector<std::pair<const Isa*, bool>> isas() {
   bool avx2_here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   bool avx512_here = avx2_here && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                      __builtin_cpu_supports("avx512vl");
+  bool bf16_here = avx512_here && __builtin_cpu_supports("avx512bf16");
+  result.emplace_back(&amx::isa, bf16_here && amx_here());
+  result.emplace_back(&avx512_bf16::isa, bf16_here);
   result.emplace_back(&avx512::isa, avx512_here);
   result.emplace_back(&avx2::isa, avx2_here);
 #endif
@@ -88,6 +122,11 @@ T* chunk_scratch(int64_t count) {
   return scratch.get(count);
 }
 
+uint16_t* weight_scratch(int64_t count) {
+  thread_local Scratch<uint16_t> scratch;
+  return scratch.get(count);
+}
+
 // The gradients' tasks of every map: rows of dW in pieces of this many, so that the threads end together; a multiple of every tile.
 constexpr int64_t task_rows = 48;
 
@@ -112,7 +151,7 @@ int64_t rows_of_block(int64_t rows, int64_t threads) {
 
 template <class T>
 void forward(const Plan& plan, const Call<T>& call, const ForEach& each) {
-  const Kernels<T>& kernels = chosen_isa().kernels<T>();
+  const Kernels<T>& kernels = chosen_isa().kernels<T>(plan);
   if (call.rows <= few_rows && !plan.training && kernels.forward_few) {
     if (call.rows) kernels.forward_few(plan, call, 0, call.rows, thread_scratch<T>(forward_scratch(plan, call.rows)));
     return;
@@ -125,7 +164,7 @@ void forward(const Plan& plan, const Call<T>& call, const ForEach& each) {
 
 template <class T>
 void backward(const Plan& plan, Call<T> call, const ForEach& each) {
-  const Kernels<T>& kernels = chosen_isa().kernels<T>();
+  const Kernels<T>& kernels = chosen_isa().kernels<T>(plan);
   const auto wanted = [&](int parameter) { return call.grads[parameter] != nullptr; };
   const std::vector<MapTask> tasks = map_tasks(plan, wanted);
   bool statics = false;
@@ -142,6 +181,10 @@ void backward(const Plan& plan, Call<T> call, const ForEach& each) {
   const int64_t d_z = plan.d_z * call.chunk;
   call.d_z = chunk_scratch<T>(d_z + (tasks.empty() ? 0 : plan.turned * call.turned_rows));
   call.turned = tasks.empty() ? nullptr : call.d_z + d_z;
+  if (kernels.turn_weight) {
+    call.turned_weights = weight_scratch(plan.turned_weights);
+    each(plan.maps.count, [&](int64_t i) { kernels.turn_weight(plan, call, *plan.maps[i]); });
+  }
   for (int64_t first = 0; first < call.rows; first += chunk_rows) {
     const int64_t chunk = std::min(chunk_rows, call.rows - first);
     each((chunk + call.block - 1) / call.block, [&](int64_t block) {

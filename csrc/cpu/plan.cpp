@@ -65,7 +65,28 @@ class Builder {
     roots_ = slots_;
     d_slots_ = gradients;
     plan_.inputs = keep(slots_);
+    std::vector<int64_t> operands;
+    for (const Panel& slot : slots_) operands.push_back(plan_.half ? operand(slot).first : -1);
+    plan_.input_operands = keep(operands);
     plan_.d_inputs = keep(gradients);
+  }
+
+  // The operand of a panel, and whether this is the first map to read it: then it is to make it.
+  std::pair<int64_t, bool> operand(const Panel& in) {
+    auto [at, fresh] = operands_.try_emplace(in.id, top_);
+    if (fresh) top_ += (in.width + 1) / 2;
+    plan_.scratch = std::max(plan_.scratch, top_);
+    return {at->second, fresh};
+  }
+  // Maps that run again in backward may run without those that made their operands; the inputs' are always made.
+  void operand(Step& step) {
+    auto [at, fresh] = operand(step.in);
+    auto source = source_.find(step.in.id);
+    const bool input = source != source_.end() && source->second.slot >= 0;
+    step.operand = at;
+    step.convert = fresh || (plan_.recompute && !input);
+    step.turned_weight = plan_.turned_weights;
+    plan_.turned_weights += step.k * (step.n + step.n % 2);
   }
 
   // Where backward finds the turned form of a panel; entered once, however many maps read it.
@@ -88,19 +109,23 @@ class Builder {
   // The output is placed first and the hidden layers behind it: in inference the next panel then takes their space.
   Chain chain(const std::vector<Layer>& layers, const Panel& in, int64_t d_in, bool out_kept) {
     std::vector<Step> steps(layers.size());
+    // Later chains read the operand of `in` too, so it stands before the space that they may take.
+    const bool makes = plan_.half && operand(in).second;
     place(layers.back(), steps.back(), out_kept);
     int64_t top = top_;
     for (size_t j = 0; j + 1 < layers.size(); j++) place(layers[j], steps[j], !plan_.recompute);
-    if (!plan_.training) top_ = top;
     Panel from = in;
     int64_t d = 0;
     for (Step& step : steps) {
       step.in = from;
       from = step.out;
+      if (plan_.half) operand(step);
+      if (makes && step.in.id == in.id) step.convert = true;
       step.d = d;
       d += step.n;
     }
     plan_.d_steps = std::max(plan_.d_steps, d);
+    if (!plan_.training) top_ = top;
     auto source = source_.find(in.id);
     Chain result{keep(std::move(steps)), in, from, d_in, source != source_.end() && source->second.slot >= 0};
     for (const Step& step : result.steps) {
@@ -230,7 +255,7 @@ class Builder {
   std::vector<int64_t> d_slots_;
   // By the panel's id.
   std::map<int, Turn> source_;
-  std::map<int, int64_t> turned_;
+  std::map<int, int64_t> turned_, operands_;
   std::vector<Turn> turns_;
   std::vector<const Step*> maps_;
 };
@@ -243,6 +268,7 @@ std::unique_ptr<Plan> make_plan(const Table& table, PlanKind kind) {
   plan->training = kind.training;
   plan->expanded = kind.expanded;
   plan->recompute = kind.training && kind.recompute;
+  plan->half = kind.half;
   Builder(*plan, plan->table).build();
   return plan;
 }

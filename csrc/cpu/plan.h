@@ -53,6 +53,9 @@ struct Step {
   Panel in, z, out;
   // Backward: its dz among the thread's, that of the whole chunk [n, chunk], and the input turned to [chunk, leading(k)].
   int64_t d = -1, d_z = -1, turned = -1;
+  // bfloat16: the operand of `in` among the thread's panels, whether this step is to make it, and the transposed weight.
+  int64_t operand = -1, turned_weight = -1;
+  bool convert = false;
 };
 
 struct Chain {
@@ -113,6 +116,9 @@ struct Plan {
   bool training, expanded;
   bool recompute;                // keep only the units' outputs and the softmax, and run maps and towers again in backward
   Span<Panel> inputs;            // of the input slots; one for all when x is expanded
+  bool half;                     // the maps take bfloat16
+  Span<int64_t> input_operands;  // and find the input slots there
+  int64_t turned_weights = 0;    // numbers of all transposed weights
   Span<Stage> stages;
   Span<Tower> towers;
   Span<Turn> tower_turns;
@@ -128,9 +134,9 @@ struct Plan {
 };
 
 // How a call is to be planned. `training`: keep what backward needs, with `recompute` as little as possible. `expanded`: x has stride 0
-// over its slots, so one panel serves all.
+// over its slots, so one panel serves all. `half`: the maps' operands are bfloat16.
 struct PlanKind {
-  bool training = false, expanded = false, recompute = false;
+  bool training = false, expanded = false, recompute = false, half = false;
 };
 // Place every buffer.
 std::unique_ptr<Plan> make_plan(const Table& table, PlanKind kind);

@@ -1,0 +1,161 @@
+// What the maps read and how they multiply: `Exact` takes panels as they are, `Halves` rounds both operands to bfloat16 and sums in
+// float32. One walk through the plan, forward or backward, serves both.
+#pragma once
+#include "half.h"
+#include "mix.h"
+
+namespace fusedmoe::cpu::FUSEDMOE_ISA {
+
+struct Exact {
+  template <class T>
+  static void input(const Block<T>&, int64_t) {}
+
+  // z = W in + bias, and relu.
+  template <class T>
+  static void map(const Block<T>& b, const Step& step) {
+    Product<T> p{};
+    p.a = b.call.params[step.weight];
+    p.lda = p.k = step.k;
+    p.b = b.at(step.in);
+    p.c = b.at(step.z);
+    p.ldb = p.ldc = b.ld;
+    p.bias = step.bias >= 0 ? b.call.params[step.bias] : nullptr;
+    p.relu = step.act == Act::relu;
+    multiply<T, false>(p, step.n, padded(b.rows));
+  }
+  // to (+)= W^T dz.
+  template <class T>
+  static void d_input(const Block<T>& b, const Step& step, const T* d_z, T* to, bool add) {
+    Product<T> p{};
+    p.a = b.call.params[step.weight];
+    p.lda = step.k;
+    p.b = d_z;
+    p.c = to;
+    p.ldb = p.ldc = b.ld;
+    p.k = step.n;
+    p.add = add;
+    multiply<T, true>(p, step.k, padded(b.rows));
+  }
+  // Hand a dz to the chunk's buffer, where dW and db find it.
+  template <class T>
+  static void keep(const Block<T>& b, const T* d_z, const Step& step) {
+    for (int64_t n = 0; n < step.n; n++) memcpy(b.chunk_row(step.d_z + n), d_z + n * b.ld, b.rows * sizeof(T));
+  }
+  // The x of a dW, from rows of the network's input or from a panel.
+  template <class T>
+  static void turn_rows(const Block<T>& b, const T* x, int64_t width, T* to) {
+    const int64_t stride = leading(width);
+    to += b.row % chunk_rows * stride;
+    for (int64_t r = 0; r < b.rows; r++) {
+      memcpy(to + r * stride, x + r * b.call.row_stride, width * sizeof(T));
+      for (int64_t k = width; k < padded(width); k++) to[r * stride + k] = 0;
+    }
+  }
+  template <class T>
+  static void turn_panel(const Block<T>& b, T* panel, int64_t width, T* to) {
+    const int64_t stride = leading(width);
+    transpose(panel, b.ld, width, b.rows, to + b.row % chunk_rows * stride, stride, padded(width));
+  }
+  // dW (+)= dz x for rows of dW from `first` on.
+  template <class T>
+  static void weight_gradient(const Call<T>& call, const Step& step, int64_t first, int64_t count, int64_t chunk, T* d_weight, bool add) {
+    Product<T> p{};
+    p.a = call.d_z + (step.d_z + first) * call.chunk;
+    p.lda = call.chunk;
+    p.k = chunk;
+    p.b = call.turned + step.turned * call.turned_rows;
+    p.ldb = leading(step.k);
+    p.c = d_weight + first * step.k;
+    p.ldc = step.k;
+    p.add = add;
+    multiply<T, false>(p, count, step.k);
+  }
+  // The sum of a row of the chunk's dz: lanes side by side, then in order.
+  template <class T>
+  static T sum(const T* row, int64_t chunk) {
+    constexpr int lanes = Lanes<T>::count;
+    vec<T> sums = splat<T>(0);
+    const int64_t whole = chunk / lanes * lanes;
+    for (int64_t v = 0; v < whole; v += lanes) sums = sums + load<T>(row + v);
+    T total = 0;
+    for (int i = 0; i < lanes; i++) total += sums[i];
+    for (int64_t r = whole; r < chunk; r++) total += row[r];
+    return total;
+  }
+};
+
+struct Halves {
+  static uint32_t* operand(const Block<float>& b, int64_t offset) { return (uint32_t*)(b.scratch + offset * b.ld); }
+
+  static void input(const Block<float>& b, int64_t slot) {
+    const Panel& from = b.plan.inputs[slot];
+    pair_rows(b.at(from), from.width, b.ld, padded(b.rows), operand(b, b.plan.input_operands[slot]), b.ld);
+  }
+  static void map(const Block<float>& b, const Step& step) {
+    uint32_t* in = operand(b, step.operand);
+    if (step.convert) pair_rows(b.at(step.in), step.k, b.ld, padded(b.rows), in, b.ld);
+    HalfProduct p{b.call.halves[step.weight], step.k, in, b.ld, step.k, b.at(step.z), b.ld};
+    p.bias = step.bias >= 0 ? b.call.params[step.bias] : nullptr;
+    p.relu = step.act == Act::relu;
+    multiply(p, step.n, padded(b.rows));
+  }
+  static void d_input(const Block<float>& b, const Step& step, const float* d_z, float* to, bool add) {
+    uint32_t* pairs = (uint32_t*)b.spare;
+    pair_rows(d_z, step.n, b.ld, padded(b.rows), pairs, b.ld);
+    HalfProduct p{b.call.turned_weights + step.turned_weight, step.n + step.n % 2, pairs, b.ld, step.n, to, b.ld};
+    p.add = add;
+    multiply(p, step.k, padded(b.rows));
+  }
+  // Rounded, two rows of the batch a word; a last row alone has a zero beside it.
+  static void keep(const Block<float>& b, const float* d_z, const Step& step) {
+    for (int64_t n = 0; n < step.n; n++) {
+      uint16_t* to = (uint16_t*)(b.call.d_z + (step.d_z + n) * b.call.chunk) + b.row % chunk_rows;
+      round_row(d_z + n * b.ld, b.rows, to);
+      if (b.rows % 2) to[b.rows] = 0;
+    }
+  }
+  static void turn_rows(const Block<float>& b, const float* x, int64_t width, float* to) {
+    const int64_t stride = leading(width);
+    uint32_t* words = (uint32_t*)to + b.row % chunk_rows / 2 * stride;
+    for (int64_t r = 0; r < (b.rows + 1) / 2; r++) memset(words + r * stride + width, 0, (padded(width) - width) * 4);
+    pair_rows(x, b.rows, b.call.row_stride, width, words, stride);
+  }
+  static void turn_panel(const Block<float>& b, float* panel, int64_t width, float* to) {
+    const int64_t stride = leading(width);
+    uint16_t* plain = (uint16_t*)(b.spare + b.plan.widest * b.ld);
+    for (int64_t w = 0; w < width; w++) {
+      round_row(panel + w * b.ld, b.rows, plain + w * b.ld);
+      if (b.rows % 2) plain[w * b.ld + b.rows] = 0;
+    }
+    transpose((const float*)plain, b.ld / 2, width, (b.rows + 1) / 2, to + b.row % chunk_rows / 2 * stride, stride, padded(width));
+  }
+  static void weight_gradient(const Call<float>& call, const Step& step, int64_t first, int64_t count, int64_t chunk, float* d_weight, bool add) {
+    HalfProduct p{(const uint16_t*)(call.d_z + (step.d_z + first) * call.chunk), 2 * call.chunk,
+                  (const uint32_t*)(call.turned + step.turned * call.turned_rows), leading(step.k), chunk, d_weight + first * step.k, step.k};
+    p.add = add;
+    multiply(p, count, step.k);
+  }
+  static float sum(const float* row, int64_t chunk) {
+    const uint16_t* halves = (const uint16_t*)row;
+    constexpr int chains = 16;
+    float sums[chains] = {}, total = 0;
+    for (int64_t r = 0; r < chunk; r++) sums[r % chains] += widened(halves[r]);
+    for (float s : sums) total += s;
+    return total;
+  }
+};
+
+// W [n, k] of a map to [k, n], rows of an even length: the A of its d_input.
+inline void turn_weight(const Plan&, const Call<float>& call, const Step& step) {
+  const int64_t n = step.n, k = step.k, even = n + n % 2;
+  const uint16_t* w = call.halves[step.weight];
+  uint16_t* to = call.turned_weights + step.turned_weight;
+  constexpr int64_t side = 64;
+  for (int64_t i = 0; i < n; i += side)
+    for (int64_t j = 0; j < k; j += side)
+      for (int64_t b = j; b < k && b < j + side; b++)
+        for (int64_t a = i; a < n && a < i + side; a++) to[b * even + a] = w[a * k + b];
+  for (int64_t j = 0; j < k && n % 2; j++) to[j * even + n] = 0;
+}
+
+}  // namespace fusedmoe::cpu::FUSEDMOE_ISA
