@@ -1,11 +1,9 @@
-// The only file that knows PyTorch: the operator's registration through the stable ABI, and pybind11 for what is no operator.
+// The only file, with tensors.h, that knows PyTorch: the operator's registration through the stable ABI, and pybind11 for what is no
+// operator.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <exception>
@@ -13,10 +11,13 @@
 #include <unordered_map>
 
 #include "cpu/network.h"
+#include "tensors.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
+using fusedmoe::checked;
+using fusedmoe::ScalarType;
+using fusedmoe::shape_of;
 using torch::stable::Tensor;
 namespace cpu = fusedmoe::cpu;
 
@@ -56,28 +57,6 @@ void for_each(int64_t count, const std::function<void(int64_t)>& body) {
   if (failure) std::rethrow_exception(failure);
 }
 
-std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); i++) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
-
-std::string shape_of(const std::vector<int64_t>& sizes) {
-  std::string text = "[";
-  for (size_t i = 0; i < sizes.size(); i++) text += (i ? ", " : "") + std::to_string(sizes[i]);
-  return text + "]";
-}
-
-// `t` itself if it is what the kernels take, a contiguous copy if only its strides are not, an error otherwise.
-Tensor checked(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype, const char* what) {
-  const auto have = t.sizes();
-  bool same = have.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), have.begin());
-  STD_TORCH_CHECK(same, what, ": expected shape ", shape_of(sizes), ", got ", shape_of(t));
-  STD_TORCH_CHECK(t.is_cpu(), what, ": expected a CPU tensor");
-  STD_TORCH_CHECK(t.scalar_type() == dtype, what, ": expected the dtype of x");
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
 // A call's tensors, checked; it owns the contiguous copies.
 template <class T>
 struct Arguments {
@@ -88,11 +67,11 @@ struct Arguments {
   cpu::Call<T> call;
 
   Arguments(const Tensor& input, const std::vector<Tensor>& tensors, const std::string& text, bool training) : x(input) {
-    STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu(), "x: expected a CPU tensor [B, S, D], got ", shape_of(x));
+    STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu(), "x: expected a CPU tensor [B, S, D], got ", shape_of(x.sizes()));
     if (x.numel() > 0 && x.size(2) > 1 && x.stride(2) != 1) x = torch::stable::contiguous(x);
     plan = plan_of(text, training, x.stride(1) == 0 && x.size(1) > 1);
     const fusedmoe::Table& table = plan->table;
-    STD_TORCH_CHECK(x.size(1) == table.slots && x.size(2) == table.width, "x: expected [B, ", table.slots, ", ", table.width, "], got ", shape_of(x));
+    STD_TORCH_CHECK(x.size(1) == table.slots && x.size(2) == table.width, "x: expected [B, ", table.slots, ", ", table.width, "], got ", shape_of(x.sizes()));
     STD_TORCH_CHECK(tensors.size() == table.shapes.size(), "params: expected ", table.shapes.size(), " tensors, got ", tensors.size());
     params.reserve(tensors.size());
     for (size_t i = 0; i < tensors.size(); i++) {
@@ -114,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vecto
   const int64_t rows = a.call.rows;
   Tensor out = torch::stable::new_empty(a.x, {rows, table.output[0], table.output[1]});
   Tensor weights = torch::stable::new_empty(a.x, {rows, mixing ? table.mixing : 0});
-  Tensor saved = torch::stable::new_empty(a.x, {save ? a.plan->kept * cpu::kept_lanes(rows) + cpu::lane_multiple : 0});
+  Tensor saved = fusedmoe::Results<T>(a.x).make({save ? a.plan->kept * cpu::kept_lanes(rows) + cpu::lane_multiple : 0});
   a.call.out = static_cast<T*>(out.data_ptr());
   a.call.weights = mixing ? static_cast<T*>(weights.data_ptr()) : nullptr;
   a.call.block = cpu::rows_of_block(rows, torch::stable::get_num_threads());
@@ -140,8 +119,9 @@ std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d
   Tensor d_mixing = d_weights ? checked(*d_weights, {rows, table.mixing}, a.x.scalar_type(), "d_weights") : d_top;
   std::vector<Tensor> results;
   std::vector<T*> grads(params.size(), nullptr);
+  fusedmoe::Results<T> memory(a.x);
   const auto result = [&](const std::vector<int64_t>& sizes) {
-    results.push_back(torch::stable::new_empty(a.x, {sizes.data(), sizes.size()}));
+    results.push_back(memory.make(sizes));
     return static_cast<T*>(results.back().data_ptr());
   };
   if (needs[0] == '1') a.call.d_x = result({rows, table.slots, table.width});
@@ -161,21 +141,45 @@ std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d
   return results;
 }
 
-void check_dtype(const Tensor& x) {
-  ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "x: the cpu backend expects float32 or float64");
+// float16 is stored, never computed in: the arguments are widened and the results rounded, once.
+Tensor widened(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Half, "params, d_out, d_weights: expected the dtype of x, float16");
+  return torch::stable::to(t, ScalarType::Float);
 }
 
+std::vector<Tensor> widened(const std::vector<Tensor>& tensors) {
+  std::vector<Tensor> result;
+  for (const Tensor& t : tensors) result.push_back(widened(t));
+  return result;
+}
+
+Tensor rounded(const Tensor& t) { return torch::stable::to(t, ScalarType::Half); }
+
 std::tuple<Tensor, Tensor, Tensor> network_cpu(const Tensor& x, const std::vector<Tensor>& params, const std::string& table, bool save, bool mixing) {
-  check_dtype(x);
-  return x.scalar_type() == ScalarType::Float ? forward<float>(x, params, table, save, mixing) : forward<double>(x, params, table, save, mixing);
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return forward<float>(x, params, table, save, mixing);
+    case ScalarType::Double: return forward<double>(x, params, table, save, mixing);
+    case ScalarType::Half: {
+      auto [out, weights, saved] = forward<float>(widened(x), widened(params), table, save, mixing);
+      return {rounded(out), rounded(weights), saved};
+    }
+    default: STD_TORCH_CHECK(false, "x: the cpu backend expects float32, float64 or float16");
+  }
 }
 
 std::vector<Tensor> network_cpu_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& x, const std::vector<Tensor>& params,
                                          const Tensor& saved, const std::string& table, const std::string& needs) {
-  check_dtype(x);
-  return x.scalar_type() == ScalarType::Float ? backward<float>(d_out, d_weights, x, params, saved, table, needs)
-                                              : backward<double>(d_out, d_weights, x, params, saved, table, needs);
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return backward<float>(d_out, d_weights, x, params, saved, table, needs);
+    case ScalarType::Double: return backward<double>(d_out, d_weights, x, params, saved, table, needs);
+    case ScalarType::Half: {
+      const auto d_mixing = d_weights ? std::optional(widened(*d_weights)) : std::nullopt;
+      std::vector<Tensor> results = backward<float>(widened(d_out), d_mixing, widened(x), widened(params), saved, table, needs);
+      std::transform(results.begin(), results.end(), results.begin(), rounded);
+      return results;
+    }
+    default: STD_TORCH_CHECK(false, "x: the cpu backend expects float32, float64 or float16");
+  }
 }
 
 int64_t kept_of(const std::string& table) { return plan_of(table, true, false)->kept; }
@@ -212,6 +216,7 @@ PYBIND11_MODULE(_C, m) {
     return result;
   }, "Every ISA of this build, best first, and whether this processor has it.");
   m.def("isa", [] { return std::string(cpu::chosen_isa().name); }, "The ISA whose kernels run; RuntimeError for a wrong FUSEDMOE_ISA.");
+  m.def("free_bytes", &fusedmoe::free_bytes, "Bytes of results that died, kept for the next ones.");
   m.def("kept", &kept_of, "Numbers a row that forward keeps for backward.");
   m.def("fma_peak", &fma_peak, "GFLOP/s of independent fp32 multiply-adds on one core: the best of as many rounds as fit into `seconds`.");
 }

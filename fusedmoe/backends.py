@@ -61,7 +61,7 @@ class Backend:
 
 
 BACKENDS = (
-    Backend("cpu", lambda: _EXTENSION, ("cpu",), ("float32", "float64")),
+    Backend("cpu", lambda: _EXTENSION, ("cpu",), ("float32", "float64", "float16")),
     Backend("reference", lambda: None, None, tuple(dtypes.DTYPES), transforms=True),
 )
 

@@ -209,7 +209,9 @@ def _fake_forward(x, params, table, save, mixing):
     # kept_lanes in csrc/cpu/plan.h, and a header of 16 numbers.
     rest = (rows % 128 + 15) // 16 * 16
     kept = (rows // 128 * 144 + rest + rest // 128 * 16) * _C.kept(table) + 16 if save else 0
-    return x.new_empty(rows, *network.output), x.new_empty(rows, network.mixing if mixing else 0), x.new_empty(kept)
+    # float16 is computed, and kept, in float32.
+    state = x.new_empty(kept, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(rows, *network.output), x.new_empty(rows, network.mixing if mixing else 0), state
 
 
 def _fake_backward(d_out, d_weights, x, params, saved, table, needs):
@@ -254,11 +256,17 @@ def _gradients(ctx, d_out, d_weights, needed) -> tuple[Tensor | None, list[Tenso
 
 def _batched(d_out, d_weights, x, params, saved, table, needs) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradients under vmap (`is_grads_batched`), which can batch the reference's plain PyTorch but no C++ kernel."""
-    network = codec.decode(table)
-    by_level = (None,) * len(network.levels) if d_weights is None else _by_level(d_weights, network)
-    d_x, d_params = reference.backward(x, params, network, d_out, by_level)
-    d_x, *d_params = [d if flag == "1" else None for d, flag in zip([d_x, *d_params], needs, strict=True)]
+    grads = _plain_gradients(d_out, d_weights, x, params, codec.decode(table))
+    d_x, *d_params = [d if flag == "1" else None for d, flag in zip(grads, needs, strict=True)]
     return d_x, d_params
+
+
+def _plain_gradients(d_out, d_weights, x, params, network: Table) -> list[Tensor | None]:
+    """The reference's backward, in float32 where x is narrower, as the kernels compute."""
+    d_out, d_weights, wide, *raised = [t if t is None else _at_least_float32(t) for t in (d_out, d_weights, x, *params)]
+    by_level = (None,) * len(network.levels) if d_weights is None else _by_level(d_weights, network)
+    d_x, d_params = reference.backward(wide, raised, network, d_out, by_level)
+    return [d if d is None else d.to(x.dtype) for d in (d_x, *d_params)]
 
 
 def _save_for_double(ctx, inputs, output):
@@ -276,9 +284,8 @@ def _double_backward(ctx, dd):
     tensors = [t if t is None else t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
     d_out, d_weights, x, *params = tensors
     with torch.enable_grad(), _without_autocast(x):
-        by_level = (None,) * len(network.levels) if d_weights is None else _by_level(d_weights, network)
-        d_x, d_params = reference.backward(x, params, network, d_out, by_level)
-        wanted = [d for d, flag in zip([d_x, *d_params], ctx.needs, strict=True) if flag == "1"]
+        grads = _plain_gradients(d_out, d_weights, x, params, network)
+        wanted = [d for d, flag in zip(grads, ctx.needs, strict=True) if flag == "1"]
         pairs = [(d, g) for d, g in zip(wanted, dd, strict=True) if g is not None and d is not None and d.requires_grad]
         inputs = [t for t in tensors if t is not None]
         results = iter([None] * len(inputs))

@@ -85,7 +85,7 @@ def test_auto_says_what_it_chooses():
     fuse(model)
     assert describe(model).splitlines()[0].endswith("backend auto (cpu)")
     model.bfloat16()
-    assert describe(model).splitlines()[0].endswith("backend auto (reference: cpu: expected float32 or float64, got bfloat16)")
+    assert describe(model).splitlines()[0].endswith("backend auto (reference: cpu: expected float32 or float64 or float16, got bfloat16)")
 
 
 def test_modules_of_ours_are_described():

@@ -228,7 +228,7 @@ def test_a_backend_that_cannot_run_is_an_error_and_changes_nothing(layer, monkey
 def test_a_backend_that_does_not_take_the_dtype_is_an_error_and_changes_nothing(layer):
     layer.to(torch.bfloat16)
     before = everything(layer)
-    with pytest.raises(RuntimeError, match="backend cpu: expected float32 or float64, got bfloat16"):
+    with pytest.raises(RuntimeError, match="backend cpu: expected float32 or float64 or float16, got bfloat16"):
         fuse(layer, backend="cpu")
     assert everything(layer) == before
 
@@ -245,16 +245,15 @@ def test_the_report_says_what_auto_comes_to(layer):
     assert str(fuse(layer)).splitlines()[1] == "  (the model itself): AdaTTSp as adatt_sp, backend auto (cpu)"
     assert fuse(layer).already[0].backend == "auto (cpu)"
     layer.bfloat16()
-    assert fuse(layer).already[0].backend == "auto (reference: cpu: expected float32 or float64, got bfloat16)"
+    assert fuse(layer).already[0].backend == "auto (reference: cpu: expected float32 or float64 or float16, got bfloat16)"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_auto_declines_a_layer_that_only_the_reference_could_run(layer, dtype):
-    layer.to(dtype)
+def test_auto_declines_a_layer_that_only_the_reference_could_run(layer):
+    layer.bfloat16()
     before = everything(layer)
     report = fuse(layer)
-    name = str(dtype).removeprefix("torch.")
-    assert not report and f"only the reference could run it, slower than the layer itself (cpu: expected float32 or float64, got {name})" in str(report)
+    reason = "only the reference could run it, slower than the layer itself (cpu: expected float32 or float64 or float16, got bfloat16)"
+    assert not report and reason in str(report)
     assert everything(layer) == before
     assert fuse(layer, backend="reference").fused[0].backend == "reference"
 

@@ -1,0 +1,118 @@
+// Tensors through PyTorch's stable ABI: checked arguments, and results in ordinary or in recycled memory. Only bindings.cpp includes it.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "recycle.h"
+
+// PyTorch has it since 2.11, this binary loads in 2.10 too: null there.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides,
+                                                                int64_t storage_offset, int32_t dtype, int32_t device_type, int32_t device_index,
+                                                                AtenTensorHandle* result, int32_t layout, const uint8_t* opaque_metadata,
+                                                                int64_t opaque_metadata_size, void (*deleter)(void* data, void* ctx), void* deleter_ctx);
+
+namespace fusedmoe {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class Sizes>
+std::string shape_of(const Sizes& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); i++) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+// `t` itself if it is what the kernels take, a contiguous copy if only its strides are not, an error otherwise.
+inline Tensor checked(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype, const char* what) {
+  const auto have = t.sizes();
+  bool same = have.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), have.begin());
+  STD_TORCH_CHECK(same, what, ": expected shape ", shape_of(sizes), ", got ", shape_of(have));
+  STD_TORCH_CHECK(t.is_cpu(), what, ": expected a CPU tensor");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, what, ": expected the dtype of x");
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+inline int64_t count_of(const std::vector<int64_t>& sizes) {
+  int64_t count = 1;
+  for (int64_t size : sizes) count *= size;
+  return count;
+}
+
+template <class T>
+constexpr ScalarType dtype_of = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
+
+// The strides of a contiguous tensor.
+inline std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  return strides;
+}
+
+// Whether torch.use_deterministic_algorithms asks for NaN in memory that nothing was written to. The stable ABI does not tell; what
+// torch put into a tensor of its own does, and a NaN that stands there by chance only costs a needless fill.
+template <class T>
+bool poisoning(const Tensor& like) {
+  Tensor probe = torch::stable::new_empty(like, {1}, dtype_of<T>);
+  return std::isnan(*static_cast<const T*>(probe.const_data_ptr()));
+}
+
+// Results of one call. Each is a tensor with a storage of its own, as fresh as any (autograd and optimizers may keep it, it is pickled
+// and shared alone), but for one thing: torch lets nobody enlarge a storage that it did not allocate. Their memory is recycled.
+template <class T>
+class Results {
+ public:
+  explicit Results(const Tensor& like) : like_(like), poison_(torch_from_blob && poisoning<T>(like)) {}
+  ~Results() {
+    if (block_) drop_block(block_);
+  }
+  Results(const Results&) = delete;
+  Results& operator=(const Results&) = delete;
+
+  Tensor make(const std::vector<int64_t>& sizes) {
+    const size_t bytes = size_t(count_of(sizes)) * sizeof(T);
+    if (!torch_from_blob || !bytes) return torch::stable::new_empty(like_, {sizes.data(), sizes.size()}, dtype_of<T>);
+    if (bytes > smallest_block) {
+      Block* own = take_block(bytes);
+      Tensor result = place(own, own->memory, sizes, bytes);
+      drop_block(own);
+      return result;
+    }
+    if (!block_ || used_ + bytes > block_->bytes) {
+      if (block_) drop_block(block_);
+      block_ = nullptr;
+      block_ = take_block(smallest_block);
+      used_ = 0;
+    }
+    char* memory = block_->memory + used_;
+    used_ += (bytes + block_alignment - 1) / block_alignment * block_alignment;
+    return place(block_, memory, sizes, bytes);
+  }
+
+ private:
+  Tensor place(Block* block, char* memory, const std::vector<int64_t>& sizes, size_t bytes) {
+    if (poison_) std::fill_n(reinterpret_cast<T*>(memory), bytes / sizeof(T), std::numeric_limits<T>::quiet_NaN());
+    const std::vector<int64_t> strides = strides_of(sizes);
+    const int32_t dtype = sizeof(T) == 4 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
+    AtenTensorHandle handle;
+    block->holders.fetch_add(1, std::memory_order_relaxed);
+    const auto failed = torch_from_blob(memory, int64_t(sizes.size()), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
+                                        aoti_torch_layout_strided(), nullptr, 0, [](void*, void* held) { drop_block(static_cast<Block*>(held)); }, block);
+    if (failed) drop_block(block);
+    STD_TORCH_CHECK(!failed, "cpu backend: expected a tensor ", shape_of(sizes), " in recycled memory, got an error of torch");
+    return Tensor(handle);
+  }
+
+  const Tensor& like_;
+  bool poison_;
+  Block* block_ = nullptr;  // the one that is being filled
+  size_t used_ = 0;
+};
+
+}  // namespace fusedmoe
