@@ -2,6 +2,7 @@
 #include "isa.h"
 
 #include "backward.h"
+#include "packed.h"
 
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
@@ -24,8 +25,10 @@ double multiply_adds(int64_t count) {
 extern const Isa isa;
 const Isa isa = {
     FUSEDMOE_NAME_OF(FUSEDMOE_ISA),
-    {forward<float, Transposed<float>>, forward<float, RowByRow>, backward<float>, map_gradient<float>, static_gradient<float>},
-    {forward<double, Transposed<double>>, nullptr, backward<double>, map_gradient<double>, static_gradient<double>},
+    {forward<float, Transposed<float>>, forward<float, RowByRow>, forward<float, PackedTransposed<float>>, forward<float, PackedRowByRow>, backward<float>,
+     map_gradient<float>, static_gradient<float>},
+    {forward<double, Transposed<double>>, nullptr, forward<double, PackedTransposed<double>>, nullptr, backward<double>, map_gradient<double>,
+     static_gradient<double>},
     multiply_adds,
 };
 

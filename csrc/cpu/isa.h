@@ -10,6 +10,7 @@ struct Call {
   const T* x = nullptr;  // [B, S, D]: rows at row_stride, slots at slot_stride, the last dimension contiguous
   int64_t rows = 0, row_stride = 0, slot_stride = 0;
   const T* const* params = nullptr;
+  bool packed = false;   // params point into the buffer of a frozen network (packing.h)
   T* out = nullptr;      // [B, *output]
   T* weights = nullptr;  // [B, mixing]
   T* kept = nullptr;     // plan.kept panels of kept_lanes(rows) lanes, block by block
@@ -43,6 +44,7 @@ template <class T>
 struct Kernels {
   RunBlock<T> forward;       // a block of any rows
   RunBlock<T> forward_few;   // at most few_rows rows, inference only; null where there is none
+  RunBlock<T> packed, packed_few;  // the same from packed parameters
   RunBlock<T> backward;      // gradients of the activations; `row` counts from the chunk's first row, see Call
   RunMap<T> map_gradient;    // dW and db
   RunStatics<T> static_gradient;
