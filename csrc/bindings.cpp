@@ -1,61 +1,22 @@
-// The only file, with tensors.h, that knows PyTorch: the operator's registration through the stable ABI, and pybind11 for what is no
-// operator.
+// The operator's registration through the stable ABI, and pybind11 for what is no operator.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
-#include <atomic>
+#include <algorithm>
 #include <chrono>
-#include <exception>
-#include <mutex>
-#include <unordered_map>
 
-#include "cpu/network.h"
-#include "tensors.h"
+#include "host.h"
 
 namespace {
 
 using fusedmoe::checked;
+using fusedmoe::for_each;
+using fusedmoe::plan_of;
 using fusedmoe::ScalarType;
 using fusedmoe::shape_of;
-using torch::stable::Tensor;
+using fusedmoe::Tensor;
 namespace cpu = fusedmoe::cpu;
-
-// Plans by table: decoding costs more than a small network. A process uses few tables; past the limit all are dropped.
-constexpr size_t plan_limit = 1024;
-
-std::shared_ptr<const cpu::Plan> plan_of(const std::string& table, bool training, bool expanded) {
-  static std::mutex mutex;
-  static std::unordered_map<std::string, std::shared_ptr<const cpu::Plan>> plans[2][2];
-  std::lock_guard<std::mutex> lock(mutex);
-  auto& known = plans[training][expanded];
-  auto found = known.find(table);
-  if (found != known.end()) return found->second;
-  if (known.size() >= plan_limit) known.clear();
-  return known[table] = cpu::make_plan(fusedmoe::decode(table), {training, expanded});
-}
-
-// at::parallel_for, with the work handed out as the threads ask for it.
-void for_each(int64_t count, const std::function<void(int64_t)>& body) {
-  const int64_t workers = std::min<int64_t>(count, torch::stable::get_num_threads());
-  if (workers <= 1) {
-    for (int64_t i = 0; i < count; i++) body(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  std::exception_ptr failure;
-  std::once_flag once;
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    // The stable ABI would replace the text of an exception that leaves here.
-    try {
-      for (int64_t i = next++; i < count; i = next++) body(i);
-    } catch (...) {
-      std::call_once(once, [&] { failure = std::current_exception(); });
-      next = count;
-    }
-  });
-  if (failure) std::rethrow_exception(failure);
-}
 
 // A call's tensors, checked; it owns the contiguous copies.
 template <class T>
@@ -69,7 +30,7 @@ struct Arguments {
   Arguments(const Tensor& input, const std::vector<Tensor>& tensors, const std::string& text, bool training) : x(input) {
     STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu(), "x: expected a CPU tensor [B, S, D], got ", shape_of(x.sizes()));
     if (x.numel() > 0 && x.size(2) > 1 && x.stride(2) != 1) x = torch::stable::contiguous(x);
-    plan = plan_of(text, training, x.stride(1) == 0 && x.size(1) > 1);
+    plan = plan_of(text, {training, x.stride(1) == 0 && x.size(1) > 1});
     const fusedmoe::Table& table = plan->table;
     STD_TORCH_CHECK(x.size(1) == table.slots && x.size(2) == table.width, "x: expected [B, ", table.slots, ", ", table.width, "], got ", shape_of(x.sizes()));
     STD_TORCH_CHECK(tensors.size() == table.shapes.size(), "params: expected ", table.shapes.size(), " tensors, got ", tensors.size());
@@ -182,7 +143,9 @@ std::vector<Tensor> network_cpu_backward(const Tensor& d_out, const std::optiona
   }
 }
 
-int64_t kept_of(const std::string& table) { return plan_of(table, true, false)->kept; }
+int64_t packed_size(const std::string& table) { return fusedmoe::planned(table, {})->packing.size; }
+
+int64_t kept_of(const std::string& table) { return plan_of(table, {true, false})->kept; }
 
 double fma_peak(double seconds) {
   const cpu::Isa& isa = cpu::chosen_isa();
@@ -197,6 +160,9 @@ double fma_peak(double seconds) {
 }
 
 }  // namespace
+
+// watch.cpp
+void bind_watch(pybind11::module_& m);
 
 STABLE_TORCH_LIBRARY(fusedmoe, m) {
   m.def("network_cpu(Tensor x, Tensor[] params, str table, bool save, bool mixing) -> (Tensor, Tensor, Tensor)");
@@ -218,5 +184,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(cpu::chosen_isa().name); }, "The ISA whose kernels run; RuntimeError for a wrong FUSEDMOE_ISA.");
   m.def("free_bytes", &fusedmoe::free_bytes, "Bytes of results that died, kept for the next ones.");
   m.def("kept", &kept_of, "Numbers a row that forward keeps for backward.");
+  m.def("packed_size", &packed_size, "Numbers of the packed parameters of a frozen network.");
   m.def("fma_peak", &fma_peak, "GFLOP/s of independent fp32 multiply-adds on one core: the best of as many rounds as fit into `seconds`.");
+  bind_watch(m);
 }

@@ -1,4 +1,4 @@
-// Tensors through PyTorch's stable ABI: checked arguments, and results in ordinary or in recycled memory. Only bindings.cpp includes it.
+// Tensors through PyTorch's stable ABI: checked arguments, and results in ordinary or in recycled memory.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

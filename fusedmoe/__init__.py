@@ -10,8 +10,23 @@ The mathematics stand in `fusedmoe/reference/operator.py`, every family's wiring
 from fusedmoe import functional, nn
 from fusedmoe.activation import Activation
 from fusedmoe.backends import backends
+from fusedmoe.freezing import FreezeReport, freeze, unfreeze
 from fusedmoe.swap import FuseReport, describe, fuse, register_adapter, unfuse
 from fusedmoe.table import Table
 
 __version__ = "0.1.0"
-__all__ = ["Activation", "FuseReport", "Table", "backends", "describe", "functional", "fuse", "nn", "register_adapter", "unfuse"]
+__all__ = [
+    "Activation",
+    "FreezeReport",
+    "FuseReport",
+    "Table",
+    "backends",
+    "describe",
+    "freeze",
+    "functional",
+    "fuse",
+    "nn",
+    "register_adapter",
+    "unfreeze",
+    "unfuse",
+]

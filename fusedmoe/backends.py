@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +25,8 @@ def _load() -> str | None:
 
 
 # Once, at import: torch.compile cannot trace a call into the extension.
-_EXTENSION = _load()
+_UNAVAILABLE = _load()
+EXTENSION = importlib.import_module("fusedmoe._C") if _UNAVAILABLE is None else None
 
 
 def transforming() -> bool:
@@ -61,7 +63,7 @@ class Backend:
 
 
 BACKENDS = (
-    Backend("cpu", lambda: _EXTENSION, ("cpu",), ("float32", "float64", "float16")),
+    Backend("cpu", lambda: _UNAVAILABLE, ("cpu",), ("float32", "float64", "float16")),
     Backend("reference", lambda: None, None, tuple(dtypes.DTYPES), transforms=True),
 )
 

@@ -28,8 +28,12 @@ class Entry:
     backend: str = ""
     reason: str = ""
 
+    @property
+    def place(self) -> str:
+        return f"{self.path or '(the model itself)'}: {self.module}"
+
     def __str__(self) -> str:
-        found = f"{self.path or '(the model itself)'}: {self.module}"
+        found = self.place
         if self.reason:
             return f"{found}: {self.reason}"
         return f"{found} as {self.family}, backend {self.backend}"
@@ -60,13 +64,19 @@ class FuseReport:
 
 
 @dataclass(frozen=True)
-class _Finding:
+class Finding:
     """A module that somebody recognised, or came near to. One of `binding` (fused), `match` (fusable) and `entry.reason` (declined) says which."""
 
     entry: Entry
     module: nn.Module
     binding: Binding | None = None
     match: Match | None = None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether `freeze` froze the module and no parameter has changed since."""
+        frozen = self.binding.frozen if self.binding else None
+        return frozen is not None and frozen.holds()
 
 
 def fuse(model: nn.Module, backend: str = "auto") -> FuseReport:
@@ -83,14 +93,14 @@ def fuse(model: nn.Module, backend: str = "auto") -> FuseReport:
     Raises: TypeError if `model` is no module, ValueError for an unknown backend, RuntimeError with the reason for one that cannot
         run here, or not with the dtype and device of a layer. The model is then as it was.
     """
-    _require_module(model, "fuse")
+    require_module(model, "fuse")
     require(backend)
     before = _installed(model)
     try:
         for module, forward in before:
             if forward.binding.change():
                 del module.__dict__["forward"]
-        findings = [_with_choice(finding, backend) for finding in _walk(model, "", set())]
+        findings = [_with_choice(finding, backend) for finding in walk(model, "", set())]
         planned = [(finding.module, _forward(finding.module, finding.match, backend)) for finding in findings if finding.match]
     except BaseException:
         for module, forward in before:
@@ -112,27 +122,28 @@ def unfuse(model: nn.Module) -> None:
 
     Raises: TypeError if `model` is no module.
     """
-    _require_module(model, "unfuse")
+    require_module(model, "unfuse")
     for module, _ in _installed(model):
         del module.__dict__["forward"]
 
 
 def describe(model: nn.Module) -> str:
     """Return the wiring of every layer found in `model`, fused or not: experts, slots, units, what they see, gates, static
-    weights, widths, parameters and FLOPs; and the backend of those that are fused. The model is not changed.
+    weights, widths, parameters and FLOPs; and the backend of those that are fused, and whether they are frozen. The model is not changed.
 
     Raises: TypeError if `model` is no module.
     """
-    _require_module(model, "describe")
+    require_module(model, "describe")
     texts = []
-    for finding in _walk(model, "", set()):
+    for finding in walk(model, "", set()):
         table = finding.binding.table if finding.binding else finding.match.wiring.table if finding.match else None
         lines = describe_table(table).splitlines() if table else []
-        texts.append("\n".join([str(_with_choice(finding, finding.entry.backend).entry), *(f"  {line}" for line in lines)]))
+        state = ", frozen" if finding.frozen and not finding.entry.reason else ""
+        texts.append("\n".join([str(_with_choice(finding, finding.entry.backend).entry) + state, *(f"  {line}" for line in lines)]))
     return "\n".join(texts) if texts else "no layer of this model was recognised; fusedmoe.register_adapter can teach one"
 
 
-def _with_choice(finding: _Finding, backend: str) -> _Finding:
+def _with_choice(finding: Finding, backend: str) -> Finding:
     """Say in the entry which backend runs the module: the one that it has, or `backend` for one that is to be fused."""
     entry = finding.entry
     if entry.reason or not (finding.match or finding.binding):
@@ -158,7 +169,7 @@ def _forward(module: nn.Module, match: Match, backend: str) -> FusedForward:
     return FusedForward(module, match, backend)
 
 
-def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[_Finding]:
+def walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[Finding]:
     """Yield what is found in a tree, outermost first; a module that stands at two paths once."""
     if id(module) in seen:
         return
@@ -170,26 +181,26 @@ def _walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[_Finding]:
             return
     for name, child in module._modules.items():
         if child is not None:
-            yield from _walk(child, f"{path}.{name}" if path else name, seen)
+            yield from walk(child, f"{path}.{name}" if path else name, seen)
 
 
-def _find(module: nn.Module, path: str) -> _Finding | None:
+def _find(module: nn.Module, path: str) -> Finding | None:
     """Return what one module is: fused, fusable, declined with a reason, or None."""
     entry = Entry(path, type(module).__name__)
     reason = _wrapper(module)
     if reason:
-        return _Finding(replace(entry, reason=reason), module)
+        return Finding(replace(entry, reason=reason), module)
     try:
         fused = _fused(module)
         if fused:
             family, backend, binding = fused
             change = binding.change()
             reason = f"was changed inside after it was fused. {change}" if change else ""
-            return _Finding(replace(entry, family=family, backend=backend, reason=reason), module, binding)
+            return Finding(replace(entry, family=family, backend=backend, reason=reason), module, binding)
         match = recognise(module)
     except Unfusable as error:
-        return _Finding(replace(entry, reason=str(error)), module)
-    return _Finding(replace(entry, family=match.family, backend="none (not fused)"), module, match=match) if match else None
+        return Finding(replace(entry, reason=str(error)), module)
+    return Finding(replace(entry, family=match.family, backend="none (not fused)"), module, match=match) if match else None
 
 
 def _fused(module: nn.Module) -> tuple[str, str, Binding] | None:
@@ -221,9 +232,9 @@ def _installed(model: nn.Module) -> list[tuple[nn.Module, FusedForward]]:
     return [(module, forward) for module in model.modules() if (forward := _forward_of(module))]
 
 
-def _require_module(model, function: str) -> None:
+def require_module(model, function: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: expected an nn.Module, got {type(model).__name__}")
 
 
-__all__ = ["Entry", "FuseReport", "describe", "fuse", "register_adapter", "unfuse"]
+__all__ = ["Entry", "Finding", "FuseReport", "describe", "fuse", "register_adapter", "require_module", "unfuse", "walk"]

@@ -12,6 +12,7 @@ import torch
 
 from fusedmoe import _C, families
 from fusedmoe.op import fusion_network
+from fusedmoe.packed import pack, runner
 from fusedmoe.testing import Case, assert_close, cases, evaluate, expectation, problem
 
 HERE = [name for name, here in _C.isas() if here]
@@ -38,6 +39,7 @@ def check_bits() -> None:
             alone = given._replace(x=given.x[part], d_out=given.d_out[part], d_weights=tuple(d[part] for d in given.d_weights))
             with torch.no_grad():
                 out, weights = fused(alone.x, alone.params, table)
+                assert torch.equal(runner(table)(alone.x, pack(alone.params, table)), out), f"{count} rows, packed"
             values = {"out": out, **{f"weights.{i}": w for i, w in enumerate(weights)}, "d_x": evaluate(fused, alone)["d_x"]}
             for name, value in values.items():
                 assert torch.equal(value, whole[name][part]), f"{count} rows, {name}"

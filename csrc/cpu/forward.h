@@ -50,13 +50,7 @@ struct RowByRow {
         memset(line(b, to, r), 0, to.width * sizeof(float));
   }
   static void map(const Block<float>& b, const Step& step) {
-    Product<float> p{};
-    p.a = b.call.params[step.weight];
-    p.lda = p.k = step.k;
-    p.b = b.at(step.in);
-    p.c = b.at(step.z);
-    p.bias = step.bias >= 0 ? b.call.params[step.bias] : nullptr;
-    p.relu = step.act == Act::relu;
+    Product<float> p = product(b, step);
     p.ldb = padded(step.in.width);
     p.ldc = padded(step.n);
     int64_t rows = 8;

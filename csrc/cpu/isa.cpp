@@ -2,6 +2,7 @@
 #include "isa.h"
 
 #include "backward.h"
+#include "packed.h"
 
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
@@ -24,9 +25,12 @@ double multiply_adds(int64_t count) {
 extern const Isa isa;
 const Isa isa = {
     FUSEDMOE_NAME_OF(FUSEDMOE_ISA),
-    {forward<float, Transposed<float, Exact>>, forward<float, RowByRow>, backward<float, Exact>, map_gradient<float, Exact>, static_gradient<float>, nullptr},
-    {forward<double, Transposed<double, Exact>>, nullptr, backward<double, Exact>, map_gradient<double, Exact>, static_gradient<double>, nullptr},
-    {forward<float, Transposed<float, Halves>>, nullptr, backward<float, Halves>, map_gradient<float, Halves>, static_gradient<float>, turn_weight},
+    {forward<float, Transposed<float, Exact>>, forward<float, RowByRow>, forward<float, Transposed<float, Packed>>, forward<float, PackedRowByRow>,
+     backward<float, Exact>, map_gradient<float, Exact>, static_gradient<float>, nullptr},
+    {forward<double, Transposed<double, Exact>>, nullptr, forward<double, Transposed<double, Packed>>, nullptr,
+     backward<double, Exact>, map_gradient<double, Exact>, static_gradient<double>, nullptr},
+    {forward<float, Transposed<float, Halves>>, nullptr, nullptr, nullptr,
+     backward<float, Halves>, map_gradient<float, Halves>, static_gradient<float>, turn_weight},
     multiply_adds,
 };
 

@@ -11,6 +11,7 @@ struct Call {
   int64_t rows = 0, row_stride = 0, slot_stride = 0;
   const T* const* params = nullptr;
   const uint16_t* const* halves = nullptr;  // a plan of bfloat16 takes the maps' weights from here, and only the vectors from params
+  bool packed = false;   // params point into the buffer of a frozen network (packing.h)
   T* out = nullptr;      // [B, *output]
   T* weights = nullptr;  // [B, mixing]
   T* kept = nullptr;     // plan.kept panels of kept_lanes(rows) lanes, block by block
@@ -47,6 +48,7 @@ template <class T>
 struct Kernels {
   RunBlock<T> forward;       // a block of any rows
   RunBlock<T> forward_few;   // at most few_rows rows, inference only; null where there is none
+  RunBlock<T> packed, packed_few;  // the same from packed parameters
   RunBlock<T> backward;      // gradients of the activations; `row` counts from the chunk's first row, see Call
   RunMap<T> map_gradient;    // dW and db
   RunStatics<T> static_gradient;

@@ -152,13 +152,14 @@ int64_t rows_of_block(int64_t rows, int64_t threads) {
 template <class T>
 void forward(const Plan& plan, const Call<T>& call, const ForEach& each) {
   const Kernels<T>& kernels = chosen_isa().kernels<T>(plan);
-  if (call.rows <= few_rows && !plan.training && kernels.forward_few) {
-    if (call.rows) kernels.forward_few(plan, call, 0, call.rows, thread_scratch<T>(forward_scratch(plan, call.rows)));
+  const RunBlock<T> run = call.packed ? kernels.packed : kernels.forward, few = call.packed ? kernels.packed_few : kernels.forward_few;
+  if (call.rows <= few_rows && !plan.training && few) {
+    if (call.rows) few(plan, call, 0, call.rows, thread_scratch<T>(forward_scratch(plan, call.rows)));
     return;
   }
   each((call.rows + call.block - 1) / call.block, [&](int64_t block) {
     const int64_t row = block * call.block, rows = std::min(call.block, call.rows - row);
-    kernels.forward(plan, call, row, rows, thread_scratch<T>(forward_scratch(plan, rows)));
+    run(plan, call, row, rows, thread_scratch<T>(forward_scratch(plan, rows)));
   });
 }
 

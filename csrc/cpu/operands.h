@@ -6,21 +6,27 @@
 
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
+// z = W in + bias, and relu; the strides of in and z are the layout's.
+template <class T>
+Product<T> product(const Block<T>& b, const Step& step) {
+  Product<T> p{};
+  p.a = b.call.params[step.weight];
+  p.lda = p.k = step.k;
+  p.b = b.at(step.in);
+  p.c = b.at(step.z);
+  p.bias = step.bias >= 0 ? b.call.params[step.bias] : nullptr;
+  p.relu = step.act == Act::relu;
+  return p;
+}
+
 struct Exact {
   template <class T>
   static void input(const Block<T>&, int64_t) {}
 
-  // z = W in + bias, and relu.
   template <class T>
   static void map(const Block<T>& b, const Step& step) {
-    Product<T> p{};
-    p.a = b.call.params[step.weight];
-    p.lda = p.k = step.k;
-    p.b = b.at(step.in);
-    p.c = b.at(step.z);
+    Product<T> p = product(b, step);
     p.ldb = p.ldc = b.ld;
-    p.bias = step.bias >= 0 ? b.call.params[step.bias] : nullptr;
-    p.relu = step.act == Act::relu;
     multiply<T, false>(p, step.n, padded(b.rows));
   }
   // to (+)= W^T dz.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections.abc import Iterator
 from types import CodeType
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fusedmoe.activation import IDENTITY
+from fusedmoe.backends import EXTENSION as WATCH
+from fusedmoe.nn.frozen import Frozen
 from fusedmoe.nn.wiring import Unfusable, Wiring
 from fusedmoe.op import fusion_network
 from fusedmoe.table import Expert, Layer, Selector, Static, Table, Unit, product
@@ -86,6 +89,8 @@ class Binding:
         self._seen = [_stamp(setting) for setting, _ in self._tensors]
         self._methods = [setting for setting in rest if setting not in self._objects and setting.name not in setting.owner._buffers]
         self._look_up()
+        # Set by `freeze`; copies and pickles leave it behind, and so are not frozen.
+        self.frozen: Frozen | None = None
 
     def tensors(self) -> list[Tensor]:
         """Return the parameters as they are at this moment, in the order of `table.parameters`.
@@ -136,9 +141,16 @@ class Binding:
             backend: a name, or "auto".
             return_mixing_weights: also return the mixing weights of every level.
 
-        Raises: RuntimeError if the module's inside was changed since it was bound.
+        Raises: RuntimeError if the module's inside was changed since it was bound; as `Frozen.run` if it is frozen.
+
+        A frozen module runs from its packed parameters, and is thawed, with a warning, where they are no longer the module's. Code
+        that torch.compile made reads the module's parameters themselves, and so do calls for the mixing weights.
         """
         self.check()
+        if self.frozen is not None and not return_mixing_weights and not torch.compiler.is_compiling():
+            out = self._run_frozen(x, backend)
+            if out is not None:
+                return out
         try:
             return fusion_network(x, self.tensors(), self.table, backend, return_mixing_weights)
         except TypeError:
@@ -148,16 +160,39 @@ class Binding:
                 raise RuntimeError(self._changed(change)) from None
             raise
 
+    def freeze(self, backend: str) -> None:
+        """Pack the module's parameters for serving with `backend`, or anew. Raises: RuntimeError as `fusedmoe.packed.pack`."""
+        self.frozen = Frozen(self.module, self._places, self.table, backend)
+
+    def _run_frozen(self, x: Tensor, backend: str) -> Tensor | None:
+        """Return the output from packed parameters, or None where they cannot give it; thaw the module if they are outdated."""
+        frozen = self.frozen
+        if backend == frozen.backend and frozen.holds():
+            return frozen.run(x)
+        self.frozen = None
+        if change := self.change():
+            raise RuntimeError(self._changed(change))
+        what = frozen.changed(self.keys, self.tensors()) if backend == frozen.backend else "its backend"
+        warnings.warn(f"{type(self.module).__name__} is no longer frozen: {what} was changed; fusedmoe.freeze(model) packs it again", stacklevel=4)
+        return None
+
     def _differs(self) -> bool:
         """The checks of `change` at the price of a few microseconds: this runs at every call."""
-        if any(self._hooks) or self._children != self._bound_children:
+        if WATCH is not None and not torch.compiler.is_compiling():
+            hooks, inner, children, bound = self._watched
+            if WATCH.any_filled(hooks) or WATCH.any_contains(inner, "forward") or WATCH.any_differ(children, bound):
+                return True
+        elif self._differs_in_python():
             return True
         if [getattr(owner, name, None) for _, owner, name in self._settings] != self._bound_settings:
             return True
         if self._objects and not torch.compiler.is_compiling() and any(map(operator.is_not, map(_value, self._objects), self._bound_objects)):
             return True
-        # Not a generator: that is twice the time.
-        return any(map(operator.contains, self._own, self._own_names))
+        return any(setting.name in setting.owner.__dict__ for setting in self._methods)
+
+    def _differs_in_python(self) -> bool:
+        """What `csrc/watch.cpp` tells of hooks, submodules and forwards, for torch.compile, which cannot trace that, and without the extension."""
+        return any(self._hooks) or self._children != self._bound_children or any("forward" in own for own in self._own)
 
     def _check_tensors(self) -> None:
         """Compare values where a tensor was replaced or written to: by a copy, `load_state_dict` or `to`, which may leave them alone."""
@@ -170,16 +205,17 @@ class Binding:
             self._bound_objects = [_value(setting) for setting in self._objects]
 
     def _look_up(self) -> None:
-        """Find where attributes that hide those of a class would stand."""
-        self._own = [owner.__dict__ for owner in (*self._inner, *(setting.owner for setting in self._methods))]
-        self._own_names = ["forward"] * len(self._inner) + [setting.name for setting in self._methods]
+        """Find where attributes that hide those of a class would stand, and lay out what is looked at in every call."""
+        self._own = tuple(owner.__dict__ for owner in self._inner)
+        self._watched = (tuple(self._hooks), self._own, tuple(self._children), tuple(self._bound_children))
 
     def __getstate__(self) -> dict:
         # A copied or loaded module has a __dict__ of its own; every other dict here is carried over as the module's.
-        return {name: value for name, value in self.__dict__.items() if name != "_own"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_own", "_watched", "frozen")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
+        self.frozen = None
         self._look_up()
 
     def _changed(self, change: str) -> str:

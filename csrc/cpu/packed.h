@@ -1,0 +1,125 @@
+// Linear maps from packed weights (packing.h): the same sums as gemm.h's, so the same bits, without turning blocks of W.
+#pragma once
+#include "forward.h"
+#include "packing.h"
+
+namespace fusedmoe::cpu::FUSEDMOE_ISA {
+
+// Any number of rows: a group of outputs is one transposed A of the register tile.
+struct Packed : Exact {
+  template <class T>
+  static void map(const Block<T>& b, const Step& step) {
+    Product<T> p = product(b, step);
+    p.lda = packed_group;
+    p.ldb = p.ldc = b.ld;
+    for (int64_t n = 0; n < step.n; n += packed_group) {
+      multiply<T, true>(p, step.n - n < packed_group ? step.n - n : packed_group, padded(b.rows));
+      p.a += packed_group * p.k;
+      p.c += packed_group * p.ldc;
+      if (p.bias) p.bias += packed_group;
+    }
+  }
+};
+
+// Accumulators of one tile: half of the registers, so that weights and inputs never spill them.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int packed_accumulators = 16;
+#else
+constexpr int packed_accumulators = 8;
+#endif
+
+// sum[r][v] += C whole chains side by side (or `count` products of one), added in order; their latencies overlap.
+template <int R, int V, int C>
+__attribute__((always_inline)) inline void packed_chains(const Product<float>& p, int64_t k, int64_t count, vec<float> (&sum)[R][V]) {
+  constexpr int lanes = Lanes<float>::count;
+  constexpr int64_t groups = V * lanes > packed_group ? V * lanes / packed_group : 1;
+  const int64_t group = p.k * packed_group;
+  const float* w = p.a + k * packed_group;
+  const float* x = p.b + k;
+  vec<float> acc[C][R][V] = {};
+  for (int64_t j = 0; j < count; j++, w += packed_group, x++) {
+    FUSEDMOE_UNROLL
+    for (int c = 0; c < C; c++) {
+      const float* at = w + c * chain * packed_group;
+      // The next tile's weights, which stand behind these: into L2, as L1 could not hold both.
+      FUSEDMOE_UNROLL
+      for (int64_t g = 0; g < groups; g++) __builtin_prefetch(at + (groups + g) * group, 0, 2);
+      FUSEDMOE_UNROLL
+      for (int v = 0; v < V; v++) {
+        const vec<float> weight = load<float>(at + v * lanes / packed_group * group + v * lanes % packed_group);
+        FUSEDMOE_UNROLL
+        for (int r = 0; r < R; r++) acc[c][r][v] = acc[c][r][v] + x[r * p.ldb + c * chain] * weight;
+      }
+    }
+  }
+  FUSEDMOE_UNROLL
+  for (int c = 0; c < C; c++)
+    FUSEDMOE_UNROLL
+    for (int r = 0; r < R; r++)
+      FUSEDMOE_UNROLL
+      for (int v = 0; v < V; v++) sum[r][v] = sum[r][v] + acc[c][r][v];
+}
+
+// y = act(sum of w x + bias) for R rows and V vectors of outputs.
+template <int R, int V, int C>
+__attribute__((noinline)) void packed_tile(const Product<float>& p) {
+  constexpr int lanes = Lanes<float>::count;
+  vec<float> sum[R][V] = {};
+  int64_t k = 0;
+  if constexpr (C >= 4)
+    for (; k + 4 * chain <= p.k; k += 4 * chain) packed_chains<R, V, 4>(p, k, chain, sum);
+  if constexpr (C >= 2)
+    for (; k + 2 * chain <= p.k; k += 2 * chain) packed_chains<R, V, 2>(p, k, chain, sum);
+  for (; k < p.k; k += chain) packed_chains<R, V, 1>(p, k, p.k - k < chain ? p.k - k : chain, sum);
+  FUSEDMOE_UNROLL
+  for (int r = 0; r < R; r++)
+    FUSEDMOE_UNROLL
+    for (int v = 0; v < V; v++) {
+      vec<float> y = sum[r][v];
+      if (p.bias) y = y + load<float>(p.bias + v * lanes);
+      store<float>(p.c + r * p.ldc + v * lanes, p.relu ? relu<float>(y) : y);
+    }
+}
+
+// All outputs of R rows, up to the next full group: weights and biases are zero there, and the panel has the room.
+template <int R>
+void packed_few(Product<float> p, int64_t n) {
+  constexpr int lanes = Lanes<float>::count, budget = packed_accumulators / R;
+  // Four groups at most: enough independent sums to cover a multiply-add's latency.
+  constexpr int wide = budget < 64 / lanes ? budget : 64 / lanes, narrow = wide < 16 / lanes ? wide : 16 / lanes;
+  constexpr int chains = budget / narrow < 4 ? budget / narrow : 4;
+  const float *a = p.a, *bias = p.bias;
+  float* c = p.c;
+  n = padded(n);
+  for (int64_t done = 0, width = 0; done < n; done += width) {
+    width = wide * lanes <= n - done ? wide * lanes : narrow * lanes;
+    p.a = a + done / packed_group * packed_group * p.k + done % packed_group;
+    p.c = c + done;
+    if (bias) p.bias = bias + done;
+    if (width == wide * lanes)
+      packed_tile<R, wide, wide == narrow ? chains : 1>(p);
+    else
+      packed_tile<R, narrow, chains>(p);
+  }
+}
+
+// The few rows of online serving: each k is one load of 16 outputs' weights.
+struct PackedRowByRow : RowByRow {
+  static void map(const Block<float>& b, const Step& step) {
+    Product<float> p = product(b, step);
+    p.ldb = padded(step.in.width);
+    p.ldc = padded(step.n);
+    int64_t rows = 8;
+    if (b.rows == 1)
+      rows = 1, packed_few<1>(p, step.n);
+    else if (b.rows == 2)
+      rows = 2, packed_few<2>(p, step.n);
+    else if (b.rows <= 4)
+      rows = 4, packed_few<4>(p, step.n);
+    else
+      packed_few<8>(p, step.n);
+    if (!p.relu && step.act != Act::identity) activate<float>(step.act, float(step.parameter), p.c, p.c, rows * p.ldc);
+  }
+};
+
+}  // namespace fusedmoe::cpu::FUSEDMOE_ISA

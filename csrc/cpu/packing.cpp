@@ -1,0 +1,51 @@
+#include "packing.h"
+
+#include <algorithm>
+
+namespace fusedmoe::cpu {
+
+namespace {
+
+int64_t size_of(const std::vector<int64_t>& shape) {
+  int64_t size = 1;
+  for (int64_t s : shape) size *= s;
+  return size;
+}
+
+}  // namespace
+
+Packing make_packing(const Plan& plan) {
+  const Table& table = plan.table;
+  Packing packing{std::vector<int64_t>(table.shapes.size(), -1)};
+  const auto place = [&](int parameter, int64_t size) {
+    packing.offset[parameter] = packing.size;
+    packing.size += size;
+  };
+  for (const Step* map : plan.maps) {
+    if (map->bias >= 0) place(map->bias, padded(map->n));
+    place(map->weight, padded(map->n) * map->k);
+  }
+  for (size_t i = table.first_static; i < table.shapes.size(); i++) place(int(i), padded(size_of(table.shapes[i])));
+  return packing;
+}
+
+template <class T>
+void pack(const Plan& plan, const Packing& packing, const T* const* params, T* to) {
+  std::fill_n(to, packing.size, T(0));
+  for (const Step* map : plan.maps) {
+    if (map->bias >= 0) std::copy_n(params[map->bias], map->n, to + packing.offset[map->bias]);
+    const T* from = params[map->weight];
+    T* weight = to + packing.offset[map->weight];
+    for (int64_t n = 0; n < map->n; n++, from += map->k) {
+      T* column = weight + n / packed_group * packed_group * map->k + n % packed_group;
+      for (int64_t k = 0; k < map->k; k++) column[k * packed_group] = from[k];
+    }
+  }
+  for (size_t i = plan.table.first_static; i < plan.table.shapes.size(); i++)
+    std::copy_n(params[i], size_of(plan.table.shapes[i]), to + packing.offset[i]);
+}
+
+template void pack(const Plan&, const Packing&, const float* const*, float*);
+template void pack(const Plan&, const Packing&, const double* const*, double*);
+
+}  // namespace fusedmoe::cpu

@@ -1,0 +1,71 @@
+#include "host.h"
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <mutex>
+#include <unordered_map>
+
+namespace fusedmoe {
+
+namespace {
+
+// A process uses few tables; past the limit all are dropped.
+constexpr size_t plan_limit = 1024;
+constexpr int kinds = 16;
+
+std::shared_ptr<const Planned> make_planned(const std::string& table, cpu::PlanKind kind) {
+  auto result = std::make_shared<Planned>();
+  result->plan = cpu::make_plan(decode(table), kind);
+  result->packing = cpu::make_packing(*result->plan);
+  return result;
+}
+
+}  // namespace
+
+std::shared_ptr<const Planned> planned(const std::string& table, cpu::PlanKind kind) {
+  struct Last {
+    std::string table;
+    std::shared_ptr<const Planned> planned;
+  };
+  // A thread often runs one network again and again: to compare a text is cheaper than to hash it under a lock.
+  static thread_local Last lasts[kinds];
+  const int which = kind.training | kind.expanded << 1 | kind.recompute << 2 | kind.half << 3;
+  Last& last = lasts[which];
+  if (last.planned && last.table == table) return last.planned;
+  static std::mutex mutex;
+  static std::unordered_map<std::string, std::shared_ptr<const Planned>> plans[kinds];
+  std::lock_guard<std::mutex> lock(mutex);
+  auto& known = plans[which];
+  auto found = known.find(table);
+  if (found == known.end()) {
+    if (known.size() >= plan_limit) known.clear();
+    found = known.emplace(table, make_planned(table, kind)).first;
+  }
+  last = {table, found->second};
+  return last.planned;
+}
+
+// at::parallel_for, with the work handed out as the threads ask for it.
+void for_each(int64_t count, const std::function<void(int64_t)>& body) {
+  const int64_t workers = std::min<int64_t>(count, torch::stable::get_num_threads());
+  if (workers <= 1) {
+    for (int64_t i = 0; i < count; i++) body(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  std::exception_ptr failure;
+  std::once_flag once;
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    // The stable ABI would replace the text of an exception that leaves here.
+    try {
+      for (int64_t i = next++; i < count; i = next++) body(i);
+    } catch (...) {
+      std::call_once(once, [&] { failure = std::current_exception(); });
+      next = count;
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+}
+
+}  // namespace fusedmoe

@@ -1,0 +1,104 @@
+"""Freeze the layers of a model for serving: their parameters are packed once, and a call reads the packed ones."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from fusedmoe.packed import declines
+from fusedmoe.swap import Entry, Finding, require_module, walk
+
+
+@dataclass(frozen=True)
+class FreezeReport:
+    """What `freeze` did: the layers that are frozen now, and those that it left alone, with the reasons. True if any is frozen."""
+
+    frozen: tuple[Entry, ...] = ()
+    declined: tuple[Entry, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.frozen)
+
+    def __str__(self) -> str:
+        if not (self.frozen or self.declined):
+            return "frozen: 0; no layer of this model was recognised"
+        lines = [f"frozen: {len(self.frozen)}", *(f"  {entry}" for entry in self.frozen)]
+        if self.declined:
+            lines += [f"declined: {len(self.declined)}", *(f"  {entry}" for entry in self.declined)]
+        return "\n".join(lines)
+
+
+def freeze(model: nn.Module) -> FreezeReport:
+    """Pack the parameters of every fused layer of `model` once, so that calls with few rows cost less; the results stay the same bits.
+
+    Args:
+        model: a model whose layers `fuse` fused, or that has modules of `fusedmoe.nn`, in evaluation mode. Give the whole model: a
+            layer alone does not show whether FSDP manages its parameters.
+
+    A frozen layer takes as much memory again as its parameters. It raises RuntimeError where it is called in training mode, with
+    gradients wanted, or under autocast. Any change of a parameter (in place, by an optimizer, `load_state_dict`, `to`, `half`,
+    another Parameter in its place) thaws it at its next call, with a warning, before anything is computed. A write that PyTorch does
+    not count (through `.data`, a NumPy view or from another process) is seen where it changes the middle element of a parameter;
+    after one that spares those, call `freeze` again. Copies and pickles are not frozen. Code that torch.compile or torch.export
+    makes of a frozen layer reads the parameters themselves.
+
+    Returns: the report. What could not be frozen runs as before, and stands in `declined` with the reason.
+
+    Raises: TypeError if `model` is no module; ValueError, naming the layer, if a fused layer is in training mode. Nothing is frozen then.
+    """
+    require_module(model, "freeze")
+    findings = list(walk(model, "", set()))
+    for finding in findings:
+        if finding.binding and finding.module.training:
+            raise ValueError(f"freeze: expected a model in evaluation mode, got {finding.entry.place} in training mode; call model.eval() before")
+    sharded = _sharded(model)
+    frozen, declined = [], []
+    for finding in findings:
+        reason = finding.entry.reason or sharded or _obstacle(finding)
+        if reason:
+            declined.append(replace(finding.entry, reason=reason))
+        else:
+            finding.binding.freeze(finding.entry.backend)
+            frozen.append(finding.entry)
+    return FreezeReport(tuple(frozen), tuple(declined))
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Drop the packed parameters of every layer of `model` that `freeze` froze. A model without such layers is left alone.
+
+    Raises: TypeError if `model` is no module.
+    """
+    require_module(model, "unfreeze")
+    for finding in walk(model, "", set()):
+        if finding.binding:
+            finding.binding.frozen = None
+
+
+def _obstacle(finding: Finding) -> str | None:
+    """Return why a layer cannot be frozen, or None."""
+    if finding.binding is None:
+        return "it is not fused; fusedmoe.fuse(model) before"
+    for key, parameter in zip(finding.binding.keys, finding.binding.tensors(), strict=True):
+        if type(parameter) not in (nn.Parameter, Tensor):
+            return f"{key}: expected an ordinary parameter, got {type(parameter).__name__}"
+        if parameter.is_inference():
+            return f"{key}: was made in inference mode, where PyTorch counts no changes; build the model outside it"
+    return declines(finding.entry.backend, finding.binding.tensors())
+
+
+def _sharded(model: nn.Module) -> str | None:
+    """Return why nothing of a model under FSDP can be frozen, or None.
+
+    FSDP gathers parameters into memory of the same address and version again and again while their values change.
+    """
+    # A model can be under FSDP only if somebody imported it, which takes long.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = tuple(kind for name in ("FSDPModule", "FullyShardedDataParallel") if (kind := getattr(fsdp, name, None)))
+    if any(isinstance(module, kinds) for module in model.modules()):
+        return "the model is under FSDP, where a changed parameter cannot be told from an unchanged one"
+    return None
+
+
+__all__ = ["FreezeReport", "freeze", "unfreeze"]

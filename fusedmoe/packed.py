@@ -1,0 +1,69 @@
+"""The operators of a frozen network: `freeze_cpu` packs its parameters, `network_cpu_frozen` runs from the packed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, library
+
+from fusedmoe import codec
+from fusedmoe.backends import BACKENDS, backends
+from fusedmoe.op import check, for_tasks
+from fusedmoe.table import Table
+
+DTYPES = ("float32", "float64")
+
+
+def declines(backend: str, params: Sequence[Tensor]) -> str | None:
+    """Return why parameters cannot be packed for a backend ("auto" or a name), or None."""
+    if backend not in ("auto", "cpu"):
+        return f"expected backend auto or cpu, got {backend}, which has nothing to pack"
+    for parameter in params:
+        name = str(parameter.dtype).removeprefix("torch.")
+        if parameter.device.type == "cpu" and name not in DTYPES:
+            return f"expected {' or '.join(DTYPES)}, got {name}"
+        reason = next(row for row in BACKENDS if row.name == "cpu").declines(parameter.device, parameter.dtype)
+        if reason is not None:
+            return reason
+    return None
+
+
+def pack(params: Sequence[Tensor], table: Table) -> Tensor:
+    """Return the parameters as one tensor [numbers] of their dtype, laid out for `runner` (csrc/cpu/packing.h): a copy.
+
+    Raises: RuntimeError for tensors that are not those of `table.parameters` on the CPU, all of one dtype, float32 or float64.
+    """
+    with torch.no_grad():
+        return torch.ops.fusedmoe.freeze_cpu.default([parameter.detach() for parameter in params], codec.encode(table))
+
+
+def runner(table: Table) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a function of x and packed parameters that computes `fusion_network` of this table in the same bits, without gradients.
+
+    x: [B, S, D], or [B, D] where the table has one slot, of the dtype of the packed tensor; any strides. The function raises
+    RuntimeError for anything else. What depends on the table alone is done here, not at every call.
+    """
+    operator, text = torch.ops.fusedmoe.network_cpu_frozen.default, codec.encode(table)
+    if table.has_towers or [task.units for task in table.tasks] in ([], [(u,) for u in range(table.output[0])]):
+        # What the operator returns is what callers see.
+        return lambda x, packed: operator(x, packed, text)
+    return lambda x, packed: for_tasks(operator(x, packed, text), table)
+
+
+def _fake_pack(params, table):
+    from fusedmoe import _C
+
+    return params[0].new_empty(_C.packed_size(table))
+
+
+def _fake_run(x, packed, table):
+    network = codec.decode(table)
+    slots = x if x.dim() == 3 else x.unsqueeze(1)
+    check(slots, [packed.new_empty(p.shape) for p in network.parameters], network)
+    return x.new_empty(x.shape[0], *network.output)
+
+
+if backends()["cpu"] is None:
+    library.register_fake("fusedmoe::freeze_cpu", _fake_pack)
+    library.register_fake("fusedmoe::network_cpu_frozen", _fake_run)
