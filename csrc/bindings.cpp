@@ -7,10 +7,12 @@
 #include <chrono>
 
 #include "host.h"
+#include "storage.h"
 
 namespace {
 
 using fusedmoe::checked;
+using fusedmoe::dtype_of;
 using fusedmoe::for_each;
 using fusedmoe::plan_of;
 using fusedmoe::ScalarType;
@@ -18,134 +20,137 @@ using fusedmoe::shape_of;
 using fusedmoe::Tensor;
 namespace cpu = fusedmoe::cpu;
 
-// A call's tensors, checked; it owns the contiguous copies.
+// What forward tells backward in the first numbers of `saved`: the rows of a block, which backward must keep to however many threads
+// there are by then, and whether it recomputes.
+enum Header { block_at, recompute_at, header_size = cpu::lane_multiple };
+// What the operator's `save` asks for.
+enum Save { save_nothing, save_all, save_least };
+
+// A call's tensors, checked; it owns what is not read in place.
 template <class T>
 struct Arguments {
   Tensor x;
   std::vector<Tensor> params;
+  fusedmoe::Storage<T> storage{cpu::chosen_isa()};
   std::vector<const T*> pointers;
+  std::vector<const uint16_t*> halves;
   std::shared_ptr<const cpu::Plan> plan;
   cpu::Call<T> call;
 
-  Arguments(const Tensor& input, const std::vector<Tensor>& tensors, const std::string& text, bool training) : x(input) {
+  Arguments(const Tensor& input, const std::vector<Tensor>& tensors, const std::string& text, Save save) : x(input) {
     STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu(), "x: expected a CPU tensor [B, S, D], got ", shape_of(x.sizes()));
     if (x.numel() > 0 && x.size(2) > 1 && x.stride(2) != 1) x = torch::stable::contiguous(x);
-    plan = plan_of(text, {training, x.stride(1) == 0 && x.size(1) > 1});
+    const bool half = x.scalar_type() == ScalarType::BFloat16;
+    plan = plan_of(text, {save != save_nothing, x.stride(1) == 0 && x.size(1) > 1, save == save_least, half});
     const fusedmoe::Table& table = plan->table;
     STD_TORCH_CHECK(x.size(1) == table.slots && x.size(2) == table.width, "x: expected [B, ", table.slots, ", ", table.width, "], got ", shape_of(x.sizes()));
     STD_TORCH_CHECK(tensors.size() == table.shapes.size(), "params: expected ", table.shapes.size(), " tensors, got ", tensors.size());
+    // Under autocast the input is lowered, and the parameters stay in float32.
+    const bool wide = half && !tensors.empty() && tensors[0].scalar_type() == ScalarType::Float;
     params.reserve(tensors.size());
-    for (size_t i = 0; i < tensors.size(); i++) {
-      params.push_back(checked(tensors[i], table.shapes[i], x.scalar_type(), "params"));
-      pointers.push_back(static_cast<const T*>(params.back().data_ptr()));
+    for (size_t i = 0; i < tensors.size(); i++) params.push_back(checked(tensors[i], table.shapes[i], wide ? ScalarType::Float : x.scalar_type(), "params"));
+    pointers.resize(params.size());
+    halves.resize(half ? params.size() : 0);
+    for (const cpu::Step* map : plan->maps) {
+      if (half)
+        halves[map->weight] = storage.halves(params[map->weight]);
+      else
+        pointers[map->weight] = storage.read(params[map->weight]);
+      if (map->bias >= 0) pointers[map->bias] = storage.read(params[map->bias]);
     }
-    call.x = static_cast<const T*>(x.data_ptr());
-    call.rows = x.size(0);
-    call.row_stride = x.stride(0);
-    call.slot_stride = x.stride(1);
+    for (size_t i = table.first_static; i < params.size(); i++) pointers[i] = storage.read(params[i]);
+    storage.read(x, call);
     call.params = pointers.data();
+    call.halves = halves.data();
   }
 };
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vector<Tensor>& params, const std::string& text, bool save, bool mixing) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vector<Tensor>& params, const std::string& text, Save save, bool mixing) {
   Arguments<T> a(input, params, text, save);
   const fusedmoe::Table& table = a.plan->table;
   const int64_t rows = a.call.rows;
   Tensor out = torch::stable::new_empty(a.x, {rows, table.output[0], table.output[1]});
   Tensor weights = torch::stable::new_empty(a.x, {rows, mixing ? table.mixing : 0});
-  Tensor saved = fusedmoe::Results<T>(a.x).make({save ? a.plan->kept * cpu::kept_lanes(rows) + cpu::lane_multiple : 0});
-  a.call.out = static_cast<T*>(out.data_ptr());
-  a.call.weights = mixing ? static_cast<T*>(weights.data_ptr()) : nullptr;
+  Tensor saved = fusedmoe::Results(a.x, dtype_of<T>).make({save ? a.plan->kept * cpu::kept_lanes(rows) + header_size : 0});
+  a.call.out = a.storage.write(out);
+  a.call.weights = mixing ? a.storage.write(weights) : nullptr;
   a.call.block = cpu::rows_of_block(rows, torch::stable::get_num_threads());
   if (save) {
-    // Backward must cut the rows as forward did, however many threads there are by then.
     T* state = static_cast<T*>(saved.data_ptr());
-    std::fill_n(state, cpu::lane_multiple, T(a.call.block));
-    a.call.kept = state + cpu::lane_multiple;
+    std::fill_n(state, header_size, T(0));
+    state[block_at] = T(a.call.block);
+    state[recompute_at] = T(save == save_least);
+    a.call.kept = state + header_size;
   }
   cpu::forward<T>(*a.plan, a.call, for_each);
+  a.storage.round();
   return {out, weights, saved};
 }
 
 template <class T>
 std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& input, const std::vector<Tensor>& params,
                              const Tensor& saved, const std::string& text, const std::string& needs) {
-  Arguments<T> a(input, params, text, true);
+  STD_TORCH_CHECK(saved.is_cpu() && saved.dim() == 1 && saved.numel() >= header_size && saved.scalar_type() == dtype_of<T> && saved.is_contiguous(),
+                  "saved: expected what the forward of this call returned, got ", shape_of(saved.sizes()));
+  T* state = static_cast<T*>(saved.data_ptr());
+  const int64_t block = int64_t(state[block_at]);
+  Arguments<T> a(input, params, text, state[recompute_at] != 0 ? save_least : save_all);
   const fusedmoe::Table& table = a.plan->table;
   const int64_t rows = a.call.rows;
+  STD_TORCH_CHECK(saved.numel() == a.plan->kept * cpu::kept_lanes(rows) + header_size && block >= cpu::lane_multiple && block <= cpu::block_rows &&
+                      (block & (block - 1)) == 0,
+                  "saved: expected what the forward of this call returned, got ", shape_of(saved.sizes()), " with other numbers");
   STD_TORCH_CHECK(needs.size() == params.size() + 1, "needs: expected ", params.size() + 1, " flags, got ", needs.size());
   Tensor d_top = checked(d_out, {rows, table.output[0], table.output[1]}, a.x.scalar_type(), "d_out");
-  Tensor state = checked(saved, {a.plan->kept * cpu::kept_lanes(rows) + cpu::lane_multiple}, a.x.scalar_type(), "saved");
   Tensor d_mixing = d_weights ? checked(*d_weights, {rows, table.mixing}, a.x.scalar_type(), "d_weights") : d_top;
   std::vector<Tensor> results;
   std::vector<T*> grads(params.size(), nullptr);
-  fusedmoe::Results<T> memory(a.x);
-  const auto result = [&](const std::vector<int64_t>& sizes) {
+  const auto result = [&](const std::vector<int64_t>& sizes, fusedmoe::Results& memory) {
     results.push_back(memory.make(sizes));
-    return static_cast<T*>(results.back().data_ptr());
+    return a.storage.write(results.back());
   };
-  if (needs[0] == '1') a.call.d_x = result({rows, table.slots, table.width});
+  fusedmoe::Results like_x(a.x, a.x.scalar_type()), like_params(a.x, params.empty() ? a.x.scalar_type() : a.params[0].scalar_type());
+  if (needs[0] == '1') a.call.d_x = result({rows, table.slots, table.width}, like_x);
   for (size_t i = 0; i < params.size(); i++) {
     STD_TORCH_CHECK(needs[i + 1] != '1' || table.live[i], "needs: no output depends on parameter ", i);
-    if (needs[i + 1] == '1') grads[i] = result(table.shapes[i]);
+    if (needs[i + 1] == '1') grads[i] = result(table.shapes[i], like_params);
   }
-  a.call.d_out = static_cast<const T*>(d_top.data_ptr());
-  a.call.d_weights = d_weights ? static_cast<const T*>(d_mixing.data_ptr()) : nullptr;
-  const T* header = static_cast<const T*>(state.data_ptr());
-  a.call.block = int64_t(header[0]);
-  STD_TORCH_CHECK(a.call.block >= cpu::lane_multiple && a.call.block <= cpu::block_rows && (a.call.block & (a.call.block - 1)) == 0,
-                  "saved: expected what the forward of this call returned, got other numbers");
-  a.call.kept = static_cast<T*>(state.data_ptr()) + cpu::lane_multiple;
+  a.call.d_out = a.storage.read(d_top);
+  a.call.d_weights = d_weights ? a.storage.read(d_mixing) : nullptr;
+  a.call.block = block;
+  a.call.kept = state + header_size;
   a.call.grads = grads.data();
   cpu::backward<T>(*a.plan, a.call, for_each);
+  a.storage.round();
   return results;
 }
 
-// float16 is stored, never computed in: the arguments are widened and the results rounded, once.
-Tensor widened(const Tensor& t) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Half, "params, d_out, d_weights: expected the dtype of x, float16");
-  return torch::stable::to(t, ScalarType::Float);
-}
-
-std::vector<Tensor> widened(const std::vector<Tensor>& tensors) {
-  std::vector<Tensor> result;
-  for (const Tensor& t : tensors) result.push_back(widened(t));
-  return result;
-}
-
-Tensor rounded(const Tensor& t) { return torch::stable::to(t, ScalarType::Half); }
-
-std::tuple<Tensor, Tensor, Tensor> network_cpu(const Tensor& x, const std::vector<Tensor>& params, const std::string& table, bool save, bool mixing) {
+// Half of the bits are stored, never computed in.
+template <class F>
+auto in_kernel_type(const Tensor& x, F f) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return forward<float>(x, params, table, save, mixing);
-    case ScalarType::Double: return forward<double>(x, params, table, save, mixing);
-    case ScalarType::Half: {
-      auto [out, weights, saved] = forward<float>(widened(x), widened(params), table, save, mixing);
-      return {rounded(out), rounded(weights), saved};
-    }
-    default: STD_TORCH_CHECK(false, "x: the cpu backend expects float32, float64 or float16");
+    case ScalarType::Double: return f(double());
+    case ScalarType::Float:
+    case ScalarType::BFloat16:
+    case ScalarType::Half: return f(float());
+    default: STD_TORCH_CHECK(false, "x: the cpu backend expects float32, float64, bfloat16 or float16");
   }
+}
+
+std::tuple<Tensor, Tensor, Tensor> network_cpu(const Tensor& x, const std::vector<Tensor>& params, const std::string& table, int64_t save, bool mixing) {
+  STD_TORCH_CHECK(save >= save_nothing && save <= save_least, "save: expected 0 (nothing), 1 (what backward needs) or 2 (as little as possible), got ", save);
+  return in_kernel_type(x, [&](auto number) { return forward<decltype(number)>(x, params, table, Save(save), mixing); });
 }
 
 std::vector<Tensor> network_cpu_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& x, const std::vector<Tensor>& params,
                                          const Tensor& saved, const std::string& table, const std::string& needs) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return backward<float>(d_out, d_weights, x, params, saved, table, needs);
-    case ScalarType::Double: return backward<double>(d_out, d_weights, x, params, saved, table, needs);
-    case ScalarType::Half: {
-      const auto d_mixing = d_weights ? std::optional(widened(*d_weights)) : std::nullopt;
-      std::vector<Tensor> results = backward<float>(widened(d_out), d_mixing, widened(x), widened(params), saved, table, needs);
-      std::transform(results.begin(), results.end(), results.begin(), rounded);
-      return results;
-    }
-    default: STD_TORCH_CHECK(false, "x: the cpu backend expects float32, float64 or float16");
-  }
+  return in_kernel_type(x, [&](auto number) { return backward<decltype(number)>(d_out, d_weights, x, params, saved, table, needs); });
 }
 
 int64_t packed_size(const std::string& table) { return fusedmoe::planned(table, {})->packing.size; }
 
-int64_t kept_of(const std::string& table) { return plan_of(table, {true, false})->kept; }
+int64_t kept_of(const std::string& table, bool recompute) { return plan_of(table, {true, false, recompute})->kept; }
 
 double fma_peak(double seconds) {
   const cpu::Isa& isa = cpu::chosen_isa();
@@ -165,7 +170,7 @@ double fma_peak(double seconds) {
 void bind_watch(pybind11::module_& m);
 
 STABLE_TORCH_LIBRARY(fusedmoe, m) {
-  m.def("network_cpu(Tensor x, Tensor[] params, str table, bool save, bool mixing) -> (Tensor, Tensor, Tensor)");
+  m.def("network_cpu(Tensor x, Tensor[] params, str table, int save, bool mixing) -> (Tensor, Tensor, Tensor)");
   m.def("network_cpu_backward(Tensor d_out, Tensor? d_weights, Tensor x, Tensor[] params, Tensor saved, str table, str needs) -> Tensor[]");
 }
 
@@ -183,7 +188,7 @@ PYBIND11_MODULE(_C, m) {
   }, "Every ISA of this build, best first, and whether this processor has it.");
   m.def("isa", [] { return std::string(cpu::chosen_isa().name); }, "The ISA whose kernels run; RuntimeError for a wrong FUSEDMOE_ISA.");
   m.def("free_bytes", &fusedmoe::free_bytes, "Bytes of results that died, kept for the next ones.");
-  m.def("kept", &kept_of, "Numbers a row that forward keeps for backward.");
+  m.def("kept", &kept_of, "Numbers a row that forward keeps for backward, or keeps at least where backward recomputes.");
   m.def("packed_size", &packed_size, "Numbers of the packed parameters of a frozen network.");
   m.def("fma_peak", &fma_peak, "GFLOP/s of independent fp32 multiply-adds on one core: the best of as many rounds as fit into `seconds`.");
   bind_watch(m);

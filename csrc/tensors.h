@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -57,18 +57,26 @@ inline std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
 
 // Whether torch.use_deterministic_algorithms asks for NaN in memory that nothing was written to. The stable ABI does not tell; what
 // torch put into a tensor of its own does, and a NaN that stands there by chance only costs a needless fill.
-template <class T>
-bool poisoning(const Tensor& like) {
-  Tensor probe = torch::stable::new_empty(like, {1}, dtype_of<T>);
-  return std::isnan(*static_cast<const T*>(probe.const_data_ptr()));
+inline bool poisoning(const Tensor& like) {
+  Tensor probe = torch::stable::new_empty(like, {1}, ScalarType::Float);
+  return std::isnan(*static_cast<const float*>(probe.const_data_ptr()));
+}
+
+// The size of a number, and its dtype as the stable ABI counts them.
+inline std::pair<size_t, int32_t> stored_as(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return {8, aoti_torch_dtype_float64()};
+    case ScalarType::BFloat16: return {2, aoti_torch_dtype_bfloat16()};
+    case ScalarType::Half: return {2, aoti_torch_dtype_float16()};
+    default: return {4, aoti_torch_dtype_float32()};
+  }
 }
 
 // Results of one call. Each is a tensor with a storage of its own, as fresh as any (autograd and optimizers may keep it, it is pickled
 // and shared alone), but for one thing: torch lets nobody enlarge a storage that it did not allocate. Their memory is recycled.
-template <class T>
 class Results {
  public:
-  explicit Results(const Tensor& like) : like_(like), poison_(torch_from_blob && poisoning<T>(like)) {}
+  Results(const Tensor& like, ScalarType dtype) : like_(like), dtype_(dtype), poison_(torch_from_blob && poisoning(like)) {}
   ~Results() {
     if (block_) drop_block(block_);
   }
@@ -76,8 +84,8 @@ class Results {
   Results& operator=(const Results&) = delete;
 
   Tensor make(const std::vector<int64_t>& sizes) {
-    const size_t bytes = size_t(count_of(sizes)) * sizeof(T);
-    if (!torch_from_blob || !bytes) return torch::stable::new_empty(like_, {sizes.data(), sizes.size()}, dtype_of<T>);
+    const size_t bytes = size_t(count_of(sizes)) * stored_as(dtype_).first;
+    if (!torch_from_blob || !bytes) return torch::stable::new_empty(like_, {sizes.data(), sizes.size()}, dtype_);
     if (bytes > smallest_block) {
       Block* own = take_block(bytes);
       Tensor result = place(own, own->memory, sizes, bytes);
@@ -97,12 +105,12 @@ class Results {
 
  private:
   Tensor place(Block* block, char* memory, const std::vector<int64_t>& sizes, size_t bytes) {
-    if (poison_) std::fill_n(reinterpret_cast<T*>(memory), bytes / sizeof(T), std::numeric_limits<T>::quiet_NaN());
+    // All bits set are a NaN in every dtype.
+    if (poison_) std::memset(memory, 0xff, bytes);
     const std::vector<int64_t> strides = strides_of(sizes);
-    const int32_t dtype = sizeof(T) == 4 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
     AtenTensorHandle handle;
     block->holders.fetch_add(1, std::memory_order_relaxed);
-    const auto failed = torch_from_blob(memory, int64_t(sizes.size()), sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1, &handle,
+    const auto failed = torch_from_blob(memory, int64_t(sizes.size()), sizes.data(), strides.data(), 0, stored_as(dtype_).second, aoti_torch_device_type_cpu(), -1, &handle,
                                         aoti_torch_layout_strided(), nullptr, 0, [](void*, void* held) { drop_block(static_cast<Block*>(held)); }, block);
     if (failed) drop_block(block);
     STD_TORCH_CHECK(!failed, "cpu backend: expected a tensor ", shape_of(sizes), " in recycled memory, got an error of torch");
@@ -110,6 +118,7 @@ class Results {
   }
 
   const Tensor& like_;
+  ScalarType dtype_;
   bool poison_;
   Block* block_ = nullptr;  // the one that is being filled
   size_t used_ = 0;

@@ -63,7 +63,7 @@ class Backend:
 
 
 BACKENDS = (
-    Backend("cpu", lambda: _UNAVAILABLE, ("cpu",), ("float32", "float64", "float16")),
+    Backend("cpu", lambda: _UNAVAILABLE, ("cpu",), ("float32", "float64", "bfloat16", "float16")),
     Backend("reference", lambda: None, None, tuple(dtypes.DTYPES), transforms=True),
 )
 

@@ -18,7 +18,9 @@ from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
 
-def fusion_network(x: Tensor, params: Sequence[Tensor], table: Table, backend: str = "auto", return_mixing_weights: bool = False):
+def fusion_network(
+    x: Tensor, params: Sequence[Tensor], table: Table, backend: str = "auto", return_mixing_weights: bool = False, recompute: bool = False
+):
     """Run a network of fusion levels, and its task towers if it has any: SYSTEMS' operator for every level in turn.
 
         out[b,u,:] = sum over e in reads(u) of (softmax_e(G[u] q[b,u] + c[u]) + v[u,e]) * MLP_e(x[b, slot(e)])
@@ -29,6 +31,12 @@ def fusion_network(x: Tensor, params: Sequence[Tensor], table: Table, backend: s
         table: what reads what.
         backend: "auto" (the first that can), or one of `fusedmoe.backends()`.
         return_mixing_weights: return the mixing weights too; they are differentiable.
+        recompute: keep for backward only x, what each softmax gave and what each level handed on; experts, gates' hidden layers and
+            towers run once more in backward. The results are the same bits. (The reference keeps its inputs alone, always.)
+
+    On the cpu backend bfloat16 means: the operands of every linear map are rounded to it, all else is float32, and so are the sums;
+    float16 is computed in float32. Under `torch.autocast("cpu", dtype=torch.bfloat16)` x is lowered to bfloat16 and parameters in
+    float32 stay what they are: their gradients are float32 too. Under any other autocast the call computes in float32 at least.
 
     Returns:
         out, of x's dtype: [B, T, O] with towers; [B, U, H] where the table has no tasks; otherwise [B, T, H'], the
@@ -43,24 +51,39 @@ def fusion_network(x: Tensor, params: Sequence[Tensor], table: Table, backend: s
     """
     if not isinstance(x, Tensor) or not isinstance(table, Table) or x.dim() not in (2, 3) or not isinstance(params, Iterable):
         check(x, params, table)
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        # Autocast lowers the inputs of some operators; this one computes in float32 at least, whatever came before it.
-        with _without_autocast(x):
-            raised = [_at_least_float32(p) for p in params]
-            return fusion_network(_at_least_float32(x), raised, table, backend, return_mixing_weights)
     params = list(params)
+    lowered = False
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        lowered = _lowers(x, params, backend)
+        if not lowered:
+            with _without_autocast(x):
+                raised = [_at_least_float32(p) for p in params]
+                return fusion_network(_at_least_float32(x), raised, table, backend, return_mixing_weights, recompute)
+        x = x.to(torch.bfloat16)
     slots = x if x.dim() == 3 else x.unsqueeze(1)
     run = RUN[choose(backend, x.device, x.dtype)]
+    if x.dtype == torch.bfloat16 and not lowered:
+        # The kernels would take float32 parameters too.
+        check(x, params, table)
     if torch.compiler.is_compiling():
-        out, weights = run(slots, params, table, return_mixing_weights)
+        out, weights = run(slots, params, table, return_mixing_weights, recompute)
     else:
         try:
-            out, weights = run(slots, params, table, return_mixing_weights)
+            out, weights = run(slots, params, table, return_mixing_weights, recompute)
         except (RuntimeError, TypeError, ValueError, AttributeError):
-            check(x, params, table)
+            check(x, params, table, lowered)
             raise
     out = for_tasks(out, table)
     return (out, weights) if return_mixing_weights else out
+
+
+def _lowers(x: Tensor, params: list[Tensor], backend: str) -> bool:
+    """Whether the call is to compute in bfloat16 under the autocast that is on: x is lowered to it, and the parameters are all in float32."""
+    if torch.get_autocast_dtype(x.device.type) != torch.bfloat16 or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if not params or any(p.dtype != torch.float32 for p in params):
+        return False
+    return choose(backend, x.device, torch.bfloat16) == "cpu"
 
 
 def _without_autocast(x: Tensor):
@@ -84,8 +107,11 @@ def for_tasks(out: Tensor, table: Table) -> Tensor:
     return out.expand(-1, len(first), -1) if out.shape[1] == 1 else out[:, first]
 
 
-def check(x, params, table) -> None:
-    """Raise TypeError or ValueError, saying what, where, expected and got, unless the three fit together."""
+def check(x, params, table, lowered: bool = False) -> None:
+    """Raise TypeError or ValueError, saying what, where, expected and got, unless the three fit together.
+
+    `lowered`: x is bfloat16 by autocast, and the parameters may be float32.
+    """
     if not isinstance(table, Table):
         raise TypeError(f"table: expected a fusedmoe.Table, got {type(table).__name__}")
     if not isinstance(x, Tensor):
@@ -107,7 +133,7 @@ def check(x, params, table) -> None:
             raise TypeError(f"params, {expect.name}: expected a tensor, got {type(tensor).__name__}")
         if tuple(tensor.shape) != expect.shape:
             raise ValueError(f"params, {expect.name}: expected {list(expect.shape)}, got {list(tensor.shape)}")
-        if tensor.dtype != x.dtype:
+        if tensor.dtype != x.dtype and not (lowered and tensor.dtype == torch.float32):
             raise TypeError(f"params, {expect.name}: expected {x.dtype}, the dtype of x, got {tensor.dtype}")
         if tensor.layout != torch.strided:
             raise TypeError(f"params, {expect.name}: expected a dense tensor, got layout {tensor.layout}")
@@ -130,9 +156,9 @@ class _Network(torch.autograd.Function):
     """The operator's autograd, as registered below, without the dispatcher's detour through Python, which costs more than a small network."""
 
     @staticmethod
-    def forward(ctx, text: str, mixing: bool, x: Tensor, *params: Tensor):
+    def forward(ctx, text: str, save: int, mixing: bool, x: Tensor, *params: Tensor):
         with torch._C._AutoDispatchBelowAutograd():
-            out, weights, saved = torch.ops.fusedmoe.network_cpu(x, params, text, True, mixing)
+            out, weights, saved = torch.ops.fusedmoe.network_cpu(x, params, text, save, mixing)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, saved, *params)
         ctx.table = text
@@ -140,20 +166,25 @@ class _Network(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out, d_weights):
-        d_x, d_params = _gradients(ctx, d_out, d_weights, ctx.needs_input_grad[2:])
-        return None, None, d_x, *d_params
+        d_x, d_params = _gradients(ctx, d_out, d_weights, ctx.needs_input_grad[3:])
+        return None, None, None, d_x, *d_params
 
 
-def _run_cpu(x: Tensor, params: list[Tensor], table: Table, mixing: bool):
+# What the operator's `save` asks it to keep for backward.
+SAVE_NOTHING, SAVE_ALL, SAVE_LEAST = 0, 1, 2
+
+
+def _run_cpu(x: Tensor, params: list[Tensor], table: Table, mixing: bool, recompute: bool):
     text = codec.encode(table)
+    save = SAVE_LEAST if recompute else SAVE_ALL
     if torch.compiler.is_compiling():
-        out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, _needs_gradient(x, params), mixing)
+        out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, save if _needs_gradient(x, params) else SAVE_NOTHING, mixing)
     elif _needs_gradient(x, params):
-        out, weights = _Network.apply(text, mixing, x, *params)
+        out, weights = _Network.apply(text, save, mixing, x, *params)
     else:
         # Without a graph to build, the Python autograd kernel would only cost time.
         with torch._C._AutoDispatchBelowAutograd():
-            out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, False, mixing)
+            out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, SAVE_NOTHING, mixing)
     return out, _by_level(weights, table) if mixing else ()
 
 
@@ -178,7 +209,7 @@ class _Reference(torch.autograd.Function):
         return None, d_x, *d_params
 
 
-def _run_reference(x: Tensor, params: list[Tensor], table: Table, mixing: bool):
+def _run_reference(x: Tensor, params: list[Tensor], table: Table, mixing: bool, recompute: bool):
     check(x, params, table)
     if transforming():
         # The transforms of torch.func differentiate and batch plain PyTorch by themselves.
@@ -204,12 +235,12 @@ def _fake_forward(x, params, table, save, mixing):
     from fusedmoe import _C
 
     network = codec.decode(table)
-    check(x, params, network)
+    check(x, params, network, lowered=x.dtype == torch.bfloat16)
     rows = x.shape[0]
     # kept_lanes in csrc/cpu/plan.h, and a header of 16 numbers.
     rest = (rows % 128 + 15) // 16 * 16
-    kept = (rows // 128 * 144 + rest + rest // 128 * 16) * _C.kept(table) + 16 if save else 0
-    # float16 is computed, and kept, in float32.
+    kept = (rows // 128 * 144 + rest + rest // 128 * 16) * _C.kept(table, save == SAVE_LEAST) + 16 if save else 0
+    # bfloat16 and float16 are kept in float32.
     state = x.new_empty(kept, dtype=torch.promote_types(x.dtype, torch.float32))
     return x.new_empty(rows, *network.output), x.new_empty(rows, network.mixing if mixing else 0), state
 
@@ -262,11 +293,11 @@ def _batched(d_out, d_weights, x, params, saved, table, needs) -> tuple[Tensor |
 
 
 def _plain_gradients(d_out, d_weights, x, params, network: Table) -> list[Tensor | None]:
-    """The reference's backward, in float32 where x is narrower, as the kernels compute."""
+    """The reference's backward, in float32 where x is narrower, as the kernels sum; each gradient in the dtype of its tensor."""
     d_out, d_weights, wide, *raised = [t if t is None else _at_least_float32(t) for t in (d_out, d_weights, x, *params)]
     by_level = (None,) * len(network.levels) if d_weights is None else _by_level(d_weights, network)
     d_x, d_params = reference.backward(wide, raised, network, d_out, by_level)
-    return [d if d is None else d.to(x.dtype) for d in (d_x, *d_params)]
+    return [d if d is None else d.to(t.dtype) for d, t in zip((d_x, *d_params), (x, *params), strict=True)]
 
 
 def _save_for_double(ctx, inputs, output):

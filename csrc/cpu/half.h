@@ -66,6 +66,14 @@ inline void round_row(const float* from, int64_t n, uint16_t* to) {
   }
 }
 
+inline void widen_row(const uint16_t* from, int64_t n, float* to) {
+  constexpr int lanes = Lanes<float>::count;
+  typedef uint16_t halves __attribute__((vector_size(FUSEDMOE_VECTOR_BYTES / 2), aligned(2), may_alias));
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) store<float>(to + i, (floats_of)(__builtin_convertvector(*(const halves*)(from + i), words) << 16));
+  for (; i < n; i++) to[i] = widened(from[i]);
+}
+
 // acc + the products of two words.
 inline floats_of multiply_add(floats_of acc, uint32_t w, words x) {
 #if defined(__AVX512BF16__)

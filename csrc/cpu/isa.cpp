@@ -31,6 +31,8 @@ const Isa isa = {
      backward<double, Exact>, map_gradient<double, Exact>, static_gradient<double>, nullptr},
     {forward<float, Transposed<float, Halves>>, nullptr, nullptr, nullptr,
      backward<float, Halves>, map_gradient<float, Halves>, static_gradient<float>, turn_weight},
+    widen_row,
+    round_row,
     multiply_adds,
 };
 

@@ -62,6 +62,8 @@ struct Isa {
   Kernels<float> f32;
   Kernels<double> f64;
   Kernels<float> bf16;           // operands of the maps in bfloat16
+  void (*widen)(const uint16_t* from, int64_t count, float* to);  // bfloat16
+  void (*round)(const float* from, int64_t count, uint16_t* to);  // to the nearest, ties to even
   double (*multiply_adds)(int64_t count);  // `count` rounds of independent fp32 multiply-adds; returns the FLOPs done
 
   template <class T>
