@@ -82,6 +82,14 @@ __attribute__((noinline)) void tile_block(const HalfProduct& p, int64_t rows) {
     const LastK last(p, k, rows, RIGHT ? 2 : 1);
     step(last.a[0][0], last.a[1][0], tile_k * 2, last.b[0][0], last.b[1][0], tile_side * 4);
   }
+  if (!p.add && !p.bias && !p.relu && !p.columns) {
+    // Nothing is left to do with the sums: a weight's gradient, mostly.
+    _tile_stored(0, p.c, p.ldc * 4);
+    if (RIGHT) _tile_stored(1, p.c + tile_side, p.ldc * 4);
+    if (LOWER) _tile_stored(2, p.c + tile_side * p.ldc, p.ldc * 4);
+    if (LOWER && RIGHT) _tile_stored(3, p.c + tile_side * p.ldc + tile_side, p.ldc * 4);
+    return;
+  }
   alignas(64) float c[4][tile_side][tile_side];
   _tile_stored(0, c[0], 64);
   if (RIGHT) _tile_stored(1, c[1], 64);

@@ -172,8 +172,9 @@ namespace fusedmoe::cpu::FUSEDMOE_ISA {
 // `columns` of C; B has them up to the next full vector.
 inline void multiply(const HalfProduct& whole, int64_t rows, int64_t columns) {
 #if defined(__AMX_BF16__)
-  multiply_tiles(whole, rows, columns);
-#else
+  // Below, a tile would be mostly padding: the gradient of a weight over few rows.
+  if (whole.k >= tile_k) return multiply_tiles(whole, rows, columns);
+#endif
   for (int64_t k = 0; k < whole.k; k += half_chain) {
     HalfProduct p = whole;
     const bool last = k + half_chain >= whole.k;
@@ -184,7 +185,6 @@ inline void multiply(const HalfProduct& whole, int64_t rows, int64_t columns) {
     if (!last) p.bias = nullptr, p.relu = false;
     half_columns(p, rows, columns);
   }
-#endif
 }
 
 }  // namespace fusedmoe::cpu::FUSEDMOE_ISA

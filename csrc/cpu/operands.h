@@ -142,26 +142,39 @@ struct Halves {
     multiply(p, count, step.k);
   }
   static float sum(const float* row, int64_t chunk) {
-    const uint16_t* halves = (const uint16_t*)row;
-    constexpr int chains = 16;
-    float sums[chains] = {}, total = 0;
-    for (int64_t r = 0; r < chunk; r++) sums[r % chains] += widened(halves[r]);
-    for (float s : sums) total += s;
-    return total;
+    float wide[chunk_rows];
+    widen_row((const uint16_t*)row, chunk, wide);
+    return Exact::sum((const float*)wide, chunk);
   }
 };
 
 // W [n, k] of a map to [k, n], rows of an even length: the A of its d_input.
 inline void turn_weight(const Plan&, const Call<float>& call, const Step& step) {
+  constexpr int64_t lanes = Lanes<float>::count;
+  typedef uint16_t halves __attribute__((vector_size(FUSEDMOE_VECTOR_BYTES / 2), aligned(2), may_alias));
   const int64_t n = step.n, k = step.k, even = n + n % 2;
   const uint16_t* w = call.halves[step.weight];
   uint16_t* to = call.turned_weights + step.turned_weight;
-  constexpr int64_t side = 64;
-  for (int64_t i = 0; i < n; i += side)
-    for (int64_t j = 0; j < k; j += side)
-      for (int64_t b = j; b < k && b < j + side; b++)
-        for (int64_t a = i; a < n && a < i + side; a++) to[b * even + a] = w[a * k + b];
-  for (int64_t j = 0; j < k && n % 2; j++) to[j * even + n] = 0;
+  const int64_t whole = k % 2 ? 0 : n / lanes * lanes;
+  for (int64_t i = 0; i < whole; i += lanes) {
+    // Two columns of W are one of words: turned, and then taken apart.
+    int64_t j = 0;
+    for (; j + 8 <= k; j += 8) {
+      vec<float> t[4];
+      turn<lanes>(Rows{(const float*)(w + i * k + j), k / 2}, t);
+      FUSEDMOE_UNROLL
+      for (int c = 0; c < 4; c++) {
+        *(halves*)(to + (j + 2 * c) * even + i) = __builtin_convertvector((words)t[c], halves);
+        *(halves*)(to + (j + 2 * c + 1) * even + i) = __builtin_convertvector((words)t[c] >> 16, halves);
+      }
+    }
+    for (; j < k; j++)
+      for (int64_t a = i; a < i + lanes; a++) to[j * even + a] = w[a * k + j];
+  }
+  for (int64_t j = 0; j < k; j++) {
+    for (int64_t a = whole; a < n; a++) to[j * even + a] = w[a * k + j];
+    if (n % 2) to[j * even + n] = 0;
+  }
 }
 
 }  // namespace fusedmoe::cpu::FUSEDMOE_ISA
