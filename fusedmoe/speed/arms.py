@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -52,17 +53,29 @@ Arm = Local | Remote
 
 
 class Session:
-    """What the cases of one run share: the workers, the ONNX files, and the backend of the fused arms."""
+    """What the cases of one run share: the workers, the ONNX files, and the backend of the fused arms; a context that ends them.
 
-    def __init__(self, workers: Workers, backend: str = "auto", runtimes: bool = True) -> None:
-        self.workers, self.backend, self.runtimes = workers, backend, runtimes
-        self.folder = TemporaryDirectory()
+    `runtimes`: whether the workers' runtimes are among the arms.
+    """
+
+    def __init__(self, backend: str = "auto", runtimes: bool = True) -> None:
+        self.workers, self.backend, self.runtimes = Workers(), backend, runtimes
+        self.folder: TemporaryDirectory | None = None
         self.files: dict[tuple, str | Absent] = {}
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.workers.close()
+        if self.folder:
+            self.folder.cleanup()
 
     def onnx(self, setting: Setting, model: str, dtype: torch.dtype) -> str:
         """Return the path of a network's ONNX file, exported when it is first asked for. Raises: Absent if that fails, every time."""
         key = (setting.cell.sizes, model, dtype)
         if key not in self.files:
+            self.folder = self.folder or TemporaryDirectory()
             path = Path(self.folder.name) / f"{len(self.files)}.onnx"
             try:
                 export(network_of(build(setting.cell.sizes, dtype), model).to(dtype), setting.layer.table.width, path)

@@ -23,7 +23,6 @@ from fusedmoe.speed.measuring import ROUNDS, processors
 from fusedmoe.speed.overhead import overhead
 from fusedmoe.speed.runtimes import Absent
 from fusedmoe.speed.subjects import CLASSES, SUBJECTS, Sizes, build
-from fusedmoe.speed.worker import Workers
 
 SHORT = {"fp32": "float32", "bf16": "bfloat16"}
 DEFAULT_BATCHES = (1, 64, 1024)
@@ -148,8 +147,7 @@ def measure_cells(cells: Sequence[Cell], options: argparse.Namespace, console: C
     known = {results.cell_of(record).key for record in records}
     cells = [cell for cell in cells if cell.key not in known]
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
-    with Workers() as workers, Progress(*columns, console=console, expand=True) as bar:
-        session = Session(workers, options.backend)
+    with Session(options.backend) as session, Progress(*columns, console=console, expand=True) as bar:
         try:
             costs = overhead(session, options.rounds)
         except Absent as error:

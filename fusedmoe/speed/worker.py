@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
-from types import TracebackType
 from typing import BinaryIO
 
 from torch import Tensor
@@ -83,7 +82,7 @@ class Worker:
 
 
 class Workers:
-    """The running workers, started when they are first needed; a context that ends them."""
+    """The running workers, started when they are first needed."""
 
     def __init__(self) -> None:
         self.running: dict[tuple[str, int], Worker] = {}
@@ -117,10 +116,8 @@ class Workers:
             if worker.alive:
                 worker.ask("forget")
 
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """End every worker."""
         for worker in self.running.values():
             worker.close()
         self.running.clear()
