@@ -35,11 +35,23 @@ def small(mode="inference", dtype="float32", **more) -> Cell:
     return Cell("small", SMALL, mode, 4, dtype, compiled=False, **more)
 
 
-@pytest.mark.parametrize("mode", grids.MODES)
+def narrow(layer) -> subjects.Sizes:
+    """The named layer, each of its widths a 32nd."""
+    sizes = subjects.SUBJECTS[layer]
+    return sizes._replace(input=6, experts=tuple(tuple(width // 32 for width in level) for level in sizes.experts))
+
+
 @pytest.mark.parametrize("layer", subjects.SUBJECTS)
+def test_every_layer_has_rivals_on_both_networks(layer):
+    built = subjects.build(narrow(layer))
+    out = runtimes.network_of(built, "reference")(torch.ones(2, 6))
+    assert runtimes.network_of(built, "restructured")(torch.ones(2, 6)).shape == out.shape == (2, *built.table.output)
+
+
+@pytest.mark.parametrize("mode", grids.MODES)
+@pytest.mark.parametrize("layer", subjects.MAIN)
 def test_arms_compute_the_same(session, layer, mode):
-    narrow = subjects.SUBJECTS[layer]._replace(input=6, experts=tuple(tuple(width // 32 for width in level) for level in subjects.SUBJECTS[layer].experts))
-    case = Case(Cell(layer, narrow, mode, 4, compiled=False), session)
+    case = Case(Cell(layer, narrow(layer), mode, 4, compiled=False), session)
     case.check()
     assert [name for name in case.arms if name != "fused, frozen"] == ["fused", "eager", "eager, medium", "restructured", "restructured, medium"]
     shape = (4, 6) if mode == "training step" else (4, *case.setting.layer.table.output)
@@ -100,18 +112,17 @@ def test_what_is_absent_says_why(session, monkeypatch):
     assert "fused" in lone.arms
 
 
-@pytest.mark.parametrize("runtime", runtimes.PROGRAMS)
+# Not zentorch, which compiles for half a minute; every benchmark checks its results.
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_other_runtimes_compute_the_same_in_processes_of_their_own(runtime):
     if missing(runtime):
         pytest.skip(missing(runtime))
-    if runtime == "zentorch":
-        pytest.skip("compiling with zentorch takes longer than all other tests of this file; every benchmark with --grid all checks its results")
     with Session() as session:
         setting = arms.Setting(small(), session)
         rivals = {model: arms.runtime(runtime)(setting, model) for model in ("reference", "restructured")}
         results = {model: (arm.result(), "float32") for model, arm in rivals.items()}
-        eager = arms.plain(setting, "reference").result()
-        assert parity.wrong_results(setting.cell, {**results, "eager": (eager, "float32")}, parity.expectation(SMALL, 4, torch.float32)) == {}
+        plain = {"float32": setting.plain(torch.float32)}
+        assert parity.wrong_results(setting.cell, results, plain, parity.expectation(SMALL, 4, torch.float32)) == {}
         assert all(arm.repeats() >= 1 and arm.seconds(1) > 0 for arm in rivals.values())
         process = session.workers.running[runtime, 1].process
         assert process.poll() is None and process.pid != os.getpid()

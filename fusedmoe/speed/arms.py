@@ -108,6 +108,12 @@ class Setting:
         layer = self.full if full else self.layer
         return network_of(layer, model).train(self.cell.mode != "inference")
 
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """Return the result of the layer as it is, computed in a dtype: its output, or d_x of a training step."""
+        network = Called(copy.deepcopy(self.full.module).to(dtype), self.full.slots)
+        work = Work(self.full_work.x.to(dtype), self.full_work.d_out.to(dtype))
+        return MODES[self.cell.mode](network, list(network.parameters()), work)().detach().float()
+
     def fused(self) -> nn.Module:
         """Return a fused copy of the layer. Raises: Absent, with the backend's reason, if it declines."""
         module = copy.deepcopy(self.layer.module)

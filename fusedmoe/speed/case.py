@@ -69,7 +69,8 @@ class Case:
             if "restructured" in self.arms:
                 parity.check("restructured", parity.rewritten(Restructured(layer.table, given.params).to(setting.dtype)), given, expected)
             results = {name: (arm.result(), self.precisions[name]) for name, arm in self.arms.items()}
-        for name, reason in parity.wrong_results(self.cell, results, expected).items():
+            plain = {precision: setting.plain(getattr(torch, precision)) for precision in set(self.precisions.values())}
+        for name, reason in parity.wrong_results(self.cell, results, plain, expected).items():
             if name in OURS:
                 raise AssertionError(f"{name}: {reason}")
             del self.arms[name]

@@ -88,20 +88,19 @@ def check(name: str, network: testing.Network, given: testing.Problem, expected:
         raise AssertionError(f"{name}: {error}") from None
 
 
-def wrong_results(cell: Cell, results: Mapping[str, tuple[Tensor, str]], expected: Expected) -> dict[str, str]:
+def wrong_results(cell: Cell, results: Mapping[str, tuple[Tensor, str]], plain: Mapping[str, Tensor], expected: Expected) -> dict[str, str]:
     """Return why the result of an arm is not the network's, for each arm where it is not.
 
     Args:
-        results: (output, or d_x of a training step, and the precision it was computed in) by arm. Plain torch's error in a precision
-            is that of another arm named eager; the one in the case's dtype is plain torch itself, and right by definition.
+        results: (output, or d_x of a training step, and the precision it was computed in) by arm.
+        plain: the same result of plain torch, by precision.
         expected: as `expectation` returns it.
     """
     truth = expected["out"][0] if cell.mode == "inference" else expected["d_x"][0][:, 0]
-    errors = {name: norm_error(result.reshape(truth.shape), truth) for name, (result, _) in results.items()}
+    allowed = {precision: allowed_in_norm(norm_error(result.reshape(truth.shape), truth), truth, precision) for precision, result in plain.items()}
     faults = {}
-    for name, (_, precision) in results.items():
-        others = [other for other, (_, same) in results.items() if other.startswith("eager") and same == precision and other != name]
-        allowed = allowed_in_norm(max((errors[other] for other in others), default=0.0), truth, precision)
-        if name != "eager" and not errors[name] <= allowed:
-            faults[name] = f"wrong: expected an error of at most {allowed:.2e} in the norm, got {errors[name]:.2e}"
+    for name, (result, precision) in results.items():
+        wrong = norm_error(result.reshape(truth.shape), truth)
+        if not wrong <= allowed[precision]:
+            faults[name] = f"wrong: expected an error of at most {allowed[precision]:.2e} in the norm, got {wrong:.2e}"
     return faults
