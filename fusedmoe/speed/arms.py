@@ -135,10 +135,9 @@ def frozen(setting: Setting, model: str) -> Arm:
     network = setting.fused()
     if not hasattr(fusedmoe, "freeze"):
         raise Absent(f"fusedmoe {fusedmoe.__version__} has no freeze yet")
-    try:
-        fusedmoe.freeze(network)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise Absent(str(error)) from None
+    report = fusedmoe.freeze(network)
+    if not report:
+        raise Absent("; ".join(entry.reason for entry in report.declined))
     return Local(setting.call(network))
 
 
