@@ -98,7 +98,7 @@ def test_a_wrong_rival_is_absent_and_a_wrong_result_of_ours_stops_the_run(sessio
     case.check()
     assert "eager, medium" not in case.arms and "wrong: expected an error of at most" in case.absent["eager, medium"]
     case.arms["fused"] = Local(lambda call=case.arms["eager"].call: call() + 1)
-    with pytest.raises(AssertionError, match="fused: wrong"):
+    with pytest.raises(AssertionError, match="small, inference, B = 4, float32, 1 thread, fused: wrong"):
         case.check()
 
 

@@ -72,6 +72,6 @@ class Case:
             plain = {precision: setting.plain(getattr(torch, precision)) for precision in set(self.precisions.values())}
         for name, reason in parity.wrong_results(self.cell, results, plain, expected).items():
             if name in OURS:
-                raise AssertionError(f"{name}: {reason}")
+                raise AssertionError(f"{self.cell.name}, {name}: {reason}")
             del self.arms[name]
             self.absent[name] = reason

@@ -182,7 +182,7 @@ def measure_own(factory: Callable, options: argparse.Namespace, console: Console
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure and print; return the exit status: 2 for what cannot be measured."""
+    """Measure and print; return the exit status: 2 for what cannot be measured, 1 for what is wrong."""
     options = parser().parse_args(arguments)
     console = Console()
     if not console.is_terminal:
@@ -200,7 +200,14 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, RuntimeError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    measure_cells(cells, options, console, machine, records)
+    except AssertionError as error:
+        print(f"bench: {options.model}: not timed, since fused it computes something else: {error}", file=sys.stderr)
+        return 1
+    try:
+        measure_cells(cells, options, console, machine, records)
+    except AssertionError as error:
+        print(f"bench: not timed, since it computes something else: {error}", file=sys.stderr)
+        return 1
     console.print(table_of(records, machine["peak_gflops"]))
     for line in absent_arms(records):
         console.print(f"absent: {line}", markup=False)
