@@ -11,7 +11,7 @@ import torch
 
 from fusedmoe.__main__ import main
 from fusedmoe.reference.layers import PLE
-from fusedmoe.speed import arms, command, machine, own_model, results
+from fusedmoe.speed import arms, command, machine, measuring, own_model, results
 from fusedmoe.speed.measuring import times_of
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +27,7 @@ def nothing_slow(monkeypatch):
     described = {"cpu": "Fast CPU", "isa": "avx2", "peak_gflops": 200.0, "versions": {"torch": "2.13.0"}, "commit": {"id": "0123456789abcdef", "dirty": False}}
     monkeypatch.setattr(command, "describe", lambda: described | {"read_gb_per_second": {"L2": 100.0}, "medium_computes_in": "bfloat16", "caches": {}})
     monkeypatch.setattr(results, "peak_gflops", lambda seconds: 100.0)
+    monkeypatch.setattr(measuring, "SHORTEST_ROUND", 1e-4)
     yield
     torch.set_num_threads(before)
 
