@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test lint bench report build wheel clean
+.PHONY: help demo picture test lint bench bench-all report build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -21,8 +21,9 @@ help:
 	@echo "make picture the same, and put the picture into README (docs/demo.png)"
 	@echo "make test    run the tests"
 	@echo "make lint    run ruff"
-	@echo "make bench   run the benchmarks and save bench/results/*.json"
-	@echo "make report  write README's table of speeds from that JSON"
+	@echo "make bench   time what the backend's floors name, about 25 minutes; save bench/results/cpu.json"
+	@echo "make bench-all  the whole grid, hours; goes on where an earlier run of the same commit stopped"
+	@echo "make report  write README's tables of speeds, docs/speed.md and the pictures from that JSON"
 	@echo "make build   set up and build the extension only"
 	@echo "make wheel   build a wheel, install it elsewhere and run it there"
 	@echo "make clean   remove what make built, .venv included"
@@ -45,9 +46,12 @@ lint: $(STAMPS)/requirements
 	@$(PYTHON) -m ruff format --check .
 
 bench: build
-	$(call say,running the benchmarks: one thread; keep the machine idle)
-	@mkdir -p bench/results
-	@$(PYTHON) -m pytest bench --benchmark-json=bench/results/cpu.json
+	$(call say,timing what the floors name: about 25 minutes; keep the machine idle)
+	@$(PYTHON) -m fusedmoe bench --grid floors --json bench/results/cpu.json
+
+bench-all: build
+	$(call say,timing the whole grid: hours; keep the machine idle)
+	@$(PYTHON) -m fusedmoe bench --grid all --resume --json bench/results/cpu.json
 
 report: $(STAMPS)/requirements
 	@$(PYTHON) bench/report.py
@@ -70,7 +74,7 @@ $(PYTHON):
 # An active environment keeps the versions it has and gets what it lacks; our own gets the pinned ones.
 $(STAMPS)/requirements: requirements-dev.txt | $(PYTHON)
 	$(call say,installing the development requirements into $(VENV))
-	@$(PYTHON) -m pip install -qq --disable-pip-version-check $(if $(VIRTUAL_ENV),$(shell sed -n 's/==.*//p' requirements-dev.txt),-r requirements-dev.txt)
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check -r $(if $(VIRTUAL_ENV),<(sed 's/==[^;]*//' requirements-dev.txt),requirements-dev.txt)
 	@mkdir -p $(@D) && touch $@
 
 $(STAMPS)/extension: $(SOURCES) $(STAMPS)/requirements

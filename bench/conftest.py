@@ -1,52 +1,32 @@
-"""What every benchmark shares: one thread, and the machine's description in the saved JSON."""
-
-import platform
-from functools import cache
+"""What every benchmark shares: the session of workers, and the machine's description in the saved JSON."""
 
 import pytest
-import torch
 
-import fusedmoe
-from fusedmoe import _C
-from fusedmoe.doctor import cpu
-
-PEAK_SECONDS = 0.5
+from fusedmoe.speed.arms import Session
+from fusedmoe.speed.grids import GRIDS
+from fusedmoe.speed.machine import describe
 
 
-@cache
-def peak_gflops() -> float:
-    """Measure once a run what this core can do at most: multiply-adds on registers, GFLOP/s."""
-    return _C.fma_peak(PEAK_SECONDS)
+def pytest_addoption(parser):
+    parser.addoption("--grid", choices=GRIDS, default="quick", help="which cases, as of `python -m fusedmoe bench --grid`")
 
 
-@pytest.fixture
-def peak() -> float:
-    """The measured peak, GFLOP/s."""
-    return peak_gflops()
+def pytest_generate_tests(metafunc):
+    if "cell" in metafunc.fixturenames:
+        metafunc.parametrize("cell", GRIDS[metafunc.config.getoption("--grid")](), ids=lambda cell: cell.name)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Run each benchmark on one thread of torch's pool."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(scope="session")
+def session():
+    """What the cases share: workers that run until the last of them is done."""
+    with Session() as shared:
+        yield shared
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     """Keep what speed depends on, and nothing that names the host."""
     machine_info.clear()
-    machine_info.update(
-        cpu=dict(cpu())["model"],
-        isa=_C.isa(),
-        threads=1,
-        precision="float32",
-        peak_gflops=peak_gflops(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        fusedmoe=fusedmoe.__version__,
-    )
+    machine_info.update(describe())
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):

@@ -1,14 +1,20 @@
-"""Write README's table of speeds from bench/results/cpu.json: `make report`. No figure in README is typed by hand."""
+"""Write README's tables of speeds, docs/speed.md and its pictures from bench/results/cpu.json: `make report`. No figure is typed by hand."""
 
 from __future__ import annotations
 
-import json
 import math
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from fusedmoe.speed.case import OURS
+from fusedmoe.speed.command import absent_arms
+from fusedmoe.speed.results import load, ratios, share_of_peak
+
 ROOT = Path(__file__).parent.parent
+SOURCE, README, PAGE = ROOT / "bench/results/cpu.json", ROOT / "README.md", ROOT / "docs/speed.md"
 BEGIN, END = "<!-- speeds: written by `make report` -->", "<!-- end of speeds -->"
+MEGA = 1e6
 
 
 def milliseconds(seconds: float) -> str:
@@ -17,40 +23,145 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
-def row(info: dict) -> str:
-    """Return one case as a row of the table."""
-    medians = {name: times["median"] for name, times in info["arms"].items()}
-    ours, spread = medians.pop("fused"), info["arms"]["fused"]
-    best = min(medians, key=medians.get)
-    cells = [
-        info["subject"],
-        info["mode"],
-        str(info["batch"]),
-        f"{milliseconds(ours)} ({milliseconds(spread['p20'])} to {milliseconds(spread['p80'])})",
-        milliseconds(medians["eager"]),
-        f"**{medians['eager'] / ours:.1f}**",
-        f"{medians[best] / ours:.1f} ({best})",
-        f"{info['share_of_peak']:.0%}",
-    ]
-    return f"| {' | '.join(cells)} |"
+def rows_of(cells: Iterable[Sequence[str]]) -> list[str]:
+    """Return rows of a Markdown table; the first is its head, whose first column is aligned left."""
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return [lines[0], f"|---|{'---:|' * (lines[0].count('|') - 2)}", *lines[1:]]
 
 
-def table(results: dict) -> str:
-    """Return the results as Markdown: a line about the machine, and a row for each case."""
-    machine, commit = results["machine_info"], results["commit_info"]
-    cases = [entry["extra_info"] for entry in results["benchmarks"]]
-    arms = dict.fromkeys(name for info in cases for name in info["arms"] if name != "fused")
+def threads_of(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def groups(records: Sequence[Mapping], *names: str) -> dict[tuple, list[Mapping]]:
+    """Return the records by the values of some of their fields, in the order in which they were measured."""
+    found: dict[tuple, list[Mapping]] = {}
+    for record in records:
+        found.setdefault(tuple(record[name] for name in names), []).append(record)
+    return found
+
+
+def machine_line(results: Mapping) -> str:
+    """Return one paragraph about the machine, what it reaches, and what the figures are."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    commit = machine["commit"].get("id", "unknown")[:10] + ("` with changes" if machine["commit"].get("dirty") else "`")
+    rounds = min(record["rounds"] for record in results["cases"])
+    reads = ", ".join(f"{name} {speed:.0f}" for name, speed in machine["read_gb_per_second"].items())
+    medium = "" if machine["medium_computes_in"] == "float32" else ' "medium" computes in bfloat16 here, and counts among the bfloat16 rivals alone.'
+    return (
+        f"{machine['cpu']}, {machine['isa']}; commit `{commit}; {versions}. Medians of {rounds} rounds or more, the arms in turn. Peak: "
+        f"{machine['peak_gflops']:.0f} GFLOP/s of float32 multiply-adds a core, measured in the same run{'; reads, GB/s: ' + reads if reads else ''}.{medium}"
+    )
+
+
+def summary(record: Mapping, ours: str, peak: float) -> str:
+    """Return `x eager / x best on the layer / x best of all, share of peak`; only the share where no rival is."""
+    found, share = ratios(record, ours), share_of_peak(record, peak, ours)
+    if share is None:
+        return ""
+    times = " / ".join(f"{found[name].times:.1f}" for name in ("eager", "reference", "best") if name in found)
+    return f"**{times.split(' / ')[0]}**{times[times.index(' /') :] if ' /' in times else ''}, {share:.0%}" if times else f"{share:.0%}"
+
+
+def compact(records: Sequence[Mapping], peak: float) -> list[str]:
+    """Return one table: a row for each layer, mode and arm of ours, a column for each batch size."""
+    batches = sorted({record["batch"] for record in records})
+    table = [["layer, mode", *(f"B = {batch}" for batch in batches)]]
+    for (layer, mode), cases in groups(records, "layer", "mode").items():
+        for ours in OURS:
+            by_batch = {record["batch"]: summary(record, ours, peak) for record in cases}
+            if any(by_batch.values()):
+                name = f"{layer}, {mode}{', frozen' if ours != 'fused' else ''}"
+                table.append([name, *(by_batch.get(batch, "") for batch in batches)])
+    return rows_of(table) if len(table) > 1 else []
+
+
+def against_own(records: Sequence[Mapping], field: str, base: object, other: object) -> list[str]:
+    """Return lines that compare the fused arm with itself: the other dtype or number of threads against the base, case by case."""
+    lines = []
+    keys = [name for name in ("layer", "mode", "batch", "dtype", "threads") if name != field]
+    for cases in groups(records, *keys).values():
+        found = {record[field]: record["arms"]["fused"]["median"] for record in cases if "fused" in record["arms"]}
+        if base in found and other in found:
+            lines.append(f"{cases[0]['layer']}, {cases[0]['mode']}, B = {cases[0]['batch']}: {found[base] / found[other]:.2f}")
+    return lines
+
+
+def memory_table(records: Sequence[Mapping]) -> list[str]:
+    """Return a table of the bytes kept for backward and the rise of the peak, of the largest batch of each layer and dtype."""
+    table = [["layer, dtype, B", "saved, MB", "eager", "ratio", "peak rises by, MB", "eager"]]
+    for (layer, dtype), cases in groups([r for r in records if "fused" in r.get("memory", {})], "layer", "dtype").items():
+        largest = max(cases, key=lambda record: record["batch"])
+        ours, eager = largest["memory"]["fused"], largest["memory"]["eager"]
+        peaks = ["-" if side["peak_bytes"] is None else f"{side['peak_bytes'] / MEGA:.1f}" for side in (ours, eager)]
+        saved = [f"{side['saved_bytes'] / MEGA:.2f}" for side in (ours, eager)]
+        table.append([f"{layer}, {dtype}, {largest['batch']}", *saved, f"{ours['saved_bytes'] / eager['saved_bytes']:.2f}", *peaks])
+    return rows_of(table) if len(table) > 1 else []
+
+
+def overhead_line(results: Mapping) -> str:
+    """Return a sentence about what a call costs besides its arithmetic; empty where it was not measured."""
+    arms = results["overhead"].get("arms")
+    if not arms:
+        return ""
+    forward, step, cat = (f"{1e6 * arms[name]['median']:.1f}" for name in ("forward", "forward, backward", "torch.cat"))
+    return (
+        f"A call with {results['overhead']['tensors']} tensors that hardly computes takes {forward} us without gradients, and {step} us forward "
+        f"and backward; `torch.cat` of as many leaves, a C++ autograd node, takes {cat} us."
+    )
+
+
+def readme(results: Mapping, pictures: Sequence[str] = ()) -> str:
+    """Return what README shows: the machine, a compact table for each dtype and number of threads, the pictures."""
+    records, peak = results["cases"], results["machine"]["peak_gflops"]
     lines = [
-        f"{machine['cpu']}, {machine['isa']}, {machine['threads']} thread, {machine['precision']}; torch {machine['torch']}, Python {machine['python']}, "
-        f"fusedmoe {machine['fusedmoe']} at commit `{commit['id'][:10]}`{' with changes' if commit.get('dirty') else ''}. Medians of arms timed in turn "
-        f"(20th to 80th percentile), in milliseconds. `x best` is over the fastest of: {'; '.join(arms)}. "
-        f"Peak: {machine['peak_gflops']:.0f} GFLOP/s of multiply-adds, measured in the same run.",
+        machine_line(results),
         "",
-        "| layer | mode | B | fused, ms | eager, ms | x eager | x best | of peak |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
-        *map(row, cases),
+        "A cell is: **times as fast as eager** / as the best rival on the layer as it is / as the best of all rivals, those on the restructured "
+        "network included; then the share of that peak. Only rivals that compute in the table's dtype count. "
+        f"[docs/speed.md]({PAGE.relative_to(ROOT)}) has every arm's time and what was absent, with the reason.",
     ]
+    for (dtype, threads), cases in groups(records, "dtype", "threads").items():
+        table = compact(cases, peak)
+        if table:
+            lines += ["", f"{dtype}, {threads_of(threads)}:", "", *table]
+    lines += ["", overhead_line(results)] if overhead_line(results) else []
+    for name in pictures:
+        lines += ["", f"![{name}](docs/{name}.png)"]
     return "\n".join(lines)
+
+
+def full_table(records: Sequence[Mapping]) -> list[str]:
+    """Return every arm's time: a row for each layer and batch size, a column for each arm that ran in any of them."""
+    arms = list(dict.fromkeys(name for record in records for name in record["arms"]))
+    table = [["layer, B", *arms]]
+    for record in records:
+        times = {}
+        for name, arm in record["arms"].items():
+            other = "" if arm["precision"] == record["dtype"] else f" ({arm['precision']})"
+            times[name] = f"{milliseconds(arm['median'])} [{milliseconds(arm['p20'])}, {milliseconds(arm['p80'])}]{other}"
+        table.append([f"{record['layer']}, {record['batch']}", *(times.get(name, "-") for name in arms)])
+    return rows_of(table)
+
+
+def page(results: Mapping) -> str:
+    """Return docs/speed.md: all cases, all arms, what was absent, memory."""
+    records = results["cases"]
+    lines = ["# Every case and every arm", "", "Written by `make report` from bench/results/cpu.json.", "", machine_line(results)]
+    lines += ["", "Milliseconds: the median [20th and 80th percentile]; the precision where it is not the table's dtype."]
+    for (dtype, threads, mode), cases in groups(records, "dtype", "threads", "mode").items():
+        lines += ["", f"## {mode}, {dtype}, {threads_of(threads)}", "", *full_table(cases)]
+    comparisons = {
+        "bfloat16 against own float32": against_own(records, "dtype", "float32", "bfloat16"),
+        "two threads against one": against_own(records, "threads", 1, 2),
+        "absent": absent_arms(records),
+    }
+    for title, found in comparisons.items():
+        lines += ["", f"## {title}", "", *(f"- {line}" for line in found)] if found else []
+    memory = memory_table(records)
+    lines += ["", "## Memory of a training step", "", *memory] if memory else []
+    return "\n".join([*lines, *(["", overhead_line(results)] if overhead_line(results) else [])]) + "\n"
 
 
 def replace_between(text: str, content: str) -> str:
@@ -62,13 +173,18 @@ def replace_between(text: str, content: str) -> str:
 
 
 def main() -> int:
-    """Write the table; return the exit status: 2 where there is nothing to report yet."""
-    source, readme = ROOT / "bench/results/cpu.json", ROOT / "README.md"
-    if not source.exists():
-        print(f"report: expected {source.relative_to(ROOT)}, found none; run `make bench` first", file=sys.stderr)
+    """Write tables and pictures; return the exit status: 2 where there is nothing to report yet."""
+    if not SOURCE.exists():
+        print(f"report: expected {SOURCE.relative_to(ROOT)}, found none; run `make bench` first", file=sys.stderr)
         return 2
-    readme.write_text(replace_between(readme.read_text(), table(json.loads(source.read_text()))))
-    print(f"README.md: {len(json.loads(source.read_text())['benchmarks'])} cases")
+    # Beside this file; only here, so that the tables can be read without matplotlib.
+    from pictures import draw
+
+    results = load(SOURCE)
+    drawn = draw(results, PAGE.parent)
+    PAGE.write_text(page(results))
+    README.write_text(replace_between(README.read_text(), readme(results, drawn)))
+    print(f"README.md, {PAGE.relative_to(ROOT)}: {len(results['cases'])} cases; pictures: {', '.join(drawn) or 'none'}")
     return 0
 
 

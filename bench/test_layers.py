@@ -1,19 +1,20 @@
-"""Fused layers against plain PyTorch's ways, the arms in turn: the source of the speeds in README (`make bench`, then `make report`)."""
+"""The cases of `python -m fusedmoe bench` under pytest-benchmark, for its options and comparisons: `pytest bench --grid quick`."""
 
 import pytest
 
-from fusedmoe.speed import BATCHES, MODES, ROUNDS, SUBJECTS, Case, measure, repeats_of
+from fusedmoe.speed.case import Case
+from fusedmoe.speed.measuring import ROUNDS, pinned, repeats_of
+from fusedmoe.speed.results import run
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("subject", SUBJECTS)
-def test_layer(benchmark, peak, subject, mode, batch):
-    case = Case(subject, batch, mode, compiled=True)
-    case.check()
-    arms = measure(case, ROUNDS)
-    benchmark.group = f"{subject}, {mode}"
-    benchmark.extra_info.update(subject=subject, mode=mode, batch=batch, flops=case.flops, arms={name: times._asdict() for name, times in arms.items()})
-    benchmark.extra_info["share_of_peak"] = case.flops / arms["fused"].median / (1e9 * peak)
+def test_layer(benchmark, session, cell):
+    case = Case(cell, session)
+    if "fused" not in case.arms:
+        pytest.skip(case.absent["fused"])
+    record = run(case)
+    benchmark.group = f"{cell.layer}, {cell.mode}"
+    benchmark.extra_info.update(record)
     # The plugin's own statistics are of the fused arm alone, after the arms have been timed in turn.
-    benchmark.pedantic(case.arms["fused"], rounds=ROUNDS, iterations=repeats_of(case.arms["fused"]))
+    call = case.arms["fused"].call
+    with pinned(cell.threads):
+        benchmark.pedantic(call, rounds=ROUNDS, iterations=repeats_of(call))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "demo": ("fusedmoe.demo.command", "train one multi-task model twice, plain and fused, and compare"),
-    "bench": ("fusedmoe.speed", "time the fused layers against plain PyTorch's ways"),
+    "bench": ("fusedmoe.speed.command", "time the fused layers against everything a user could pick instead"),
     "doctor": ("fusedmoe.doctor", "print CPU, instruction sets, compilers, GPU, and why each backend is or is not available"),
 }
 USAGE = "usage: python -m fusedmoe COMMAND [--help]\n\n" + "\n".join(f"  {name:8}{what}" for name, (_, what) in COMMANDS.items())

@@ -112,7 +112,8 @@ class Stage(nn.Module):
         read = [gate.selector.index for gate in gates]
         # A slice is a view; a list would copy, and add up in backward.
         self.read = slice(read[0], read[-1] + 1) if read and read == list(range(read[0], read[-1] + 1)) else read
-        mask = torch.tensor([[0.0 if e in gate.sees else -torch.inf for e in order] for gate in gates])
+        dtype = next(iter(tensors.values())).dtype
+        mask = torch.tensor([[0.0 if e in gate.sees else -torch.inf for e in order] for gate in gates], dtype=dtype)
         self.register_buffer("mask", mask if gates and bool(mask.any()) else None)
 
     def forward(self, x: Tensor, slots: Tensor | None) -> Tensor:
@@ -120,13 +121,13 @@ class Stage(nn.Module):
 
     def outputs(self, x: Tensor, slots: Tensor | None) -> Tensor:
         """Return every expert's output [B, E, H]."""
-        rows, experts = len(x), self.experts
+        rows, experts = x.shape[0], self.experts
         act, width = self.layers[0].activation, self.layers[0].width
         if self.first:
             h = apply(act, F.linear(x, self.weight, self.bias)).view(rows, experts, width)
         else:
             parts = [torch.baddbmm(getattr(self, f"bias_{i}"), slots[run], getattr(self, f"weight_{i}")) for i, run in enumerate(self.runs)]
-            parts = [apply(act, part).view(len(part), rows, -1, width).transpose(0, 1).flatten(1, 2) for part in parts]
+            parts = [apply(act, part).view(part.shape[0], rows, -1, width).transpose(0, 1).flatten(1, 2) for part in parts]
             h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         for j, layer in enumerate(self.layers[1:], 1):
             h = apply(layer.activation, torch.baddbmm(getattr(self, f"deep_bias_{j}"), h.transpose(0, 1), getattr(self, f"deep_weight_{j}"))).transpose(0, 1)
@@ -135,14 +136,14 @@ class Stage(nn.Module):
     def mixing(self, x: Tensor, slots: Tensor | None) -> Tensor:
         """Return softmax of the gates plus static weights [B, U, E]."""
         if self.gated == []:
-            return self.static.expand(len(x), -1, -1) if self.has_static else x.new_zeros(len(x), self.units, self.experts)
+            return self.static.expand(x.shape[0], -1, -1) if self.has_static else x.new_zeros(x.shape[0], self.units, self.experts)
         if self.by_root:
-            logits = F.linear(x, self.gate_weight, self.gate_bias).view(len(x), -1, self.experts)
+            logits = F.linear(x, self.gate_weight, self.gate_bias).view(x.shape[0], -1, self.experts)
         else:
             logits = torch.baddbmm(self.gate_bias, slots[self.read], self.gate_weight).transpose(0, 1)
         weights = torch.softmax(logits if self.mask is None else logits + self.mask, dim=-1)
         if self.gated is not None:
-            weights = weights.new_zeros(len(x), self.units, self.experts).index_copy(1, torch.tensor(self.gated), weights)
+            weights = weights.new_zeros(x.shape[0], self.units, self.experts).index_copy(1, torch.tensor(self.gated), weights)
         return weights + self.static if self.has_static else weights
 
 

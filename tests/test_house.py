@@ -49,6 +49,7 @@ NEIGHBOURS = {
     ("fusedmoe.packed", "fusedmoe.op"),
     ("fusedmoe.swap", "fusedmoe.adapters"),
     ("fusedmoe.freezing", "fusedmoe.swap"),
+    ("fusedmoe.speed", "fusedmoe.doctor"),
 }
 LONGEST_FILE, LONGEST_FUNCTION, MOST_ARGUMENTS = 400, 60, 8
 # A kernel's tile is one loop nest over registers, which cannot be cut.
