@@ -11,6 +11,11 @@ namespace fusedmoe::test {
 inline bool kinked(Act act) { return act == Act::relu || act == Act::leaky_relu || act == Act::elu; }
 
 template <class Real>
+Real gelu_tanh_exponent(Real z) {
+  return 2 * Real(0.79788456080286535588L) * (z + Real(0.044715L) * z * z * z);
+}
+
+template <class Real>
 Real activated(const Layer& layer, Real z) {
   const Real a = Real(layer.parameter);
   switch (layer.act) {
@@ -19,8 +24,9 @@ Real activated(const Layer& layer, Real z) {
     case Act::sigmoid: return 1 / (1 + std::exp(-z));
     case Act::tanh: return std::tanh(z);
     case Act::silu: return z / (1 + std::exp(-z));
-    case Act::gelu: return z / 2 * (1 + std::erf(z * Real(0.70710678118654752440L)));
-    case Act::gelu_tanh: return z / 2 * (1 + std::tanh(Real(0.79788456080286535588L) * (z + Real(0.044715L) * z * z * z)));
+    // In forms that keep their digits at negative z: 1 + erf(z) = erfc(-z), and 1 + tanh(u) = 2 / (1 + exp(-2 u)).
+    case Act::gelu: return z / 2 * std::erfc(-z * Real(0.70710678118654752440L));
+    case Act::gelu_tanh: return z / (1 + std::exp(-gelu_tanh_exponent(z)));
     case Act::leaky_relu: return z > 0 ? z : a * z;
     case Act::elu: return z > 0 ? z : a * std::expm1(z);
     case Act::softplus: return z > 20 ? z : std::log1p(std::exp(z));
@@ -30,17 +36,17 @@ Real activated(const Layer& layer, Real z) {
 
 template <class Real>
 Real slope(const Layer& layer, Real z) {
-  const Real a = Real(layer.parameter), s = 1 / (1 + std::exp(-z));
+  const Real a = Real(layer.parameter), s = 1 / (1 + std::exp(-z)), rest = 1 / (1 + std::exp(z));
   switch (layer.act) {
     case Act::identity: return 1;
     case Act::relu: return z <= 0 ? 0 : 1;
-    case Act::sigmoid: return s * (1 - s);
-    case Act::tanh: return 1 - std::tanh(z) * std::tanh(z);
-    case Act::silu: return s * (1 + z * (1 - s));
-    case Act::gelu: return (1 + std::erf(z * Real(0.70710678118654752440L))) / 2 + z * Real(0.39894228040143267794L) * std::exp(-z * z / 2);
+    case Act::sigmoid: return s * rest;
+    case Act::tanh: return 1 / (std::cosh(z) * std::cosh(z));
+    case Act::silu: return s * (1 + z * rest);
+    case Act::gelu: return std::erfc(-z * Real(0.70710678118654752440L)) / 2 + z * Real(0.39894228040143267794L) * std::exp(-z * z / 2);
     case Act::gelu_tanh: {
-      const Real t = std::tanh(Real(0.79788456080286535588L) * (z + Real(0.044715L) * z * z * z));
-      return (1 + t) / 2 + z / 2 * (1 - t * t) * Real(0.79788456080286535588L) * (1 + 3 * Real(0.044715L) * z * z);
+      const Real share = 1 / (1 + std::exp(-gelu_tanh_exponent(z))), other = 1 / (1 + std::exp(gelu_tanh_exponent(z)));
+      return share + z * share * other * 2 * Real(0.79788456080286535588L) * (1 + 3 * Real(0.044715L) * z * z);
     }
     case Act::leaky_relu: return z > 0 ? 1 : a;
     case Act::elu: return z > 0 ? 1 : a * std::exp(z);

@@ -5,11 +5,12 @@
 #include "problem.h"
 
 namespace fusedmoe::test {
+
+const std::vector<std::string> activations = {"identity", "relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "leaky_relu", "elu", "softplus"};
+
 namespace {
 
-const char* const activations[] = {"identity", "relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "leaky_relu", "elu", "softplus"};
 const char* const selectors[] = {"slot", "root", "expert"};
-constexpr int activation_count = int(std::size(activations));
 
 // Neither of them is PyTorch's default, which a kernel might have built in.
 double parameter_of(Act act) { return act == Act::leaky_relu ? 0.2 : act == Act::elu ? 0.7 : 0.0; }
@@ -194,7 +195,7 @@ class RandomTable {
   }
 
  private:
-  Layer any_layer(int64_t width) { return layer(width, Act(random_.below(activation_count)), random_.chance(80)); }
+  Layer any_layer(int64_t width) { return layer(width, Act(random_.below(int64_t(activations.size()))), random_.chance(80)); }
   std::vector<Layer> layers(int count) {
     std::vector<Layer> result;
     while (count-- > 0) result.push_back(any_layer(1 + random_.below(40)));
@@ -244,18 +245,16 @@ class RandomTable {
 
 }  // namespace
 
-Table single(Act act, double parameter) {
+Table single(Act act) {
   Table t;
   t.slots = t.width = 1;
-  Layer only = layer(1, act, false);
-  only.parameter = parameter;
-  t.levels = {{{expert(0, {only})}, {unit({}, fixed({0}, {1.0}))}}};
+  t.levels = {{{expert(0, mlp({1}, act, false))}, {unit({}, fixed({0}, {1.0}))}}};
   return decoded(t);
 }
 
 std::vector<Case> cases() {
   std::vector<Case> list = {{"every feature", every_feature(), 70}};
-  for (int a = 0; a < activation_count; a++) list.push_back({activations[a], mmoe(11, {9, 7}, 3, 2, Act(a), {6}), 37});
+  for (size_t a = 0; a < activations.size(); a++) list.push_back({activations[a], mmoe(11, {9, 7}, 3, 2, Act(a), {6}), 37});
   // Around the vectors, tiles and panels of the kernels: as input, hidden and output width, and as columns of gates.
   for (int64_t width : {1, 2, 4, 7, 8, 15, 16, 17, 31, 32, 33, 47, 64, 100})
     list.push_back({"width " + std::to_string(width), mmoe(width, {width, width}, 3, 2, Act::tanh, {width}), 21});

@@ -17,7 +17,10 @@ struct Case {
 // Every activation, width, row count and feature by itself, and random tables of all of them together.
 std::vector<Case> cases();
 
-// One expert of one neuron with weight `parameters[0]` and no bias; the network's output is that expert's: act(x) where the weight is 1.
-Table single(Act act, double parameter);
+// Names of the activations, in the order of Act.
+extern const std::vector<std::string> activations;
+
+// One expert of one neuron without bias, whose output is the network's: act(x) where its one weight is 1.
+Table single(Act act);
 
 }  // namespace fusedmoe::test

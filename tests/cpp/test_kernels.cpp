@@ -1,6 +1,7 @@
 // The kernels against plain loops, on every table of tables.cpp and in every number type of the backend, without Python or PyTorch.
 //
 //   test_kernels isas                    names the ISAs of this build that this processor has
+//   test_kernels accuracy                prints the errors of the activations, in the units of accuracy.h
 //   test_kernels [ROWS]                  runs every check under the ISA that FUSEDMOE_ISA names, on cases of at most ROWS rows
 #include <unistd.h>
 
@@ -9,6 +10,7 @@
 #include <cstdio>
 #include <thread>
 
+#include "accuracy.h"
 #include "expectation.h"
 #include "kernels.h"
 
@@ -206,12 +208,36 @@ void check(const Problem<T>& given, const std::map<std::string, double>& plain) 
   check_batches(given, whole);
 }
 
+// Points a binade: a few thousand for the report, fewer for the check, which emulators run too.
+constexpr int report_points = 4096, check_points = 128;
+
+// The rule of expectation.h with nothing for a rival: 8 roundoffs.
+template <class T>
+void check_activations(const char* type) {
+  current = std::string("activations, ") + type;
+  const std::vector<Accuracy> all = accuracy<T>(check_points);
+  for (size_t act = 0; act < all.size(); act++)
+    if (!(all[act].value <= 8) || !(all[act].slope <= 8))
+      fail(activations[act] + ": expected errors of at most 8 roundoffs, got " + text(all[act].value) + " and, of the derivative, " +
+           text(all[act].slope));
+  if (const std::string fault = special_values<T>(); !fault.empty()) fail(fault);
+}
+
+void report_accuracy() {
+  const auto single = accuracy<float>(report_points), twice = accuracy<double>(report_points);
+  std::printf("            float: value   slope   double: value   slope\n");
+  for (size_t i = 0; i < activations.size(); i++)
+    std::printf("%-10s %14.2f %7.2f %15.2f %7.2f\n", activations[i].c_str(), single[i].value, single[i].slope, twice[i].value, twice[i].slope);
+}
+
 void on_fault(int) {
   const std::string message = "test_kernels: " + current + ": memory was touched behind a tensor\n";
   if (write(STDERR_FILENO, message.data(), message.size())) _exit(1);
 }
 
 int check_all(int64_t rows) {
+  check_activations<float>("float");
+  check_activations<double>("double");
   uint64_t seed = 0;
   int count = 0;
   for (const Case& c : cases()) {
@@ -242,6 +268,10 @@ int main(int count, char** arguments) {
     if (count == 2 && std::string(arguments[1]) == "isas") {
       for (const auto& [isa, here] : cpu::isas())
         if (here) std::printf("%s\n", isa->name);
+      return 0;
+    }
+    if (count == 2 && std::string(arguments[1]) == "accuracy") {
+      test::report_accuracy();
       return 0;
     }
     // A sanitizer has a report of its own.
