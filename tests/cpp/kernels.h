@@ -14,9 +14,11 @@ namespace fusedmoe::test {
 // What a run is asked for, and how its work is shared out.
 struct Request {
   bool training = true;  // false: outputs and mixing weights alone
+  bool recompute = false;
   bool weights = true, d_weights = true, d_x = true;
   std::function<bool(int)> gradient = [](int) { return true; };
   bool spread = false;   // gaps between the rows and slots of x
+  int64_t threads = 1;   // for which the rows are cut into blocks
   cpu::ForEach each = [](int64_t count, const std::function<void(int64_t)>& body) {
     for (int64_t i = 0; i < count; i++) body(i);
   };
@@ -27,10 +29,10 @@ class Run {
  public:
   Run(const Problem<T>& given, const Request& request)
       : given_(given), request_(request), table_(given.table),
-        plan_(cpu::make_plan(table_, request.training, given.expanded)),
+        plan_(cpu::make_plan(table_, {request.training, given.expanded, request.recompute})),
         x_(layout()), d_out_(given.d_out), d_weights_(given.d_weights),
         out_(given.rows * size_of(table_.output)), weights_(request.weights ? given.rows * table_.mixing : 0),
-        kept_(request.training ? plan_->kept * cpu::padded(given.rows) : 0),
+        kept_(request.training ? plan_->kept * cpu::kept_lanes(given.rows) : 0),
         d_x_(request.training && request.d_x ? given.x.size() : 0) {
     for (size_t i = 0; i < given.params.size(); i++) {
       params_.push_back(std::make_unique<Guarded<T>>(given.params[i]));
@@ -83,6 +85,7 @@ class Run {
     call.out = out_.data();
     call.weights = request_.weights ? weights_.data() : nullptr;
     call.kept = kept_.data();
+    call.block = cpu::rows_of_block(given_.rows, request_.threads);
     if (!request_.training) return call;
     call.d_out = d_out_.data();
     call.d_weights = request_.d_weights ? d_weights_.data() : nullptr;

@@ -68,7 +68,7 @@ Problem<T> rows_of(const Problem<T>& given, int64_t first, int64_t count) {
 template <class T>
 void poison(Problem<T> given) {
   const T nan = std::numeric_limits<T>::quiet_NaN();
-  given.rows = (given.rows + 31) / 32 * 32;
+  given.rows = (given.rows + cpu::block_rows - 1) / cpu::block_rows * cpu::block_rows;
   given.x.assign(given.rows * given.table.slots * given.table.width, nan);
   given.d_out.assign(given.rows * size_of(given.table.output), nan);
   given.d_weights.assign(given.rows * given.table.mixing, nan);
@@ -105,6 +105,8 @@ void check_requests(const Problem<T>& given, const Results<T>& whole) {
   request.training = false;
   check_same(run(given, request), whole, "inference without mixing weights");
   request = {};
+  request.recompute = true;
+  check_same(run(given, request), whole, "recomputed");
   request.gradient = [](int) { return false; };
   check_same(run(given, request), whole, "d_x alone");
   for (int part : {0, 1, 2}) {
@@ -135,6 +137,7 @@ void check_orders(const Problem<T>& given, const Results<T>& whole) {
   };
   check_same(run(given, request), whole, "backwards");
   for (int workers : {2, 5}) {
+    request.threads = workers;
     request.each = [=](int64_t count, const std::function<void(int64_t)>& body) {
       std::atomic<int64_t> next{0};
       std::vector<std::thread> threads;
