@@ -20,7 +20,7 @@ std::vector<T> grid(int each) {
 template <class T>
 Results<T> through_network(Act act, const std::vector<T>& x) {
   const std::vector<T> ones(x.size(), T(1)), zeros(x.size(), T(0));
-  return run(Problem<T>{single(act), int64_t(x.size()), false, x, {{T(1)}}, ones, zeros});
+  return run(Problem<T>{single(act), int64_t(x.size()), false, false, x, {{T(1)}}, ones, zeros});
 }
 Layer layer_of(Act act) { return single(act).levels[0].experts[0].layers[0]; }
 

@@ -27,19 +27,22 @@ Named named(const Results<T>& results) {
   return all;
 }
 
-// Infinite where the sizes differ or a number is NaN.
-inline double error(const std::vector<double>& value, const std::vector<double>& truth) {
-  double worst = value.size() == truth.size() ? 0 : std::numeric_limits<double>::infinity();
-  for (size_t i = 0; i < std::min(value.size(), truth.size()); i++) {
-    const double difference = std::abs(value[i] - truth[i]);
-    worst = difference <= worst ? worst : std::isnan(difference) ? std::numeric_limits<double>::infinity() : difference;
+// The size of an error or of a truth: its largest number or, where a z that falls on the other side of a kink is to be expected, its norm.
+enum class Size { largest, norm };
+
+// Infinite where a number is NaN.
+inline double size_of(const std::vector<double>& values, Size kind) {
+  double most = 0, squares = 0;
+  for (double value : values) {
+    most = std::abs(value) <= most ? most : std::isnan(value) ? std::numeric_limits<double>::infinity() : std::abs(value);
+    squares += value * value;
   }
-  return worst;
+  return kind == Size::largest ? most : std::isnan(squares) ? std::numeric_limits<double>::infinity() : std::sqrt(squares);
 }
-inline double largest(const std::vector<double>& values) {
-  double most = 0;
-  for (double value : values) most = std::max(most, std::abs(value));
-  return most;
+inline double error(std::vector<double> value, const std::vector<double>& truth, Size kind) {
+  if (value.size() != truth.size()) return std::numeric_limits<double>::infinity();
+  for (size_t i = 0; i < value.size(); i++) value[i] -= truth[i];
+  return size_of(value, kind);
 }
 
 // Random numbers of the size that keeps a network's outputs near 1. A row whose z comes so near to a kink that another order of summation
@@ -52,7 +55,7 @@ inline Problem<double> problem(const Case& c, uint64_t seed) {
     while (count-- > 0) values.push_back(scale * random.normal());
     return values;
   };
-  Problem<double> given{t, c.rows, c.expanded, {}, {}, draw(c.rows * size_of(t.output)), draw(c.rows * t.mixing)};
+  Problem<double> given{t, c.rows, c.expanded, false, {}, {}, draw(c.rows * size_of(t.output)), draw(c.rows * t.mixing)};
   for (const auto& shape : t.shapes) given.params.push_back(draw(size_of(shape), shape.size() > 1 ? 1 / std::sqrt(double(shape.back())) : 0.5));
   Problem<double> one = given;
   one.rows = 1;
@@ -70,27 +73,54 @@ inline Problem<double> problem(const Case& c, uint64_t seed) {
   return given;
 }
 
+// The weights of the maps rounded to bfloat16.
+inline Problem<float> halved(Problem<float> given) {
+  given.half = true;
+  for (size_t i = 0; i < given.params.size(); i++)
+    if (is_weight(given.table, i))
+      for (float& value : given.params[i]) value = Halves::round(value);
+  return given;
+}
+
+// The roundoff of a problem's type.
+template <class T>
+double roundoff_of(const Problem<T>& given) {
+  return given.half ? 0x1p-9 : roundoff<T>;
+}
+
 // Every number moved up or down by a rounding or two: another draw of the rounding errors.
 inline Problem<float> neighbour(Problem<float> given, uint64_t seed) {
   Random random(seed);
   const auto move = [&](std::vector<float>& values) {
-    for (float& value : values) value = float(value * (1 + 2 * roundoff<float> * (random.chance(50) ? 1 : -1)));
+    for (float& value : values) value = float(value * (1 + 2 * roundoff_of(given) * (random.chance(50) ? 1 : -1)));
   };
   move(given.x);
   for (auto& param : given.params) move(param);
   move(given.d_out);
   move(given.d_weights);
-  return given;
+  return given.half ? halved(given) : given;
 }
 
-// The largest error of the plain loop in float, by name.
+// In bfloat16 nearly every row has a z within rounding of 0.
+inline Size size_kind(const Table& table, bool half) {
+  const auto any = [](const std::vector<Layer>& layers) { return std::any_of(layers.begin(), layers.end(), [](const Layer& l) { return kinked(l.act); }); };
+  bool found = false;
+  for (const Level& level : table.levels) {
+    for (const Expert& e : level.experts) found = found || any(e.layers);
+    for (const Unit& u : level.units) found = found || (u.gate && any(u.gate->layers));
+  }
+  for (const Task& task : table.tasks) found = found || any(task.tower);
+  return half && found ? Size::norm : Size::largest;
+}
+
+// The largest error of the plain loop in float or bfloat16, by name.
 inline std::map<std::string, double> plain_errors(const Problem<float>& given) {
   std::map<std::string, double> worst;
   for (int i = 0; i <= neighbours; i++) {
     const Problem<float> drawn = i ? neighbour(given, uint64_t(i)) : given;
     const Problem<double> exact = convert<double>(drawn);
-    const Named truth = named(Plain<double>(exact).run());
-    for (const auto& [name, values] : named(Plain<float>(drawn).run())) worst[name] = std::max(worst[name], error(values, truth.at(name)));
+    const Named truth = named(Plain<double>(exact).run()), plain = named(given.half ? Plain<float, Halves>(drawn).run() : Plain<float>(drawn).run());
+    for (const auto& [name, values] : plain) worst[name] = std::max(worst[name], error(values, truth.at(name), size_kind(given.table, given.half)));
   }
   return worst;
 }
@@ -106,7 +136,7 @@ std::map<std::string, Expected> expectation(const Problem<T>& given, const std::
   std::map<std::string, Expected> all;
   const Problem<double> exact = convert<double>(given);
   for (const auto& [name, truth] : named(Plain<double>(exact).run()))
-    all[name] = {truth, (scale == 1 ? 2 : 3) * scale * plain.at(name) + 8 * roundoff<T> * largest(truth)};
+    all[name] = {truth, (scale == 1 ? 2 : 3) * scale * plain.at(name) + 8 * roundoff_of(given) * size_of(truth, size_kind(given.table, given.half))};
   return all;
 }
 

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "cpu/network.h"
+#include "cpu/packing.h"
 #include "memory.h"
 #include "problem.h"
 
@@ -15,6 +16,7 @@ namespace fusedmoe::test {
 struct Request {
   bool training = true;  // false: outputs and mixing weights alone
   bool recompute = false;
+  bool packed = false;   // parameters as a frozen network has them; inference alone
   bool weights = true, d_weights = true, d_x = true;
   std::function<bool(int)> gradient = [](int) { return true; };
   bool spread = false;   // gaps between the rows and slots of x
@@ -29,7 +31,7 @@ class Run {
  public:
   Run(const Problem<T>& given, const Request& request)
       : given_(given), request_(request), table_(given.table),
-        plan_(cpu::make_plan(table_, {request.training, given.expanded, request.recompute})),
+        plan_(cpu::make_plan(table_, {request.training, given.expanded, request.recompute, given.half})),
         x_(layout()), d_out_(given.d_out), d_weights_(given.d_weights),
         out_(given.rows * size_of(table_.output)), weights_(request.weights ? given.rows * table_.mixing : 0),
         kept_(request.training ? plan_->kept * cpu::kept_lanes(given.rows) : 0),
@@ -41,6 +43,13 @@ class Run {
       param_pointers_.push_back(params_[i]->data());
       grad_pointers_.push_back(wanted ? grads_[i]->data() : nullptr);
     }
+    if (request.packed) {
+      const cpu::Packing packing = cpu::make_packing(*plan_);
+      packed_ = std::make_unique<Guarded<T>>(packing.size);
+      cpu::pack<T>(*plan_, packing, param_pointers_.data(), packed_->data());
+      for (size_t i = 0; i < given.params.size(); i++) param_pointers_[i] = packing.offset[i] < 0 ? nullptr : packed_->data() + packing.offset[i];
+    }
+    if (given.half) halve();
     for (Guarded<T>* memory : written()) memory->fill(std::numeric_limits<T>::quiet_NaN());
   }
 
@@ -75,6 +84,18 @@ class Run {
     return x;
   }
 
+  // The maps' weights in bfloat16, and in no other type.
+  void halve() {
+    for (size_t i = 0; i < given_.params.size(); i++) {
+      std::vector<uint16_t> bits;
+      if (is_weight(table_, i))
+        for (T value : given_.params[i]) bits.push_back(Halves::bits(value));
+      halves_.push_back(std::make_unique<Guarded<uint16_t>>(bits));
+      half_pointers_.push_back(halves_[i]->data());
+      if (is_weight(table_, i)) param_pointers_[i] = nullptr;
+    }
+  }
+
   cpu::Call<T> arguments() {
     cpu::Call<T> call;
     call.x = x_.data();
@@ -82,6 +103,8 @@ class Run {
     call.row_stride = row_stride();
     call.slot_stride = slot_stride();
     call.params = param_pointers_.data();
+    call.packed = request_.packed;
+    call.halves = given_.half ? half_pointers_.data() : nullptr;
     call.out = out_.data();
     call.weights = request_.weights ? weights_.data() : nullptr;
     call.kept = kept_.data();
@@ -117,6 +140,9 @@ class Run {
   std::unique_ptr<cpu::Plan> plan_;
   Guarded<T> x_, d_out_, d_weights_, out_, weights_, kept_, d_x_;
   std::vector<std::unique_ptr<Guarded<T>>> params_, grads_;
+  std::unique_ptr<Guarded<T>> packed_;
+  std::vector<std::unique_ptr<Guarded<uint16_t>>> halves_;
+  std::vector<const uint16_t*> half_pointers_;
   std::vector<const T*> param_pointers_;
   std::vector<T*> grad_pointers_;
 };

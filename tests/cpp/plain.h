@@ -1,5 +1,6 @@
 // The operator, slowly: loops over the sums of fusedmoe/reference/operator.py, one row at a time, in the number type `Real`. In double it
-// is the truth of these tests, in float the plain rival by whose errors the kernels' are judged.
+// is the truth of these tests; in float, with operands of maps and sums over rows as they are or in bfloat16, the plain rival by whose
+// errors the kernels' are judged.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -55,7 +56,7 @@ Real slope(const Layer& layer, Real z) {
   return std::numeric_limits<Real>::quiet_NaN();
 }
 
-template <class Real>
+template <class Real, class Operands = Exact>
 class Plain {
  public:
   using Vector = std::vector<Real>;
@@ -114,6 +115,7 @@ class Plain {
     Mlp m;
     for (const Layer& layer : layers) {
       Vector z(layer.width), out(layer.width);
+      for (Real& x : in) x = Operands::round(x);
       for (int64_t n = 0; n < layer.width; n++) {
         const Real* w = given_.params[layer.weight].data() + n * layer.k;
         Real sum = 0, size = 0;
@@ -139,7 +141,7 @@ class Plain {
       const Layer& layer = layers[j];
       Vector d_in(layer.k, 0);
       for (int64_t n = 0; n < layer.width; n++) {
-        const Real d_z = d[n] * slope(layer, m.z[j][n]);
+        const Real d_z = Operands::round(d[n] * slope(layer, m.z[j][n]));
         const Real* w = given_.params[layer.weight].data() + n * layer.k;
         Real* d_w = results_.grads[layer.weight].data() + n * layer.k;
         if (layer.bias >= 0) results_.grads[layer.bias][n] += d_z;
@@ -271,7 +273,7 @@ class Plain {
       }
       if (unit.static_weights && unit.static_weights->parameter >= 0)
         for (size_t j = 0; j < unit.static_weights->experts.size(); j++)
-          results_.grads[unit.static_weights->parameter][unit.static_weights->offset + int64_t(j)] += dw[unit.static_weights->experts[j]];
+          results_.grads[unit.static_weights->parameter][unit.static_weights->offset + int64_t(j)] += Operands::round(dw[unit.static_weights->experts[j]]);
       if (!unit.gate || unit.gate->sees.empty()) continue;
       Vector d_logits;
       for (int e : unit.gate->sees) d_logits.push_back(state.p[u][e] * (dw[e] - sum));

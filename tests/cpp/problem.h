@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "table.h"
@@ -14,6 +15,7 @@ struct Problem {
   Table table;
   int64_t rows = 0;
   bool expanded = false;  // all slots of x hold the same numbers, and the kernels read them once
+  bool half = false;      // the operands of the maps are bfloat16; the weights are such numbers
   std::vector<T> x;
   std::vector<std::vector<T>> params;
   std::vector<T> d_out, d_weights;
@@ -31,6 +33,8 @@ inline int64_t size_of(const std::vector<int64_t>& shape) {
   for (int64_t n : shape) size *= n;
   return size;
 }
+
+inline bool is_weight(const Table& table, size_t parameter) { return parameter < table.first_static && table.shapes[parameter].size() == 2; }
 
 // The same bits on every platform, which the distributions of <random> do not promise.
 class Random {
@@ -53,6 +57,24 @@ class Random {
   uint64_t state_;
 };
 
+// Operands of a map: as they are, or rounded to bfloat16, ties to even.
+struct Exact {
+  template <class Real>
+  static Real round(Real x) { return x; }
+};
+struct Halves {
+  static uint16_t bits(float x) {
+    uint32_t whole;
+    std::memcpy(&whole, &x, 4);
+    return uint16_t(std::isnan(x) ? whole >> 16 | 0x40 : (whole + 0x7fff + (whole >> 16 & 1)) >> 16);
+  }
+  static float round(float x) {
+    const uint32_t whole = uint32_t(bits(x)) << 16;
+    std::memcpy(&x, &whole, 4);
+    return x;
+  }
+};
+
 template <class To, class From>
 std::vector<To> convert(const std::vector<From>& from) {
   return std::vector<To>(from.begin(), from.end());
@@ -60,7 +82,7 @@ std::vector<To> convert(const std::vector<From>& from) {
 
 template <class To, class From>
 Problem<To> convert(const Problem<From>& from) {
-  Problem<To> to{from.table, from.rows, from.expanded, convert<To>(from.x), {}, convert<To>(from.d_out), convert<To>(from.d_weights)};
+  Problem<To> to{from.table, from.rows, from.expanded, from.half, convert<To>(from.x), {}, convert<To>(from.d_out), convert<To>(from.d_weights)};
   for (const auto& param : from.params) to.params.push_back(convert<To>(param));
   return to;
 }

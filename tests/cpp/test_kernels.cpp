@@ -1,4 +1,4 @@
-// The kernels against plain loops, on every table of tables.cpp and in every number type of the backend, without Python or PyTorch.
+// The kernels against plain loops, on every table of tables.cpp, in float, double and bfloat16, plain, packed and recomputed.
 //
 //   test_kernels isas                    names the ISAs of this build that this processor has
 //   test_kernels accuracy                prints the errors of the activations, in the units of accuracy.h
@@ -28,10 +28,10 @@ std::string text(double value) {
   return digits;
 }
 
-void check_close(const Named& ours, const std::map<std::string, Expected>& expected, const char* what) {
+void check_close(const Named& ours, const std::map<std::string, Expected>& expected, Size kind, const char* what) {
   for (const auto& [name, values] : ours) {
     const Expected& e = expected.at(name);
-    const double worst = error(values, e.truth);
+    const double worst = error(values, e.truth, kind);
     if (!(worst <= e.allowed)) fail(std::string(what) + ", " + name + ": expected an error of at most " + text(e.allowed) + ", got " + text(worst));
   }
 }
@@ -61,7 +61,7 @@ Problem<T> rows_of(const Problem<T>& given, int64_t first, int64_t count) {
     const int64_t width = int64_t(values.size()) / given.rows;
     return std::vector<T>(values.begin() + first * width, values.begin() + (first + count) * width);
   };
-  return {given.table, count, given.expanded, part(given.x), given.params, part(given.d_out), part(given.d_weights)};
+  return {given.table, count, given.expanded, given.half, part(given.x), given.params, part(given.d_out), part(given.d_weights)};
 }
 
 // Fill the kernels' own memory with NaN, so that a number of an earlier call that is read shows.
@@ -83,7 +83,7 @@ template <class T>
 Results<T> check_parity(const Problem<T>& given, const std::map<std::string, Expected>& expected) {
   poison(given);
   const Results<T> whole = run(given);
-  check_close(named(whole), expected, "training");
+  check_close(named(whole), expected, size_kind(given.table, given.half), "training");
   Request request;
   request.training = false;
   poison(given);
@@ -104,6 +104,9 @@ void check_requests(const Problem<T>& given, const Results<T>& whole) {
   check_same(run(given, request), whole, "without d_x");
   request.training = false;
   check_same(run(given, request), whole, "inference without mixing weights");
+  // bfloat16 has no packed form.
+  request.packed = !given.half;
+  check_same(run(given, request), whole, "inference from packed parameters");
   request = {};
   request.recompute = true;
   check_same(run(given, request), whole, "recomputed");
@@ -257,6 +260,9 @@ int check_all(int64_t rows) {
     check(rounded, plain);
     current = c.name + ", double";
     check(given, plain);
+    current = c.name + ", bfloat16";
+    const Problem<float> half = halved(rounded);
+    check(half, plain_errors(half));
     count++;
   }
   return count;
