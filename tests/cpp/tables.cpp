@@ -138,7 +138,10 @@ Table two_levels(int64_t width, int64_t inner, int64_t outer, Act act) {
   for (int l = 0; l < 2; l++) {
     Level level;
     const int64_t out = l == 0 ? inner : outer;
-    for (int e = 0; e < tasks * own + 1; e++) level.experts.push_back(expert(e / own, mlp(e % own ? std::vector<int64_t>{out + 3, out} : std::vector<int64_t>{out}, act)));
+    for (int e = 0; e < tasks * own + 1; e++) {
+      const std::vector<int64_t> widths = e % own ? std::vector<int64_t>{out + 3, out} : std::vector<int64_t>{out};
+      level.experts.push_back(expert(e / own, mlp(widths, act)));
+    }
     for (int u = 0; u < (l == 0 ? tasks + 1 : tasks); u++) {
       std::vector<int> sees = u == tasks ? up_to(tasks * own + 1) : std::vector<int>{own * u, own * u + 1, tasks * own};
       level.units.push_back(unit(gate({SelectorKind::slot, u}, sees), learned({own * u % (tasks * own), own * u % (tasks * own) + 1}, int(statics.size()))));
@@ -221,7 +224,12 @@ class RandomTable {
       Unit next;
       const auto kind = SelectorKind(random_.below(3));
       const int64_t choices = kind == SelectorKind::slot ? slots : kind == SelectorKind::root ? 1 : experts;
-      if (random_.chance(80)) next.gate = gate({kind, int(random_.below(choices))}, some(experts, random_.chance(90)), layers(int(random_.below(2))), random_.chance(80));
+      if (random_.chance(80)) {
+        const int index = int(random_.below(choices));
+        const std::vector<int> sees = some(experts, random_.chance(90));
+        const std::vector<Layer> hidden = layers(int(random_.below(2)));
+        next.gate = gate({kind, index}, sees, hidden, random_.chance(80));
+      }
       if (random_.chance(50)) next.static_weights = static_of(some(experts));
       l.units.push_back(next);
     }

@@ -52,7 +52,8 @@ void check_same(const Results<T>& ours, const Results<T>& others, const std::str
   same(ours.out, others.out, "out");
   same(ours.weights, others.weights, "weights");
   same(ours.d_x, others.d_x, "d_x");
-  for (size_t i = 0; i < std::min(ours.grads.size(), others.grads.size()); i++) same(ours.grads[i], others.grads[i], "gradient of parameter " + std::to_string(i));
+  for (size_t i = 0; i < std::min(ours.grads.size(), others.grads.size()); i++)
+    same(ours.grads[i], others.grads[i], "gradient of parameter " + std::to_string(i));
 }
 
 template <class T>
