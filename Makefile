@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test lint bench bench-all report build wheel clean
+.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all lint bench bench-all report build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -20,6 +20,10 @@ help:
 	@echo "make demo    train a three-task AdaTT on Census-Income twice, plain and fused; draw build/demo.png"
 	@echo "make picture the same, and put the picture into README (docs/demo.png)"
 	@echo "make test    run the tests"
+	@echo "make test-cpp            run the kernels' own C++ test alone; make test has it too"
+	@echo "make test-cpp-sanitized  the same under the address and undefined-behaviour sanitizers"
+	@echo "make test-cpp-neon       the same built for AArch64 and run by qemu-user"
+	@echo "make test-cpp-all        both of these, as tests of pytest"
 	@echo "make lint    run ruff"
 	@echo "make bench   time what the backend's floors name, about 25 minutes; save bench/results/cpu.json"
 	@echo "make bench-all  the whole grid, hours; goes on where an earlier run of the same commit stopped"
@@ -39,6 +43,22 @@ test: build
 	$(call say,running the tests)
 	@# Two workers on two cores: two threads in each would wait for one another.
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark
+
+test-cpp: $(STAMPS)/requirements
+	$(call say,testing the kernels in C++)
+	@$(PYTHON) tests/cpp/run.py plain
+
+test-cpp-sanitized: $(STAMPS)/requirements
+	$(call say,testing the kernels in C++ under the sanitizers)
+	@$(PYTHON) tests/cpp/run.py sanitized
+
+test-cpp-neon: $(STAMPS)/requirements
+	$(call say,testing the kernels in C++ for AArch64)
+	@$(PYTHON) tests/cpp/run.py neon
+
+test-cpp-all: $(STAMPS)/requirements
+	$(call say,testing the kernels in C++ under the sanitizers and for AArch64)
+	@$(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_cpp_kernels.py
 
 lint: $(STAMPS)/requirements
 	$(call say,checking the style)

@@ -56,7 +56,7 @@ LONGEST_FILE, LONGEST_FUNCTION, MOST_ARGUMENTS = 400, 60, 8
 LONGEST_BODY_OF_CPP = 60
 
 PYTHON = [*sorted(path for folder in ("fusedmoe", "kernels", "bench", "tests", ".ci") for path in (ROOT / folder).rglob("*.py")), ROOT / "setup.py"]
-CPP = sorted(path for ending in ("*.h", "*.cpp", "*.cu") for path in (ROOT / "csrc").rglob(ending))
+CPP = sorted(path for folder in ("csrc", "tests") for ending in ("*.h", "*.cpp", "*.cu") for path in (ROOT / folder).rglob(ending))
 SOURCES = [*PYTHON, *CPP]
 
 

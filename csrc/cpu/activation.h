@@ -1,22 +1,9 @@
 // Activations and their derivatives, on panels: `n` numbers, a multiple of the vector length.
 #pragma once
-#include <cmath>
-
 #include "../table.h"
-#include "lanes.h"
+#include "special.h"
 
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
-
-// One lane at a time through the C library, for erf and log1p.
-template <class T, class F>
-inline vec<T> each(vec<T> x, F f) {
-  for (int i = 0; i < Lanes<T>::count; i++) x[i] = f(x[i]);
-  return x;
-}
-inline float erf_of(float x) { return ::erff(x); }
-inline double erf_of(double x) { return ::erf(x); }
-inline float log1p_of(float x) { return ::log1pf(x); }
-inline double log1p_of(double x) { return ::log1p(x); }
 
 template <class T>
 inline vec<T> relu(vec<T> x) {
@@ -47,21 +34,21 @@ inline void chain_rule(const T* s, T* d, int64_t n, F f) {
   for (int64_t i = 0; i < n; i += Lanes<T>::count) store<T>(d + i, f(load<T>(s + i), load<T>(d + i)));
 }
 
-constexpr double sqrt_half = 0.70710678118654752440, inverse_sqrt_two_pi = 0.39894228040143267794, sqrt_two_over_pi = 0.79788456080286535588, gelu_cubic = 0.044715;
+constexpr double inverse_sqrt_two_pi = 0.39894228040143267794, sqrt_two_over_pi = 0.79788456080286535588, gelu_cubic = 0.044715;
 constexpr double softplus_threshold = 20.0;  // PyTorch's default: above it softplus is the identity
 
 // 2 u in gelu_tanh(x) = x (1 + tanh(u)) / 2 = x sigmoid(2 u), which does not cancel at negative x.
 template <class T>
 inline vec<T> gelu_tanh_inner(vec<T> x) {
-  return T(2 * sqrt_two_over_pi) * (x + T(gelu_cubic) * (x * x * x));
+  return x * (T(2 * sqrt_two_over_pi) + T(2 * sqrt_two_over_pi * gelu_cubic) * (x * x));
 }
 template <class T>
 inline vec<T> gelu_tanh_slope(vec<T> x) {
   vec<T> u = gelu_tanh_inner<T>(x);
   vec<T> e = exp<T>(u < T(0) ? u : -u);
   vec<T> larger = T(1) / (T(1) + e);  // sigmoid(|2 u|); the other of the two shares is e times it
-  vec<T> share = u < T(0) ? e * larger : larger;
-  return share + x * (e * larger * larger) * (T(2 * sqrt_two_over_pi) * (T(1) + T(3 * gelu_cubic) * (x * x)));
+  vec<T> share = u < T(0) ? e * larger : larger, rest = u < T(0) ? larger : e * larger;
+  return share * (T(1) + x * rest * (T(2 * sqrt_two_over_pi) + T(6 * sqrt_two_over_pi * gelu_cubic) * (x * x)));
 }
 
 template <class T>
@@ -74,12 +61,15 @@ void activate(Act act, T parameter, const T* z, T* out, int64_t n) {
     case Act::sigmoid: return elementwise(z, out, n, [](vec<T> x) { return sigmoid<T>(x); });
     case Act::tanh: return elementwise(z, out, n, [](vec<T> x) { return tanh<T>(x); });
     case Act::silu: return elementwise(z, out, n, [](vec<T> x) { return x / (T(1) + exp<T>(-x)); });
-    case Act::gelu: return elementwise(z, out, n, [](vec<T> x) { return T(0.5) * x * (T(1) + each<T>(x * T(sqrt_half), [](T v) { return erf_of(v); })); });
+    case Act::gelu: return elementwise(z, out, n, [](vec<T> x) { return x * normal<T>(x).share; });
     case Act::gelu_tanh: return elementwise(z, out, n, [](vec<T> x) { return x * sigmoid<T>(gelu_tanh_inner<T>(x)); });
     case Act::leaky_relu: return elementwise(z, out, n, [=](vec<T> x) { return x > T(0) ? x : x * parameter; });
     case Act::elu: return elementwise(z, out, n, [=](vec<T> x) { return x > T(0) ? x : parameter * expm1<T>(x); });
     case Act::softplus:
-      return elementwise(z, out, n, [](vec<T> x) { return x > T(softplus_threshold) ? x : each<T>(exp<T>(x), [](T v) { return log1p_of(v); }); });
+      return elementwise(z, out, n, [](vec<T> x) {
+        vec<T> above = (x > T(0) ? x : splat<T>(0)) + log_of_sum<T>(exp<T>(x > T(0) ? -x : x));
+        return x > T(softplus_threshold) ? x : above;
+      });
   }
 }
 
@@ -93,13 +83,15 @@ void differentiate(Act act, T parameter, const T* s, T* d, int64_t n) {
     case Act::tanh: return chain_rule(s, d, n, [](vec<T> y, vec<T> g) { return g * (T(1) - y * y); });
     case Act::silu:
       return chain_rule(s, d, n, [](vec<T> x, vec<T> g) {
-        vec<T> sig = sigmoid<T>(x);
-        return g * sig * (T(1) + x * (T(1) - sig));
+        vec<T> e = exp<T>(-x), sig = T(1) / (T(1) + e);
+        // At a large x the difference would be all rounding, and x times it felt.
+        vec<T> rest = x > T(0) ? e * sig : T(1) - sig;
+        return g * sig * (T(1) + x * rest);
       });
     case Act::gelu:
       return chain_rule(s, d, n, [](vec<T> x, vec<T> g) {
-        vec<T> cdf = T(0.5) * (T(1) + each<T>(x * T(sqrt_half), [](T v) { return erf_of(v); }));
-        return g * (cdf + x * (T(inverse_sqrt_two_pi) * exp<T>(T(-0.5) * x * x)));
+        Normal<T> below = normal<T>(x);
+        return g * (below.share + x * (T(inverse_sqrt_two_pi) * below.bell));
       });
     case Act::gelu_tanh: return chain_rule(s, d, n, [](vec<T> x, vec<T> g) { return g * gelu_tanh_slope<T>(x); });
     case Act::leaky_relu: return chain_rule(s, d, n, [=](vec<T> x, vec<T> g) { return x > T(0) ? g : g * parameter; });

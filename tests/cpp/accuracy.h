@@ -1,0 +1,21 @@
+// How near the kernels' activations come to the C library's functions in long double.
+#pragma once
+#include <string>
+#include <vector>
+
+namespace fusedmoe::test {
+
+// Worst errors of the value f and of the derivative, in units of roundoff (|f| + |x f'|): what one roundoff of x and one of f would cause.
+struct Accuracy {
+  double value = 0, slope = 0;
+};
+
+// Of every activation, in the order of Act, over a grid with `each` points a binade.
+template <class T>
+std::vector<Accuracy> accuracy(int each);
+
+// Where infinities, NaN, the largest numbers and -0 come out otherwise than from the C library; empty if nowhere.
+template <class T>
+std::string special_values();
+
+}  // namespace fusedmoe::test

@@ -1,0 +1,90 @@
+// What one comparison starts from and what it compares, and the random numbers both sides are given.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "table.h"
+
+namespace fusedmoe::test {
+
+// x [B, S, D], the parameters in the operator's order, and the upstream gradients of the outputs and of the mixing weights.
+template <class T>
+struct Problem {
+  Table table;
+  int64_t rows = 0;
+  bool expanded = false;  // all slots of x hold the same numbers, and the kernels read them once
+  bool half = false;      // the operands of the maps are bfloat16; the weights are such numbers
+  std::vector<T> x;
+  std::vector<std::vector<T>> params;
+  std::vector<T> d_out, d_weights;
+};
+
+// Gradients that were not asked for are empty.
+template <class T>
+struct Results {
+  std::vector<T> out, weights, d_x;
+  std::vector<std::vector<T>> grads;
+};
+
+inline int64_t size_of(const std::vector<int64_t>& shape) {
+  int64_t size = 1;
+  for (int64_t n : shape) size *= n;
+  return size;
+}
+
+inline bool is_weight(const Table& table, size_t parameter) { return parameter < table.first_static && table.shapes[parameter].size() == 2; }
+
+// The same bits on every platform, which the distributions of <random> do not promise.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed) {}
+
+  // splitmix64: Steele, Lea and Flood, OOPSLA 2014.
+  uint64_t next() {
+    uint64_t z = state_ += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
+  }
+  int64_t below(int64_t count) { return int64_t(next() % uint64_t(count)); }
+  bool chance(int percent) { return below(100) < percent; }
+  double uniform() { return double(next() >> 11) * 0x1p-53; }
+  double normal() { return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform()); }
+
+ private:
+  uint64_t state_;
+};
+
+// Operands of a map: as they are, or rounded to bfloat16, ties to even.
+struct Exact {
+  template <class Real>
+  static Real round(Real x) { return x; }
+};
+struct Halves {
+  static uint16_t bits(float x) {
+    uint32_t whole;
+    std::memcpy(&whole, &x, 4);
+    return uint16_t(std::isnan(x) ? whole >> 16 | 0x40 : (whole + 0x7fff + (whole >> 16 & 1)) >> 16);
+  }
+  static float round(float x) {
+    const uint32_t whole = uint32_t(bits(x)) << 16;
+    std::memcpy(&x, &whole, 4);
+    return x;
+  }
+};
+
+template <class To, class From>
+std::vector<To> convert(const std::vector<From>& from) {
+  return std::vector<To>(from.begin(), from.end());
+}
+
+template <class To, class From>
+Problem<To> convert(const Problem<From>& from) {
+  Problem<To> to{from.table, from.rows, from.expanded, from.half, convert<To>(from.x), {}, convert<To>(from.d_out), convert<To>(from.d_weights)};
+  for (const auto& param : from.params) to.params.push_back(convert<To>(param));
+  return to;
+}
+
+}  // namespace fusedmoe::test

@@ -1,0 +1,21 @@
+"""The kernels' own C++ test, tests/cpp: against plain loops on guarded memory, without Python or PyTorch, under every ISA.
+
+Under the sanitizers and the emulator it takes a minute or two, so `make test` leaves those to `make test-cpp-all` and to .ci/run.
+"""
+
+import pytest
+
+from .cpp import run
+
+
+@pytest.mark.parametrize("kind", ["plain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in run.KINDS if kind != "plain")])
+def test_kernels(kind):
+    if reason := run.missing(kind):
+        pytest.skip(reason)
+    said = list(run.run(kind))
+    assert said and all(line.endswith(" cases checked") for line in said)
+
+
+def test_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="kind: expected one of plain, sanitized, neon, got 'fast'"):
+        run.missing("fast")
