@@ -34,6 +34,7 @@ struct Product {
   bool relu = false;
   bool add = false;          // to C
   int64_t columns = 0;       // of C, the last tile may reach beyond; 0: it does not
+  int64_t span = 0, jump = 0;  // A's rows stand in groups of `span`, `jump` apart; 0: in one
 };
 
 // The register tile. Each broadcast of A feeds `tile_vectors` multiply-adds, each load of B `tile_rows`, and the chains cover latency x
@@ -162,15 +163,25 @@ inline void multiply_columns(const Product<T>& whole, int64_t rows) {
     p.b += k * p.ldb;
     p.add = whole.add || k > 0;
     if (!last) p.bias = nullptr, p.relu = false;
-    int64_t left = rows;
-    for (; left >= M; left -= M) {
-      tile<T, M, V, TRANSPOSED>(p);
-      p.a += TRANSPOSED ? M : M * p.lda;
-      p.c += M * p.ldc;
-      if (p.bias) p.bias += M;
+    const int64_t span = p.span ? p.span : rows;
+    for (int64_t first = 0; first < rows; first += span) {
+      const T* a = p.a;
+      int64_t left = rows - first < span ? rows - first : span;
+      for (; left > 0; left -= M) {
+        if constexpr (M > 1)
+          if (left < M) {
+            last_rows<T, V, TRANSPOSED, M - 1>(p, left);
+            p.c += left * p.ldc;
+            if (p.bias) p.bias += left;
+            break;
+          }
+        tile<T, M, V, TRANSPOSED>(p);
+        p.a += TRANSPOSED ? M : M * p.lda;
+        p.c += M * p.ldc;
+        if (p.bias) p.bias += M;
+      }
+      p.a = a + p.jump;
     }
-    if constexpr (M > 1)
-      if (left) last_rows<T, V, TRANSPOSED, M - 1>(p, left);
   }
 }
 

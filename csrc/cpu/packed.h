@@ -5,19 +5,16 @@
 
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
-// Any number of rows: a group of outputs is one transposed A of the register tile.
+// Any number of rows: a group of outputs is a transposed A of the register tile.
 struct Packed : Exact {
   template <class T>
   static void map(const Block<T>& b, const Step& step) {
     Product<T> p = product(b, step);
     p.lda = packed_group;
     p.ldb = p.ldc = b.ld;
-    for (int64_t n = 0; n < step.n; n += packed_group) {
-      multiply<T, true>(p, step.n - n < packed_group ? step.n - n : packed_group, padded(b.rows));
-      p.a += packed_group * p.k;
-      p.c += packed_group * p.ldc;
-      if (p.bias) p.bias += packed_group;
-    }
+    p.span = packed_group;
+    p.jump = packed_group * p.k;
+    multiply<T, true>(p, step.n, padded(b.rows));
   }
 };
 
