@@ -271,6 +271,8 @@ def _gradients(ctx, d_out, d_weights, needed) -> tuple[Tensor | None, list[Tenso
     network = codec.decode(ctx.table)
     if d_out is None:
         d_out = x.new_zeros(x.shape[0], *network.output)
+    # Under autocast a loss in float32 may hand down what is not of the output's dtype.
+    d_out, d_weights = (d if d is None else d.to(x.dtype) for d in (d_out, d_weights))
     flags = [needed[0], *(p.live and need for p, need in zip(network.parameters, needed[1:], strict=True))]
     text = "".join("1" if flag else "0" for flag in flags)
     arguments = (d_out, d_weights, x, params, saved, ctx.table, text)
