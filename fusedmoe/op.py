@@ -6,6 +6,7 @@ here. The formulas stand in `reference/operator.py`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
@@ -53,7 +54,8 @@ def fusion_network(
         check(x, params, table)
     params = list(params)
     lowered = False
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    # Short for the device that has least time to lose.
+    if torch.is_autocast_enabled("cpu") if x.is_cpu else torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         lowered = _lowers(x, params, backend)
         if not lowered:
             with _without_autocast(x):
@@ -268,21 +270,30 @@ def _backward(ctx, d_out, d_weights, _):
 def _gradients(ctx, d_out, d_weights, needed) -> tuple[Tensor | None, list[Tensor | None]]:
     """Run the backward operator for x and the parameters that need it; None for those on which no output depends."""
     x, saved, *params = ctx.saved_tensors
-    network = codec.decode(ctx.table)
     if d_out is None:
-        d_out = x.new_zeros(x.shape[0], *network.output)
-    flags = [needed[0], *(p.live and need for p, need in zip(network.parameters, needed[1:], strict=True))]
-    text = "".join("1" if flag else "0" for flag in flags)
+        d_out = x.new_zeros(x.shape[0], *codec.decode(ctx.table).output)
+    flags, text = _wanted(ctx.table, needed)
     arguments = (d_out, d_weights, x, params, saved, ctx.table, text)
     if not torch.compiler.is_compiling() and (transforming() or torch._C._functorch.is_legacy_batchedtensor(d_out)):
         return _batched(*arguments)
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        results = iter(torch.ops.fusedmoe.network_cpu_backward(*arguments))
+        results = torch.ops.fusedmoe.network_cpu_backward(*arguments)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            results = iter(torch.ops.fusedmoe.network_cpu_backward(*arguments))
-    d_x, *d_params = [next(results) if flag else None for flag in flags]
+            results = torch.ops.fusedmoe.network_cpu_backward(*arguments)
+    if len(results) == len(params) and not flags[0]:
+        return None, results
+    remaining = iter(results)
+    d_x, *d_params = [next(remaining) if flag else None for flag in flags]
     return d_x, d_params
+
+
+@functools.lru_cache(maxsize=1024)
+def _wanted(text: str, needed: tuple[bool, ...]) -> tuple[tuple[bool, ...], str]:
+    """For x and each parameter, whether to compute its gradient: it is needed, and some output depends on it; the same as the operator takes it."""
+    parameters = codec.decode(text).parameters
+    flags = (needed[0], *(p.live and need for p, need in zip(parameters, needed[1:], strict=True)))
+    return flags, "".join("1" if flag else "0" for flag in flags)
 
 
 def _batched(d_out, d_weights, x, params, saved, table, needs) -> tuple[Tensor | None, list[Tensor | None]]:
