@@ -11,9 +11,11 @@
 
 namespace {
 
+using fusedmoe::check;
 using fusedmoe::checked;
 using fusedmoe::dtype_of;
 using fusedmoe::for_each;
+using fusedmoe::List;
 using fusedmoe::plan_of;
 using fusedmoe::ScalarType;
 using fusedmoe::shape_of;
@@ -26,39 +28,43 @@ enum Header { block_at, recompute_at, header_size = cpu::lane_multiple };
 // What the operator's `save` asks for.
 enum Save { save_nothing, save_all, save_least };
 
-// A call's tensors, checked; it owns what is not read in place.
+// A call's tensors, checked; it owns what is not read in place, and borrows the rest from the list.
 template <class T>
 struct Arguments {
   Tensor x;
-  std::vector<Tensor> params;
+  ScalarType stored;  // the parameters' dtype
+  std::vector<Tensor> copies;
   fusedmoe::Storage<T> storage{cpu::chosen_isa()};
   std::vector<const T*> pointers;
   std::vector<const uint16_t*> halves;
   std::shared_ptr<const cpu::Plan> plan;
   cpu::Call<T> call;
 
-  Arguments(const Tensor& input, const std::vector<Tensor>& tensors, const std::string& text, Save save) : x(input) {
+  Arguments(const Tensor& input, List& tensors, const std::string& text, Save save) : x(input), stored(x.scalar_type()) {
     STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu(), "x: expected a CPU tensor [B, S, D], got ", shape_of(x.sizes()));
     if (x.numel() > 0 && x.size(2) > 1 && x.stride(2) != 1) x = torch::stable::contiguous(x);
     const bool half = x.scalar_type() == ScalarType::BFloat16;
     plan = plan_of(text, {save != save_nothing, x.stride(1) == 0 && x.size(1) > 1, save == save_least, half});
     const fusedmoe::Table& table = plan->table;
     STD_TORCH_CHECK(x.size(1) == table.slots && x.size(2) == table.width, "x: expected [B, ", table.slots, ", ", table.width, "], got ", shape_of(x.sizes()));
-    STD_TORCH_CHECK(tensors.size() == table.shapes.size(), "params: expected ", table.shapes.size(), " tensors, got ", tensors.size());
-    // Under autocast the input is lowered, and the parameters stay in float32.
-    const bool wide = half && !tensors.empty() && tensors[0].scalar_type() == ScalarType::Float;
-    params.reserve(tensors.size());
-    for (size_t i = 0; i < tensors.size(); i++) params.push_back(checked(tensors[i], table.shapes[i], wide ? ScalarType::Float : x.scalar_type(), "params"));
-    pointers.resize(params.size());
-    halves.resize(half ? params.size() : 0);
-    for (const cpu::Step* map : plan->maps) {
-      if (half)
-        halves[map->weight] = storage.halves(params[map->weight]);
+    const size_t count = tensors.size();
+    STD_TORCH_CHECK(count == table.shapes.size(), "params: expected ", table.shapes.size(), " tensors, got ", count);
+    pointers.resize(count);
+    halves.resize(half ? count : 0);
+    std::vector<bool> is_weight(halves.size());
+    if (half)
+      for (const cpu::Step* map : plan->maps) is_weight[map->weight] = true;
+    for (size_t i = 0; i < count; i++) {
+      Tensor given = tensors.take();
+      // Under autocast the input is lowered, and the parameters stay in float32.
+      if (half && i == 0 && given.scalar_type() == ScalarType::Float) stored = ScalarType::Float;
+      check(given, table.shapes[i], stored, "params");
+      if (!given.is_contiguous()) copies.push_back(given = torch::stable::contiguous(given));
+      if (half && is_weight[i])
+        halves[i] = storage.halves(given);
       else
-        pointers[map->weight] = storage.read(params[map->weight]);
-      if (map->bias >= 0) pointers[map->bias] = storage.read(params[map->bias]);
+        pointers[i] = storage.read(given);
     }
-    for (size_t i = table.first_static; i < params.size(); i++) pointers[i] = storage.read(params[i]);
     storage.read(x, call);
     call.params = pointers.data();
     call.halves = halves.data();
@@ -66,13 +72,14 @@ struct Arguments {
 };
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vector<Tensor>& params, const std::string& text, Save save, bool mixing) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, List& params, const std::string& text, Save save, bool mixing) {
   Arguments<T> a(input, params, text, save);
   const fusedmoe::Table& table = a.plan->table;
   const int64_t rows = a.call.rows;
   Tensor out = torch::stable::new_empty(a.x, {rows, table.output[0], table.output[1]});
-  Tensor weights = torch::stable::new_empty(a.x, {rows, mixing ? table.mixing : 0});
-  Tensor saved = fusedmoe::Results(a.x, dtype_of<T>).make({save ? a.plan->kept * cpu::kept_lanes(rows) + header_size : 0});
+  const bool poison = save && fusedmoe::poisoning(a.x);
+  Tensor weights = mixing ? torch::stable::new_empty(a.x, {rows, table.mixing}) : fusedmoe::Results(a.x, a.x.scalar_type(), poison).make({rows, 0});
+  Tensor saved = fusedmoe::Results(a.x, dtype_of<T>, poison).make({save ? a.plan->kept * cpu::kept_lanes(rows) + header_size : 0});
   a.call.out = a.storage.write(out);
   a.call.weights = mixing ? a.storage.write(weights) : nullptr;
   a.call.block = cpu::rows_of_block(rows, torch::stable::get_num_threads());
@@ -89,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vecto
 }
 
 template <class T>
-std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& input, const std::vector<Tensor>& params,
+List backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& input, List& params,
                              const Tensor& saved, const std::string& text, const std::string& needs) {
   STD_TORCH_CHECK(saved.is_cpu() && saved.dim() == 1 && saved.numel() >= header_size && saved.scalar_type() == dtype_of<T> && saved.is_contiguous(),
                   "saved: expected what the forward of this call returned, got ", shape_of(saved.sizes()));
@@ -101,18 +108,21 @@ std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d
   STD_TORCH_CHECK(saved.numel() == a.plan->kept * cpu::kept_lanes(rows) + header_size && block >= cpu::lane_multiple && block <= cpu::block_rows &&
                       (block & (block - 1)) == 0,
                   "saved: expected what the forward of this call returned, got ", shape_of(saved.sizes()), " with other numbers");
-  STD_TORCH_CHECK(needs.size() == params.size() + 1, "needs: expected ", params.size() + 1, " flags, got ", needs.size());
+  const size_t count = a.pointers.size();
+  STD_TORCH_CHECK(needs.size() == count + 1, "needs: expected ", count + 1, " flags, got ", needs.size());
   Tensor d_top = checked(d_out, {rows, table.output[0], table.output[1]}, a.x.scalar_type(), "d_out");
   Tensor d_mixing = d_weights ? checked(*d_weights, {rows, table.mixing}, a.x.scalar_type(), "d_weights") : d_top;
-  std::vector<Tensor> results;
-  std::vector<T*> grads(params.size(), nullptr);
+  List results = List::reserved(count + 1);
+  std::vector<T*> grads(count, nullptr);
   const auto result = [&](const std::vector<int64_t>& sizes, fusedmoe::Results& memory) {
-    results.push_back(memory.make(sizes));
-    return a.storage.write(results.back());
+    Tensor made = memory.make(sizes);
+    results.push_back(made);
+    return a.storage.write(made);
   };
-  fusedmoe::Results like_x(a.x, a.x.scalar_type()), like_params(a.x, params.empty() ? a.x.scalar_type() : a.params[0].scalar_type());
+  const bool poison = fusedmoe::poisoning(a.x);
+  fusedmoe::Results like_x(a.x, a.x.scalar_type(), poison), like_params(a.x, a.stored, poison);
   if (needs[0] == '1') a.call.d_x = result({rows, table.slots, table.width}, like_x);
-  for (size_t i = 0; i < params.size(); i++) {
+  for (size_t i = 0; i < count; i++) {
     STD_TORCH_CHECK(needs[i + 1] != '1' || table.live[i], "needs: no output depends on parameter ", i);
     if (needs[i + 1] == '1') grads[i] = result(table.shapes[i], like_params);
   }
@@ -138,14 +148,16 @@ auto in_kernel_type(const Tensor& x, F f) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> network_cpu(const Tensor& x, const std::vector<Tensor>& params, const std::string& table, int64_t save, bool mixing) {
+std::tuple<Tensor, Tensor, Tensor> network_cpu(const Tensor& x, StableListHandle tensors, const std::string& table, int64_t save, bool mixing) {
+  List params(tensors);
   STD_TORCH_CHECK(save >= save_nothing && save <= save_least, "save: expected 0 (nothing), 1 (what backward needs) or 2 (as little as possible), got ", save);
   return in_kernel_type(x, [&](auto number) { return forward<decltype(number)>(x, params, table, Save(save), mixing); });
 }
 
-std::vector<Tensor> network_cpu_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& x, const std::vector<Tensor>& params,
-                                         const Tensor& saved, const std::string& table, const std::string& needs) {
-  return in_kernel_type(x, [&](auto number) { return backward<decltype(number)>(d_out, d_weights, x, params, saved, table, needs); });
+StableIValue network_cpu_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& x, StableListHandle tensors,
+                                  const Tensor& saved, const std::string& table, const std::string& needs) {
+  List params(tensors);
+  return in_kernel_type(x, [&](auto number) { return backward<decltype(number)>(d_out, d_weights, x, params, saved, table, needs).release(); });
 }
 
 int64_t packed_size(const std::string& table) { return fusedmoe::planned(table, {})->packing.size; }

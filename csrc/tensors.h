@@ -1,12 +1,14 @@
 // Tensors through PyTorch's stable ABI: checked arguments, and results in ordinary or in recycled memory.
 #pragma once
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "recycle.h"
@@ -29,13 +31,60 @@ std::string shape_of(const Sizes& sizes) {
   return text + "]";
 }
 
-// `t` itself if it is what the kernels take, a contiguous copy if only its strides are not, an error otherwise.
-inline Tensor checked(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype, const char* what) {
+// A Tensor[] of an operator, argument or result, and its owner. Its tensors are taken out one at a time: a vector of them holds two
+// small allocations for each as long as the call lasts, and so many free at once cost glibc more to sort than a small network takes.
+class List {
+ public:
+  explicit List(StableListHandle owned) : list_(owned) {}
+  ~List() {
+    if (!list_) return;
+    // Also where an error left some of them untaken: the list does not own its tensors, whoever takes one does.
+    size_t count = 0;
+    if (!torch_list_size(list_, &count))
+      while (taken_ < count) take();
+    torch_delete_list(list_);
+  }
+  List(const List&) = delete;
+  List& operator=(const List&) = delete;
+
+  List(List&& other) noexcept : list_(std::exchange(other.list_, nullptr)), taken_(other.taken_) {}
+
+  static List reserved(size_t count) {
+    StableListHandle made = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(count, &made));
+    return List(made);
+  }
+  size_t size() const {
+    size_t count = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &count));
+    return count;
+  }
+  // The next one; each can be taken once.
+  Tensor take() {
+    StableIValue item = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list_, taken_++, &item));
+    return torch::stable::detail::to<Tensor>(item);
+  }
+  void push_back(const Tensor& t) { STABLE_TORCH_ERROR_CODE_CHECK(torch_list_push_back(list_, torch::stable::detail::from(t))); }
+  // As an operator returns it.
+  StableIValue release() { return torch::stable::detail::from(std::exchange(list_, nullptr)); }
+
+ private:
+  StableListHandle list_;
+  size_t taken_ = 0;
+};
+
+inline void check(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype, const char* what) {
   const auto have = t.sizes();
   bool same = have.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), have.begin());
   STD_TORCH_CHECK(same, what, ": expected shape ", shape_of(sizes), ", got ", shape_of(have));
   STD_TORCH_CHECK(t.is_cpu(), what, ": expected a CPU tensor");
   STD_TORCH_CHECK(t.scalar_type() == dtype, what, ": expected the dtype of x");
+}
+
+// `t` itself if it is what the kernels take, a contiguous copy if only its strides are not, an error otherwise.
+inline Tensor checked(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype, const char* what) {
+  check(t, sizes, dtype, what);
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
@@ -56,7 +105,7 @@ inline std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
 }
 
 // Whether torch.use_deterministic_algorithms asks for NaN in memory that nothing was written to. The stable ABI does not tell; what
-// torch put into a tensor of its own does, and a NaN that stands there by chance only costs a needless fill.
+// torch put into a fresh tensor of its own does, and a NaN that stands there by chance only costs a needless fill.
 inline bool poisoning(const Tensor& like) {
   Tensor probe = torch::stable::new_empty(like, {1}, ScalarType::Float);
   return std::isnan(*static_cast<const float*>(probe.const_data_ptr()));
@@ -76,7 +125,8 @@ inline std::pair<size_t, int32_t> stored_as(ScalarType dtype) {
 // and shared alone), but for one thing: torch lets nobody enlarge a storage that it did not allocate. Their memory is recycled.
 class Results {
  public:
-  Results(const Tensor& like, ScalarType dtype) : like_(like), dtype_(dtype), poison_(torch_from_blob && poisoning(like)) {}
+  // `like` has the device; `poison`: fill with NaN.
+  Results(const Tensor& like, ScalarType dtype, bool poison) : like_(like), dtype_(dtype), poison_(poison) {}
   ~Results() {
     if (block_) drop_block(block_);
   }
@@ -85,7 +135,8 @@ class Results {
 
   Tensor make(const std::vector<int64_t>& sizes) {
     const size_t bytes = size_t(count_of(sizes)) * stored_as(dtype_).first;
-    if (!torch_from_blob || !bytes) return torch::stable::new_empty(like_, {sizes.data(), sizes.size()}, dtype_);
+    if (!bytes) return nothing(sizes);
+    if (!torch_from_blob) return torch::stable::new_empty(like_, {sizes.data(), sizes.size()}, dtype_);
     if (bytes > smallest_block) {
       Block* own = take_block(bytes);
       Tensor result = place(own, own->memory, sizes, bytes);
@@ -104,6 +155,15 @@ class Results {
   }
 
  private:
+  // Takes half as long as `new_empty`, which goes through the dispatcher.
+  Tensor nothing(const std::vector<int64_t>& sizes) {
+    const std::vector<int64_t> strides = strides_of(sizes);
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), stored_as(dtype_).second,
+                                                           aoti_torch_device_type_cpu(), -1, &handle));
+    return Tensor(handle);
+  }
+
   Tensor place(Block* block, char* memory, const std::vector<int64_t>& sizes, size_t bytes) {
     // All bits set are a NaN in every dtype.
     if (poison_) std::memset(memory, 0xff, bytes);

@@ -6,6 +6,7 @@ here. The formulas stand in `reference/operator.py`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
@@ -18,9 +19,7 @@ from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
 
-def fusion_network(
-    x: Tensor, params: Sequence[Tensor], table: Table, backend: str = "auto", return_mixing_weights: bool = False, recompute: bool = False
-):
+def fusion_network(x: Tensor, params: Sequence[Tensor], table: Table, backend: str = "auto", return_mixing_weights: bool = False, recompute: bool = False):
     """Run a network of fusion levels, and its task towers if it has any: SYSTEMS' operator for every level in turn.
 
         out[b,u,:] = sum over e in reads(u) of (softmax_e(G[u] q[b,u] + c[u]) + v[u,e]) * MLP_e(x[b, slot(e)])
@@ -52,14 +51,19 @@ def fusion_network(
     if not isinstance(x, Tensor) or not isinstance(table, Table) or x.dim() not in (2, 3) or not isinstance(params, Iterable):
         check(x, params, table)
     params = list(params)
-    lowered = False
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        lowered = _lowers(x, params, backend)
-        if not lowered:
+    # Short for the device that has least time to lose.
+    if torch.is_autocast_enabled("cpu") if x.is_cpu else torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+        if not _lowers(x, params, backend):
             with _without_autocast(x):
                 raised = [_at_least_float32(p) for p in params]
                 return fusion_network(_at_least_float32(x), raised, table, backend, return_mixing_weights, recompute)
-        x = x.to(torch.bfloat16)
+        with _without_autocast(x):
+            return _run(_lowered(x), params, table, backend, return_mixing_weights, recompute, lowered=True)
+    return _run(x, params, table, backend, return_mixing_weights, recompute)
+
+
+def _run(x: Tensor, params: list[Tensor], table: Table, backend: str, return_mixing_weights: bool, recompute: bool, lowered: bool = False):
+    """Run the backend that serves the call, autocast left behind; `lowered` as in `check`."""
     slots = x if x.dim() == 3 else x.unsqueeze(1)
     run = RUN[choose(backend, x.device, x.dtype)]
     if x.dtype == torch.bfloat16 and not lowered:
@@ -75,6 +79,12 @@ def fusion_network(
             raise
     out = for_tasks(out, table)
     return (out, weights) if return_mixing_weights else out
+
+
+def _lowered(x: Tensor) -> Tensor:
+    """Return x in bfloat16; an expanded x stays expanded, where `to` would write out every slot."""
+    expanded = x.dim() == 3 and x.shape[1] > 1 and x.stride(1) == 0
+    return x[:, :1].to(torch.bfloat16).expand_as(x) if expanded else x.to(torch.bfloat16)
 
 
 def _lowers(x: Tensor, params: list[Tensor], backend: str) -> bool:
@@ -268,23 +278,32 @@ def _backward(ctx, d_out, d_weights, _):
 def _gradients(ctx, d_out, d_weights, needed) -> tuple[Tensor | None, list[Tensor | None]]:
     """Run the backward operator for x and the parameters that need it; None for those on which no output depends."""
     x, saved, *params = ctx.saved_tensors
-    network = codec.decode(ctx.table)
     if d_out is None:
-        d_out = x.new_zeros(x.shape[0], *network.output)
+        d_out = x.new_zeros(x.shape[0], *codec.decode(ctx.table).output)
     # Under autocast a loss in float32 may hand down what is not of the output's dtype.
-    d_out, d_weights = (d if d is None else d.to(x.dtype) for d in (d_out, d_weights))
-    flags = [needed[0], *(p.live and need for p, need in zip(network.parameters, needed[1:], strict=True))]
-    text = "".join("1" if flag else "0" for flag in flags)
+    d_out, d_weights = (d if d is None or d.dtype == x.dtype else d.to(x.dtype) for d in (d_out, d_weights))
+    flags, text = _wanted(ctx.table, needed)
     arguments = (d_out, d_weights, x, params, saved, ctx.table, text)
     if not torch.compiler.is_compiling() and (transforming() or torch._C._functorch.is_legacy_batchedtensor(d_out)):
         return _batched(*arguments)
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        results = iter(torch.ops.fusedmoe.network_cpu_backward(*arguments))
+        results = torch.ops.fusedmoe.network_cpu_backward(*arguments)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            results = iter(torch.ops.fusedmoe.network_cpu_backward(*arguments))
-    d_x, *d_params = [next(results) if flag else None for flag in flags]
+            results = torch.ops.fusedmoe.network_cpu_backward(*arguments)
+    if len(results) == len(params) and not flags[0]:
+        return None, results
+    remaining = iter(results)
+    d_x, *d_params = [next(remaining) if flag else None for flag in flags]
     return d_x, d_params
+
+
+@functools.lru_cache(maxsize=1024)
+def _wanted(text: str, needed: tuple[bool, ...]) -> tuple[tuple[bool, ...], str]:
+    """For x and each parameter, whether to compute its gradient: it is needed, and some output depends on it; the same as the operator takes it."""
+    parameters = codec.decode(text).parameters
+    flags = (needed[0], *(p.live and need for p, need in zip(parameters, needed[1:], strict=True)))
+    return flags, "".join("1" if flag else "0" for flag in flags)
 
 
 def _batched(d_out, d_weights, x, params, saved, table, needs) -> tuple[Tensor | None, list[Tensor | None]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from itertools import cycle
 from typing import NamedTuple
@@ -229,6 +229,17 @@ def ragged(table: Table) -> Table:
             experts.append(replace(expert, layers=(*(Layer(3 + 2 * e + j, kind) for j in range(e % 3)), expert.layers[-1])))
         levels.append(replace(level, experts=tuple(experts)))
     return replace(table, levels=tuple(levels))
+
+
+def smoothed(value):
+    """A table, or any part of one, with silu for every activation that has a kink."""
+    if isinstance(value, Activation):
+        return Activation("silu") if value.name in KINKED else value
+    if isinstance(value, tuple):
+        return tuple(map(smoothed, value))
+    if not is_dataclass(value):
+        return value
+    return replace(value, **{field.name: smoothed(getattr(value, field.name)) for field in fields(value) if field.init})
 
 
 def with_empty_gate(table: Table) -> Table:

@@ -1,18 +1,16 @@
 """float16 on the cpu backend: stored in 16 bits, computed in 32, rounded once."""
 
-import dataclasses
 from functools import partial
 
 import pytest
 import torch
 from torch import library
 
-from fusedmoe.activation import Activation
 from fusedmoe.codec import encode
 from fusedmoe.dtype import row
 from fusedmoe.families import ple, single_task
 from fusedmoe.op import fusion_network
-from fusedmoe.testing import KINKED, Case, assert_close, bound, cases, eager, error, evaluate, expectation, problem
+from fusedmoe.testing import Case, assert_close, bound, cases, eager, error, evaluate, expectation, problem, smoothed
 
 CASES = cases()
 BACKENDS = ("cpu", "reference")
@@ -39,17 +37,6 @@ def test_half_is_the_single_result_rounded_once(name):
     text = encode(given.table)
     for half, single in zip(outputs(given, text, HALF), outputs(given, text, SINGLE), strict=True):
         assert half.dtype == HALF and torch.equal(half, single.to(HALF))
-
-
-def smoothed(value):
-    """A table, or any part of one, with silu for every activation that has a kink."""
-    if isinstance(value, Activation):
-        return Activation("silu") if value.name in KINKED else value
-    if isinstance(value, tuple):
-        return tuple(map(smoothed, value))
-    if not dataclasses.is_dataclass(value):
-        return value
-    return dataclasses.replace(value, **{field.name: smoothed(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
