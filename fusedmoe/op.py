@@ -18,9 +18,7 @@ from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
 
-def fusion_network(
-    x: Tensor, params: Sequence[Tensor], table: Table, backend: str = "auto", return_mixing_weights: bool = False, recompute: bool = False
-):
+def fusion_network(x: Tensor, params: Sequence[Tensor], table: Table, backend: str = "auto", return_mixing_weights: bool = False, recompute: bool = False):
     """Run a network of fusion levels, and its task towers if it has any: SYSTEMS' operator for every level in turn.
 
         out[b,u,:] = sum over e in reads(u) of (softmax_e(G[u] q[b,u] + c[u]) + v[u,e]) * MLP_e(x[b, slot(e)])
