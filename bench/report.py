@@ -90,13 +90,15 @@ def against_own(records: Sequence[Mapping], field: str, base: object, other: obj
 
 def memory_table(records: Sequence[Mapping]) -> list[str]:
     """Return a table of the bytes kept for backward and the rise of the peak, of the largest batch of each layer and dtype."""
-    table = [["layer, dtype, B", "saved, MB", "eager", "ratio", "peak rises by, MB", "eager"]]
+    table = [["layer, dtype, B", "saved, MB", "eager", "ratio", "ratio, recompute", "peak rises by, MB", "eager"]]
     for (layer, dtype), cases in groups([r for r in records if "fused" in r.get("memory", {})], "layer", "dtype").items():
         largest = max(cases, key=lambda record: record["batch"])
         ours, eager = largest["memory"]["fused"], largest["memory"]["eager"]
         peaks = ["-" if side["peak_bytes"] is None else f"{side['peak_bytes'] / MEGA:.1f}" for side in (ours, eager)]
+        least = largest["memory"].get("fused, recompute")
+        ratios = ["-" if side is None else f"{side['saved_bytes'] / eager['saved_bytes']:.2f}" for side in (ours, least)]
         saved = [f"{side['saved_bytes'] / MEGA:.2f}" for side in (ours, eager)]
-        table.append([f"{layer}, {dtype}, {largest['batch']}", *saved, f"{ours['saved_bytes'] / eager['saved_bytes']:.2f}", *peaks])
+        table.append([f"{layer}, {dtype}, {largest['batch']}", *saved, *ratios, *peaks])
     return rows_of(table) if len(table) > 1 else []
 
 

@@ -8,13 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor, nn
+
+from fusedmoe.functional import fusion_network
 from fusedmoe.speed.case import Case
 from fusedmoe.speed.grids import Cell
 from fusedmoe.speed.machine import peak_gflops
 from fusedmoe.speed.measuring import ROUNDS, SETTLE, measure, pinned
 from fusedmoe.speed.memory import peak_rise, saved_bytes
 from fusedmoe.speed.runtimes import Absent
-from fusedmoe.speed.subjects import Called, Sizes
+from fusedmoe.speed.subjects import Called, Layer, Sizes
 
 # Before each case, so that the share of the peak is that of the minute in which the case was timed.
 CASE_PEAK_SECONDS = 0.1
@@ -69,12 +72,25 @@ def run(case: Case, rounds: int = ROUNDS, say: Callable[[str], None] = lambda wh
     return record | ({"memory": memory(case)} if cell.mode != "inference" else {})
 
 
+class Recomputed(nn.Module):
+    """x [B, D] -> the layer's network with `recompute=True`, which keeps the least for backward."""
+
+    def __init__(self, layer: Layer, backend: str) -> None:
+        super().__init__()
+        self.params, self.table, self.backend = nn.ParameterList(layer.params), layer.table, backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        slots = x.unsqueeze(1).expand(-1, self.table.slots, -1)
+        return fusion_network(slots, list(self.params), self.table, self.backend, recompute=True)
+
+
 def memory(case: Case) -> dict[str, dict[str, int | None]]:
-    """Return the bytes saved for backward, and the rise of the peak in a training step, of the fused and the eager layer."""
+    """Return the bytes saved for backward, and the rise of the peak in a training step, of the eager and the fused layer, and
+    of the fused one that recomputes."""
     setting, found = case.setting, {}
     networks = {"eager": Called(setting.layer.module, setting.layer.slots)}
     with suppress(Absent):
-        networks["fused"] = setting.fused()
+        networks |= {"fused": setting.fused(), "fused, recompute": Recomputed(setting.layer, setting.session.backend)}
     with pinned(case.cell.threads):
         for name, network in networks.items():
             found[name] = {"saved_bytes": saved_bytes(network, setting.work.x), "peak_bytes": peak_rise(setting.call(network))}
