@@ -14,8 +14,9 @@ from torch import nn
 
 from fusedmoe.adapters import FusedForward, Match, Unfusable, recognise, register_adapter
 from fusedmoe.backends import BACKENDS, choose, require
-from fusedmoe.nn.binding import Binding, describe_table
+from fusedmoe.nn.binding import Binding
 from fusedmoe.nn.fused import Fused
+from fusedmoe.nn.words import describe_table
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Finding:
         return frozen is not None and frozen.holds()
 
 
-def fuse(model: nn.Module, backend: str = "auto") -> FuseReport:
+def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> FuseReport:
     """Let every layer of `model` that is recognised run as one call of the operator, in place.
 
     Args:
@@ -87,6 +88,9 @@ def fuse(model: nn.Module, backend: str = "auto") -> FuseReport:
             numerically on a copy before it is trusted. A layer whose inside was changed after it was fused is looked at anew.
         backend: "auto" chooses at every call, and leaves a layer alone that only the reference could run, slower than the layer
             itself; a name runs that backend or raises.
+        recompute: keep for backward only what levels hand on and what each softmax gave, about a seventh of what the layers
+            themselves keep, and run experts and towers once more in backward. The results are the same bits. Layers that are fused
+            already keep what they have: `unfuse` them before.
 
     Returns: the report. What could not be fused exactly runs as before, and stands in `declined` with the reason.
 
@@ -101,7 +105,7 @@ def fuse(model: nn.Module, backend: str = "auto") -> FuseReport:
             if forward.binding.change():
                 del module.__dict__["forward"]
         findings = [_with_choice(finding, backend) for finding in walk(model, "", set())]
-        planned = [(finding.module, _forward(finding.module, finding.match, backend)) for finding in findings if finding.match]
+        planned = [(finding.module, _forward(finding.module, finding.match, backend, recompute)) for finding in findings if finding.match]
     except BaseException:
         for module, forward in before:
             module.__dict__["forward"] = forward
@@ -162,11 +166,11 @@ def _with_choice(finding: Finding, backend: str) -> Finding:
     return replace(finding, entry=replace(entry, reason=reason), match=None)
 
 
-def _forward(module: nn.Module, match: Match, backend: str) -> FusedForward:
+def _forward(module: nn.Module, match: Match, backend: str, recompute: bool) -> FusedForward:
     """Return the forward for a module. Raises: RuntimeError if the backend asked for cannot serve its parameters."""
     parameter = next(module.parameters())
     choose(backend, parameter.device, parameter.dtype)
-    return FusedForward(module, match, backend)
+    return FusedForward(module, match, backend, recompute)
 
 
 def walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """bfloat16 on the cpu backend, and recomputing: parity by the rule, bits that depend on nothing they should not, autocast."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from fusedmoe import families
+from fusedmoe import nn as fused_nn
 from fusedmoe.op import fusion_network
 from fusedmoe.reference.layers import AdaTTSp
 from fusedmoe.swap import fuse
@@ -162,3 +164,20 @@ def test_recomputing_keeps_what_levels_hand_on_and_the_softmax():
     mixing = 2 * 3 * 6
     assert saved_bytes(recompute=True) == 4 * (rows * (3 * 256 + mixing) + header)
     assert saved_bytes(recompute=False) == 4 * (rows * (3 * 256 + mixing + 6 * 256 + 6 * 128) + header)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_fuse_and_modules_take_recompute(recompute):
+    torch.manual_seed(0)
+    plain = AdaTTSp(24, [[32], [16]], 2, 2)
+    swapped, built = copy.deepcopy(plain), fused_nn.AdaTTSp(24, [[32], [16]], 2, 2, recompute=recompute)
+    assert fuse(swapped, recompute=recompute).fused
+    built.load_state_dict(plain.state_dict())
+    x = torch.randn(9, 2, 24)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+        outs = [module(x) for module in (swapped, built)]
+    grads = [torch.autograd.grad(out.sum(), module.parameters()) for out, module in zip(outs, (swapped, built), strict=True)]
+    assert torch.equal(*outs) and all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+    header, mixing = 16, 2 * 2 * 4
+    assert kept.count(4 * (16 * (2 * 32 + mixing + (0 if recompute else 4 * 32 + 4 * 16)) + header)) == 2

@@ -243,7 +243,7 @@ def test_a_backend_that_does_not_take_the_dtype_is_an_error_and_changes_nothing(
 def test_the_backend_asked_for_is_the_one_called(layer, monkeypatch):
     asked = []
     fuse(layer, backend="reference")
-    monkeypatch.setattr("fusedmoe.nn.binding.fusion_network", lambda x, tensors, table, backend, weights: asked.append(backend))
+    monkeypatch.setattr("fusedmoe.nn.binding.fusion_network", lambda x, tensors, table, backend, *options: asked.append(backend))
     layer(sample(T))
     assert asked == ["reference"]
 
@@ -289,11 +289,11 @@ def test_a_fuse_that_fails_halfway_leaves_the_model_as_it_was(layer, monkeypatch
     made = []
     build = FusedForward.__init__
 
-    def failing(self, module, match, backend):
+    def failing(self, module, match, backend, *options):
         made.append(backend)
         if made.count("auto") == 3:
             raise MemoryError("no memory left")
-        build(self, module, match, backend)
+        build(self, module, match, backend, *options)
 
     monkeypatch.setattr(FusedForward, "__init__", failing)
     with pytest.raises(MemoryError):

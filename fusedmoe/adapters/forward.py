@@ -39,14 +39,15 @@ class FusedForward:
         module: the module on which it is, or will be, set as the instance attribute `forward`. `nn.Module.__call__` finds it there,
             so that hooks on the module stay around it.
         match: what the module computes.
-        backend: handed to the operator at every call.
+        backend, recompute: handed to the operator at every call.
 
     Raises: Unfusable as `Binding` does, and if the forward of the module's class does not take exactly one input.
     """
 
-    def __init__(self, module: nn.Module, match: Match, backend: str):
+    def __init__(self, module: nn.Module, match: Match, backend: str, recompute: bool = False):
         self.family = match.family
         self.backend = backend
+        self.recompute = recompute
         self.rank = match.rank
         self.returns = match.returns
         self.argument = _input_of(module)
@@ -64,7 +65,7 @@ class FusedForward:
         if isinstance(x, Tensor) and x.dim() != self.rank:
             expected = f"[B, {table.width}]" if self.rank == 2 else f"[B, {table.slots}, {table.width}]"
             raise ValueError(f"{self._name()}.forward: expected {self.argument} {expected}, got {list(x.shape)}")
-        return self.returns(self.binding.run(x, self.backend))
+        return self.returns(self.binding.run(x, self.backend, recompute=self.recompute))
 
     @property
     def __code__(self):

@@ -19,6 +19,7 @@ class Fused:
 
     Args:
         backend: a name out of `fusedmoe.backends()`, or "auto"; keyword only.
+        recompute: keep less for backward and run experts and towers again there; keyword only.
         others: those of the layer.
     Raises: at construction ValueError or TypeError, naming the argument, what was expected and what came, and RuntimeError for a
         backend that cannot run here.
@@ -26,10 +27,11 @@ class Fused:
 
     wiring: Callable[[nn.Module], Wiring]
 
-    def __init__(self, *args, backend: str = "auto", **kwargs) -> None:
+    def __init__(self, *args, backend: str = "auto", recompute: bool = False, **kwargs) -> None:
         require(backend)
         super().__init__(*args, **kwargs)
         self.backend = backend
+        self.recompute = recompute
         # Not at the first call, which may be a trace of torch.compile.
         try:
             self.bind()
@@ -46,7 +48,7 @@ class Fused:
         Raises: TypeError, ValueError for inputs of another type, shape, dtype or device; RuntimeError if the module was changed
             inside since it was bound (a hook, another submodule), or if the backend cannot take these inputs.
         """
-        return self.bind().run(inputs, self.backend)
+        return self.bind().run(inputs, self.backend, recompute=self.recompute)
 
     def bind(self) -> Binding:
         """Return the module's parameters bound to its table. Copies and pickles carry the binding, bound to the copy.
