@@ -38,8 +38,8 @@ struct Product {
 };
 
 // The register tile. Each broadcast of A feeds `tile_vectors` multiply-adds, each load of B `tile_rows`, and the chains cover latency x
-// ports (4 x 2): 8 x 3 accumulators of 32 registers (AVX-512, NEON), where 11 loads feed 24 multiply-adds (8 x 2, with 10 for 16,
-// reaches 90 % of the peak on a Xeon of 2024 and 8 x 3 95 %); 6 x 2 of 16 registers (AVX2, SSE2).
+// ports (4 x 2): 8 x 3 accumulators of 32 registers (AVX-512, NEON), where 11 loads feed 24 multiply-adds and not 10 feed 16;
+// 6 x 2 of 16 registers (AVX2, SSE2).
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int tile_rows = 8, tile_vectors = 3, narrow_rows = 16;
 #else
