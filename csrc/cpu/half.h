@@ -3,7 +3,7 @@
 #pragma once
 #include <type_traits>
 
-#include "gemm.h"
+#include "few.h"
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif

@@ -1,6 +1,6 @@
 // Softmax, mixing weights and the mix, on panels of ld lanes; and their backward. Formulas: fusedmoe/reference/operator.py.
 #pragma once
-#include "gemm.h"
+#include "few.h"
 #include "isa.h"
 
 namespace fusedmoe::cpu::FUSEDMOE_ISA {

@@ -19,12 +19,59 @@ Product<T> product(const Block<T>& b, const Step& step) {
   return p;
 }
 
+// A row of a panel's numbers side by side, for the few rows of a small batch: to[r * ld_to + i] = panel[i * ld + r].
+inline void gather_rows(const float* panel, int64_t ld, int64_t n, int64_t rows, float* to, int64_t ld_to) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t i = 0; i < n; i++) to[r * ld_to + i] = panel[i * ld + r];
+}
+
+// z = W in + bias for at most few_rows rows of a training step: W is streamed once, in the order of memory (gemm.h, `few`), where one
+// vector of rows would be lanes that idle. The same sums, so the same bits.
+inline void map_few(const Block<float>& b, const Step& step) {
+  float *x = b.spare, *y = x + b.plan.widest * b.ld, *z = b.at(step.z);
+  Product<float> p = product(b, step);
+  p.b = x;
+  p.c = y;
+  p.ldb = step.k;
+  p.ldc = step.n;
+  const int64_t rows = b.rows <= 2 ? b.rows : b.rows <= 4 ? 4 : 8;
+  gather_rows(b.at(step.in), b.ld, step.k, rows, x, step.k);
+  if (rows == 1)
+    few<1>(p, step.n);
+  else if (rows == 2)
+    few<2>(p, step.n);
+  else if (rows == 4)
+    few<4>(p, step.n);
+  else
+    few<8>(p, step.n);
+  for (int64_t n = 0; n < step.n; n++)
+    for (int64_t r = 0; r < b.ld; r++) z[n * b.ld + r] = r < rows ? y[r * step.n + n] : 0.0f;
+}
+
+// to (+)= W^T dz for as few: the rows of W are added up as they stand in memory, the lanes running over its columns.
+inline void d_input_few(const Block<float>& b, const Step& step, const float* d_z, float* to, bool add) {
+  float *rows = b.spare, *sums = rows + b.plan.widest * b.ld;
+  gather_rows(d_z, b.ld, step.n, b.rows, rows, step.n);
+  // Chain by chain, as `multiply` adds them.
+  for (int64_t n = 0; n < step.n; n += chain) {
+    const int64_t count = step.n - n < chain ? step.n - n : chain;
+    multiply_few({rows + n, step.n, b.call.params[step.weight] + n * step.k, step.k, count, sums, step.k}, b.rows, step.k);
+    for (int64_t k = 0; k < step.k; k++)
+      for (int64_t r = 0; r < b.rows; r++) {
+        float* at = to + k * b.ld + r;
+        *at = add || n > 0 ? *at + sums[r * step.k + k] : sums[r * step.k + k];
+      }
+  }
+}
+
 struct Exact {
   template <class T>
   static void input(const Block<T>&, int64_t) {}
 
   template <class T>
   static void map(const Block<T>& b, const Step& step) {
+    if constexpr (sizeof(T) == 4)
+      if (b.rows <= few_rows) return map_few(b, step);
     Product<T> p = product(b, step);
     p.ldb = p.ldc = b.ld;
     multiply<T, false>(p, step.n, padded(b.rows));
@@ -32,6 +79,9 @@ struct Exact {
   // to (+)= W^T dz.
   template <class T>
   static void d_input(const Block<T>& b, const Step& step, const T* d_z, T* to, bool add) {
+    // The last vector of a row of W must not reach beyond its end.
+    if constexpr (sizeof(T) == 4)
+      if (b.rows <= few_rows && step.k % lane_multiple == 0) return d_input_few(b, step, d_z, to, add);
     Product<T> p{};
     p.a = b.call.params[step.weight];
     p.lda = step.k;
