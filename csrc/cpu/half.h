@@ -118,7 +118,7 @@ __attribute__((noinline)) void half_tile(const HalfProduct& p) {
     b += p.ldb;
   };
   const uint16_t* ahead = p.a + M * p.lda;
-  for (int64_t k = 0; k + 2 <= p.k; k += 2, ahead += M) {
+  for (int64_t k = 0; k + 2 <= p.k; k += 2, ahead += 2 * M) {
     __builtin_prefetch(ahead);
     step([&](int m) {
       uint32_t w;
