@@ -101,7 +101,10 @@ class Setting:
 
     def call(self, network: nn.Module, forward: Callable[[Tensor], Tensor] | None = None, full: bool = False) -> Call:
         """Return one inference or training step of a network in the case's dtype, or in float32."""
-        return MODES[self.cell.mode](network if forward is None else forward, list(network.parameters()), self.full_work if full else self.work)
+        if forward is None:
+            # Not its __call__: what expands x is the caller's code, and no module of its own.
+            forward = network.forward if isinstance(network, Called) else network
+        return MODES[self.cell.mode](forward, list(network.parameters()), self.full_work if full else self.work)
 
     def network(self, model: str, full: bool = False) -> nn.Module:
         """Return the network as a user writes it: "reference" or "restructured". Raises: Absent where there is no restructured form."""

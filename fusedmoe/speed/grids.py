@@ -46,7 +46,7 @@ def cells(layers: Iterable[str], modes: Iterable[str], batches: Sequence[int], d
 
 def quick() -> list[Cell]:
     """A first look: the main layers at batch sizes whose parity is soon checked, without what must be compiled."""
-    return cells(MAIN, MODES, (1, 64, 256), compiled=False)
+    return [*cells(MAIN, ["inference"], (1, 64, 256), compiled=False), *cells(MAIN, ["training step"], (1, 64), compiled=False)]
 
 
 def floors() -> list[Cell]:

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-# Calls of up to 13 ms come in pairs at least, after one that is not timed: caches and sleeping threads of a pool are then warm again.
-SHORTEST_ROUND = 20e-3
+# Calls of up to 6 ms come in pairs at least, after one that is not timed: caches and sleeping threads of a pool are then warm again.
+SHORTEST_ROUND = 10e-3
 ROUNDS = 20
 # Threads of a pool spin for about a millisecond after their work (libgomp, ONNX Runtime, TBB) and would take the next arm's processor.
 SETTLE = 5e-3

@@ -20,12 +20,13 @@ def overhead(session: Session, rounds: int = ROUNDS) -> dict[str, object]:
     concatenation of as many leaves.
     """
     setting = Setting(Cell("tiny", TINY, "training step", 1), session)
-    network, work = setting.fused(), setting.work
-    params = list(network.parameters())
+    layer = setting.fused().layer
+    params = list(layer.parameters())
+    work = Work(setting.work.x.unsqueeze(1).expand(-1, setting.layer.slots, -1), setting.work.d_out)
     leaves = [torch.ones(1, requires_grad=True) for _ in range(len(params) + 1)]
     arms = {
-        "forward": Local(inference(network, params, work)),
-        "forward, backward": Local(training_step(network, params, work)),
+        "forward": Local(inference(layer, params, work)),
+        "forward, backward": Local(training_step(layer, params, work)),
         # Work's x is the first leaf that a training step makes; the others are its parameters.
         "torch.cat": Local(training_step(lambda x: torch.cat([x, *leaves[1:]]), leaves[1:], Work(leaves[0].detach(), torch.ones(len(leaves))))),
     }

@@ -44,10 +44,14 @@ class Job(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A call to time, and how to read the result of one: the output, or d_x of a training step."""
+    """A call to time, and how to read the result of one: the output, or d_x of a training step.
+
+    `held`: memory that the runtime reads without owning it.
+    """
 
     call: Callable[[], object]
     result: Callable[[], Tensor]
+    held: object = None
 
 
 def network_of(layer: Layer, model: str) -> nn.Module:
@@ -100,7 +104,7 @@ def onnxruntime_program(job: Job) -> Program:
         session.run_with_iobinding(binding)
         return torch.from_numpy(binding.copy_outputs_to_cpu()[0])
 
-    return Program(lambda: session.run_with_iobinding(binding), result)
+    return Program(lambda: session.run_with_iobinding(binding), result, job.x)
 
 
 def openvino_program(job: Job) -> Program:
@@ -126,7 +130,7 @@ def openvino_program(job: Job) -> Program:
         request.infer(share_outputs=True)
         return torch.from_numpy(request.get_output_tensor().data.copy())
 
-    return Program(lambda: request.infer(share_outputs=True), result)
+    return Program(lambda: request.infer(share_outputs=True), result, job.x)
 
 
 def zentorch_program(job: Job) -> Program:
