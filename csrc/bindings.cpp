@@ -15,7 +15,6 @@ using fusedmoe::check;
 using fusedmoe::checked;
 using fusedmoe::dtype_of;
 using fusedmoe::for_each;
-using fusedmoe::List;
 using fusedmoe::plan_of;
 using fusedmoe::ScalarType;
 using fusedmoe::shape_of;
@@ -28,7 +27,7 @@ enum Header { block_at, recompute_at, header_size = cpu::lane_multiple };
 // What the operator's `save` asks for.
 enum Save { save_nothing, save_all, save_least };
 
-// A call's tensors, checked; it owns what is not read in place, and borrows the rest from the list.
+// A call's tensors, checked; it owns what is not read in place, and borrows the rest.
 template <class T>
 struct Arguments {
   Tensor x;
@@ -40,7 +39,7 @@ struct Arguments {
   std::shared_ptr<const cpu::Plan> plan;
   cpu::Call<T> call;
 
-  Arguments(const Tensor& input, List& tensors, const std::string& text, Save save) : x(input), stored(x.scalar_type()) {
+  Arguments(const Tensor& input, const std::vector<Tensor>& tensors, const std::string& text, Save save) : x(input), stored(x.scalar_type()) {
     STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu(), "x: expected a CPU tensor [B, S, D], got ", shape_of(x.sizes()));
     if (x.numel() > 0 && x.size(2) > 1 && x.stride(2) != 1) x = torch::stable::contiguous(x);
     const bool half = x.scalar_type() == ScalarType::BFloat16;
@@ -49,17 +48,17 @@ struct Arguments {
     STD_TORCH_CHECK(x.size(1) == table.slots && x.size(2) == table.width, "x: expected [B, ", table.slots, ", ", table.width, "], got ", shape_of(x.sizes()));
     const size_t count = tensors.size();
     STD_TORCH_CHECK(count == table.shapes.size(), "params: expected ", table.shapes.size(), " tensors, got ", count);
+    // Under autocast the input is lowered, and the parameters stay in float32.
+    if (half && count && tensors[0].scalar_type() == ScalarType::Float) stored = ScalarType::Float;
     pointers.resize(count);
     halves.resize(half ? count : 0);
     std::vector<bool> is_weight(halves.size());
     if (half)
       for (const cpu::Step* map : plan->maps) is_weight[map->weight] = true;
     for (size_t i = 0; i < count; i++) {
-      Tensor given = tensors.take();
-      // Under autocast the input is lowered, and the parameters stay in float32.
-      if (half && i == 0 && given.scalar_type() == ScalarType::Float) stored = ScalarType::Float;
-      check(given, table.shapes[i], stored, "params");
-      if (!given.is_contiguous()) copies.push_back(given = torch::stable::contiguous(given));
+      check(tensors[i], table.shapes[i], stored, "params");
+      const bool here = tensors[i].is_contiguous();
+      const Tensor& given = here ? tensors[i] : copies.emplace_back(torch::stable::contiguous(tensors[i]));
       if (half && is_weight[i])
         halves[i] = storage.halves(given);
       else
@@ -72,7 +71,7 @@ struct Arguments {
 };
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, List& params, const std::string& text, Save save, bool mixing) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vector<Tensor>& params, const std::string& text, Save save, bool mixing) {
   Arguments<T> a(input, params, text, save);
   const fusedmoe::Table& table = a.plan->table;
   const int64_t rows = a.call.rows;
@@ -96,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, List& params, co
 }
 
 template <class T>
-List backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& input, List& params,
+std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& input, const std::vector<Tensor>& params,
                              const Tensor& saved, const std::string& text, const std::string& needs) {
   STD_TORCH_CHECK(saved.is_cpu() && saved.dim() == 1 && saved.numel() >= header_size && saved.scalar_type() == dtype_of<T> && saved.is_contiguous(),
                   "saved: expected what the forward of this call returned, got ", shape_of(saved.sizes()));
@@ -112,12 +111,12 @@ List backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const
   STD_TORCH_CHECK(needs.size() == count + 1, "needs: expected ", count + 1, " flags, got ", needs.size());
   Tensor d_top = checked(d_out, {rows, table.output[0], table.output[1]}, a.x.scalar_type(), "d_out");
   Tensor d_mixing = d_weights ? checked(*d_weights, {rows, table.mixing}, a.x.scalar_type(), "d_weights") : d_top;
-  List results = List::reserved(count + 1);
+  std::vector<Tensor> results;
+  results.reserve(count + 1);
   std::vector<T*> grads(count, nullptr);
   const auto result = [&](const std::vector<int64_t>& sizes, fusedmoe::Results& memory) {
-    Tensor made = memory.make(sizes);
-    results.push_back(made);
-    return a.storage.write(made);
+    results.push_back(memory.make(sizes));
+    return a.storage.write(results.back());
   };
   const bool poison = fusedmoe::poisoning(a.x);
   fusedmoe::Results like_x(a.x, a.x.scalar_type(), poison), like_params(a.x, a.stored, poison);
@@ -148,16 +147,14 @@ auto in_kernel_type(const Tensor& x, F f) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> network_cpu(const Tensor& x, StableListHandle tensors, const std::string& table, int64_t save, bool mixing) {
-  List params(tensors);
+std::tuple<Tensor, Tensor, Tensor> network_cpu(const Tensor& x, const std::vector<Tensor>& params, const std::string& table, int64_t save, bool mixing) {
   STD_TORCH_CHECK(save >= save_nothing && save <= save_least, "save: expected 0 (nothing), 1 (what backward needs) or 2 (as little as possible), got ", save);
   return in_kernel_type(x, [&](auto number) { return forward<decltype(number)>(x, params, table, Save(save), mixing); });
 }
 
-StableIValue network_cpu_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& x, StableListHandle tensors,
-                                  const Tensor& saved, const std::string& table, const std::string& needs) {
-  List params(tensors);
-  return in_kernel_type(x, [&](auto number) { return backward<decltype(number)>(d_out, d_weights, x, params, saved, table, needs).release(); });
+std::vector<Tensor> network_cpu_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& x, const std::vector<Tensor>& params,
+                                         const Tensor& saved, const std::string& table, const std::string& needs) {
+  return in_kernel_type(x, [&](auto number) { return backward<decltype(number)>(d_out, d_weights, x, params, saved, table, needs); });
 }
 
 int64_t packed_size(const std::string& table) { return fusedmoe::planned(table, {})->packing.size; }

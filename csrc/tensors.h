@@ -1,14 +1,12 @@
 // Tensors through PyTorch's stable ABI: checked arguments, and results in ordinary or in recycled memory.
 #pragma once
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "recycle.h"
@@ -30,49 +28,6 @@ std::string shape_of(const Sizes& sizes) {
   for (size_t i = 0; i < sizes.size(); i++) text += (i ? ", " : "") + std::to_string(sizes[i]);
   return text + "]";
 }
-
-// A Tensor[] of an operator, argument or result, and its owner. Its tensors are taken out one at a time: a vector of them holds two
-// small allocations for each as long as the call lasts, and so many free at once cost glibc more to sort than a small network takes.
-class List {
- public:
-  explicit List(StableListHandle owned) : list_(owned) {}
-  ~List() {
-    if (!list_) return;
-    // Also where an error left some of them untaken: the list does not own its tensors, whoever takes one does.
-    size_t count = 0;
-    if (!torch_list_size(list_, &count))
-      while (taken_ < count) take();
-    torch_delete_list(list_);
-  }
-  List(const List&) = delete;
-  List& operator=(const List&) = delete;
-
-  List(List&& other) noexcept : list_(std::exchange(other.list_, nullptr)), taken_(other.taken_) {}
-
-  static List reserved(size_t count) {
-    StableListHandle made = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(count, &made));
-    return List(made);
-  }
-  size_t size() const {
-    size_t count = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list_, &count));
-    return count;
-  }
-  // The next one; each can be taken once.
-  Tensor take() {
-    StableIValue item = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list_, taken_++, &item));
-    return torch::stable::detail::to<Tensor>(item);
-  }
-  void push_back(const Tensor& t) { STABLE_TORCH_ERROR_CODE_CHECK(torch_list_push_back(list_, torch::stable::detail::from(t))); }
-  // As an operator returns it.
-  StableIValue release() { return torch::stable::detail::from(std::exchange(list_, nullptr)); }
-
- private:
-  StableListHandle list_;
-  size_t taken_ = 0;
-};
 
 inline void check(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype, const char* what) {
   const auto have = t.sizes();
