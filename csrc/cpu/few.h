@@ -196,4 +196,13 @@ inline void multiply_few(const Product<float>& p, int64_t rows, int64_t columns)
   }
 }
 
+// run(R) with the number of rows, 1, 2, 4 or 8, that the kernels have a form for: as a constant, so that it can be a template's argument.
+template <class Run>
+inline int64_t with_few_rows(int64_t rows, Run run) {
+  if (rows == 1) return run(std::integral_constant<int, 1>()), 1;
+  if (rows == 2) return run(std::integral_constant<int, 2>()), 2;
+  if (rows <= 4) return run(std::integral_constant<int, 4>()), 4;
+  return run(std::integral_constant<int, 8>()), 8;
+}
+
 }  // namespace fusedmoe::cpu::FUSEDMOE_ISA

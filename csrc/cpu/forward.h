@@ -53,15 +53,7 @@ struct RowByRow {
     Product<float> p = product(b, step);
     p.ldb = padded(step.in.width);
     p.ldc = padded(step.n);
-    int64_t rows = 8;
-    if (b.rows == 1)
-      rows = 1, few<1>(p, step.n);
-    else if (b.rows == 2)
-      rows = 2, few<2>(p, step.n);
-    else if (b.rows <= 4)
-      rows = 4, few<4>(p, step.n);
-    else
-      few<8>(p, step.n);
+    const int64_t rows = with_few_rows(b.rows, [&](auto r) { few<r>(p, step.n); });
     if (!p.relu && step.act != Act::identity) activate<float>(step.act, float(step.parameter), p.c, p.c, rows * p.ldc);
   }
   // The logits are turned, so that softmax and mixing weights are computed by the same code, and come out in the same bits.

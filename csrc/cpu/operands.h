@@ -34,16 +34,10 @@ inline void map_few(const Block<float>& b, const Step& step) {
   p.c = y;
   p.ldb = step.k;
   p.ldc = step.n;
-  const int64_t rows = b.rows <= 2 ? b.rows : b.rows <= 4 ? 4 : 8;
-  gather_rows(b.at(step.in), b.ld, step.k, rows, x, step.k);
-  if (rows == 1)
-    few<1>(p, step.n);
-  else if (rows == 2)
-    few<2>(p, step.n);
-  else if (rows == 4)
-    few<4>(p, step.n);
-  else
-    few<8>(p, step.n);
+  const int64_t rows = with_few_rows(b.rows, [&](auto r) {
+    gather_rows(b.at(step.in), b.ld, step.k, r, x, step.k);
+    few<r>(p, step.n);
+  });
   for (int64_t n = 0; n < step.n; n++)
     for (int64_t r = 0; r < b.ld; r++) z[n * b.ld + r] = r < rows ? y[r * step.n + n] : 0.0f;
 }

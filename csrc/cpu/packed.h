@@ -106,15 +106,7 @@ struct PackedRowByRow : RowByRow {
     Product<float> p = product(b, step);
     p.ldb = padded(step.in.width);
     p.ldc = padded(step.n);
-    int64_t rows = 8;
-    if (b.rows == 1)
-      rows = 1, packed_few<1>(p, step.n);
-    else if (b.rows == 2)
-      rows = 2, packed_few<2>(p, step.n);
-    else if (b.rows <= 4)
-      rows = 4, packed_few<4>(p, step.n);
-    else
-      packed_few<8>(p, step.n);
+    const int64_t rows = with_few_rows(b.rows, [&](auto r) { packed_few<r>(p, step.n); });
     if (!p.relu && step.act != Act::identity) activate<float>(step.act, float(step.parameter), p.c, p.c, rows * p.ldc);
   }
 };
