@@ -25,7 +25,7 @@ help:
 	@echo "make test-cpp-neon       the same built for AArch64 and run by qemu-user"
 	@echo "make test-cpp-all        both of these, as tests of pytest"
 	@echo "make lint    run ruff"
-	@echo "make bench   time what the backend's floors name, about 25 minutes; save bench/results/cpu.json"
+	@echo "make bench   time what the backend's floors name, half an hour or more; save bench/results/cpu.json"
 	@echo "make bench-all  the whole grid, hours; goes on where an earlier run of the same commit stopped"
 	@echo "make report  write README's tables of speeds, docs/speed.md and the pictures from that JSON"
 	@echo "make build   set up and build the extension only"
@@ -66,7 +66,7 @@ lint: $(STAMPS)/requirements
 	@$(PYTHON) -m ruff format --check .
 
 bench: build
-	$(call say,timing what the floors name: about 25 minutes; keep the machine idle)
+	$(call say,timing what the floors name: half an hour or more; keep the machine idle)
 	@$(PYTHON) -m fusedmoe bench --grid floors --json bench/results/cpu.json
 
 bench-all: build

@@ -125,8 +125,9 @@ class Results {
     const std::vector<int64_t> strides = strides_of(sizes);
     AtenTensorHandle handle;
     block->holders.fetch_add(1, std::memory_order_relaxed);
-    const auto failed = torch_from_blob(memory, int64_t(sizes.size()), sizes.data(), strides.data(), 0, stored_as(dtype_).second, aoti_torch_device_type_cpu(), -1, &handle,
-                                        aoti_torch_layout_strided(), nullptr, 0, [](void*, void* held) { drop_block(static_cast<Block*>(held)); }, block);
+    const auto release = [](void*, void* held) { drop_block(static_cast<Block*>(held)); };
+    const auto failed = torch_from_blob(memory, int64_t(sizes.size()), sizes.data(), strides.data(), 0, stored_as(dtype_).second,
+                                        aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, release, block);
     if (failed) drop_block(block);
     STD_TORCH_CHECK(!failed, "cpu backend: expected a tensor ", shape_of(sizes), " in recycled memory, got an error of torch");
     return Tensor(handle);

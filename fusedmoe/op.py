@@ -66,8 +66,8 @@ def _run(x: Tensor, params: list[Tensor], table: Table, backend: str, return_mix
     """Run the backend that serves the call, autocast left behind; `lowered` as in `check`."""
     slots = x if x.dim() == 3 else x.unsqueeze(1)
     run = RUN[choose(backend, x.device, x.dtype)]
-    if x.dtype == torch.bfloat16 and not lowered:
-        # The kernels would take float32 parameters too.
+    if x.dtype == torch.bfloat16 and not lowered and params and getattr(params[0], "dtype", None) != x.dtype:
+        # The kernels would take float32 parameters, all alike, too.
         check(x, params, table)
     if torch.compiler.is_compiling():
         out, weights = run(slots, params, table, return_mixing_weights, recompute)

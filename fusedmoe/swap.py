@@ -88,9 +88,9 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
             numerically on a copy before it is trusted. A layer whose inside was changed after it was fused is looked at anew.
         backend: "auto" chooses at every call, and leaves a layer alone that only the reference could run, slower than the layer
             itself; a name runs that backend or raises.
-        recompute: keep for backward only what levels hand on and what each softmax gave, about a seventh of what the layers
-            themselves keep, and run experts and towers once more in backward. The results are the same bits. Layers that are fused
-            already keep what they have: `unfuse` them before.
+        recompute: keep for backward only what levels hand on and what each softmax gave (docs/speed.md has the bytes), and run experts
+            and towers once more in backward. The results are the same bits. Layers that are fused already keep what they have:
+            `unfuse` them before.
 
     Returns: the report. What could not be fused exactly runs as before, and stands in `declined` with the reason.
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import library
 
 from fusedmoe import codec, families, testing
 from fusedmoe.op import fusion_network
@@ -49,7 +50,7 @@ def test_the_operators_are_what_pytorch_expects(name):
     params = [torch.randn(p.shape) for p in table.parameters]
     text = codec.encode(table)
     arguments = (params, text) if name == "freeze_cpu" else (draw(5, table, torch.float32), pack(params, table), text)
-    torch.library.opcheck(getattr(torch.ops.fusedmoe, name).default, arguments)
+    library.opcheck(getattr(torch.ops.fusedmoe, name).default, arguments)
 
 
 def test_the_operator_checks_what_it_is_given():
