@@ -7,8 +7,8 @@
 
 namespace fusedmoe {
 
-// The smallest block. Tensors that fit share one; a larger tensor has one of its own. So whoever keeps one gradient keeps at most
-// this much memory besides.
+// The smallest block. Tensors that fit share one; a larger tensor has one of its own, up to a quarter larger. So whoever keeps a small
+// gradient keeps at most this much memory besides.
 constexpr size_t smallest_block = size_t(64) << 10;
 // The most that lies free, all threads together: the kept activations of AdaTT T3m2 at 16,000 rows. What comes back beyond it
 // sends everything else that is free back to the system, so sizes that are no longer asked for do not stay.

@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     result = argparse.ArgumentParser(prog="fusedmoe bench", description="Time the fused layers against everything a user could pick instead.")
     what = result.add_argument_group("what to measure (default: --grid quick)").add_mutually_exclusive_group()
-    what.add_argument("--quick", action="store_const", const="quick", dest="grid", help="the three main layers, under two minutes")
+    what.add_argument("--quick", action="store_const", const="quick", dest="grid", help="the three main layers, a few minutes")
     what.add_argument("--grid", choices=GRIDS, help="quick; floors: what the backend's floors name; all: hours")
     what.add_argument("--layer", choices=SUBJECTS, metavar="NAME", action="append", help=f"one of {'; '.join(SUBJECTS)}; may be repeated")
     what.add_argument("--family", choices=CLASSES, metavar="FAMILY", help=f"sizes of your own, of one of {', '.join(CLASSES)}")
