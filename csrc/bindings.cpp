@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vecto
   Tensor out = torch::stable::new_empty(a.x, {rows, table.output[0], table.output[1]});
   const bool poison = save && fusedmoe::poisoning(a.x);
   Tensor weights = mixing ? torch::stable::new_empty(a.x, {rows, table.mixing}) : fusedmoe::Results(a.x, a.x.scalar_type(), poison).make({rows, 0});
-  Tensor saved = fusedmoe::Results(a.x, dtype_of<T>, poison).make({save ? a.plan->kept * cpu::kept_lanes(rows) + header_size : 0});
+  Tensor saved = fusedmoe::Results(a.x, dtype_of<T>, poison).make({save ? a.plan->kept * cpu::padded(rows) + header_size : 0});
   a.call.out = a.storage.write(out);
   a.call.weights = mixing ? a.storage.write(weights) : nullptr;
   a.call.block = cpu::rows_of_block(rows, torch::stable::get_num_threads());
@@ -104,7 +104,7 @@ std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d
   Arguments<T> a(input, params, text, state[recompute_at] != 0 ? save_least : save_all);
   const fusedmoe::Table& table = a.plan->table;
   const int64_t rows = a.call.rows;
-  STD_TORCH_CHECK(saved.numel() == a.plan->kept * cpu::kept_lanes(rows) + header_size && block >= cpu::lane_multiple && block <= cpu::block_rows &&
+  STD_TORCH_CHECK(saved.numel() == a.plan->kept * cpu::padded(rows) + header_size && block >= cpu::lane_multiple && block <= cpu::block_rows &&
                       (block & (block - 1)) == 0,
                   "saved: expected what the forward of this call returned, got ", shape_of(saved.sizes()), " with other numbers");
   const size_t count = a.pointers.size();

@@ -247,9 +247,8 @@ def _fake_forward(x, params, table, save, mixing):
     network = codec.decode(table)
     check(x, params, network, lowered=x.dtype == torch.bfloat16)
     rows = x.shape[0]
-    # kept_lanes in csrc/cpu/plan.h, and a header of 16 numbers.
-    rest = (rows % 128 + 15) // 16 * 16
-    kept = (rows // 128 * 144 + rest + rest // 128 * 16) * _C.kept(table, save == SAVE_LEAST) + 16 if save else 0
+    # Whole vectors of rows (`padded` in csrc/cpu/plan.h), and a header of 16 numbers.
+    kept = (rows + 15) // 16 * 16 * _C.kept(table, save == SAVE_LEAST) + 16 if save else 0
     # bfloat16 and float16 are kept in float32.
     state = x.new_empty(kept, dtype=torch.promote_types(x.dtype, torch.float32))
     return x.new_empty(rows, *network.output), x.new_empty(rows, network.mixing if mixing else 0), state

@@ -29,8 +29,25 @@ void backward_chain(const BackwardBlock<T>& b, const Chain& chain) {
   }
 }
 
+// dw of an expert for every unit that reads it: the panels of its output are read once for all.
+template <class T>
+void dots(const BackwardBlock<T>& b, const Stage& stage, int expert) {
+  const Span<Use>& uses = stage.uses[expert];
+  const Panel& out = stage.experts[expert].out;
+  in_groups<shared_numbers>(0, uses.count, [&](int64_t first, auto count) {
+    const T* g[count];
+    T* dw[count];
+    for (int u = 0; u < count; u++) {
+      const Mix& unit = stage.units[uses[first + u].unit];
+      g[u] = b.d(unit.d_out);
+      dw[u] = b.d(unit.d_w + unit.reads.count + uses[first + u].read);
+    }
+    dot<T, count>([&](int u) { return g[u]; }, b.at(out), out.width, b.ld, [&](int u) { return dw[u]; });
+  });
+}
+
 template <class Operands, class T>
-void backward_unit(const BackwardBlock<T>& b, const Stage& stage, const Mix& unit) {
+void backward_unit(const BackwardBlock<T>& b, const Mix& unit) {
   const T* p = b.at(unit.p);
   T* w = b.d(unit.d_w);
   T* dw = w + unit.reads.count * b.ld;
@@ -38,7 +55,6 @@ void backward_unit(const BackwardBlock<T>& b, const Stage& stage, const Mix& uni
   for (int64_t i = 0; i < unit.reads.count; i++) {
     const Read& read = unit.reads[i];
     T* to = dw + i * b.ld;
-    dot<T>(b.d(unit.d_out), b.at(stage.experts[read.expert].out), unit.out.width, b.ld, to);
     if (b.call.d_weights)
       for (int64_t r = 0; r < b.rows; r++) to[r] += b.call.d_weights[(b.row + r) * b.plan.table.mixing + unit.weights + read.expert];
     if (read.d_static >= 0) memcpy(b.chunk_row(read.d_static), to, b.rows * sizeof(T));
@@ -79,16 +95,18 @@ void backward_stage(const BackwardBlock<T>& b, const Stage& stage) {
     const Step& last = stage.experts[e].steps[stage.experts[e].steps.count - 1];
     if (b.at(last.out) != b.at(last.z)) activate<T>(last.act, T(last.parameter), b.at(last.z), b.at(last.out), last.n * b.ld);
     if (stage.d_expert[e] >= 0) b.clear(stage.d_expert[e], last.n);
+    dots(b, stage, e);
   }
   for (const Mix& unit : stage.units)
-    if (unit.reads.count >= 0) backward_unit<Operands>(b, stage, unit);
+    if (unit.reads.count >= 0) backward_unit<Operands>(b, unit);
   for (int e : stage.order) {
     const Chain& chain = stage.experts[e];
     const Span<Use>& uses = stage.uses[e];
     const T* from_selectors = stage.d_expert[e] >= 0 ? b.d(stage.d_expert[e]) : nullptr;
-    auto weight = [&](int64_t i) { return (const T*)b.d(stage.units[uses[i].unit].d_w + uses[i].read); };
+    auto weight = [&](int, int64_t i) { return (const T*)b.d(stage.units[uses[i].unit].d_w + uses[i].read); };
     auto source = [&](int64_t i) { return (const T*)b.d(stage.units[uses[i].unit].d_out); };
-    mix<T>(uses.count, weight, source, from_selectors, chain.out.width, b.ld, b.d_z(chain.steps[chain.steps.count - 1]));
+    T* d_z = b.d_z(chain.steps[chain.steps.count - 1]);
+    mix<T, 1>(uses.count, weight, source, from_selectors, chain.out.width, b.ld, [&](int) { return d_z; });
     backward_chain<Operands>(b, chain);
   }
 }
@@ -124,7 +142,7 @@ void backward_towers(const BackwardBlock<T>& b) {
 
 template <class T, class Operands>
 void backward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, T* scratch) {
-  const int64_t ld = leading(rows);
+  const int64_t ld = padded(rows);
   T* d_panels = scratch + plan.scratch * ld;
   T* d_steps = d_panels + plan.d_scratch * ld;
   BackwardBlock<T> b{{plan, call, row, rows, ld, call.kept_of(plan, row), scratch, d_steps + plan.d_steps * ld}, d_panels, d_steps};

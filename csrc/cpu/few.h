@@ -101,7 +101,7 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
   typedef floats<LANES> lane_vec;
   const int64_t k_count = p.k, stride = p.lda;
   const float* w = p.a;
-  const float* ahead = w + G * LANES * stride;  // the next tile, into L2: L1 could not hold it beside this one
+  const float* ahead = w + G * LANES * stride;  // the next tile
   lane_vec acc[G][R], sum[G][R] = {};
   const float* row_of[LANES];
   if (EDGE)
@@ -139,7 +139,7 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
   for (; k + 4 <= k_count; k += 4) {
     if (k > 0 && k % chain == 0) full();
     FUSEDMOE_UNROLL
-    for (int i = 0; i < G * LANES / 4; i++, ahead += 16) __builtin_prefetch(ahead, 0, 2);
+    for (int i = 0; i < G * LANES / 4; i++, ahead += 16) __builtin_prefetch(ahead);
     if constexpr (EDGE)
       step(k, 4, [&](int) { return [&](int i) { return [&, i](int l) { return *(const quad*)(row_of[i + 4 * l] + k); }; }; });
     else
@@ -159,7 +159,7 @@ template <int R>
 inline void few(Product<float> p, int64_t n) {
   // One or two rows are bound by the turning: Zen 4, which splits 64-byte shuffles, turns 32-byte vectors no slower (case "AdaTT
   // T3m2, inference, B = 1" of bench/; other CPUs have not been measured). More rows are bound by the multiply-adds.
-  constexpr int native = Lanes<float>::count, LANES = R <= 2 && native > 8 ? 8 : native;
+  constexpr int native = Lanes<float>::count, LANES = native;
   auto advance = [&](int64_t by) {
     p.a += by * p.lda;
     p.c += by;

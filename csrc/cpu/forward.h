@@ -7,7 +7,7 @@ namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
 template <class T, class Operands>
 struct Transposed {
-  static int64_t lanes_of(int64_t rows) { return leading(rows); }
+  static int64_t lanes_of(int64_t rows) { return padded(rows); }
 
   static void input(const Block<T>& b, int64_t slot, const Panel& to) {
     const T* x = b.call.x + b.row * b.call.row_stride + slot * b.call.slot_stride;
@@ -18,18 +18,27 @@ struct Transposed {
     Operands::map(b, step);
     if (step.act != Act::relu && step.act != Act::identity) activate<T>(step.act, T(step.parameter), b.at(step.z), b.at(step.out), step.n * b.ld);
   }
-  // Returns w [reads, ld].
-  static const T* weights(const Block<T>& b, const Mix& unit) {
-    T* w = b.spare + b.plan.widest * b.ld;
+  static void weights(const Block<T>& b, const Mix& unit) {
     if (unit.gate.steps.count) softmax(b.at(unit.gate.out), unit.p.width, b.ld, b.at(unit.p));
-    mixing_weights(unit.reads, b.call.params, b.at(unit.p), b.ld, w);
-    return w;
+    mixing_weights(unit.reads, b.call.params, b.at(unit.p), b.ld, b.at(unit.w));
   }
   static int64_t weight_lanes(const Block<T>& b) { return b.ld; }
-  static void combine(const Block<T>& b, const Stage& stage, const Mix& unit, const T* w) {
-    auto weight = [&](int64_t i) { return w + i * b.ld; };
-    auto source = [&](int64_t i) { return (const T*)b.at(stage.experts[unit.reads[i].expert].out); };
-    mix<T>(unit.reads.count, weight, source, nullptr, unit.out.width, b.ld, b.at(unit.out));
+  static void combine(const Block<T>& b, const Stage& stage, const Blend& blend) {
+    const int64_t count = blend.experts.count;
+    in_groups<mixed_units>(0, blend.units.count, [&](int64_t, auto units) {
+      const T* w[mixed_units];
+      T* out[mixed_units];
+      for (int u = 0; u < units; u++) {
+        w[u] = b.at(stage.units[blend.units[u]].w);
+        out[u] = b.at(stage.units[blend.units[u]].out);
+      }
+      auto weight = [&](int u, int64_t i) {
+        const int at = blend.reads[u * count + i];
+        return at < 0 ? nullptr : w[u] + at * b.ld;
+      };
+      auto source = [&](int64_t i) { return (const T*)b.at(stage.experts[blend.experts[i]].out); };
+      mix<T, units>(count, weight, source, nullptr, stage.units[blend.units[0]].out.width, b.ld, [&](int u) { return out[u]; });
+    });
   }
   static void concatenate(const Block<T>& b, const Panel& from, int64_t at, const Panel& to) {
     memcpy(b.at(to) + at * b.ld, b.at(from), from.width * b.ld * sizeof(T));
@@ -57,27 +66,29 @@ struct RowByRow {
     if (!p.relu && step.act != Act::identity) activate<float>(step.act, float(step.parameter), p.c, p.c, rows * p.ldc);
   }
   // The logits are turned, so that softmax and mixing weights are computed by the same code, and come out in the same bits.
-  static const float* weights(const Block<float>& b, const Mix& unit) {
+  static void weights(const Block<float>& b, const Mix& unit) {
     float* p = b.spare;
-    float* w = b.spare + b.plan.widest * lane_multiple;
     if (unit.gate.steps.count) {
       for (int64_t e = 0; e < unit.p.width; e++)
         for (int64_t r = 0; r < lane_multiple; r++) p[e * lane_multiple + r] = r < b.rows ? line(b, unit.gate.out, r)[e] : 0.0f;
       softmax(p, unit.p.width, lane_multiple, p);
     }
-    mixing_weights(unit.reads, b.call.params, p, lane_multiple, w);
-    return w;
+    mixing_weights(unit.reads, b.call.params, p, lane_multiple, b.at(unit.w));
   }
   static int64_t weight_lanes(const Block<float>&) { return lane_multiple; }
-  static void combine(const Block<float>& b, const Stage& stage, const Mix& unit, const float* w) {
+  static void combine(const Block<float>& b, const Stage& stage, const Blend& blend) {
     constexpr int lanes = Lanes<float>::count;
-    for (int64_t r = 0; r < b.rows; r++)
-      for (int64_t n = 0; n < unit.out.width; n += lanes) {
-        vec<float> sum = splat<float>(0);
-        for (int64_t i = 0; i < unit.reads.count; i++)
-          sum = sum + w[i * lane_multiple + r] * load<float>(line(b, stage.experts[unit.reads[i].expert].out, r) + n);
-        store<float>(line(b, unit.out, r) + n, sum);
-      }
+    for (int u : blend.units) {
+      const Mix& unit = stage.units[u];
+      const float* w = b.at(unit.w);
+      for (int64_t r = 0; r < b.rows; r++)
+        for (int64_t n = 0; n < unit.out.width; n += lanes) {
+          vec<float> sum = splat<float>(0);
+          for (int64_t i = 0; i < unit.reads.count; i++)
+            sum = sum + w[i * lane_multiple + r] * load<float>(line(b, stage.experts[unit.reads[i].expert].out, r) + n);
+          store<float>(line(b, unit.out, r) + n, sum);
+        }
+    }
   }
   static void concatenate(const Block<float>& b, const Panel& from, int64_t at, const Panel& to) {
     for (int64_t r = 0; r < b.rows; r++) memcpy(line(b, to, r) + at, line(b, from, r), from.width * sizeof(float));
@@ -131,10 +142,10 @@ void run_stage(const Block<T>& b, const Stage& stage) {
       continue;
     }
     for (const Step& step : unit.gate.steps) Layout::map(b, step);
-    const T* w = Layout::weights(b, unit);
-    Layout::combine(b, stage, unit, w);
-    if (b.call.weights) write_weights(b, stage, unit, w, Layout::weight_lanes(b));
+    Layout::weights(b, unit);
+    if (b.call.weights) write_weights<T>(b, stage, unit, b.at(unit.w), Layout::weight_lanes(b));
   }
+  for (const Blend& blend : stage.blends) Layout::combine(b, stage, blend);
 }
 
 template <class T, class Layout>

@@ -14,7 +14,7 @@ struct Call {
   bool packed = false;   // params point into the buffer of a frozen network (packing.h)
   T* out = nullptr;      // [B, *output]
   T* weights = nullptr;  // [B, mixing]
-  T* kept = nullptr;     // plan.kept panels of kept_lanes(rows) lanes, block by block
+  T* kept = nullptr;     // plan.kept panels of padded(rows) lanes, block by block
   int64_t block = block_rows;  // rows of a block: as forward had them
   const T* d_out = nullptr;
   const T* d_weights = nullptr;
@@ -26,7 +26,7 @@ struct Call {
   T* turned = nullptr;        // the maps' inputs, each [chunk, leading(width)]; of bfloat16, words of two rows
   uint16_t* turned_weights = nullptr;  // of bfloat16: every weight, transposed
 
-  T* kept_of(const Plan& plan, int64_t first) const { return kept + first / block * leading(block) * plan.kept; }
+  T* kept_of(const Plan& plan, int64_t first) const { return kept + first * plan.kept; }
 };
 
 // Rows `row` .. `row + rows` of a call, at most block_rows of them.
@@ -55,8 +55,6 @@ struct Kernels {
   RunWeight<T> turn_weight;      // what backward needs of a map's weight before all else; null where it needs nothing
 };
 
-constexpr int64_t few_rows = 8;
-
 struct Isa {
   const char* name;
   Kernels<float> f32;
@@ -76,9 +74,9 @@ struct Isa {
 };
 
 // Numbers of scratch that a thread needs for a block of so many rows, one of the few included.
-inline int64_t forward_scratch(const Plan& plan, int64_t rows) { return (plan.scratch + 2 * plan.widest) * leading(rows); }
+inline int64_t forward_scratch(const Plan& plan, int64_t rows) { return (plan.scratch + 2 * plan.widest) * padded(rows); }
 inline int64_t backward_scratch(const Plan& plan, int64_t rows) {
-  return (plan.scratch + plan.d_scratch + plan.d_steps + 2 * plan.widest) * leading(rows);
+  return (plan.scratch + plan.d_scratch + plan.d_steps + 2 * plan.widest) * padded(rows);
 }
 
 }  // namespace fusedmoe::cpu

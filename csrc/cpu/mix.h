@@ -50,41 +50,70 @@ void mixing_weights(const Span<Read>& reads, const T* const* params, const T* p,
   }
 }
 
-// out[n] = start[n] + sum over i, ascending, of weight(i) * source(i)[n]; `start` may be null. Four outputs share the loads of a weight.
-template <class T, class Weight, class Source>
-void mix(int64_t count, Weight weight, Source source, const T* start, int64_t n, int64_t ld, T* out) {
-  constexpr int group = 4;
-  for (int64_t j = 0; j < n; j += group)
-    for (int64_t v = 0; v < ld; v += Lanes<T>::count) {
-      const int64_t width = n - j < group ? n - j : group, at = j * ld + v;
-      vec<T> sum[group] = {};
-      for (int g = 0; g < width && start; g++) sum[g] = load<T>(start + at + g * ld);
-      for (int64_t i = 0; i < count; i++) {
-        vec<T> w = load<T>(weight(i) + v);
-        const T* from = source(i) + at;
-        if (width == group) {
-          FUSEDMOE_UNROLL
-          for (int g = 0; g < group; g++) sum[g] = sum[g] + w * load<T>(from + g * ld);
-        } else {
-          for (int g = 0; g < width; g++) sum[g] = sum[g] + w * load<T>(from + g * ld);
-        }
-      }
-      for (int g = 0; g < width; g++) store<T>(out + at + g * ld, sum[g]);
-    }
+// Numbers of an output that share the loads of a weight: with `mixed_units` outputs 16 accumulators, or half of the registers.
+constexpr int shared_numbers = tile_vectors > 2 ? 4 : 2;
+
+// Hand the outputs from `first` on to run(first, number) in groups of at most U, their number a constant.
+template <int U, class Run>
+inline void in_groups(int64_t first, int64_t count, Run run) {
+  for (; count - first >= U; first += U) run(first, std::integral_constant<int, U>());
+  if constexpr (U > 1) in_groups<U - 1>(first, count, run);
 }
 
-// dw = sum over n of g[n] * y[n], in four chains so that their latencies overlap.
-template <class T>
-void dot(const T* g, const T* y, int64_t n, int64_t ld, T* dw) {
+// out(u)[n] = start[n] + sum over i, ascending, of weight(u, i) * source(i)[n] for U outputs; `start` may be null, and so may a weight:
+// then u does not read i. What is read for one output serves them all: a panel is 64 KB or more, and comes from the L2 cache.
+template <class T, int U, class Weight, class Source, class Out>
+void mix(int64_t count, Weight weight, Source source, const T* start, int64_t n, int64_t ld, Out out) {
+  const auto columns = [&](int64_t at, int64_t v, auto numbers) {
+    constexpr int width = numbers;
+    vec<T> sum[U][width] = {};
+    if (start)
+      for (int u = 0; u < U; u++)
+        for (int g = 0; g < width; g++) sum[u][g] = load<T>(start + at + g * ld);
+    for (int64_t i = 0; i < count; i++) {
+      const T* from = source(i) + at;
+      vec<T> x[width];
+      FUSEDMOE_UNROLL
+      for (int g = 0; g < width; g++) x[g] = load<T>(from + g * ld);
+      FUSEDMOE_UNROLL
+      for (int u = 0; u < U; u++) {
+        const T* w = weight(u, i);
+        if (!w) continue;
+        FUSEDMOE_UNROLL
+        for (int g = 0; g < width; g++) sum[u][g] = sum[u][g] + load<T>(w + v) * x[g];
+      }
+    }
+    FUSEDMOE_UNROLL
+    for (int u = 0; u < U; u++)
+      FUSEDMOE_UNROLL
+      for (int g = 0; g < width; g++) store<T>(out(u) + at + g * ld, sum[u][g]);
+  };
+  int64_t j = 0;
+  for (; j + shared_numbers <= n; j += shared_numbers)
+    for (int64_t v = 0; v < ld; v += Lanes<T>::count) columns(j * ld + v, v, std::integral_constant<int, shared_numbers>());
+  for (; j < n; j++)
+    for (int64_t v = 0; v < ld; v += Lanes<T>::count) columns(j * ld + v, v, std::integral_constant<int, 1>());
+}
+
+// dw(u) = sum over n of g(u)[n] * y[n] for U outputs, each in four chains so that their latencies overlap.
+template <class T, int U, class Gradient, class To>
+void dot(Gradient g, const T* y, int64_t n, int64_t ld, To dw) {
   constexpr int chains = 4;
   for (int64_t v = 0; v < ld; v += Lanes<T>::count) {
-    vec<T> sum[chains] = {};
+    vec<T> sum[U][chains] = {};
     int64_t j = 0;
     for (; j + chains <= n; j += chains)
       FUSEDMOE_UNROLL
-      for (int c = 0; c < chains; c++) sum[c] = sum[c] + load<T>(g + (j + c) * ld + v) * load<T>(y + (j + c) * ld + v);
-    for (; j < n; j++) sum[0] = sum[0] + load<T>(g + j * ld + v) * load<T>(y + j * ld + v);
-    store<T>(dw + v, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+      for (int c = 0; c < chains; c++) {
+        const int64_t at = (j + c) * ld + v;
+        const vec<T> x = load<T>(y + at);
+        FUSEDMOE_UNROLL
+        for (int u = 0; u < U; u++) sum[u][c] = sum[u][c] + load<T>(g(u) + at) * x;
+      }
+    for (; j < n; j++)
+      for (int u = 0; u < U; u++) sum[u][0] = sum[u][0] + load<T>(g(u) + j * ld + v) * load<T>(y + j * ld + v);
+    FUSEDMOE_UNROLL
+    for (int u = 0; u < U; u++) store<T>(dw(u) + v, (sum[u][0] + sum[u][1]) + (sum[u][2] + sum[u][3]));
   }
 }
 

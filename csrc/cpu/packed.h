@@ -29,7 +29,6 @@ constexpr int packed_accumulators = 8;
 template <int R, int V, int C>
 __attribute__((always_inline)) inline void packed_chains(const Product<float>& p, int64_t k, int64_t count, vec<float> (&sum)[R][V]) {
   constexpr int lanes = Lanes<float>::count;
-  constexpr int64_t groups = V * lanes > packed_group ? V * lanes / packed_group : 1;
   const int64_t group = p.k * packed_group;
   const float* w = p.a + k * packed_group;
   const float* x = p.b + k;
@@ -38,9 +37,6 @@ __attribute__((always_inline)) inline void packed_chains(const Product<float>& p
     FUSEDMOE_UNROLL
     for (int c = 0; c < C; c++) {
       const float* at = w + c * chain * packed_group;
-      // The next tile's weights, which stand behind these: into L2, as L1 could not hold both.
-      FUSEDMOE_UNROLL
-      for (int64_t g = 0; g < groups; g++) __builtin_prefetch(at + (groups + g) * group, 0, 2);
       FUSEDMOE_UNROLL
       for (int v = 0; v < V; v++) {
         const vec<float> weight = load<float>(at + v * lanes / packed_group * group + v * lanes % packed_group);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <set>
 
 namespace fusedmoe::cpu {
 namespace {
@@ -159,6 +160,7 @@ class Builder {
       units.push_back(mix(level.units[u], outputs[u], column + int64_t(u * level.experts.size()), stage));
       units.back().d_out = gradients.back();
     }
+    stage.blends = blends(units);
     stage.units = keep(std::move(units));
     uses(stage);
     slots_ = outputs;
@@ -215,9 +217,33 @@ class Builder {
     std::vector<Read> list;
     for (const auto& entry : reads) list.push_back(entry.second);
     mix.reads = keep(std::move(list));
+    // Of few rows, too, the weights have whole vectors of lanes.
+    mix.w = panel(mix.reads.count * (plan_.training ? 1 : lane_multiple / few_rows), false);
     mix.d_w = d_panel(2 * mix.reads.count);
-    plan_.widest = std::max(plan_.widest, mix.reads.count);
     return mix;
+  }
+
+  Span<Blend> blends(const std::vector<Mix>& units) {
+    std::vector<Blend> result;
+    for (size_t first = 0, next = 0; first < units.size(); first = next) {
+      std::vector<int> members;
+      std::set<int> experts;
+      for (next = first; next < units.size() && members.size() < mixed_units; next++) {
+        if (units[next].reads.count < 0) continue;
+        if (!members.empty() && units[next].out.width != units[members[0]].out.width) break;
+        members.push_back(int(next));
+        for (const Read& read : units[next].reads) experts.insert(read.expert);
+      }
+      if (members.empty()) continue;
+      std::vector<int> reads;
+      for (int u : members)
+        for (int e : experts) {
+          const Read* at = std::find_if(units[u].reads.begin(), units[u].reads.end(), [&](const Read& read) { return read.expert == e; });
+          reads.push_back(at == units[u].reads.end() ? -1 : int(at - units[u].reads.begin()));
+        }
+      result.push_back({keep(std::move(members)), keep(std::vector<int>(experts.begin(), experts.end())), keep(std::move(reads))});
+    }
+    return keep(std::move(result));
   }
 
   void uses(Stage& stage) {

@@ -10,22 +10,24 @@
 namespace fusedmoe::cpu {
 
 // Rows of a block, at most: it streams every weight once, 2.4 MB for AdaTT T3m2, which a core computes on for 5 us a row and reads from a
-// last-level cache of 30 GB/s in 80 us; more rows would drive the block's panels, 10 KB a row, out of an L2 of 1 to 2 MB.
-constexpr int64_t block_rows = 128;
+// last-level cache of 30 GB/s in 80 us; more rows would drive the block's panels, 10 KB a row, out of an L2 of 1 MB. (128 rows: no
+// faster in inference, 3 to 9 % slower in a training step, B = 1024, of the three main layers of bench/ on a Zen 5.)
+constexpr int64_t block_rows = 64;
 // Rows that backward keeps before it adds them to the parameters' gradients: two chains of dW (gemm.h), whose buffers, 13.5 KB
 // a row for AdaTT T3m2 (2,352 numbers of dz and 1,024 of turned inputs), stay in the last-level cache.
-constexpr int64_t chunk_rows = 2 * block_rows;
+constexpr int64_t chunk_rows = 4 * block_rows;
+// The most rows that the forms for few rows take.
+constexpr int64_t few_rows = 8;
+// The most units that are mixed together.
+constexpr size_t mixed_units = 4;
 // Panels and their columns come in multiples of this: the longest vector, 16 fp32.
 constexpr int64_t lane_multiple = 16;
 
 constexpr int64_t padded(int64_t n) { return (n + lane_multiple - 1) / lane_multiple * lane_multiple; }
 
-// The distance between the rows of a panel of n columns: beyond 64 no multiple of 64 columns, because three lines of each of 128 rows
-// would then fall into a quarter of the sets of an L1 cache.
+// The distance between the rows of one of a chunk's buffers, of n columns: beyond 64 no multiple of 64 columns, because three lines of
+// each of 128 rows would then fall into a quarter of the sets of an L1 cache.
 constexpr int64_t leading(int64_t n) { return padded(n) + (n > 64 && padded(n) % 64 == 0 ? lane_multiple : 0); }
-
-// Lanes of the kept panels of B rows: those of whole blocks, and of the rest; no smaller blocks need more.
-constexpr int64_t kept_lanes(int64_t rows) { return rows / block_rows * leading(block_rows) + leading(rows % block_rows); }
 
 template <class T>
 struct Span {
@@ -84,10 +86,16 @@ struct Read {
 
 struct Mix {
   Chain gate;           // no steps: no gate
-  Panel p, out;         // softmax over what the gate sees; the unit's output
+  Panel p, w, out;      // softmax over what the gate sees; the mixing weights of `reads`; the unit's output
   Span<Read> reads;     // ascending experts
   int64_t weights;      // column of the mixing weights [B, mixing]
   int64_t d_out, d_w;   // backward: panels of the thread's buffer
+};
+
+// Units of one width that are mixed together, and the experts that any of them reads: reads[u * experts.count + i] is the place of expert i
+// among the reads of unit u, or -1.
+struct Blend {
+  Span<int> units, experts, reads;
 };
 
 // A unit that reads an expert, and the expert's place among the unit's reads.
@@ -100,6 +108,7 @@ struct Stage {
   Span<Chain> experts;          // dead ones have no steps
   Span<int> order;              // the live experts
   Span<Mix> units;              // dead ones have reads.count = -1
+  Span<Blend> blends;           // of the live units
   Span<int64_t> d_expert;       // backward: panel of the gradient that selectors hand to an expert, or -1
   Span<Span<Use>> uses;         // of each expert, ascending units
   Span<Turn> turns;

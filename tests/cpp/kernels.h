@@ -34,7 +34,7 @@ class Run {
         plan_(cpu::make_plan(table_, {request.training, given.expanded, request.recompute, given.half})),
         x_(layout()), d_out_(given.d_out), d_weights_(given.d_weights),
         out_(given.rows * size_of(table_.output)), weights_(request.weights ? given.rows * table_.mixing : 0),
-        kept_(request.training ? plan_->kept * cpu::kept_lanes(given.rows) : 0),
+        kept_(request.training ? plan_->kept * cpu::padded(given.rows) : 0),
         d_x_(request.training && request.d_x ? given.x.size() : 0) {
     for (size_t i = 0; i < given.params.size(); i++) {
       params_.push_back(std::make_unique<Guarded<T>>(given.params[i]));
