@@ -157,8 +157,8 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
 // A = W [n, k] with lda = k, B = X [R, k] row-major, C = Y [R, n] row-major.
 template <int R>
 inline void few(Product<float> p, int64_t n) {
-  // One or two rows are bound by the turning: Zen 4, which splits 64-byte shuffles, turns 32-byte vectors no slower (case "AdaTT
-  // T3m2, inference, B = 1" of bench/; other CPUs have not been measured). More rows are bound by the multiply-adds.
+  // Case "AdaTT T3m2, inference, B = 1" of bench/: with 32-byte vectors, which a Zen 4 turns as fast, a Zen 5 takes 49 us and not 34;
+  // with the next tile fetched into L2 instead of L1, 50.
   constexpr int native = Lanes<float>::count, LANES = native;
   auto advance = [&](int64_t by) {
     p.a += by * p.lda;
