@@ -1,7 +1,8 @@
 """A process that runs one runtime: pools of threads of two runtimes in one process would disturb each other.
 
-The measuring process says what to build and when to run; between its turns a worker waits for the next message, so arms of several
-processes take turns like those of one. Messages are pickles over the worker's standard input and output.
+The measuring process says what to build and when to run; between its turns a worker is stopped, so arms of several processes take turns
+like those of one. (Waiting for a message would not do: a runtime's own threads go on spinning for work, on a core that another arm needs.)
+Messages are pickles over the worker's standard input and output.
 """
 
 from __future__ import annotations
@@ -52,9 +53,11 @@ class Worker:
     def ask(self, verb: str, *payload: object) -> object:
         """Send a request and return the answer. Raises: Absent, with the reason, if the worker cannot or died."""
         try:
+            self._signal("SIGCONT")
             pickle.dump((verb, payload), self.process.stdin)
             self.process.stdin.flush()
             kind, answer = pickle.load(self.process.stdout)
+            self._signal("SIGSTOP")
         except (OSError, EOFError, pickle.UnpicklingError):
             self.process.wait()
             self.log.seek(0)
@@ -67,6 +70,11 @@ class Worker:
             raise Absent(answer)
         return answer
 
+    def _signal(self, name: str) -> None:
+        """Stop the process or let it go on, where the system can."""
+        if hasattr(signal, name):
+            self.process.send_signal(getattr(signal, name))
+
     @property
     def alive(self) -> bool:
         return self.process.poll() is None
@@ -75,6 +83,7 @@ class Worker:
         """End the process."""
         # A worker that died has closed the pipe itself.
         with contextlib.suppress(OSError):
+            self._signal("SIGCONT")
             self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
