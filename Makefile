@@ -14,6 +14,8 @@ PYTHON := $(VENV)/bin/python
 # Stamps belong to one environment and one checkout.
 STAMPS := build/stamps$(subst /,-,$(VENV))
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
+# Tests of kernels that Triton's interpreter runs: it decides at import, so they have a process of their own.
+INTERPRETED := tests/gpu_free/interpreted tests/test_parity.py tests/test_half.py::test_parity tests/test_half.py::test_parity_in_the_norm
 say = @echo "==> $(1)"
 
 help:
@@ -43,6 +45,8 @@ test: build
 	$(call say,running the tests)
 	@# Two workers on two cores: two threads in each would wait for one another.
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark
+	$(call say,running the Triton kernels in the interpreter)
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTHON) -m pytest -n 2 -p no:benchmark $(INTERPRETED)
 
 test-cpp: $(STAMPS)/requirements
 	$(call say,testing the kernels in C++)

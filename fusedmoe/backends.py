@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from fusedmoe import dtype as dtypes
+
+# Where kernels are compiled that read parameters by their addresses as these do; older ones have not been tried.
+OLDEST_TRITON = (3, 5)
 
 
 def _load() -> str | None:
@@ -27,6 +33,24 @@ def _load() -> str | None:
 # Once, at import: torch.compile cannot trace a call into the extension.
 _UNAVAILABLE = _load()
 EXTENSION = importlib.import_module("fusedmoe._C") if _UNAVAILABLE is None else None
+
+
+# Triton reads it when it is first imported: its interpreter runs kernels on the CPU, for tests.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _no_triton() -> str | None:
+    """Return why Triton's kernels cannot run on this machine, or None. Triton itself is imported by the first call that needs it."""
+    try:
+        found = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "expected the package triton, got none; `pip install triton` brings it, for Linux"
+    if tuple(map(int, found.split(".")[:2])) < OLDEST_TRITON:
+        return f"expected triton {'.'.join(map(str, OLDEST_TRITON))} or later, got {found}"
+    if INTERPRETED or torch.cuda.is_available():
+        return None
+    return "expected a GPU, got a machine (or a build of torch) without one; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests"
 
 
 def transforming() -> bool:
@@ -62,10 +86,16 @@ class Backend:
         return None
 
 
-BACKENDS = (
+BACKENDS: tuple[Backend, ...] = (
     Backend("cpu", lambda: _UNAVAILABLE, ("cpu",), ("float32", "float64", "bfloat16", "float16")),
+    Backend("triton", _no_triton, ("cuda", "cpu") if INTERPRETED else ("cuda",), ("float32", "bfloat16", "float16")),
     Backend("reference", lambda: None, None, tuple(dtypes.DTYPES), transforms=True),
 )
+
+
+def candidates(device: torch.device) -> list[Backend]:
+    """Return the backends that take tensors of this kind of device, in order of preference."""
+    return [row for row in BACKENDS if row.devices is None or device.type in row.devices]
 
 
 def backends() -> dict[str, str | None]:
@@ -100,7 +130,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
             return name
         raise RuntimeError(f"backend {name}: {reason}")
     reasons = []
-    for row in BACKENDS:
+    for row in candidates(device):
         reason = row.declines(device, dtype)
         if reason is None:
             return row.name

@@ -155,13 +155,6 @@ def _needs_gradient(x: Tensor, params: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))
 
 
-def _by_level(weights: Tensor, table: Table) -> tuple[Tensor, ...]:
-    """Split [B, mixing] into one [B, U, E] a level."""
-    sizes = [(len(level.units), len(level.experts)) for level in table.levels]
-    parts = weights.split([u * e for u, e in sizes], dim=1)
-    return tuple(part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True))
-
-
 class _Network(torch.autograd.Function):
     """The operator's autograd, as registered below, without the dispatcher's detour through Python, which costs more than a small network."""
 
@@ -195,7 +188,7 @@ def _run_cpu(x: Tensor, params: list[Tensor], table: Table, mixing: bool, recomp
         # Without a graph to build, the Python autograd kernel would only cost time.
         with torch._C._AutoDispatchBelowAutograd():
             out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, SAVE_NOTHING, mixing)
-    return out, _by_level(weights, table) if mixing else ()
+    return out, reference.by_level(weights, table) if mixing else ()
 
 
 class _Reference(torch.autograd.Function):
@@ -228,7 +221,17 @@ def _run_reference(x: Tensor, params: list[Tensor], table: Table, mixing: bool, 
     return out, tuple(weights)
 
 
-RUN = {"cpu": _run_cpu, "reference": _run_reference}
+def _run_triton(x: Tensor, params: list[Tensor], table: Table, mixing: bool, recompute: bool):
+    # Here, because `import fusedmoe` is to cost nothing on machines that never call it.
+    from fusedmoe.kernels import operator as kernels
+
+    if not kernels.fits(x, params, table):
+        check(x, params, table)
+    out, weights = kernels.run(x, params, table, mixing)
+    return out, reference.by_level(weights, table) if mixing else ()
+
+
+RUN = {"cpu": _run_cpu, "triton": _run_triton, "reference": _run_reference}
 
 
 def _register() -> None:
@@ -315,8 +318,7 @@ def _batched(d_out, d_weights, x, params, saved, table, needs) -> tuple[Tensor |
 def _plain_gradients(d_out, d_weights, x, params, network: Table) -> list[Tensor | None]:
     """The reference's backward, in float32 where x is narrower, as the kernels sum; each gradient in the dtype of its tensor."""
     d_out, d_weights, wide, *raised = [t if t is None else _at_least_float32(t) for t in (d_out, d_weights, x, *params)]
-    by_level = (None,) * len(network.levels) if d_weights is None else _by_level(d_weights, network)
-    d_x, d_params = reference.backward(wide, raised, network, d_out, by_level)
+    d_x, d_params = reference.backward(wide, raised, network, d_out, reference.by_level(d_weights, network))
     return [d if d is None else d.to(t.dtype) for d, t in zip((d_x, *d_params), (x, *params), strict=True)]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fusedmoe.adapters import FusedForward, Match, Unfusable, recognise, register_adapter
-from fusedmoe.backends import BACKENDS, choose, require
+from fusedmoe.backends import candidates, choose, require
 from fusedmoe.nn.binding import Binding
 from fusedmoe.nn.fused import Fused
 from fusedmoe.nn.words import describe_table
@@ -159,7 +159,8 @@ def _with_choice(finding: Finding, backend: str) -> Finding:
     chosen = choose("auto", parameter.device, parameter.dtype)
     if chosen != "reference":
         return replace(finding, entry=replace(entry, backend=f"auto ({chosen})"))
-    faster = "; ".join(f"{row.name}: {row.declines(parameter.device, parameter.dtype)}" for row in BACKENDS if row.name != "reference")
+    rest = [row for row in candidates(parameter.device) if row.name != "reference"]
+    faster = "; ".join(f"{row.name}: {row.declines(parameter.device, parameter.dtype)}" for row in rest)
     if finding.binding:
         return replace(finding, entry=replace(entry, backend=f"auto (reference: {faster})"))
     reason = f'only the reference could run it, slower than the layer itself ({faster}); backend="reference" asks for that'

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import library
 
+from fusedmoe.backends import INTERPRETED
 from fusedmoe.codec import encode
 from fusedmoe.dtype import row
 from fusedmoe.families import ple, single_task
 from fusedmoe.op import fusion_network
-from fusedmoe.testing import Case, assert_close, bound, cases, eager, error, evaluate, expectation, problem, smoothed
+from fusedmoe.testing import NEIGHBOURS, Case, assert_close, bound, cases, eager, error, evaluate, expectation, neighbour, problem, smoothed
 
 CASES = cases()
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("triton",) if INTERPRETED else ("cpu", "reference")
 HALF, SINGLE = torch.float16, torch.float32
 FORWARD, BACKWARD = torch.ops.fusedmoe.network_cpu, torch.ops.fusedmoe.network_cpu_backward
 fused = partial(fusion_network, return_mixing_weights=True)
@@ -50,15 +51,21 @@ def test_parity(name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(name for name in CASES if name.endswith(("every_feature", "odd", "one_row"))))
 def test_parity_in_the_norm(name, backend):
-    """With kinks: the same rule for the norms of outputs and gradients, on which one row on the other side of a kink weighs little."""
-    given = problem(CASES[name], SINGLE).to(HALF)
-    ours, plain, truth = evaluate(partial(fused, backend=backend), given), evaluate(eager, given), evaluate(eager, given.to(torch.float64))
+    """With kinks: the same rule for the norms of outputs and gradients, on which one row on the other side of a kink weighs little.
+
+    Whether a row crosses a kink is a matter of luck: so there are many rows, and plain torch's error is the largest of a few draws, as in
+    `testing.expectation`.
+    """
+    given = problem(CASES[name]._replace(rows=400), SINGLE).to(HALF)
+    draws = [given, *(neighbour(given, seed) for seed in range(NEIGHBOURS))]
+    runs = [(evaluate(eager, draw), evaluate(eager, draw.to(torch.float64))) for draw in draws]
+    ours, (_, truth) = evaluate(partial(fused, backend=backend), given), runs[0]
     for key, exact in truth.items():
         if exact is None:
             assert ours[key] is None, key
             continue
-        off, off_plain = (float((value.double() - exact).norm()) for value in (ours[key], plain[key]))
-        assert off <= 2 * off_plain + 8 * row(HALF).roundoff * float(exact.norm()), key
+        off_plain = max(float((plain[key].double() - own[key]).norm()) for plain, own in runs)
+        assert float((ours[key].double() - exact).norm()) <= 2 * off_plain + 8 * row(HALF).roundoff * float(exact.norm()), key
 
 
 def test_overflow_and_nan_are_those_of_a_cast():

@@ -45,6 +45,7 @@ NEIGHBOURS = {
     ("fusedmoe.codec", "fusedmoe.table"),
     ("fusedmoe.codec", "fusedmoe.words"),
     ("fusedmoe.table", "fusedmoe.words"),
+    ("fusedmoe.kernels", "fusedmoe.reference"),
     ("fusedmoe.functional", "fusedmoe.op"),
     ("fusedmoe.packed", "fusedmoe.op"),
     ("fusedmoe.swap", "fusedmoe.adapters"),
@@ -129,7 +130,9 @@ def functions_of(path: Path) -> list[ast.FunctionDef]:
 
 
 def arguments_of(function: ast.FunctionDef) -> int:
-    """How many arguments a caller may give, `self` and `cls` not counted."""
+    """How many arguments a caller may give, `self` and `cls` not counted; 0 for a kernel of Triton's, to which a launch hands pointers and numbers."""
+    if any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list):
+        return 0
     given = function.args
     names = [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
     return len(names) - (names[:1] in (["self"], ["cls"]))

@@ -174,7 +174,16 @@ def test_a_backend_that_cannot_run_says_why(x, message):
 
 def test_the_cpu_backend_is_built():
     """Without it every test of the cpu backend would fail with a reason; here is the reason."""
-    assert backends() == {"cpu": None, "reference": None}
+    found = backends()
+    assert list(found) == ["cpu", "triton", "reference"] and found["cpu"] is found["reference"] is None
+
+
+def test_triton_without_a_gpu_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("gpu: expected a machine without a device, got one with")
+    with pytest.raises(RuntimeError, match="backend triton: expected a GPU, got a machine .* without one; TRITON_INTERPRET=1"):
+        start_call = start("ple-tiny")
+        fusion_network(start_call.x, start_call.params, start_call.table, "triton")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

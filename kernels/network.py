@@ -1,0 +1,170 @@
+"""A network's forward and backward in Triton: tensors in, tensors out, and which launches run between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fusedmoe.kernels import device
+from fusedmoe.kernels.activation import CODES
+from fusedmoe.kernels.backward import add_chunks, backward_rows, gradients
+from fusedmoe.kernels.backward_plan import BackwardPlan, backward_plan_of
+from fusedmoe.kernels.forward import forward as forward_kernel
+from fusedmoe.kernels.plan import Plan, plan_of
+from fusedmoe.kernels.program import Program, fused, lower
+from fusedmoe.kernels.tiles import CHUNK, Tiles, aligned, choose
+from fusedmoe.table import Table
+
+ADD_BLOCK = 1024
+AMD = torch.version.hip is not None
+# By name: Triton 3.9 warns where a launch does not say whether to fuse multiplications and additions, and 3.10 will not fuse then.
+OPTIONS = {"enable_fp_fusion": True}
+# Without it ptxas spills a few numbers to let a third program share the multiprocessor, which shared memory forbids.
+REGISTERS = {"maxnreg": 255}
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward: the stages' buffers [B x kept] and the softmax of every unit [rows, B] in float32."""
+
+    buffers: Tensor
+    softmax: Tensor
+
+
+class _Call(NamedTuple):
+    """One call's tensors, and what was chosen for it."""
+
+    program: Program
+    tiles: Tiles
+    plan: Plan
+    x: Tensor
+    addresses: Tensor
+    align: int
+
+    def constants(self) -> dict[str, object]:
+        t = self.tiles
+        return {
+            "ALIGN": self.align,
+            "BLOCK_B": t.rows,
+            "BLOCK_H": t.columns,
+            "BLOCK_K": t.reduction,
+            "STAGES": t.stages,
+            "PRECISION": precision(self.x.dtype),
+            "num_warps": t.warps,
+            **OPTIONS,
+            **({} if AMD else REGISTERS),
+        }
+
+    @property
+    def activations(self) -> tuple[int, ...]:
+        return tuple(CODES[name] for name in self.program.activations)
+
+    def store(self, stages: tuple[int, ...]) -> int:
+        """The alignment of what these stages hand on: that of everything else, or none."""
+        written = [self.program.stages[stage] for stage in stages]
+        sizes = [size for stage in written for size in (stage.width, *(n for unit in stage.units for n in (unit.width, unit.column)))]
+        return self.align if aligned(sizes, self.align) else 1
+
+    def grid(self, programs: int) -> tuple[int, int]:
+        return triton.cdiv(len(self.x), self.tiles.rows), programs
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are computed: three tf32 products, which err like float32's own; one, where the user allows tf32. AMD has no tf32 here."""
+    if dtype != torch.float32 or AMD:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _prepare(x: Tensor, params: Sequence[Tensor], program: Program) -> _Call:
+    tiles = choose(program, x.dtype, len(x))
+    plan = plan_of(program, tiles.whole, tiles.units, tiles.columns)
+    # Vector loads of 16 bytes need every row of every operand to begin at a multiple of them.
+    lanes = 16 // x.element_size()
+    whole = aligned([*program.strides, x.stride(0), x.stride(1)], lanes) and aligned([x.data_ptr(), *(p.data_ptr() for p in params)], 16)
+    return _Call(program, tiles, plan, x, device.addresses(params, x.device), lanes if whole else 1)
+
+
+def forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool) -> tuple[Tensor, Tensor, Saved]:
+    """Run the network: `fusion_network`'s mathematics.
+
+    Args:
+        x: [B, S, D], its last dimension contiguous.
+        params: contiguous, one per `table.parameters`, of x's dtype.
+        table: the network.
+        mixing: return the mixing weights.
+        training: keep what `backward` needs; without it hidden layers stay on the chip where a level has one stage of them.
+
+    Returns: out [B, *table.output], weights [B, table.mixing] (or [B, 0]), and what `backward` takes.
+    """
+    call = _prepare(x, params, lower(table) if training else fused(table))
+    rows = len(x)
+    out = x.new_empty(rows, *table.output)
+    weights = x.new_zeros(rows, table.mixing) if mixing else x.new_empty(rows, 0)
+    saved = Saved(x.new_empty(rows * call.program.kept), x.new_empty(call.plan.softmax, rows, dtype=torch.float32))
+    ints, floats = device.written(call.plan, x.device)
+    for launch in call.plan.launches if rows else ():
+        forward_kernel[call.grid(launch.programs)](
+            x, saved.buffers, out, saved.softmax, weights, call.addresses, ints, floats, launch.place, rows, x.stride(0), x.stride(1), table.mixing,
+            UNITS=call.plan.units, READS=call.tiles.reads, ACTS=call.activations, WEIGHTS=mixing, INNER=call.program.inner, KEEP=call.tiles.keep,
+            STORE=call.store(launch.stages), **call.constants(),
+        )  # fmt: skip
+    return out, weights, saved
+
+
+def backward(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: Saved, table: Table) -> tuple[Tensor, list[Tensor | None]]:
+    """Return d_x [B, S, D] and the gradients of the parameters, None for those on which no output depends.
+
+    Args:
+        d_out: [B, *table.output], contiguous.
+        d_weights: [B, table.mixing], contiguous, or None.
+        x, params, table: as `forward` had them.
+        saved: what it returned.
+    """
+    call = _prepare(x, params, lower(table))
+    rows = len(x)
+    plan = backward_plan_of(call.plan, call.tiles.whole, call.tiles.columns, call.tiles.outputs)
+    places, total = call.program.gradients
+    # Rows of the output are read in vectors of 16 bytes, where their distance allows it.
+    d_out = d_out.clone() if d_out.data_ptr() % 16 else d_out
+    d_x = x.new_empty(x.shape)
+    flat = x.new_empty(total) if rows else x.new_zeros(total)
+    if rows:
+        dw = x.new_empty(plan.rows, rows, dtype=torch.float32)
+        dz = x.new_empty(rows, plan.columns)
+        _rows(call, plan, d_out, d_weights, saved, d_x, dw, dz)
+        if total:
+            _parameters(call, plan, d_out, d_weights, saved, dw, dz, flat)
+    grads = [None if first < 0 else flat[first : first + p.numel()].view(p.shape) for first, p in zip(places, params, strict=True)]
+    return d_x, grads
+
+
+def _rows(call: _Call, plan: BackwardPlan, d_out: Tensor, d_weights: Tensor | None, saved: Saved, d_x: Tensor, dw: Tensor, dz: Tensor) -> None:
+    x = call.x
+    ints, floats = device.written(plan, x.device)
+    d_buffers = torch.empty_like(saved.buffers)
+    given = d_weights is not None
+    for launch in plan.launches:
+        backward_rows[call.grid(launch.programs)](
+            x, saved.buffers, d_out, saved.softmax, dw, d_x, d_buffers, d_out, d_weights if given else d_out, dz, call.addresses, ints, floats, launch.place,
+            len(x), x.stride(0), x.stride(1), d_x.stride(0), d_x.stride(1), plan.columns, call.program.table.mixing, READS=call.tiles.reads,
+            ACTS=call.activations, WEIGHTS=given, STORE=call.store(launch.stages), **call.constants(),
+        )  # fmt: skip
+
+
+def _parameters(call: _Call, plan: BackwardPlan, d_out: Tensor, d_weights: Tensor | None, saved: Saved, dw: Tensor, dz: Tensor, flat: Tensor) -> None:
+    x, total = call.x, len(flat)
+    ints, _ = device.written(plan, x.device)
+    chunks = triton.cdiv(len(x), CHUNK)
+    parts = x.new_empty(chunks, total, dtype=torch.float32)
+    given = d_weights is not None
+    constants = call.constants()
+    del constants["BLOCK_B"]
+    gradients[plan.tasks, chunks](
+        x, saved.buffers, d_out, dw, d_weights if given else d_out, dz, parts, ints, plan.place, len(x), x.stride(0), x.stride(1), plan.columns,
+        call.program.table.mixing, total, WEIGHTS=given, CHUNK=CHUNK, BLOCK_N=call.tiles.outputs, **constants,
+    )  # fmt: skip
+    add_chunks[(triton.cdiv(total, ADD_BLOCK),)](parts, flat, total, chunks, BLOCK=ADD_BLOCK, num_warps=4, **OPTIONS)

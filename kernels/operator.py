@@ -1,0 +1,77 @@
+"""The operator on Triton: one differentiable call over `network.forward` and `network.backward`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from fusedmoe.kernels import network
+from fusedmoe.reference import operator as reference
+from fusedmoe.table import Table
+
+# Numbers from row to row: 64 rows of a tile, the most that `tiles.py` chooses, span less than 2^31 numbers.
+MOST_DISTANCE = 2**31 // 64
+
+
+def fits(x: Tensor, params: Sequence[Tensor], table: Table) -> bool:
+    """Whether the tensors are what the kernels may read: of the table's shapes, one dtype and one device. It says nothing about what is wrong."""
+    dtype, place = x.dtype, x.device
+    if x.dim() != 3 or tuple(x.shape[1:]) != (table.slots, table.width) or len(params) != len(table.parameters):
+        return False
+    return all(p.shape == expect.shape and p.dtype is dtype and p.device == place for p, expect in zip(params, table.parameters, strict=True))
+
+
+def _inner(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous, and rows so near that 32 bits reach over those of a tile."""
+    return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(0) < MOST_DISTANCE else x.contiguous()
+
+
+def _there(x: Tensor):
+    """The tensors' device made current: kernels are launched on the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+class _Network(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table: Table, mixing: bool, x: Tensor, *params: Tensor):
+        with _there(x):
+            out, weights, saved = network.forward(_inner(x), [p.contiguous() for p in params], table, mixing, training=True)
+        ctx.table = table
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *saved, *params)
+        return out, weights
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor | None, d_weights: Tensor | None):
+        x, buffers, softmax, *params = ctx.saved_tensors
+        table = ctx.table
+        if d_out is None:
+            d_out = x.new_zeros(x.shape[0], *table.output)
+        if torch.is_grad_enabled():
+            # Gradients that are to be differentiated again are plain PyTorch's.
+            d_x, d_params = reference.backward(x, params, table, d_out, reference.by_level(d_weights, table))
+            return None, None, d_x, *d_params
+        with _there(x):
+            given = None if d_weights is None else d_weights.contiguous()
+            d_x, d_params = network.backward(d_out.contiguous(), given, _inner(x), [p.contiguous() for p in params], network.Saved(buffers, softmax), table)
+        wanted = ctx.needs_input_grad[2:]
+        return None, None, *(d if need else None for d, need in zip((d_x, *d_params), wanted, strict=True))
+
+
+def run(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool) -> tuple[Tensor, Tensor]:
+    """Return out [B, *table.output] and the mixing weights [B, table.mixing] (or [B, 0]).
+
+    Args:
+        x: [B, S, D], any strides; float32, bfloat16 or float16.
+        params: one per `table.parameters`, of x's dtype and device (`fits`).
+        table: the network.
+        mixing: return the mixing weights.
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
+        return _Network.apply(table, mixing, x, *params)
+    with _there(x):
+        out, weights, _ = network.forward(_inner(x), [p.contiguous() for p in params], table, mixing, training=False)
+    return out, weights

@@ -1,0 +1,85 @@
+"""Which tiles a launch takes: one rule, read from the program, the dtype and the rows alone, so that nothing is tuned at run time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from fusedmoe.kernels.program import Program
+
+# Up to so many rows all stages are one launch. A program of 16 rows then streams all weights alone: about 100 GB/s an SM (docs/gpu.md,
+# modelled), 12 us for AdaTT T3m2's 1.2 MB in bfloat16, against 2 to 3 us for each launch that is saved.
+WHOLE_ROWS = 256
+# Rows of one part of a parameter's gradient: a function of nothing, so that no sum depends on the device.
+CHUNK = 1024
+# The most bytes of a source's tile that a program keeps for all experts that read it, beside the pipeline's pieces of W.
+KEPT_BYTES = 64 * 1024
+# Units are mixed in groups of these sizes, so that tables of nearly so many share a compiled kernel.
+GROUPS = (1, 2, 3, 4, 5, 8)
+
+
+class Tiles(NamedTuple):
+    """What a kernel is compiled for.
+
+    whole: one launch for all stages. rows, columns, reduction: BLOCK_B, BLOCK_H and BLOCK_K. outputs: rows of the tile of a dW. warps and
+    pipeline stages of a program. units: mixed at a time. reads: columns of a softmax. keep: columns of a source's kept tile, or 0.
+    """
+
+    whole: bool
+    rows: int
+    columns: int
+    reduction: int
+    outputs: int
+    warps: int
+    stages: int
+    units: int
+    reads: int
+    keep: int
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The least power of two that is at least n and `least`."""
+    return max(least, 1 << max(0, n - 1).bit_length())
+
+
+def choose(program: Program, dtype: torch.dtype, rows: int) -> Tiles:
+    """Return the tiles for a call of so many rows.
+
+    The accumulators of U units and one expert are (U + 1) x BLOCK_B x BLOCK_H numbers, which eight warps hold 64 to 96 of a thread:
+    64 x 64 for up to five units, 64 x 32 for eight. Four warps hold those of 16 x 64. A source's tile is kept where that leaves no number in
+    local memory: not beside a hidden layer of 64 rows, and not in float32, whose three products want its registers (tests/gpu_free/budgets.json).
+    """
+    whole = rows <= WHOLE_ROWS
+    wide = dtype == torch.float32
+    most = max(len(stage.units) for stage in program.stages)
+    units = next((size for size in GROUPS if size >= most), GROUPS[-1])
+    widest = max(unit.width for stage in program.stages for unit in stage.units)
+    block = 16 if whole else 64
+    columns = min(64 if units <= 5 and not wide else 32, power_of_two(widest, 16))
+    return Tiles(
+        whole=whole,
+        rows=block,
+        columns=columns,
+        reduction=32 if wide else 64,
+        outputs=32 if wide else 64,
+        warps=4 if whole else 8,
+        stages=2 if wide else 3,
+        units=units,
+        reads=power_of_two(program.reads, 16),
+        keep=0 if wide or (program.inner and not whole) else _kept(program, block * dtype.itemsize),
+    )
+
+
+def _kept(program: Program, bytes_of_column: int) -> int:
+    """Columns of a source's tile that is kept, if there are experts, each reads one source, and the widest fits."""
+    experts = [one for stage in program.stages for one in stage.experts]
+    if not experts or any(len(one.read) != 1 for one in experts):
+        return 0
+    columns = power_of_two(max((one.read[0].width for one in experts), default=1), 16)
+    return columns if columns * bytes_of_column <= KEPT_BYTES else 0
+
+
+def aligned(numbers: list[int], multiple: int) -> bool:
+    """Whether all are multiples."""
+    return not any(number % multiple for number in numbers)

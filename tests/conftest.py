@@ -1,0 +1,27 @@
+"""Under TRITON_INTERPRET=1 the tests run against Triton's interpreter, with its bfloat16 mended."""
+
+import pytest
+
+from fusedmoe.backends import INTERPRETED
+
+# In the interpreter a case takes seconds: a family each of what gates can read, and every feature; `.ci/run` runs all.
+QUICK = ("every_feature", "adatt_sp-odd", "adatt-empty_gate", "mmoe-odd", "ml_mmoe-one_row", "ple-ragged", "cross_stitch-tiny", "customized_sharing-odd")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what the interpreter takes long for."""
+    if not INTERPRETED:
+        return
+    for item in items:
+        arguments = getattr(item, "callspec", None)
+        name = arguments and arguments.params.get("name")
+        if item.path.parent.name == "tests" and isinstance(name, str) and name not in QUICK:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=INTERPRETED, scope="session")
+def interpreter():
+    from .gpu_free.interpreter import mended
+
+    with mended():
+        yield

@@ -1,0 +1,76 @@
+"""Rung 9 of docs/gpu.md: every case on a device, output, mixing weights and all gradients by name. Skipped, with a sentence, where there is none."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from fusedmoe.backends import BACKENDS
+from fusedmoe.op import fusion_network
+from fusedmoe.testing import Problem, assert_close, cases, evaluate, expectation, problem, smoothed
+
+CASES = cases()
+GPU_BACKENDS = [row.name for row in BACKENDS if row.devices and "cuda" in row.devices]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="gpu: expected a device, got a machine without one")
+
+
+def on(device: str, given: Problem) -> Problem:
+    """The same problem with its tensors on a device."""
+    params = tuple(p.to(device) for p in given.params)
+    return given._replace(x=given.x.to(device), params=params, d_out=given.d_out.to(device), d_weights=tuple(d.to(device) for d in given.d_weights))
+
+
+def results(backend: str, given: Problem, device: str = "cuda") -> dict[str, torch.Tensor | None]:
+    """Output, mixing weights and gradients, back on the CPU."""
+    network = partial(fusion_network, backend=backend, return_mixing_weights=True)
+    return {name: None if value is None else value.cpu() for name, value in evaluate(network, on(device, given)).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_parity(name, backend, dtype):
+    """In 16 bits without kinks: nearly every row has a pre-activation within rounding of one."""
+    case = CASES[name] if dtype == torch.float32 else CASES[name]._replace(table=smoothed(CASES[name].table))
+    given = problem(case, dtype)
+    assert_close(results(backend, given), expectation(given))
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("name", ["adatt_sp-odd", "ple-odd", "every_feature"])
+def test_bits_are_the_same_from_run_to_run(name, backend):
+    given = problem(CASES[name], torch.float32)
+    first, second = results(backend, given), results(backend, given)
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_another_device_than_the_current_one(backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("gpu: expected two devices, got one")
+    given = problem(CASES["adatt_sp-odd"], torch.float32)
+    with torch.cuda.device(0):
+        assert_close(results(backend, given, "cuda:1"), expectation(given))
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_a_cuda_graph(backend):
+    """Forward and backward are captured after one warm-up, and a replay computes with what then stands in the tensors."""
+    given = on("cuda", problem(CASES["adatt_sp-odd"], torch.float32))
+    x, params = given.x.requires_grad_(), [p.requires_grad_() for p in given.params]
+
+    def step() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(fusion_network(x, params, given.table, backend=backend), [x, *params], given.d_out))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.mul_(0.5)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))

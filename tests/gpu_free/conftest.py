@@ -1,0 +1,5 @@
+"""Triton decides at import whether it interprets: what needs its interpreter and what needs its compiler run in processes of their own."""
+
+from fusedmoe.backends import INTERPRETED
+
+collect_ignore = ["test_executed.py"] if INTERPRETED else ["interpreted"]
