@@ -1,0 +1,114 @@
+"""Kernels compiled ahead of time for every architecture, without a device: what the compilers say about registers, stack, shared memory and MMAs.
+
+Must run where TRITON_INTERPRET is not set.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fusedmoe.kernels.network import OPTIONS, REGISTERS
+
+NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+class Limits(NamedTuple):
+    """What one multiprocessor has: registers, bytes of shared memory, the most of them a block may have, warps, blocks.
+
+    Source: CUDA's programming guide, technical specifications per compute capability.
+    """
+
+    registers: int
+    shared: int
+    block: int
+    warps: int
+    blocks: int
+
+
+KIB = 1024
+LIMITS = {
+    "sm_80": Limits(65536, 164 * KIB, 163 * KIB, 64, 32),
+    "sm_90": Limits(65536, 228 * KIB, 227 * KIB, 64, 32),
+    "sm_100": Limits(65536, 228 * KIB, 227 * KIB, 64, 32),
+    "sm_120": Limits(65536, 100 * KIB, 99 * KIB, 48, 24),
+}
+# By preference: the tensor core instructions of sm_100, sm_90 and sm_80, then the ordinary cores.
+MMA = {"tcgen05": r"UTC\w*MMA", "HGMMA": "HGMMA", "HMMA": "HMMA", "FFMA": "FFMA2?"}
+
+
+class Compiled(NamedTuple):
+    """One kernel for one architecture. `stack` is bytes a thread in local memory, `occupancy` the share of the warps that fit."""
+
+    registers: int
+    stack: int
+    shared: int
+    mma: str
+    occupancy: float
+    warps: int
+    ptx: str
+
+
+def occupancy(arch: str, registers: int, shared: int, warps: int) -> float:
+    """Return warps that fit on a multiprocessor over those it could hold; 0 if a block has too much shared memory."""
+    limits = LIMITS[arch]
+    if shared > limits.block:
+        return 0.0
+    # Registers come in 256 for a warp, and every block takes 1 KiB of shared memory for the system.
+    by_registers = limits.registers // (-(-registers * 32 // 256) * 256) // warps
+    by_shared = limits.shared // (-(-(shared + KIB) // 128) * 128)
+    return min(by_registers, by_shared, limits.warps // warps, limits.blocks) * warps / limits.warps
+
+
+def compile_for(kernel, signature: Mapping[str, str], constants: Mapping[str, object], arch: str, warps: int) -> Compiled:
+    """Compile a Triton kernel, with the options that launches give.
+
+    Args:
+        kernel: a `triton.jit` function.
+        signature: the type of every argument that is not constant, "*bf16" or "i32".
+        constants: the values of the others.
+        arch: one of ARCHS.
+        warps: of a program.
+    """
+    result = _compiled(kernel, signature, constants, arch, warps)
+    if "cubin" not in result.asm:
+        return _from_amd(result, warps)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([NVIDIA / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([NVIDIA / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    mma = next((name for name, pattern in MMA.items() if re.search(rf"\b{pattern}\b", code)), "none")
+    shared = result.metadata.shared
+    return Compiled(registers, stack + local, shared, mma, occupancy(arch, registers, shared, warps), warps, result.asm["ptx"])
+
+
+def ptx_for(kernel, signature: Mapping[str, str], constants: Mapping[str, object], arch: str, warps: int) -> tuple[str, int]:
+    """Return the PTX that `compile_for` compiles, and the bytes of shared memory of a program."""
+    result = _compiled(kernel, signature, constants, arch, warps)
+    return result.asm["ptx"], result.metadata.shared
+
+
+def _compiled(kernel, signature: Mapping[str, str], constants: Mapping[str, object], arch: str, warps: int):
+    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    kinds = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    # Tensors of PyTorch stand at multiples of 16 bytes.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if kinds[name].startswith("*")}
+    options = {"num_warps": warps, **OPTIONS, **({} if arch.startswith("gfx") else REGISTERS)}
+    return triton.compile(ASTSource(kernel, kinds, dict(constants), aligned), target=target, options=options)
+
+
+def _from_amd(result, warps: int) -> Compiled:
+    code = result.asm["amdgcn"]
+    registers, stack = (int(re.search(rf"\.{name}:\s+(\d+)", code)[1]) for name in ("vgpr_count", "private_segment_fixed_size"))
+    return Compiled(registers, stack, result.metadata.shared, "MFMA" if "v_mfma_" in code else "none", 0.0, warps, "")

@@ -1,0 +1,145 @@
+"""The kernels as the compiler left them: whole networks in executed PTX, every output and gradient by name, in every dtype and form."""
+
+import re
+from functools import cache
+
+import pytest
+import torch
+
+from fusedmoe.testing import Case, Problem, assert_close, bound, build, cases, error, evaluate, expectation, problem, smoothed
+
+pytest.importorskip("triton", reason="gpu_free: expected the package triton, which compiles without a device, got none")
+
+from fusedmoe.kernels import operator, tiles
+from fusedmoe.op import for_tasks
+from fusedmoe.reference.operator import by_level
+
+from . import executed
+from .ptx import Counts, KernelFault
+
+CASES = cases()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FORMS = {"a launch a level": 0, "one launch": 1 << 30}
+# Widths of whole vectors of 16 bytes, which are copied asynchronously, and others, which are not.
+TABLES = {
+    "adatt_sp": build("adatt_sp", 24, [[20], [12]], 2, 2, towers=(6, 1)),
+    "ple": build("ple", 24, [[20], [12]], 2, 2),
+    "mmoe": build("mmoe", 40, [[24]], 2, 3, towers=(1,)),
+    "adatt_sp, whole vectors": build("adatt_sp", 96, [[80], [32]], 2, 2),
+}
+ROWS = 19
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Memory that nobody wrote is NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def drawn(case: Case, dtype: torch.dtype) -> Problem:
+    """In 16 bits without kinks: nearly every row has a pre-activation within rounding of one."""
+    return problem(case if dtype == torch.float32 else case._replace(table=smoothed(case.table)), dtype)
+
+
+@cache
+def given(name: str, dtype: torch.dtype) -> Problem:
+    return drawn(Case(TABLES[name], ROWS), dtype)
+
+
+def network(x, params, table):
+    out, weights = operator.run(x, params, table, True)
+    return for_tasks(out, table), by_level(weights, table)
+
+
+def lent(one: Problem) -> list[tuple[str, torch.Tensor]]:
+    return [(parameter.name, tensor) for parameter, tensor in zip(one.table.parameters, one.params, strict=True)]
+
+
+def run(one: Problem) -> tuple[dict[str, torch.Tensor | None], dict[str, Counts]]:
+    """Outputs and gradients by name, and what the launches of each kernel did together."""
+    with executed.executed(lent(one)) as kernels:
+        values = evaluate(network, one)
+    return values, {name: sum(kernel.launches, Counts()) for name, kernel in kernels.items()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TABLES)
+def test_parity(name, dtype, form, monkeypatch):
+    monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form])
+    values, counts = run(given(name, dtype))
+    assert_close(values, expectation(given(name, dtype)))
+    assert all(count.launches for count in counts.values()) and counts["forward_kernel"].mmas
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_parity_of_every_case(name, dtype, form, monkeypatch):
+    monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form])
+    one = drawn(CASES[name], dtype)
+    assert_close(run(one)[0], expectation(one))
+
+
+def test_tf32_where_the_user_allows_it():
+    """One product instead of three: the error of 11 bits, which float32's own bound does not take."""
+    one = given("adatt_sp, whole vectors", torch.float32)
+    precise, counts = run(one)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        rough, rough_counts = run(one)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    truth, allowed = expectation(one)["out"]
+    assert error(precise["out"], truth) <= allowed < error(rough["out"], truth) <= bound(0.0, truth, torch.float16)
+    assert counts["forward_kernel"].mmas > 2 * rough_counts["forward_kernel"].mmas
+
+
+def test_every_weight_is_read_once_by_each_block(monkeypatch):
+    """In one launch a block owns its rows: it streams all weights, in whole, and writes its rows of the output."""
+    monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS["one launch"])
+    one = given("adatt_sp, whole vectors", torch.bfloat16)
+    count = run(one)[1]["forward_kernel"]
+    assert count.blocks == 2
+    experts = {name: tensor for name, tensor in lent(one) if ".experts." in name and name.endswith("weight")}
+    assert experts and {name: count.read[name] for name in experts} == {name: count.blocks * tensor.nbytes for name, tensor in experts.items()}
+    assert count.written["out"] == one.d_out.nbytes
+
+
+def test_a_parameter_that_is_not_lent_is_out_of_bounds():
+    one = given("adatt_sp", torch.bfloat16)
+    with executed.executed(lent(one)[1:]), pytest.raises(KernelFault, match=r"forward \(.*ld\.global.*expected a read of .* inside a buffer"):
+        evaluate(network, one)
+
+
+# A pattern in the compiled forward, what it is replaced by, and how the executor answers.
+PLANTED = {
+    "a copy that is not waited for": (r"cp\.async\.wait_group[^;]*;", "", AssertionError),
+    "a store without its mask": (r"@%p\d+ st\.global", "st.global", KernelFault),
+    "a product of other bits": (r"\.bf16\.bf16\.", ".f16.f16.", AssertionError),
+    "rows and columns of a matrix exchanged": (r"m8n8\.x4\.shared", "m8n8.x4.trans.shared", AssertionError),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_faults_are_noticed(fault, monkeypatch):
+    pattern, replacement, expected = PLANTED[fault]
+    ptx_for = executed.ptx_for
+
+    def broken(kernel, *rest):
+        ptx, shared = ptx_for(kernel, *rest)
+        if kernel.__name__ == "forward":
+            ptx, count = re.subn(pattern, replacement, ptx)
+            assert count
+        return ptx, shared
+
+    monkeypatch.setattr(executed, "ptx_for", broken)
+    monkeypatch.setattr(executed, "_EXECUTABLES", {})
+    one = given("adatt_sp, whole vectors", torch.bfloat16)
+    with pytest.raises(expected):
+        assert_close(run(one)[0], expectation(one))
