@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all lint bench bench-all report build wheel clean
+.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all gpu lint bench bench-all report build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -26,6 +26,7 @@ help:
 	@echo "make test-cpp-sanitized  the same under the address and undefined-behaviour sanitizers"
 	@echo "make test-cpp-neon       the same built for AArch64 and run by qemu-user"
 	@echo "make test-cpp-all        both of these, as tests of pytest"
+	@echo "make gpu     run the GPU backends' tests on a device, where there is one"
 	@echo "make lint    run ruff"
 	@echo "make bench   time what the backend's floors name, half an hour or more; save bench/results/cpu.json"
 	@echo "make bench-all  the whole grid, hours; goes on where an earlier run of the same commit stopped"
@@ -63,6 +64,10 @@ test-cpp-neon: $(STAMPS)/requirements
 test-cpp-all: $(STAMPS)/requirements
 	$(call say,testing the kernels in C++ under the sanitizers and for AArch64)
 	@$(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_cpp_kernels.py
+
+gpu: build
+	$(call say,running the GPU backends on this machine's device)
+	@$(PYTHON) -m pytest -p no:benchmark tests/gpu
 
 lint: $(STAMPS)/requirements
 	$(call say,checking the style)

@@ -181,9 +181,9 @@ def test_the_cpu_backend_is_built():
 def test_triton_without_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("gpu: expected a machine without a device, got one with")
-    with pytest.raises(RuntimeError, match="backend triton: expected a GPU, got a machine .* without one; TRITON_INTERPRET=1"):
-        start_call = start("ple-tiny")
-        fusion_network(start_call.x, start_call.params, start_call.table, "triton")
+    given = start("ple-tiny", torch.float32)
+    with pytest.raises(RuntimeError, match=r"backend triton: expected a GPU, got a machine .* without one; TRITON_INTERPRET=1"):
+        fusion_network(given.x, given.params, given.table, "triton")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

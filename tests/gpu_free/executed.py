@@ -52,7 +52,8 @@ class Executed:
     def launch(self, grid: tuple[int, ...], *values: object, num_warps: int, **named: object) -> None:
         names = self.kernel.arg_names
         # The options of launches are also those of `compiled.py`.
-        given = {
+        constants = {name: value for name, value in named.items() if name not in network.OPTIONS and name not in network.REGISTERS}
+        given = {**dict(zip(names, values, strict=False)), **constants}
             **dict(zip(names, values, strict=False)),
             **{name: value for name, value in named.items() if name not in {**network.OPTIONS, **network.REGISTERS}},
         }
