@@ -54,9 +54,6 @@ class Executed:
         # The options of launches are also those of `compiled.py`.
         constants = {name: value for name, value in named.items() if name not in network.OPTIONS and name not in network.REGISTERS}
         given = {**dict(zip(names, values, strict=False)), **constants}
-            **dict(zip(names, values, strict=False)),
-            **{name: value for name, value in named.items() if name not in {**network.OPTIONS, **network.REGISTERS}},
-        }
         if given.keys() != set(names):
             raise TypeError(f"{self.kernel.__name__}: expected the arguments {', '.join(names)}, got {', '.join(given)}")
         fixed = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
