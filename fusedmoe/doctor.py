@@ -56,7 +56,16 @@ def gpus() -> list[tuple[str, str]]:
     if not torch.cuda.is_available():
         return [("none", f"torch {torch.__version__} was built {'with CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'}")]
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [(f"cuda:{i}", f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB") for i, device in enumerate(devices)]
+    return [(f"cuda:{i}", f"{described(i)}, {device.total_memory / 2**30:.0f} GiB") for i, device in enumerate(devices)]
+
+
+def described(index: int) -> str:
+    """The name and architecture of a device, and whether the Triton kernels have been run on such a one."""
+    try:
+        from fusedmoe.kernels import trial
+    except ImportError:
+        return torch.cuda.get_device_name(index)
+    return trial.name_of(torch.device("cuda", index))
 
 
 def sections() -> dict[str, list[tuple[str, str]]]:

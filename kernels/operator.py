@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from fusedmoe.kernels import network
+from fusedmoe.kernels import network, trial
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
@@ -69,7 +69,12 @@ def run(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool) -> tupl
         params: one per `table.parameters`, of x's dtype and device (`fits`).
         table: the network.
         mixing: return the mixing weights.
+
+    Raises: RuntimeError if the kernels err on this device (`trial.py`).
     """
+    if x.is_cuda:
+        with _there(x), torch.no_grad():
+            trial.once(x.device, x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
         return _Network.apply(table, mixing, x, *params)
     with _there(x):

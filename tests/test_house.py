@@ -46,6 +46,7 @@ NEIGHBOURS = {
     ("fusedmoe.codec", "fusedmoe.words"),
     ("fusedmoe.table", "fusedmoe.words"),
     ("fusedmoe.kernels", "fusedmoe.reference"),
+    ("fusedmoe.kernels", "fusedmoe.families"),
     ("fusedmoe.functional", "fusedmoe.op"),
     ("fusedmoe.packed", "fusedmoe.op"),
     ("fusedmoe.swap", "fusedmoe.adapters"),

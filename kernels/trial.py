@@ -1,0 +1,98 @@
+"""A small parity check before the first use on a device: kernels that nobody has run there raise, with the figure, and never train on.
+
+FUSEDMOE_TRIAL=0 turns it off.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from fusedmoe.dtype import row
+from fusedmoe.families import adatt_sp, mmoe
+from fusedmoe.kernels import network
+from fusedmoe.reference import operator as reference
+from fusedmoe.table import Table
+
+# Architectures on which someone has run `make gpu` and sent the result: name of the architecture -> where it stands. None so far.
+KNOWN: dict[str, str] = {}
+# One launch for all stages, and a launch a level (`tiles.WHOLE_ROWS`).
+ROWS = (40, 300)
+
+
+def tables() -> list[Table]:
+    """A network of two levels with static weights, hidden layers and towers, and one whose gates read the root; smooth, so that no row is near a kink."""
+    return [
+        adatt_sp(40, [[32, 24], [17]], 3, 2, activation="silu", towers=(8, 1)),
+        mmoe(33, [[48]], 2, 3, activation="tanh"),
+    ]
+
+
+def results(x: Tensor, params: list[Tensor], d_out: Tensor, table: Table, compute) -> list[Tensor]:
+    """Output and all gradients, as float64 on the CPU."""
+    out, d_x, d_params = compute(x, params, d_out, table)
+    return [t.double().cpu() for t in (out, d_x, *(d for d in d_params if d is not None))]
+
+
+def ours(x: Tensor, params: list[Tensor], d_out: Tensor, table: Table):
+    out, _, saved = network.forward(x, params, table, mixing=False, training=True)
+    return out, *network.backward(d_out, None, x, params, saved, table)
+
+
+def plain(x: Tensor, params: list[Tensor], d_out: Tensor, table: Table):
+    out, _ = reference.forward(x, params, table)
+    return out, *reference.backward(x, params, table, d_out, (None,) * len(table.levels))
+
+
+def worst(device: torch.device, dtype: torch.dtype, table: Table, rows: int) -> float:
+    """Return the largest error of the kernels over the allowed one: 2 x that of plain PyTorch on the same device + 8 roundoffs of the largest number."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x, d_out = draw(rows, table.slots, table.width), draw(rows, *table.output)
+    params = [draw(*p.shape) / max(p.shape[-1:] or (1,)) ** 0.5 for p in table.parameters]
+    there = [x.to(device), [p.to(device) for p in params], d_out.to(device)]
+    truth = results(x.double(), [p.double() for p in params], d_out.double(), table, plain)
+    values, simple = results(*there, table, ours), results(*there, table, plain)
+    ratios = []
+    for value, other, exact in zip(values, simple, truth, strict=True):
+        allowed = 2 * (other - exact).abs().max() + 8 * row(dtype).roundoff * exact.abs().max()
+        ratio = float((value - exact).abs().max() / allowed)
+        ratios.append(ratio if ratio == ratio else float("inf"))
+    return max(ratios)
+
+
+@functools.cache
+def once(device: torch.device, dtype: torch.dtype) -> None:
+    """Check the kernels on a device and dtype, the first time that they are asked for in this process.
+
+    Raises: RuntimeError if they differ from the reference by more than rounding.
+    """
+    if os.environ.get("FUSEDMOE_TRIAL") == "0":
+        return
+    found = max(worst(device, dtype, table, rows) for table in tables() for rows in ROWS)
+    if found > 1.0:
+        raise RuntimeError(
+            f"backend triton on {name_of(device)}, {dtype}: expected the reference's output and gradients up to rounding, got {found:.3g} times the error "
+            'allowed; use backend="reference", and please report it (FUSEDMOE_TRIAL=0 turns this check off)'
+        )
+
+
+def architecture(device: torch.device) -> str:
+    """The architecture of a device, as compilers name it."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+def name_of(device: torch.device) -> str:
+    """The device's name and architecture, and whether these kernels have been run on such a one."""
+    arch = architecture(device)
+    said = f"run before: {KNOWN[arch]}" if arch in KNOWN else "never run on this architecture before"
+    return f"{torch.cuda.get_device_name(device)}, {arch} ({said})" if device.type == "cuda" else f"{arch} ({said})"
