@@ -26,7 +26,7 @@ help:
 	@echo "make test-cpp-sanitized  the same under the address and undefined-behaviour sanitizers"
 	@echo "make test-cpp-neon       the same built for AArch64 and run by qemu-user"
 	@echo "make test-cpp-all        both of these, as tests of pytest"
-	@echo "make gpu     run the GPU backends' tests on a device, where there is one"
+	@echo "make gpu     run the GPU backends' tests on a device and time them, where there is one"
 	@echo "make lint    run ruff"
 	@echo "make bench   time what the backend's floors name, half an hour or more; save bench/results/cpu.json"
 	@echo "make bench-all  the whole grid, hours; goes on where an earlier run of the same commit stopped"
@@ -68,6 +68,7 @@ test-cpp-all: $(STAMPS)/requirements
 gpu: build
 	$(call say,running the GPU backends on this machine's device)
 	@$(PYTHON) -m pytest -p no:benchmark tests/gpu
+	@$(PYTHON) bench/gpu.py
 
 lint: $(STAMPS)/requirements
 	$(call say,checking the style)
