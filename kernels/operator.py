@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 
 from fusedmoe.kernels import network, trial
+from fusedmoe.kernels.tiles import CHUNK
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
-# Numbers from row to row: 64 rows of a tile, the most that `tiles.py` chooses, span less than 2^31 numbers.
-MOST_DISTANCE = 2**31 // 64
+# Numbers from row to row: the rows of a chunk, which are more than those of a tile, span less than 2^31 numbers.
+MOST_DISTANCE = 2**31 // CHUNK
+
+
+# The texts of tables that have been looked at.
+_ACCEPTED: set[str] = set()
 
 
 def fits(x: Tensor, params: Sequence[Tensor], table: Table) -> bool:
@@ -25,7 +30,7 @@ def fits(x: Tensor, params: Sequence[Tensor], table: Table) -> bool:
 
 
 def _inner(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, and rows so near that 32 bits reach over those of a tile."""
+    """x with its last dimension contiguous, and rows so near that 32 bits reach over those of a chunk."""
     return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(0) < MOST_DISTANCE else x.contiguous()
 
 
@@ -70,8 +75,11 @@ def run(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool) -> tupl
         table: the network.
         mixing: return the mixing weights.
 
-    Raises: RuntimeError if the kernels err on this device (`trial.py`).
+    Raises: ValueError for a table that is too wide (`network.refuse`); RuntimeError if the kernels err on this device (`trial.py`).
     """
+    if table.text not in _ACCEPTED:
+        network.refuse(table)
+        _ACCEPTED.add(table.text)
     if x.is_cuda:
         with _there(x), torch.no_grad():
             trial.once(x.device, x.dtype)

@@ -103,3 +103,10 @@ def test_rows_too_far_apart_for_a_tile_are_brought_together():
     far = torch.from_numpy(np.empty(3 << 30, np.float32)).as_strided((3, 1, 16), (1 << 30, 16, 1))
     far.copy_(one.x)
     assert torch.equal(fusion_network(far, one.params, table, "triton"), fusion_network(one.x, one.params, table, "triton"))
+
+
+def test_a_table_that_is_too_wide_is_refused():
+    table = build("mmoe", 70000, [[4]], 2, 2)
+    x, params = torch.zeros(1, 1, 70000), [torch.zeros(p.shape) for p in table.parameters]
+    with pytest.raises(ValueError, match=r"levels\.0\.experts\.0\.0\.weight: the triton backend expects at most 65536 columns, got 70000; use backend"):
+        fusion_network(x, params, table, "triton")
