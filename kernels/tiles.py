@@ -48,7 +48,8 @@ def choose(program: Program, dtype: torch.dtype, rows: int) -> Tiles:
 
     The accumulators of U units and one expert are (U + 1) x BLOCK_B x BLOCK_H numbers, which eight warps hold 64 to 96 of a thread:
     64 x 64 for up to five units, 64 x 32 for eight. Four warps hold those of 16 x 64. A source's tile is kept where that leaves no number in
-    local memory: not beside a hidden layer of 64 rows, and not in float32, whose three products want its registers (tests/gpu_free/budgets.json).
+    local memory: not beside a hidden layer of 64 rows, and not in float32, whose three products want its registers (tests/gpu_free/budgets.json),
+    and whose sums want to be rounded: tensor cores cut, and one chain of MMAs over K = 512 errs beyond the bound (tests/gpu_free/test_executed.py).
     """
     whole = rows <= WHOLE_ROWS
     wide = dtype == torch.float32

@@ -85,6 +85,12 @@ def test_parity_of_every_case(name, dtype, form, monkeypatch):
     assert_close(run(one)[0], expectation(one))
 
 
+def test_a_wide_product_of_float32():
+    """Tensor cores cut instead of rounding: in one chain of MMAs over all of K, errors of one sign would add up beyond the bound."""
+    one = drawn(Case(build("mmoe", 512, [[32]], 2, 2), ROWS), torch.float32)
+    assert_close(run(one)[0], expectation(one))
+
+
 def test_tf32_where_the_user_allows_it():
     """One product instead of three: the error of 11 bits, which float32's own bound does not take."""
     one = given("adatt_sp, whole vectors", torch.float32)
