@@ -54,7 +54,7 @@ INTEGER = {
 # Both of min and max prefer a number to NaN, unless .NaN says otherwise.
 FLOAT = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "min": np.fmin, "max": np.fmax, "neg": np.negative, "abs": np.abs,
-    "ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal, "sqrt": np.sqrt, "rsqrt": lambda a: np.reciprocal(np.sqrt(a)), "tanh": np.tanh,
+    "ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal, "sqrt": np.sqrt, "rsqrt": lambda a: np.reciprocal(np.sqrt(a)),
     "copysign": lambda sign, size: np.copysign(size, sign),
 }  # fmt: skip
 PROPAGATING = {"min": np.minimum, "max": np.maximum}
@@ -80,9 +80,10 @@ def multiply(scope: Scope, one: Instruction) -> Step:
     """Floats: the product. Integers: its lower half (lo), its upper half (hi), or all of it (wide); mad adds a third operand."""
     kind = kinds(one)[0]
     if kind.letter in FLOATING:
+        if one.parts[0] == "mad":
+            raise PtxError("expected integers; floats have fma")
         given = modifiers(one, "rn", "ftz")
-        function = numbers.fused if one.parts[0] == "mad" else np.multiply
-        return elementwise(scope, one, flushing(function) if "ftz" in given else function, kind)
+        return elementwise(scope, one, flushing(np.multiply) if "ftz" in given else np.multiply, kind)
     which = modifiers(one, "lo", "hi", "wide")
     result = Kind(kind.letter, 2 * kind.bits, (SIGNED if kind.letter == "s" else UNSIGNED)[2 * kind.bits]) if which == {"wide"} else kind
     a, b = (scope.source(operand, kind.bits) for operand in one.operands[1:3])
@@ -107,26 +108,12 @@ def _product(kind: Kind, which: set[str]) -> Function:
 
 @instruction("fma")
 def fused_multiply_add(scope: Scope, one: Instruction) -> Step:
-    """a b + c, rounded once. Of 16-bit floats, float64 holds the sum so nearly exactly that rounding it is rounding once."""
+    """a b + c, rounded once."""
     kind = kinds(one)[0]
     given = modifiers(one, "rn", "ftz")
-    if kind.letter == "f" and kind.bits == 32:
-        function = numbers.fused
-    elif kind.bits == 16:
-        function = _fused_half
-    else:
-        raise PtxError(f"expected a float of 16 or 32 bits, got {one.parts[-1]}")
-    return elementwise(scope, one, flushing(function) if "ftz" in given else function, kind)
-
-
-def _fused_half(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    # Rounded to odd in float32, whose 24 bits are twice 11 and two more: no second rounding can go wrong.
-    exact = a.astype(np.float64) * b + c
-    single = exact.astype(np.float32)
-    bits = single.view(np.uint32)
-    away = np.abs(single.astype(np.float64)) > np.abs(exact)
-    odd = np.where((single != exact) & (bits & np.uint32(1) == 0), np.where(away, bits - np.uint32(1), bits + np.uint32(1)), bits)
-    return np.where(np.isfinite(exact), odd.view(np.float32), single)
+    if kind.dtype != np.float32 or kind.bits != 32:
+        raise PtxError(f"expected f32, got {one.parts[-1]}")
+    return elementwise(scope, one, flushing(numbers.fused) if "ftz" in given else numbers.fused, kind)
 
 
 COMPARISONS: dict[str, Function] = {

@@ -224,9 +224,3 @@ def shuffle(scope: Scope, one: Instruction) -> Step:
 SHUFFLES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "up": np.subtract, "down": np.add, "bfly": np.bitwise_xor, "idx": lambda lane, index: index % WARP,
 }  # fmt: skip
-
-
-@instruction("membar", "fence")
-def order(scope: Scope, one: Instruction) -> Step:
-    """Nothing: lanes execute in order."""
-    return lambda lanes, mask: None

@@ -75,6 +75,20 @@ def test_parity(name, dtype, form, monkeypatch):
     assert all(count.launches for count in counts.values()) and counts["forward_kernel"].mmas
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inference(dtype, form, monkeypatch):
+    """Without gradients to come, hidden layers stay inside their level."""
+    monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form])
+    one = drawn(Case(build("adatt_sp", 40, [[24, 20], [16, 12]], 2, 2, towers=(6, 1)), ROWS), dtype)
+    with executed.executed(lent(one)) as kernels, torch.no_grad():
+        out, weights = network(one.x, one.params, one.table)
+    expected = expectation(one)
+    ours = {"out": out, **{f"weights.{i}": w for i, w in enumerate(weights)}}
+    assert_close(ours, {name: expected[name] for name in ours})
+    assert len(kernels["forward_kernel"].launches) == (1 if FORMS[form] else 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
