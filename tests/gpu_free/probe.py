@@ -19,11 +19,11 @@ def module(body: str, parameters: int, threads: int = WARP) -> str:
     return f"{head}.visible .entry probe(\n{','.join(names)}\n)\n.reqntid {threads}\n{{\n{DECLARED}\nmov.u32 %r0, %tid.x;\n{loads}{body}\nret;\n}}\n"
 
 
-def run(body: str, *buffers: np.ndarray, threads: int = WARP, shared: int = 0) -> Counts:
+def run(body: str, *buffers: np.ndarray, threads: int = WARP, shared: int = 0, grid: tuple[int, ...] = (1,)) -> Counts:
     """Execute a body on buffers; returns what was counted."""
     program = Executable(module(body, len(buffers), threads), shared)
     ranges = [Range(f"buffer {i}", b.ctypes.data, b.ctypes.data + b.nbytes) for i, b in enumerate(buffers)]
-    return program.launch((1,), [b.ctypes.data for b in buffers], ranges)
+    return program.launch(grid, [b.ctypes.data for b in buffers], ranges)
 
 
 def aligned(shape: int | tuple[int, ...], dtype) -> np.ndarray:

@@ -1,11 +1,12 @@
 """Compiled PTX, executed on the CPU: what a kernel computes, and what it costs in bytes, MMAs and barriers. No device, no driver.
 
 One NumPy lane is one thread; the threads of a block advance together and part only where they branch apart, the blocks run one after another.
-So the numbers are those of the compiled code, rounding included, but a barrier that is missing goes unnoticed.
+So the numbers are those of the compiled code, rounding included. A barrier that is missing does not change them: in global memory it is
+noticed by who wrote and read what since the last one, in shared memory not at all.
 
     ptx_text         the module as data
     ptx_numbers      rounding
-    ptx_memory       checked and counted memory
+    ptx_memory       checked and counted memory; ptx_order: barriers between its uses
     ptx_scope        operands, and the table of instructions
     ptx_arithmetic, ptx_convert, ptx_movement, ptx_matrix
                      the instructions
@@ -108,8 +109,9 @@ class Executable:
                 kind = lanes[slot].dtype
                 lanes[slot] = np.full(len(lanes[slot]), value & ((1 << 8 * kind.itemsize) - 1), kind)
         self.shared.poison()
+        self.memory.begin_block()
         try:
-            visits = _run(self.parts, lanes)
+            visits = _run(self.parts, lanes, self.memory.pass_barrier)
         except _Stopped as stopped:
             where = ", ".join(f"{name} {value}" for name, value in values.items() if name.startswith("%ctaid"))
             raise KernelFault(f"{self.kernel.name} ({where}), {self.kernel.instructions[stopped.number]}: {stopped.fault}") from stopped.fault
@@ -127,8 +129,8 @@ class _Stopped(Exception):
         self.number, self.fault = number, fault
 
 
-def _run(parts: list[Part], lanes: Lanes) -> list[int]:
-    """Run one block; return how often each part was entered.
+def _run(parts: list[Part], lanes: Lanes, pass_barrier: Callable[[], None]) -> list[int]:
+    """Run one block; return how often each part was entered. `pass_barrier` is called when all threads have met.
 
     While all threads stand at one part there is no mask. Where they branch apart, those at the earliest part go on, which brings them together
     again behind any `if` and loop that the compiler has laid out in order.
@@ -147,6 +149,8 @@ def _run(parts: list[Part], lanes: Lanes) -> list[int]:
         if part.barrier and mask is not None and (others := int(np.count_nonzero(~mask & (places < len(parts))))):
             fault = KernelFault(f"expected all threads at the barrier, got {others} elsewhere")
             raise _Stopped(part.first + len(part.steps) - 1, fault)
+        if part.barrier:
+            pass_barrier()
         goes = part.goes
         if callable(goes):
             goes = goes(lanes)

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from .ptx_numbers import UNSIGNED
+from .ptx_order import Now, Trace
 
 WARP = 32
 
 
 class KernelFault(AssertionError):
-    """What a device would have punished, or silently obeyed: an access outside, a misaligned one, a barrier that not all threads reach."""
+    """What a device would have punished, or silently obeyed: an access outside, a misaligned one, one that no barrier orders."""
 
 
 class Range(NamedTuple):
@@ -51,7 +52,10 @@ def _everything(bits: int) -> np.ndarray:
 
 
 class Global:
-    """Global memory. `read_bytes` and `written_bytes` count by range; an address that several lanes of a warp use in one access counts once."""
+    """Global memory. `read_bytes` and `written_bytes` count by range; an address that several lanes of a warp use in one access counts once.
+
+    In ranges that a launch has begun to write, two warps may not use one place, one of them writing, without a barrier between, nor two blocks.
+    """
 
     def __init__(self, threads: int):
         self.warps = np.arange(threads, dtype=np.uint64) // np.uint64(WARP)
@@ -64,6 +68,14 @@ class Global:
         self.firsts = [one.first for one in self.ranges]
         self.read_bytes: Counter[str] = Counter()
         self.written_bytes: Counter[str] = Counter()
+        self.traces: dict[str, Trace] = {}
+        self.now = Now()
+
+    def begin_block(self) -> None:
+        self.now = Now(self.now.turn + 1, self.now.turn + 1)
+
+    def pass_barrier(self) -> None:
+        self.now = self.now._replace(turn=self.now.turn + 1)
 
     def load(self, at: np.ndarray, mask: np.ndarray | None, count: int, bits: int, step: int = 0) -> np.ndarray:
         """Return [count, lanes]: what stands at the addresses `at` [lanes] (of the lanes in `mask`) and behind them.
@@ -100,6 +112,7 @@ class Global:
         known = bisect.bisect_right(self.firsts, first) - 1
         if known >= 0 and last + size <= self.ranges[known].end:
             count[self.ranges[known].name] += size * self._distinct(at, mask, first == last)
+            self._trace(self.ranges[known], at, mask, size, kind)
             return
         self._check_each(at, mask, size, kind, count)
 
@@ -114,9 +127,21 @@ class Global:
                 only = np.zeros(len(self.warps), bool)
                 only[lanes[inside]] = True
                 count[one.name] += size * self._distinct(at[inside], only, False)
+                self._trace(one, at[inside], only, size, kind)
         if outside.any():
             bad = int(at[outside][0])
             raise KernelFault(f"expected a {kind} of {size} bytes inside a buffer, got {int(outside.sum())} lanes outside, one at {self._near(bad, size)}")
+
+    def _trace(self, one: Range, at: np.ndarray, mask: np.ndarray | None, size: int, kind: str) -> None:
+        """See that nothing but order that barriers give decides what this access reads or leaves."""
+        trace = self.traces.get(one.name)
+        if trace is None and kind == "write":
+            trace = self.traces[one.name] = Trace(one.first, one.end)
+        if trace is not None:
+            warps = self.warps if mask is None else self.warps[mask]
+            fault = trace.write(at, size, warps, self.now) if kind == "write" else trace.read(at, size, warps, self.now)
+            if fault:
+                raise KernelFault(f"{one.name}: expected a barrier between, but {fault}")
 
     def _near(self, at: int, size: int) -> str:
         """Where an address stands, told from the nearest buffer."""

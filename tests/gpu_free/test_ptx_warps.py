@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
 from .probe import WARP, aligned, run
+from .ptx import KernelFault
 from .ptx_matrix import added
 
 U32, F32 = np.uint32, np.float32
@@ -61,6 +63,35 @@ def test_what_lanes_share_is_counted_once_a_warp():
     )  # fmt: skip
     assert counts.read == {"buffer 0": 2 * 4 + 32 * 4 + 16 * 4} and counts.written == {"buffer 1": 8 * 4}
     assert out[:8].tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
+
+
+EXCHANGE = "mad.wide.u32 %d9, %r0, 4, %d0; xor.b32 %r2, %r0, {distance}; mad.wide.u32 %d8, %r2, 4, %d0; st.global.b32 [%d9], %r0; {between} {use}"
+
+
+@pytest.mark.parametrize(
+    ("distance", "between", "use", "fault"),
+    [
+        (32, "bar.sync 0;", "ld.global.b32 %r1, [%d8];", None),
+        (1, "", "ld.global.b32 %r1, [%d8];", None),
+        (32, "", "ld.global.b32 %r1, [%d8];", "reads what another one has written since the last barrier"),
+        (32, "", "st.global.b32 [%d8], %r0;", "writes where another one has written since the last barrier"),
+        (32, "bar.sync 0; ld.global.b32 %r1, [%d8];", "st.global.b32 [%d9], %r0;", "writes what another one has read since the last barrier"),
+        (32, "bar.sync 0; ld.global.b32 %r1, [%d8]; bar.sync 0;", "st.global.b32 [%d9], %r0;", None),
+        (32, "bar.sync 0; and.b32 %r2, %r0, 31; mad.wide.u32 %d8, %r2, 4, %d0;", "st.global.b32 [%d8], %r0;", "several warps write to one place at once"),
+    ],
+)
+def test_warps_that_exchange_numbers_need_a_barrier(distance, between, use, fault):
+    body = EXCHANGE.format(distance=distance, between=between, use=use)
+    with pytest.raises(KernelFault, match=fault) if fault else nullcontext():
+        run(body, aligned(64, U32), threads=64)
+
+
+@pytest.mark.parametrize("use", ["ld.global.b32 %r1, [%d0];", "st.global.b32 [%d0], %r0;"])
+def test_blocks_do_not_meet(use):
+    """Block 0 writes a place that block 1 then uses."""
+    first = "mov.u32 %r1, %ctaid.x; setp.eq.s32 %p1, %r1, 0; setp.eq.and.s32 %p2, %r0, 0, %p1; @%p2 st.global.b32 [%d0], %r0; "
+    with pytest.raises(KernelFault, match=r"%ctaid.x 1.*buffer 0: .*another block of the launch has written"):
+        run(first + f"setp.eq.s32 %p3, %r0, 0; not.pred %p4, %p1; and.pred %p3, %p3, %p4; @%p3 {use}", aligned(4, U32), grid=(2,))
 
 
 def test_an_access_to_two_buffers_is_counted_at_each():
