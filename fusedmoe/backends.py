@@ -40,8 +40,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache
-def _no_triton() -> str | None:
-    """Return why Triton's kernels cannot run on this machine, or None. Triton itself is imported by the first call that needs it."""
+def _looked_for_triton() -> str | None:
     try:
         found = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -51,6 +50,15 @@ def _no_triton() -> str | None:
     if INTERPRETED or torch.cuda.is_available():
         return None
     return "expected a GPU, got a machine (or a build of torch) without one; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests"
+
+
+def _no_triton() -> str | None:
+    """Return why Triton's kernels cannot run on this machine, or None. Triton itself is imported by the first call that needs it."""
+    return _looked_for_triton()
+
+
+# What torch.compile's `assume_constant_result` sets, without importing it: the function is called and not traced.
+_no_triton._dynamo_marked_constant = True
 
 
 def transforming() -> bool:

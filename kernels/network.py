@@ -126,8 +126,8 @@ def forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, tra
     return out, weights, saved
 
 
-def backward(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: Saved, table: Table) -> tuple[Tensor, list[Tensor | None]]:
-    """Return d_x [B, S, D] and the gradients of the parameters, None for those on which no output depends.
+def flat_backward(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: Saved, table: Table) -> tuple[Tensor, Tensor]:
+    """Return d_x [B, S, D] and the gradients of the live parameters, one after another.
 
     Args:
         d_out: [B, *table.output], contiguous.
@@ -138,7 +138,9 @@ def backward(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequenc
     call = _prepare(x, params, lower(table))
     rows = len(x)
     plan = backward_plan_of(call.plan, call.tiles.whole, call.tiles.columns, call.tiles.outputs)
-    places, total = call.program.gradients
+    total = call.program.gradients[1]
+    # Those of a call that returned no mixing weights are [B, 0].
+    d_weights = d_weights if d_weights is not None and d_weights.numel() else None
     # Rows of the output are read in vectors of 16 bytes, where their distance allows it.
     d_out = d_out.clone() if d_out.data_ptr() % 16 else d_out
     d_x = x.new_empty(x.shape)
@@ -149,8 +151,18 @@ def backward(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequenc
         _rows(call, plan, d_out, d_weights, saved, d_x, dw, dz)
         if total:
             _parameters(call, plan, d_out, d_weights, saved, dw, dz, flat)
-    grads = [None if first < 0 else flat[first : first + p.numel()].view(p.shape) for first, p in zip(places, params, strict=True)]
-    return d_x, grads
+    return d_x, flat
+
+
+def split(flat: Tensor, params: Sequence[Tensor], program: Program) -> list[Tensor | None]:
+    """Return the gradient of each parameter as a view; None for those on which no output depends."""
+    return [None if first < 0 else flat[first : first + p.numel()].view(p.shape) for first, p in zip(program.gradients[0], params, strict=True)]
+
+
+def backward(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: Saved, table: Table) -> tuple[Tensor, list[Tensor | None]]:
+    """Return d_x and one gradient a parameter: `flat_backward`, split."""
+    d_x, flat = flat_backward(d_out, d_weights, x, params, saved, table)
+    return d_x, split(flat, params, lower(table))
 
 
 def _rows(call: _Call, plan: BackwardPlan, d_out: Tensor, d_weights: Tensor | None, saved: Saved, d_x: Tensor, dw: Tensor, dz: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -29,21 +29,37 @@ def fits(x: Tensor, params: Sequence[Tensor], table: Table) -> bool:
     return all(p.shape == expect.shape and p.dtype is dtype and p.device == place for p, expect in zip(params, table.parameters, strict=True))
 
 
-def _inner(x: Tensor) -> Tensor:
+def inner(x: Tensor) -> Tensor:
     """x with its last dimension contiguous, and rows so near that 32 bits reach over those of a chunk."""
     return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(0) < MOST_DISTANCE else x.contiguous()
 
 
-def _there(x: Tensor):
+def there(x: Tensor):
     """The tensors' device made current: kernels are launched on the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@contextmanager
+def launching(x: Tensor, table: Table) -> Iterator[None]:
+    """A block that launches: the table is one that kernels can serve, and the device has passed its trial and is current.
+
+    Raises: ValueError for a table that is too wide (`network.refuse`); RuntimeError if the kernels err on this device (`trial.py`).
+    """
+    if table.text not in _ACCEPTED:
+        network.refuse(table)
+        _ACCEPTED.add(table.text)
+    with there(x):
+        if x.is_cuda:
+            with torch.no_grad():
+                trial.once(x.device, x.dtype)
+        yield
 
 
 class _Network(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table: Table, mixing: bool, x: Tensor, *params: Tensor):
-        with _there(x):
-            out, weights, saved = network.forward(_inner(x), [p.contiguous() for p in params], table, mixing, training=True)
+        with launching(x, table):
+            out, weights, saved = network.forward(inner(x), [p.contiguous() for p in params], table, mixing, training=True)
         ctx.table = table
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *saved, *params)
@@ -59,9 +75,9 @@ class _Network(torch.autograd.Function):
             # Gradients that are to be differentiated again are plain PyTorch's.
             d_x, d_params = reference.backward(x, params, table, d_out, reference.by_level(d_weights, table))
             return None, None, d_x, *d_params
-        with _there(x):
+        with there(x):
             given = None if d_weights is None else d_weights.contiguous()
-            d_x, d_params = network.backward(d_out.contiguous(), given, _inner(x), [p.contiguous() for p in params], network.Saved(buffers, softmax), table)
+            d_x, d_params = network.backward(d_out.contiguous(), given, inner(x), [p.contiguous() for p in params], network.Saved(buffers, softmax), table)
         wanted = ctx.needs_input_grad[2:]
         return None, None, *(d if need else None for d, need in zip((d_x, *d_params), wanted, strict=True))
 
@@ -75,16 +91,10 @@ def run(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool) -> tupl
         table: the network.
         mixing: return the mixing weights.
 
-    Raises: ValueError for a table that is too wide (`network.refuse`); RuntimeError if the kernels err on this device (`trial.py`).
+    Raises: as `launching`.
     """
-    if table.text not in _ACCEPTED:
-        network.refuse(table)
-        _ACCEPTED.add(table.text)
-    if x.is_cuda:
-        with _there(x), torch.no_grad():
-            trial.once(x.device, x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
         return _Network.apply(table, mixing, x, *params)
-    with _there(x):
-        out, weights, _ = network.forward(_inner(x), [p.contiguous() for p in params], table, mixing, training=False)
+    with launching(x, table):
+        out, weights, _ = network.forward(inner(x), [p.contiguous() for p in params], table, mixing, training=False)
     return out, weights

@@ -51,7 +51,8 @@ def choose(program: Program, dtype: torch.dtype, rows: int) -> Tiles:
     local memory: not beside a hidden layer of 64 rows, and not in float32, whose three products want its registers (tests/gpu_free/budgets.json),
     and whose sums want to be rounded: tensor cores cut, and one chain of MMAs over K = 512 errs beyond the bound (tests/gpu_free/test_executed.py).
     """
-    whole = rows <= WHOLE_ROWS
+    # A bool, also of the symbolic number of rows that torch.compile traces with.
+    whole = bool(rows <= WHOLE_ROWS)
     wide = dtype == torch.float32
     most = max(len(stage.units) for stage in program.stages)
     units = next((size for size in GROUPS if size >= most), GROUPS[-1])
