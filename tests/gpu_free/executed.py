@@ -12,16 +12,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fusedmoe.kernels import network
-
 from .compiled import ptx_for
+from .launches import arguments_of, standing_in
 from .ptx import Counts, Executable, Range
 
 ARCH = "sm_80"
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
-KERNELS = ("forward_kernel", "backward_rows", "gradients", "add_chunks")
 # Compiled and decoded kernels of this process, by kernel, types and constants.
 _EXECUTABLES: dict[object, Executable] = {}
 
@@ -50,15 +48,8 @@ class Executed:
         return partial(self.launch, grid)
 
     def launch(self, grid: tuple[int, ...], *values: object, num_warps: int, **named: object) -> None:
-        names = self.kernel.arg_names
-        # The options of launches are also those of `compiled.py`.
-        constants = {name: value for name, value in named.items() if name not in network.OPTIONS and name not in network.REGISTERS}
-        given = {**dict(zip(names, values, strict=False)), **constants}
-        if given.keys() != set(names):
-            raise TypeError(f"{self.kernel.__name__}: expected the arguments {', '.join(names)}, got {', '.join(given)}")
-        fixed = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
-        passed = {name: value for name, value in given.items() if name not in fixed}
-        executable = _executable(self.kernel, passed, {name: given[name] for name in fixed}, num_warps)
+        passed, constants = arguments_of(self.kernel, values, named)
+        executable = _executable(self.kernel, passed, constants, num_warps)
         tensors = {name: value for name, value in passed.items() if isinstance(value, Tensor)}
         ranges = [extent(name, tensor) for name, tensor in tensors.items()]
         arguments = [value.data_ptr() if isinstance(value, Tensor) else int(value) for value in passed.values()]
@@ -91,12 +82,5 @@ def executed(lent: Iterable[tuple[str, Tensor]] = ()) -> Iterator[dict[str, Exec
         lent: the parameters, which kernels reach by their addresses, by name.
     """
     ranges = [extent(name, tensor) for name, tensor in lent]
-    jitted = {name: getattr(network, name) for name in KERNELS}
-    standing = {name: Executed(kernel, ranges) for name, kernel in jitted.items()}
-    try:
-        for name, kernel in standing.items():
-            setattr(network, name, kernel)
+    with standing_in(partial(Executed, lent=ranges)) as standing:
         yield standing
-    finally:
-        for name, kernel in jitted.items():
-            setattr(network, name, kernel)

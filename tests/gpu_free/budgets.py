@@ -1,0 +1,121 @@
+"""The kernels that the shipped rule chooses, and what compilers make of them for every architecture: `budgets.json`, written and read.
+
+    python tests/gpu_free/budgets.py --write
+
+Must run where TRITON_INTERPRET is not set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    __package__ = "gpu_free"
+
+from fusedmoe.speed.subjects import SUBJECTS, build
+
+from .compiled import ARCHS, Compiled, compile_for
+from .launches import Variant, kernel_of, variants
+
+PATH = Path(__file__).with_suffix(".json")
+# Layers of `fusedmoe.speed`: two levels of units with few experts, hidden layers, many units, shared experts; the first one in every dtype.
+LAYERS = ("AdaTT T3m2", "MMoE T3e8", "AdaTT T8m2", "PLE T3m2s1")
+DTYPES = {"bfloat16": LAYERS, "float16": LAYERS[:1], "float32": LAYERS[:1]}
+# One launch, and a launch a level.
+ROWS = (64, 4096)
+FIGURES = ("registers", "stack", "shared", "mma", "occupancy", "warps")
+
+
+class Case(NamedTuple):
+    """A compiled kernel, and the first call that launches it."""
+
+    kernel: str
+    layer: str
+    training: bool
+    rows: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel} of {self.layer}, {'training' if self.training else 'inference'}, {self.rows} rows, {self.dtype}"
+
+
+@cache
+def cases(arch: str) -> dict[Case, Variant]:
+    """Every kernel that the calls above launch, each once."""
+    found: dict[Variant, Case] = {}
+    for dtype, layers in DTYPES.items():
+        for layer in layers:
+            table = build(SUBJECTS[layer]).table
+            for rows in ROWS:
+                for training in (False, True):
+                    for variant in variants(table, getattr(torch, dtype), rows, training, arch):
+                        found.setdefault(variant, Case(variant.kernel, layer, training, rows, dtype))
+    return {case: variant for variant, case in found.items()}
+
+
+@cache
+def figures(case: Case, arch: str) -> dict[str, object]:
+    """Compile a case; return its figures by name."""
+    variant = cases(arch)[case]
+    compiled: Compiled = compile_for(kernel_of(variant), dict(variant.signature), dict(variant.constants), arch, variant.warps)
+    values = {name: getattr(compiled, name) for name in FIGURES}
+    return {**values, "occupancy": round(compiled.occupancy, 4)}
+
+
+def worse(case: str, arch: str, budget: Mapping[str, object], got: Mapping[str, object]) -> list[str]:
+    """Say which figures got worse: more registers, stack or shared memory, fewer warps at a time, other instructions."""
+    bad = {name: got[name] > budget[name] for name in ("registers", "stack", "shared")}
+    bad |= {"mma": got["mma"] != budget["mma"], "occupancy": got["occupancy"] < budget["occupancy"]}
+    return [f"{case}, {arch}: {name}: budget {budget[name]}, got {got[name]}" for name, is_bad in bad.items() if is_bad]
+
+
+def budgets() -> dict[str, dict[str, dict[str, object]]]:
+    """The figures that are checked in, by case and architecture."""
+    return json.loads(PATH.read_text())
+
+
+def written(values: Mapping[str, Mapping[str, Mapping[str, object]]]) -> str:
+    """As JSON, an architecture a line."""
+    kernels = []
+    for case, by_arch in values.items():
+        lines = ",\n".join(f"    {json.dumps(arch)}: {json.dumps(one)}" for arch, one in by_arch.items())
+        kernels.append(f"  {json.dumps(case)}: {{\n{lines}\n  }}")
+    return "{\n" + ",\n".join(kernels) + "\n}\n"
+
+
+def measured(archs: Iterable[str]) -> dict[str, dict[str, dict[str, object]]]:
+    """Compile every case for these architectures, with a bar."""
+    from rich.progress import track
+
+    jobs = [(case, arch) for arch in archs for case in cases(arch)]
+    result: dict[str, dict[str, dict[str, object]]] = {}
+    for case, arch in track(jobs, description="compiling"):
+        result.setdefault(str(case), {})[arch] = figures(case, arch)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile the kernels that the shipped tiles choose, for every architecture, without a device.")
+    parser.add_argument("--write", action="store_true", help=f"write tests/gpu_free/{PATH.name}; otherwise print what got worse")
+    parser.add_argument("--arch", choices=ARCHS, nargs="+", default=ARCHS, help="without --write: only these")
+    chosen = parser.parse_args()
+    if chosen.write:
+        PATH.write_text(written(measured(ARCHS)))
+        return
+    kept = budgets()
+    faults = [fault for case, of in measured(chosen.arch).items() for arch, one in of.items() for fault in worse(case, arch, kept[case][arch], one)]
+    print("\n".join(faults) or "nothing got worse")
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
