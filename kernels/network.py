@@ -63,6 +63,11 @@ class _Call(NamedTuple):
     def activations(self) -> tuple[int, ...]:
         return tuple(CODES[name] for name in self.program.activations)
 
+    @property
+    def keep(self) -> int:
+        """Columns of a source's kept tile. AMD's compiler keeps it in registers, and those of 64 rows then go to local memory."""
+        return 0 if AMD and not self.tiles.whole else self.tiles.keep
+
     def store(self, stages: tuple[int, ...]) -> int:
         """The alignment of what these stages hand on: that of everything else, or none."""
         written = [self.program.stages[stage] for stage in stages]
@@ -120,7 +125,7 @@ def forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, tra
     for launch in call.plan.launches if rows else ():
         forward_kernel[call.grid(launch.programs)](
             x, saved.buffers, out, saved.softmax, weights, call.addresses, ints, floats, launch.place, rows, x.stride(0), x.stride(1), table.mixing,
-            UNITS=call.plan.units, READS=call.tiles.reads, ACTS=call.activations, WEIGHTS=mixing, INNER=call.program.inner, KEEP=call.tiles.keep,
+            UNITS=call.plan.units, READS=call.tiles.reads, ACTS=call.activations, WEIGHTS=mixing, INNER=call.program.inner, KEEP=call.keep,
             STORE=call.store(launch.stages), **call.constants(),
         )  # fmt: skip
     return out, weights, saved

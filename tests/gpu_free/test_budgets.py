@@ -1,0 +1,119 @@
+"""What the compilers make of the shipped tiles: no figure worse than the one checked in, and what these must be for every architecture."""
+
+import json
+
+import pytest
+import torch
+
+from fusedmoe.speed.subjects import SUBJECTS
+from fusedmoe.speed.subjects import build as layer
+from fusedmoe.testing import build
+
+pytest.importorskip("triton", reason="gpu_free: expected the package triton, which compiles without a device, got none")
+
+import triton
+
+from fusedmoe.kernels import tiles
+from fusedmoe.kernels.program import fused, lower
+
+from . import budgets
+from .compiled import ARCHS, LIMITS
+from .launches import variants
+
+KEPT = budgets.budgets()
+BY_NAME = {(case, arch): figures for case, of in KEPT.items() for arch, figures in of.items()}
+QUICK_ARCH = "sm_90"
+# The most bytes of a thread in local memory, but in bfloat16 on NVIDIA's GPUs, where it is none.
+STACK = 64
+# More of them, and why.
+REASONS = {
+    ("forward of MMoE T3e8, training, 4096 rows, bfloat16", "gfx942"): "eight units' accumulators: 307 registers without it, of the 256 that eight warps have",
+}
+
+
+def jobs() -> list:
+    """Every case and architecture, all but one architecture in bfloat16 slow."""
+    quick = {name for name in BY_NAME if name[1] == QUICK_ARCH and name[0].endswith("bfloat16")}
+    return [pytest.param(*name, id=f"{name[1]}-{name[0]}", marks=() if name in quick else pytest.mark.slow) for name in BY_NAME]
+
+
+@pytest.mark.parametrize(("case", "arch"), jobs())
+def test_no_figure_got_worse(case, arch):
+    if triton.__version__ != budgets.written_by():
+        pytest.skip(f"budgets: expected Triton {budgets.written_by()}, whose figures they are, got {triton.__version__}")
+    found = {str(one): one for one in budgets.cases(arch)}
+    assert budgets.worse(case, arch, KEPT[case][arch], budgets.figures(found[case], arch)) == []
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_cases_are_those_of_the_shipped_tiles(arch):
+    assert [str(case) for case in budgets.cases(arch)] == [case for case, of in KEPT.items() if arch in of], "run python tests/gpu_free/budgets.py --write"
+
+
+def test_local_memory():
+    """None in bfloat16 on NVIDIA's GPUs, little elsewhere; a reason that no longer holds must go."""
+    allowed = {(case, arch): 0 if arch.startswith("sm_") and case.endswith("bfloat16") else STACK for case, arch in BY_NAME}
+    assert {name for name, figures in BY_NAME.items() if figures["stack"] > allowed[name]} == set(REASONS)
+
+
+def test_shared_memory_fits():
+    assert [name for name, figures in BY_NAME.items() if figures["shared"] > LIMITS[name[1]].block or not figures["occupancy"]] == []
+
+
+def test_products_run_on_tensor_cores():
+    """Every kernel but the sum of chunks has them; at 64 rows of bfloat16 those of the architecture."""
+    best = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "tcgen05", "sm_120": "HMMA", "gfx942": "MFMA"}
+    found = {name: figures["mma"] for name, figures in BY_NAME.items() if not name[0].startswith("add_chunks")}
+    assert [name for name, mma in found.items() if mma not in (best[name[1]], "HMMA")] == []
+    large = {name: mma for name, mma in found.items() if "4096 rows, bfloat16" in name[0]}
+    assert large and [name for name, mma in large.items() if mma != best[name[1]]] == []
+
+
+@pytest.mark.parametrize("figure", ["registers", "stack", "shared", "mma", "occupancy"])
+def test_a_worse_figure_is_noticed(figure):
+    case = next(case for case in budgets.cases(QUICK_ARCH) if case.kernel == "add_chunks")
+    got = budgets.figures(case, QUICK_ARCH)
+    doctored = "HGMMA" if figure == "mma" else got[figure] + (1 if figure == "occupancy" else -1)
+    faults = budgets.worse(str(case), QUICK_ARCH, {**got, figure: doctored}, got)
+    assert faults == [f"{case}, {QUICK_ARCH}: {figure}: budget {doctored}, got {got[figure]}"]
+
+
+def test_a_better_figure_is_none():
+    got = next(iter(BY_NAME.values()))
+    assert budgets.worse("", "", {**got, "registers": got["registers"] + 1, "occupancy": 0.0}, got) == []
+
+
+def test_figures_are_written_as_they_are_read():
+    assert json.loads(budgets.written(KEPT))["cases"] == KEPT
+
+
+TABLES = {
+    **{name: layer(SUBJECTS[name]).table for name in budgets.LAYERS},
+    # Widths that are no multiples of vectors, so that launches store differently.
+    "odd widths": build("adatt_sp", 24, [[20], [12]], 2, 2, towers=(6, 1)),
+}
+# Kernels of a table and dtype over every batch, in inference and in training each.
+MOST_VARIANTS = 3
+MOST_ROWS = 16384
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", TABLES)
+def test_few_kernels_serve_every_batch(name, dtype, training):
+    """Tiles, for each number of rows; and what launches compile, by Triton's own specialization, for numbers of rows of every divisibility."""
+    table = TABLES[name]
+    program = lower(table) if training else fused(table)
+    chosen = {tiles.choose(program, dtype, rows).whole: tiles.choose(program, dtype, rows) for rows in (1, MOST_ROWS)}
+    assert all(tiles.choose(program, dtype, rows) == chosen[rows <= tiles.WHOLE_ROWS] for rows in range(1, MOST_ROWS + 1))
+    rows = {near for power in range(15) for near in range((1 << power) - 2, (1 << power) + 3) if 1 <= near <= MOST_ROWS}
+    found = {one for n in sorted(rows | {16, 48, 1000, 1008, 10000}) for one in variants(table, dtype, n, training)}
+    kernels = [one.kernel for one in found]
+    assert {kernel: kernels.count(kernel) for kernel in kernels if kernels.count(kernel) > MOST_VARIANTS} == {}
+
+
+@pytest.mark.slow
+def test_two_kernels_serve_every_single_batch():
+    """As above, each number of rows."""
+    found = {one for rows in range(1, MOST_ROWS + 1) for one in variants(TABLES["AdaTT T3m2"], torch.bfloat16, rows, True)}
+    assert sorted(one.kernel for one in found) == ["add_chunks", *["backward_rows"] * 2, *["forward"] * 2, *["gradients"] * 2]
