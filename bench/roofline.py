@@ -1,0 +1,164 @@
+"""Bytes of global memory that the forward kernel reads and writes, by tensor, from its plan alone; and those of eager PyTorch's operators.
+
+    python bench/roofline.py
+
+Every program of a launch reads what its tiles need once each, whatever a cache may hold. Left out: the plan, addresses and fixed static weights.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fusedmoe.kernels.plan import groups_of, launches_of
+from fusedmoe.kernels.program import NOTHING, Map, Mix, Program, Source, X, fused
+from fusedmoe.kernels.tiles import Tiles, choose
+from fusedmoe.speed.subjects import MAIN, SUBJECTS, Called, build
+
+ROWS = 4096
+MEGA = 1e6
+SOFTMAX = 4  # bytes of float32
+
+
+class Traffic(NamedTuple):
+    """Bytes by tensor: parameters by their names in the table, x, buffers, out, p (softmax scratch)."""
+
+    read: Counter[str]
+    written: Counter[str]
+
+    @property
+    def total(self) -> int:
+        return self.read.total() + self.written.total()
+
+
+class _Count:
+    """Adds up one row block after another; `rows` of the present one are there."""
+
+    def __init__(self, program: Program, tiles: Tiles, size: int):
+        self.program, self.tiles, self.size = program, tiles, size
+        self.names = [parameter.name for parameter in program.table.parameters]
+        self.read, self.written = Counter(), Counter()
+        self.rows = 0
+
+    def source(self, one: Source) -> None:
+        """rows x width, of x or a buffer."""
+        self.read["x" if one.stage == X else "buffers"] += self.rows * one.width * self.size
+
+    def linear(self, one: Map, outputs: int, kept: bool) -> None:
+        """`outputs` rows of W and b. h is read for them once, if it is not kept; that of a map inside once for BLOCK_K of its outputs."""
+        self.read[self.names[one.weight]] += outputs * one.reduction * self.size
+        if one.bias != NOTHING:
+            self.read[self.names[one.bias]] += outputs * self.size
+        if one.inner:
+            for first in range(0, one.reduction, self.tiles.reduction):
+                self.linear(one.inner, min(self.tiles.reduction, one.reduction - first), kept)
+        elif not kept:
+            for source in one.sources:
+                self.source(source)
+
+    def softmax(self, unit: Mix) -> None:
+        if unit.gate:
+            self.linear(unit.gate, unit.gate.width, False)
+        self.written["p"] += len(unit.reads) * self.rows * SOFTMAX
+
+    def mix(self, stage: int, units: list[Mix], experts: tuple[int, ...], columns: int) -> None:
+        """`columns` of the experts of a group and of its units."""
+        level = self.program.stages[stage]
+        keeps, previous = self.tiles.keep > 0, None
+        for e in experts:
+            one = level.experts[e]
+            if keeps and one.read != previous:
+                self.source(one.read[0])
+            previous = one.read
+            if one.weight == NOTHING:
+                self.source(one.sources[0]._replace(width=columns))
+            else:
+                self.linear(one, columns, keeps)
+            for unit in units:
+                for read in unit.reads:
+                    if read.expert == e:
+                        self.read["p"] += self.rows * SOFTMAX
+                    if read.expert == e and read.element != NOTHING:
+                        self.read[self.names[unit.static]] += self.size
+        self.written["out" if stage + 1 == len(self.program.stages) else "buffers"] += len(units) * columns * self.rows * self.size
+
+    def block(self) -> None:
+        """All launches, for one row block."""
+        for launch in launches_of(self.program, self.tiles.whole):
+            stages = [stage for stage in launch if self.program.stages[stage].units]
+            for stage in stages:
+                for group in groups_of(self.program.stages[stage], self.tiles.units):
+                    units = [self.program.stages[stage].units[u] for u in group.units]
+                    for column in range(0, max(units[0].width, 1), self.tiles.columns):
+                        # A program of its own has a softmax of its own.
+                        for unit in units if column == 0 or len(stages) == 1 else ():
+                            self.softmax(unit)
+                        self.mix(stage, units, group.experts, min(self.tiles.columns, units[0].width - column))
+
+
+def traffic(program: Program, tiles: Tiles, rows: int, size: int) -> Traffic:
+    """Return what the forward reads and writes for so many rows of numbers of `size` bytes."""
+    count = _Count(program, tiles, size)
+    for first in range(0, rows, tiles.rows):
+        count.rows = min(tiles.rows, rows - first)
+        count.block()
+    return Traffic(count.read, count.written)
+
+
+def traffic_of_operands(program: Program, tiles: Tiles, rows: int, size: int) -> Traffic:
+    """As if one program did all rows and columns of a group: each operand of a product once, which is how `Eager` counts operators."""
+    return traffic(program, tiles._replace(rows=rows, columns=1 << 20, reduction=1 << 20, keep=1 << 20), rows, size)
+
+
+class Eager(TorchDispatchMode):
+    """Counts the bytes of the tensors that each operator takes and returns; views move none."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = self.written = self.operators = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        # A view has its operand's memory, and `empty` writes none.
+        if not function.is_view and "empty" not in str(function):
+            self.read += bytes_of((args, kwargs))
+            self.written += bytes_of(result)
+            self.operators += 1
+        return result
+
+
+def bytes_of(tree: object) -> int:
+    """The bytes of the tensors in a tree; a dimension that was expanded, once."""
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    return sum(t.element_size() * torch.Size(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or n <= 1).numel() for t in tensors)
+
+
+def main() -> None:
+    print(f"inference, {ROWS} rows, bfloat16: MB of global memory; each operand once, and as programs read them, without a cache")
+    for name in MAIN:
+        layer = build(SUBJECTS[name], torch.bfloat16)
+        program = fused(layer.table)
+        tiles = choose(program, torch.bfloat16, ROWS)
+        with torch.no_grad(), Eager() as eager:
+            Called(layer.module, layer.slots)(torch.zeros(ROWS, layer.table.width, dtype=torch.bfloat16))
+        theirs = eager.read + eager.written
+        print(f"{name}: eager {theirs / MEGA:.1f} in {eager.operators} operators")
+        for what, ours in (("operands", traffic_of_operands(program, tiles, ROWS, 2)), ("programs", traffic(program, tiles, ROWS, 2))):
+            by = ", ".join(f"{kind} {count / MEGA:.1f}" for kind, count in kinds(ours).items())
+            print(f"  {what}: {ours.total / MEGA:.1f} ({by}); eager's operands / these {theirs / ours.total:.2f}")
+
+
+def kinds(ours: Traffic) -> Counter[str]:
+    """Reads and writes together, parameters as `weights`."""
+    result: Counter[str] = Counter()
+    for name, count in [*ours.read.items(), *ours.written.items()]:
+        result[name if name in ("x", "buffers", "out", "p") else "weights"] += count
+    return result
+
+
+if __name__ == "__main__":
+    main()
