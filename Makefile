@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all gpu lint bench bench-all report build wheel clean
+.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free gpu lint bench bench-all report build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -26,6 +26,7 @@ help:
 	@echo "make test-cpp-sanitized  the same under the address and undefined-behaviour sanitizers"
 	@echo "make test-cpp-neon       the same built for AArch64 and run by qemu-user"
 	@echo "make test-cpp-all        both of these, as tests of pytest"
+	@echo "make test-gpu-free       the GPU kernels' slow tests that need no device: compiled for every architecture, executed, interpreted"
 	@echo "make gpu     run the GPU backends' tests on a device and time them, where there is one"
 	@echo "make lint    run ruff"
 	@echo "make bench   time what the backend's floors name, half an hour or more; save bench/results/cpu.json"
@@ -64,6 +65,12 @@ test-cpp-neon: $(STAMPS)/requirements
 test-cpp-all: $(STAMPS)/requirements
 	$(call say,testing the kernels in C++ under the sanitizers and for AArch64)
 	@$(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_cpp_kernels.py
+
+test-gpu-free: build
+	$(call say,compiling the Triton kernels for every architecture and executing what was compiled)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/gpu_free
+	$(call say,running the Triton kernels on every case in the interpreter)
+	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow $(INTERPRETED)
 
 gpu: build
 	$(call say,running the GPU backends on this machine's device)
