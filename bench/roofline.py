@@ -8,6 +8,7 @@ Every program of a launch reads what its tiles need once each, whatever a cache 
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -115,7 +116,7 @@ def traffic_of_operands(program: Program, tiles: Tiles, rows: int, size: int) ->
 
 
 class Eager(TorchDispatchMode):
-    """Counts the bytes of the tensors that each operator takes and returns; views move none."""
+    """Counts the bytes of the tensors that each operator takes and returns; one that returns memory it was given moves none."""
 
     def __init__(self):
         super().__init__()
@@ -123,18 +124,25 @@ class Eager(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        # A view has its operand's memory, and `empty` writes none.
-        if not function.is_view and "empty" not in str(function):
+        if function._schema.is_mutable or not memory_of(result) & memory_of((args, kwargs)):
             self.read += bytes_of((args, kwargs))
             self.written += bytes_of(result)
             self.operators += 1
         return result
 
 
+def tensors_of(tree: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def memory_of(tree: object) -> set[int]:
+    """The addresses of the storages of the tensors in a tree."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors_of(tree)}
+
+
 def bytes_of(tree: object) -> int:
     """The bytes of the tensors in a tree; a dimension that was expanded, once."""
-    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
-    return sum(t.element_size() * torch.Size(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or n <= 1).numel() for t in tensors)
+    return sum(prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or not n) * t.element_size() for t in tensors_of(tree))
 
 
 def main() -> None:
@@ -143,8 +151,9 @@ def main() -> None:
         layer = build(SUBJECTS[name], torch.bfloat16)
         program = fused(layer.table)
         tiles = choose(program, torch.bfloat16, ROWS)
+        x = torch.zeros(ROWS, layer.table.width, dtype=torch.bfloat16)
         with torch.no_grad(), Eager() as eager:
-            Called(layer.module, layer.slots)(torch.zeros(ROWS, layer.table.width, dtype=torch.bfloat16))
+            Called(layer.module, layer.slots)(x)
         theirs = eager.read + eager.written
         print(f"{name}: eager {theirs / MEGA:.1f} in {eager.operators} operators")
         for what, ours in (("operands", traffic_of_operands(program, tiles, ROWS, 2)), ("programs", traffic(program, tiles, ROWS, 2))):

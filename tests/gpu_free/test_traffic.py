@@ -40,3 +40,11 @@ def test_the_forward_moves_the_bytes_of_its_plan(monkeypatch):
     several = {name for name in read if name == "p" or name.startswith("statics.") or name.endswith("bias")}
     assert {name: read[name] for name in read if name not in several} == {name: expected.read[name] for name in read if name not in several}
     assert [name for name in several if read[name] not in [warps * expected.read[name] for warps in range(1, chosen.warps + 1)]] == []
+
+
+def test_operators_are_counted_without_their_views():
+    x, w = torch.zeros(6, 4), torch.zeros(5, 4)
+    with roofline.Eager() as eager:
+        (x @ w.t()).view(30).relu_()
+        torch.ops.aten._unsafe_view(x.expand(2, 6, 4)[0], [24])
+    assert (eager.operators, eager.read, eager.written) == (2, 4 * (24 + 20 + 30), 4 * (30 + 30))
