@@ -110,3 +110,19 @@ def test_a_table_that_is_too_wide_is_refused():
     x, params = torch.zeros(1, 1, 70000), [torch.zeros(p.shape) for p in table.parameters]
     with pytest.raises(ValueError, match=r"levels\.0\.experts\.0\.0\.weight: the triton backend expects at most 65536 columns, got 70000; use backend"):
         fusion_network(x, params, table, "triton")
+
+
+def test_rows_of_a_chunk_beyond_32_bits(monkeypatch):
+    """A chunk of the parameters' gradients has more rows than a tile: rows 2^22 numbers apart are too far for it."""
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
+    table = build("mmoe", 8, [[8]], 2, 1)
+    one = problem(Case(table, 530), torch.float32)
+    far = torch.from_numpy(np.empty(len(one.x) << 22, np.float32)).as_strided(one.x.shape, (1 << 22, 8, 1))
+    far.copy_(one.x)
+    assert len(one.x) << 22 > 2**31
+
+    def gradients(x):
+        params = [p.requires_grad_() for p in one.params]
+        return torch.autograd.grad(fusion_network(x, params, table, "triton"), params, one.d_out)
+
+    assert all(map(torch.equal, gradients(far), gradients(one.x)))
