@@ -1,6 +1,7 @@
-"""Under TRITON_INTERPRET=1 the tests run against Triton's interpreter, with its bfloat16 mended."""
+"""Under TRITON_INTERPRET=1 the tests run against Triton's interpreter, with its bfloat16 mended and NaN in memory that nobody wrote."""
 
 import pytest
+import torch
 
 from fusedmoe.backends import INTERPRETED
 
@@ -23,5 +24,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def interpreter():
     from .gpu_free.interpreter import mended
 
+    before = torch.are_deterministic_algorithms_enabled()
+    # It makes torch fill every `empty` with NaN.
+    torch.use_deterministic_algorithms(True)
     with mended():
         yield
+    torch.use_deterministic_algorithms(before)

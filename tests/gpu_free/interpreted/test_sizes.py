@@ -1,0 +1,52 @@
+"""Calls of several tiles of columns, chunks of rows and pieces of a hidden layer: watched, and as right as calls of one."""
+
+import pytest
+import torch
+
+from fusedmoe.kernels import network, tiles
+from fusedmoe.op import fusion_network
+from fusedmoe.testing import Case, assert_close, build, cases, evaluate, expectation, problem
+
+from ..interpreter import watched
+
+# More columns than a tile has, in every map; a tower over several units.
+WIDE = Case(build("ple", 47, [[40, 45], [33]], 2, 1, activation="silu", towers=(5, 1)), 20)
+CASES = {"wide": WIDE, "narrow": Case(build("mmoe", 5, [[4]], 2, 2, activation="tanh"), 70), "every_feature": cases()["every_feature"]}
+
+
+def fused(x, params, table):
+    return fusion_network(x, params, table, "triton", return_mixing_weights=True)
+
+
+def checked(one) -> None:
+    """Outputs and all gradients, every access watched."""
+    with watched([(parameter.name, tensor) for parameter, tensor in zip(one.table.parameters, one.params, strict=True)]):
+        values = evaluate(fused, one)
+    assert_close(values, expectation(one))
+
+
+@pytest.mark.parametrize("name", ["wide", "narrow"])
+def test_several_chunks(name, monkeypatch):
+    """The last chunk has fewer rows than the others."""
+    monkeypatch.setattr(network, "CHUNK", 16)
+    one = problem(CASES[name], torch.float32)
+    assert len(one.x) > 16 and len(one.x) % 16
+    checked(one)
+
+
+def test_several_tiles_of_columns(monkeypatch):
+    """A launch a level: each tile is a program of its own."""
+    monkeypatch.setattr(tiles, "WHOLE_ROWS", 0)
+    checked(problem(WIDE, torch.float32))
+
+
+@pytest.mark.parametrize("rows", [0, 1 << 30])
+@pytest.mark.parametrize("name", CASES)
+def test_inference(name, rows, monkeypatch):
+    """Hidden layers stay on the chip, in pieces that the last one does not fill."""
+    monkeypatch.setattr(tiles, "WHOLE_ROWS", rows)
+    one = problem(CASES[name], torch.float32)
+    with torch.no_grad():
+        out, weights = fused(one.x, one.params, one.table)
+    ours = {"out": out, **{f"weights.{i}": w for i, w in enumerate(weights)}}
+    assert_close(ours, {key: value for key, value in expectation(one).items() if key in ours})
