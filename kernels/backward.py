@@ -45,7 +45,8 @@ def expert_tile(block, below, shape: tl.constexpr, of, record):
     columns = tl.arange(0, shape.BLOCK_H)
     inside = columns < width - column
     live = block.live[:, None] & inside[None, :]
-    z = expert(block, shape, one, column, 0, columns, inside, 0)
+    # Beyond the expert's columns stands 0 h, which is NaN where h is infinite.
+    z = tl.where(inside[None, :], expert(block, shape, one, column, 0, columns, inside, 0), 0.0)
     y = activated(block, shape, one, z)
     dy = tl.zeros((shape.BLOCK_B, shape.BLOCK_H), tl.float32)
     for i in range(tl.load(block.plan + record + 4)):

@@ -149,7 +149,8 @@ def linear(block, shape: tl.constexpr, one, first, h, outputs, live, KEEP: tl.co
             inside = at < reduction - k
             hidden = plain(block, shape, inner, k, h, at, inside, KEEP, shape.BLOCK_K)
             code, parameter = tl.load(block.plan + inner + 4), tl.load(block.floats + tl.load(block.plan + inner + 5))
-            hidden = apply(hidden, code, parameter, shape.ACTS)
+            # Beyond the layer stands 0 h, which is NaN where h is infinite, and NaN x 0 is NaN.
+            hidden = tl.where(inside[None, :], apply(hidden, code, parameter, shape.ACTS), 0.0)
             w = tl.load(weight + outputs[None, :] * reduction + (k + at)[:, None], mask=inside[:, None] & live[None, :], other=0.0)
             z = tl.dot(hidden.to(w.dtype), w, z, input_precision=shape.PRECISION)
     else:

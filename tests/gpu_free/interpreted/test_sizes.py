@@ -5,7 +5,7 @@ import torch
 
 from fusedmoe.kernels import network, tiles
 from fusedmoe.op import fusion_network
-from fusedmoe.testing import Case, assert_close, build, cases, evaluate, expectation, problem
+from fusedmoe.testing import Case, assert_close, build, cases, eager, evaluate, expectation, problem
 
 from ..interpreter import watched
 
@@ -50,3 +50,16 @@ def test_inference(name, rows, monkeypatch):
         out, weights = fused(one.x, one.params, one.table)
     ours = {"out": out, **{f"weights.{i}": w for i, w in enumerate(weights)}}
     assert_close(ours, {key: value for key, value in expectation(one).items() if key in ours})
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "silu"])
+def test_an_infinite_input(activation):
+    """What it makes of a row is what it makes in plain torch: columns beyond a map, where a kernel multiplies it by 0, make nothing of it."""
+    table = build("cross_stitch", 5, [[6, 7]], 2, 1, activation=activation)
+    one = problem(Case(table, 4), torch.float32)
+    one.x[1, 0, 0] = float("inf")
+    ours, plain = evaluate(fused, one), evaluate(eager, one)
+    with torch.no_grad():
+        ours["inference"], plain["inference"] = fused(one.x, one.params, table)[0], plain["out"]
+    assert ours["inference"].isfinite().all() == (activation in ("sigmoid", "tanh"))
+    assert [name for name, value in plain.items() if value is not None and not torch.equal(ours[name].isfinite(), value.isfinite())] == []
