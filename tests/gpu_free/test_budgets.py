@@ -26,9 +26,8 @@ QUICK_ARCH = "sm_90"
 # The most bytes of a thread in local memory, but in bfloat16 on NVIDIA's GPUs, where it is none.
 STACK = 64
 # More of them, and why.
-REASONS = {
-    ("forward of MMoE T3e8, training, 4096 rows, bfloat16", "gfx942"): "eight units' accumulators: programs of eight warps have 256 registers a thread, and all are taken",
-}
+FULL = "eight units' accumulators: programs of eight warps have 256 registers a thread, and all are taken"
+REASONS = {("forward of MMoE T3e8, training, 4096 rows, bfloat16", "gfx942"): FULL}
 
 
 def jobs() -> list:
