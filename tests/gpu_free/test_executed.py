@@ -27,6 +27,8 @@ TABLES = {
     "mmoe": build("mmoe", 40, [[24]], 2, 3, towers=(1,)),
     "adatt_sp, whole vectors": build("adatt_sp", 96, [[80], [32]], 2, 2),
 }
+# More hidden columns than a piece of them has.
+HIDDEN = build("mmoe", 24, [[72, 20]], 2, 2, towers=(6, 1))
 ROWS = 19
 
 
@@ -46,7 +48,7 @@ def drawn(case: Case, dtype: torch.dtype) -> Problem:
 
 @cache
 def given(name: str, dtype: torch.dtype) -> Problem:
-    return drawn(Case(TABLES[name], ROWS), dtype)
+    return drawn(Case({**TABLES, "hidden": HIDDEN}[name], ROWS), dtype)
 
 
 def network(x, params, table):
@@ -129,6 +131,27 @@ def test_every_weight_is_read_once_by_each_block(monkeypatch):
     experts = {name: tensor for name, tensor in lent(one) if ".experts." in name and name.endswith("weight")}
     assert experts and {name: count.read[name] for name in experts} == {name: count.blocks * tensor.nbytes for name, tensor in experts.items()}
     assert count.written["out"] == one.d_out.nbytes
+
+
+def test_parameters_at_odd_addresses(monkeypatch):
+    """Views into one buffer, as flattened parameters are: no vector of 16 bytes begins where they do."""
+    monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS["one launch"])
+    one = given("adatt_sp, whole vectors", torch.bfloat16)
+    odd = one._replace(params=tuple(p.new_empty(p.numel() + 1)[1:].view(p.shape).copy_(p) for p in one.params))
+    assert any(p.data_ptr() % 16 for p in odd.params)
+    assert_close(run(odd)[0], expectation(one))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inference(dtype, form, monkeypatch):
+    """Hidden layers that stay on the chip; `evaluate` wants gradients, for which they go through a buffer."""
+    monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form])
+    one = given("hidden", dtype)
+    with executed.executed(lent(one)), torch.no_grad():
+        out, weights = network(one.x, one.params, one.table)
+    ours = {"out": out, **{f"weights.{i}": w for i, w in enumerate(weights)}}
+    assert_close(ours, {name: value for name, value in expectation(one).items() if name in ours})
 
 
 def test_a_parameter_that_is_not_lent_is_out_of_bounds():

@@ -61,5 +61,6 @@ def test_an_infinite_input(activation):
     ours, plain = evaluate(fused, one), evaluate(eager, one)
     with torch.no_grad():
         ours["inference"], plain["inference"] = fused(one.x, one.params, table)[0], plain["out"]
-    assert ours["inference"].isfinite().all() == (activation in ("sigmoid", "tanh"))
     assert [name for name, value in plain.items() if value is not None and not torch.equal(ours[name].isfinite(), value.isfinite())] == []
+    # Sigmoid and tanh bound whatever they are given.
+    assert ours["inference"].isfinite().all() == (activation in ("sigmoid", "tanh"))

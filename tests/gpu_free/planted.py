@@ -1,0 +1,166 @@
+"""Bugs to plant in the kernels, one at a time, and the ordinary test that fails with each: what shows that the tests can fail.
+
+What none of them can notice, and so none is planted: a missing barrier, because programs and threads take turns here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Where a test runs: kernels in Triton's interpreter, or as compiled PTX that is executed.
+INTERPRETED, EXECUTED = "interpreted", "executed"
+
+# How a test says what it found.
+WRONG = r"\d+ of \d+ differ, the worst in"
+OUTSIDE = r"expected a (read|write) inside a tensor"
+SHARED = r"expected elements (that no other program of the launch writes|of this program alone)"
+LAUNCHES = r"assert \([\d., ]+\) == \([\d., ]+\)"
+MISALIGNED = r"expected a (read|write) at a multiple of \d+ bytes"
+NOT_FINITE = r"assert \['.*'\] == \[\]"
+# Memory is not watched where it spans 2^31 numbers.
+WILD = r"Fatal Python error: (Segmentation fault|Bus error)|assert torch\.equal"
+
+
+class Bug(NamedTuple):
+    """`text`, which stands once in `file` of `kernels/`, becomes `instead`; then the test `test`, run where `rung` says, fails as `finds` says."""
+
+    file: str
+    text: str
+    instead: str
+    rung: str
+    test: str
+    finds: str
+
+
+def _parity(case: str) -> str:
+    return f"tests/test_parity.py::test_parity[{case}-triton-torch.float32]"
+
+
+def _of_width(width: int) -> str:
+    return f"tests/test_parity.py::test_parity_of_every_kind_of_width[{width}-triton]"
+
+
+def _executed(case: str) -> str:
+    return f"tests/gpu_free/test_executed.py::test_parity[{case}]"
+
+
+_ACCESSES = "tests/gpu_free/interpreted/test_accesses.py"
+_SIZES = "tests/gpu_free/interpreted/test_sizes.py"
+_WATCHED = f"{_ACCESSES}::test_accesses[mmoe-odd-a launch a level]"
+_TILES = f"{_SIZES}::test_several_tiles_of_columns"
+_CHUNKS = f"{_SIZES}::test_several_chunks[narrow]"
+
+MEMORY = {
+    "a row mask lost on a load": Bug(
+        "records.py",
+        "            h = tl.load(first + block.rows[:, None] * distance + at[None, :], mask=block.live[:, None] & inside[None, :], other=0.0)",
+        "            h = tl.load(first + block.rows[:, None] * distance + at[None, :], mask=inside[None, :], other=0.0)",
+        INTERPRETED, _WATCHED, OUTSIDE,
+    ),
+    "a row mask lost on a store": Bug(
+        "forward.py", "element_ty), mask=block.live[:, None] & live[None, :])", "element_ty), mask=live[None, :])", INTERPRETED, _WATCHED, OUTSIDE
+    ),
+    "a column mask lost on a load": Bug(
+        "records.py",
+        "(column + at)[:, None], mask=inside[:, None] & live[None, :], other=0.0)",
+        "(column + at)[:, None], mask=inside[:, None], other=0.0)",
+        INTERPRETED, _WATCHED, OUTSIDE,
+    ),
+    "a column mask lost on a store": Bug(
+        "backward.py", "d, mask=(n < outputs)[:, None] & live_k[None, :])", "d, mask=live_k[None, :])", INTERPRETED, _CHUNKS, SHARED
+    ),
+    "an offset cut to 32 bits": Bug(
+        "records.py",
+        "(before + block.row * distance) * size",
+        "(before + (block.row * distance).to(tl.int32)) * size",
+        INTERPRETED, f"{_ACCESSES}::test_rows_beyond_32_bits", WILD,
+    ),
+    "rows too far apart for a chunk": Bug(
+        "operator.py", "2**31 // CHUNK", "2**31 // 64", INTERPRETED, f"{_ACCESSES}::test_rows_of_a_chunk_beyond_32_bits", WILD
+    ),
+    "two programs at one row of softmax": Bug(
+        "plan.py", "rows if len(stages) == 1 or column + columns >=", "rows if column + columns >=", INTERPRETED, _TILES, SHARED
+    ),
+    "two programs at one row of dw": Bug("backward_plan.py", "first + tile * distance + place]", "first + place]", INTERPRETED, _TILES, SHARED),
+    "two programs at one dz of a gate": Bug("backward_plan.py", "(*one, int(column == 0))", "(*one, 1)", INTERPRETED, _TILES, SHARED),
+    "two programs at one bias's gradient": Bug("backward_plan.py", "first == 0 and k == 0", "first == 0", INTERPRETED, _TILES, SHARED),
+    "alignment claimed of odd widths": Bug(
+        "network.py", "lanes if whole else 1)", "lanes)", EXECUTED, _executed("ple-torch.bfloat16-one launch"), MISALIGNED
+    ),
+    "alignment claimed of any address": Bug(
+        "network.py", " and aligned([x.data_ptr(), *(p.data_ptr() for p in params)], 16)", "",
+        EXECUTED, "tests/gpu_free/test_executed.py::test_parameters_at_odd_addresses", MISALIGNED,
+    ),
+}  # fmt: skip
+
+FORWARD = {
+    "an expert's rows of W from the first on": Bug(
+        "records.py",
+        "+ tl.cast(first, tl.int64) * reduction, 2 * shape.ALIGN)\n    inner = -1",
+        ", 2 * shape.ALIGN)\n    inner = -1",
+        INTERPRETED, _of_width(47), WRONG,
+    ),
+    "a hidden layer's rows of W from the first on": Bug(
+        "records.py",
+        "+ tl.cast(first, tl.int64) * reduction, 2 * shape.ALIGN)\n    return",
+        ", 2 * shape.ALIGN)\n    return",
+        INTERPRETED, f"{_SIZES}::test_inference[wide-0]", WRONG,
+    ),
+    "the bias of other columns": Bug(
+        "records.py", "pointer(block, bias) + first + outputs", "pointer(block, bias) + outputs",
+        INTERPRETED, _of_width(47), WRONG,
+    ),
+    "rows of W at the width of one source": Bug(
+        "records.py", "weight + outputs[None, :] * reduction + (column + at)", "weight + outputs[None, :] * width + (column + at)",
+        INTERPRETED, _parity("customized_sharing-odd"), WRONG,
+    ),
+    "a softmax over experts that are not seen": Bug(
+        "forward.py", "tl.where(seen[None, :] >= 0, z, NEVER)", "tl.where(seen[None, :] >= 0, z, 0.0)", INTERPRETED, _parity("ml_mmoe-one_row"), WRONG
+    ),
+    "static weights left out": Bug(
+        "forward.py", " + static_weight(block, tl.load(block.plan + units + u), read)", "", INTERPRETED, _parity("cross_stitch-tiny"), WRONG
+    ),
+    "the softmax of another unit": Bug(
+        "forward.py", "(tl.load(block.plan + units + UNITS + u) + read)", "(tl.load(block.plan + units + UNITS) + read)",
+        INTERPRETED, _parity("mmoe-odd"), WRONG,
+    ),
+    "what stands beyond a hidden layer": Bug(
+        "records.py", "tl.where(inside[None, :], apply(hidden, code, parameter, shape.ACTS), 0.0)", "apply(hidden, code, parameter, shape.ACTS)",
+        INTERPRETED, f"{_SIZES}::test_an_infinite_input[tanh]", NOT_FINITE,
+    ),
+    "one product of tf32 instead of three": Bug(
+        "network.py", 'return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"', 'return "tf32"',
+        EXECUTED, _executed("ple-torch.float32-one launch"), WRONG,
+    ),
+    "a launch for every stage": Bug(
+        "plan.py", "else program.groups", "else tuple((stage,) for stage in range(len(program.stages)))",
+        INTERPRETED, f"{_ACCESSES}::test_launches[towers1-1]", LAUNCHES,
+    ),
+}  # fmt: skip
+
+BACKWARD = {
+    "terms of the softmax's gradient exchanged": Bug(
+        "backward.py", "(d - tl.sum(term, 1)[:, None])", "(tl.sum(term, 1)[:, None] - d)", INTERPRETED, _parity("adatt-empty_gate"), WRONG
+    ),
+    "a derivative left out": Bug("backward.py", "0.0, dy * slope)", "0.0, dy)", INTERPRETED, _of_width(17), WRONG),
+    "a static weight left out of dy": Bug(
+        "backward.py", "        w += static_weight(block, tl.load(block.plan + reader + 6), tl.load(block.plan + reader + 7))\n", "",
+        INTERPRETED, _parity("cross_stitch-tiny"), WRONG,
+    ),
+    "dz without zeros behind it": Bug("backward.py", "(columns < padded(width) - column)[None, :]", "inside[None, :]", INTERPRETED, _of_width(17), WRONG),
+    "gradients of the mixing weights left out": Bug(
+        "backward.py", "            d += tl.load(given, mask=live, other=0.0).to(tl.float32)\n", "", INTERPRETED, _parity("mmoe-odd"), WRONG
+    ),
+    "a source's gradient not added to what is there": Bug(
+        "backward_plan.py", "int(source in self.written)]", "0]", INTERPRETED, _parity("mmoe-odd"), WRONG
+    ),
+    "the last chunk not added": Bug("backward.py", "for chunk in range(chunks):", "for chunk in range(chunks - 1):", INTERPRETED, _CHUNKS, WRONG),
+    "what stands beyond an expert": Bug(
+        "backward.py", "tl.where(inside[None, :], expert(block, shape, one, column, 0, columns, inside, 0), 0.0)",
+        "expert(block, shape, one, column, 0, columns, inside, 0)", INTERPRETED, f"{_SIZES}::test_an_infinite_input[tanh]", NOT_FINITE,
+    ),
+}  # fmt: skip
+
+BUGS = {**MEMORY, **FORWARD, **BACKWARD}
+# One of each way to find a bug, in seconds.
+QUICK = ("a row mask lost on a store", "a softmax over experts that are not seen", "a launch for every stage", "alignment claimed of odd widths")
