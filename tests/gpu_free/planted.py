@@ -12,7 +12,8 @@ INTERPRETED, EXECUTED = "interpreted", "executed"
 
 # How a test says what it found.
 WRONG = r"\d+ of \d+ differ, the worst in"
-OUTSIDE = r"expected a (read|write) inside a tensor"
+# What lies behind a tensor may be one of another dtype.
+OUTSIDE = r"expected (a (read|write) inside a tensor|whole elements of \d+ bytes)"
 SHARED = r"expected elements (that no other program of the launch writes|of this program alone)"
 LAUNCHES = r"assert \([\d., ]+\) == \([\d., ]+\)"
 MISALIGNED = r"expected a (read|write) at a multiple of \d+ bytes"
