@@ -142,18 +142,6 @@ def test_parameters_at_odd_addresses(monkeypatch):
     assert_close(run(odd)[0], expectation(one))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_inference(dtype, form, monkeypatch):
-    """Hidden layers that stay on the chip; `evaluate` wants gradients, for which they go through a buffer."""
-    monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form])
-    one = given("hidden", dtype)
-    with executed.executed(lent(one)), torch.no_grad():
-        out, weights = network(one.x, one.params, one.table)
-    ours = {"out": out, **{f"weights.{i}": w for i, w in enumerate(weights)}}
-    assert_close(ours, {name: value for name, value in expectation(one).items() if name in ours})
-
-
 def test_a_parameter_that_is_not_lent_is_out_of_bounds():
     one = given("adatt_sp", torch.bfloat16)
     with executed.executed(lent(one)[1:]), pytest.raises(KernelFault, match=r"forward \(.*ld\.global.*expected a read of .* inside a buffer"):
