@@ -27,7 +27,6 @@ TABLES = {
     "mmoe": build("mmoe", 40, [[24]], 2, 3, towers=(1,)),
     "adatt_sp, whole vectors": build("adatt_sp", 96, [[80], [32]], 2, 2),
 }
-# More hidden columns than a piece of them has.
 ROWS = 19
 
 
