@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free gpu lint bench bench-all report build wheel clean
+.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted gpu lint bench bench-all report build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -26,7 +26,8 @@ help:
 	@echo "make test-cpp-sanitized  the same under the address and undefined-behaviour sanitizers"
 	@echo "make test-cpp-neon       the same built for AArch64 and run by qemu-user"
 	@echo "make test-cpp-all        both of these, as tests of pytest"
-	@echo "make test-gpu-free       the GPU kernels' slow tests that need no device: compiled for every architecture, executed, interpreted"
+	@echo "make test-gpu-free       the GPU kernels' slow tests that need no device: compiled for every architecture, executed, planted bugs"
+	@echo "make test-interpreted    every case in Triton's interpreter, of which make test has some"
 	@echo "make gpu     run the GPU backends' tests on a device and time them, where there is one"
 	@echo "make lint    run ruff"
 	@echo "make bench   time what the backend's floors name, half an hour or more; save bench/results/cpu.json"
@@ -70,6 +71,8 @@ test-gpu-free: build
 	$(call say,compiling the Triton kernels for every architecture and executing what was compiled)
 	@# Of executed networks those in bfloat16, in which the interpreter is weakest: a third of all.
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow -k "not every_case or bfloat16" tests/gpu_free
+
+test-interpreted: build
 	$(call say,running the Triton kernels on every case in the interpreter)
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow $(INTERPRETED)
 
