@@ -13,7 +13,7 @@ import torch
 
 from fusedmoe import dtype as dtypes
 
-# Where kernels are compiled that read parameters by their addresses as these do; older ones have not been tried.
+# A guess: 3.9 alone has been tried, and the first call on a device checks itself.
 OLDEST_TRITON = (3, 5)
 
 

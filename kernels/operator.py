@@ -15,8 +15,6 @@ from fusedmoe.table import Table
 
 # Numbers from row to row: the rows of a chunk, which are more than those of a tile, span less than 2^31 numbers.
 MOST_DISTANCE = 2**31 // CHUNK
-
-
 # The texts of tables that have been looked at.
 _ACCEPTED: set[str] = set()
 

@@ -153,7 +153,6 @@ def lower(table: Table) -> Program:
     return _lowered(table.text)
 
 
-# By the text, whose hash Python keeps: that of a table would be worked out at every call.
 def fused(table: Table) -> Program:
     """Return the stages of a table with hidden layers computed inside the maps above them, where a level has one stage in front of it.
 
@@ -163,6 +162,7 @@ def fused(table: Table) -> Program:
     return _fused(table.text)
 
 
+# By the text, whose hash Python keeps: that of a table would be worked out at every call.
 @functools.lru_cache(maxsize=256)
 def _fused(text: str) -> Program:
     program = _lowered(text)

@@ -8,8 +8,8 @@ import torch
 
 from fusedmoe.kernels.program import Program
 
-# Up to so many rows all stages are one launch. A program of 16 rows then streams all weights alone: about 100 GB/s an SM (docs/gpu.md,
-# modelled), 12 us for AdaTT T3m2's 1.2 MB in bfloat16, against 2 to 3 us for each launch that is saved.
+# Up to so many rows all stages are one launch. A program of 16 rows then streams all weights alone: about 100 GB/s an SM
+# (modelled, never measured), 12 us for AdaTT T3m2's 1.2 MB in bfloat16, against 2 to 3 us for each launch that is saved.
 WHOLE_ROWS = 256
 # Rows of one part of a parameter's gradient: a function of nothing, so that no sum depends on the device.
 CHUNK = 1024

@@ -40,11 +40,13 @@ def results(x: Tensor, params: list[Tensor], d_out: Tensor, table: Table, comput
 
 
 def ours(x: Tensor, params: list[Tensor], d_out: Tensor, table: Table):
+    """Return out, d_x and the parameters' gradients by the kernels."""
     out, _, saved = network.forward(x, params, table, mixing=False, training=True)
     return out, *network.backward(d_out, None, x, params, saved, table)
 
 
 def plain(x: Tensor, params: list[Tensor], d_out: Tensor, table: Table):
+    """Return the same by plain PyTorch."""
     out, _ = reference.forward(x, params, table)
     return out, *reference.backward(x, params, table, d_out, (None,) * len(table.levels))
 
