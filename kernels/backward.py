@@ -40,13 +40,13 @@ def expert_tile(block, below, shape: tl.constexpr, of, record):
     """Record: map, column, width, column of dz, number of readers; readers: where g stands (4), row of p, row of dw, unit, place among its reads.
     `below` is the block whose buffers and output are gradients."""
     one = tl.load(block.plan + record)
-    column = tl.load(block.plan + record + 1)
+    column = aligned(block, record + 1, COLUMN)
     width = aligned(block, record + 2, shape.STORE)
     columns = tl.arange(0, shape.BLOCK_H)
     inside = columns < width - column
     live = block.live[:, None] & inside[None, :]
     # Beyond the expert's columns stands 0 h, which is NaN where h is infinite.
-    z = tl.where(inside[None, :], expert(block, shape, one, column, 0, columns, inside, 0), 0.0)
+    z = tl.where(inside[None, :], expert(block, shape, one, column, columns, inside), 0.0)
     y = activated(block, shape, one, z)
     dy = tl.zeros((shape.BLOCK_B, shape.BLOCK_H), tl.float32)
     for i in range(tl.load(block.plan + record + 4)):
@@ -106,7 +106,7 @@ def used(block, shape: tl.constexpr, of, use, column, columns, live, d):
     if number >= 0:
         outputs = tl.load(block.plan + use + 1)
         reduction = aligned(block, use + 2, shape.ALIGN)
-        weight = tl.multiple_of(pointer(block, number) + aligned(block, use + 3, shape.ALIGN) + column, 2 * shape.ALIGN)
+        weight = tl.multiple_of(pointer(block, number) + aligned(block, use + 3, shape.ALIGN) + column, shape.BYTES)
         for n in tl.range(0, outputs, shape.BLOCK_K, num_stages=shape.STAGES):
             at = n + tl.arange(0, shape.BLOCK_K)
             a = tl.load(dz + block.rows[:, None] * of.dz_row + at[None, :], mask=block.live[:, None] & (at < padded(outputs))[None, :], other=0.0)
@@ -122,7 +122,7 @@ def used(block, shape: tl.constexpr, of, use, column, columns, live, d):
 def source_tile(block, below, shape: tl.constexpr, of, record, WEIGHTS: tl.constexpr, READS: tl.constexpr):
     """Record: where d stands (4), column, width, whether to add to it, numbers of uses and of selections; uses (`used`); selections: unit, weight,
     K, column of dz, row of p, first row of dw, tiles of dw, rows from tile to tile, whether to store dz."""
-    column = aligned(block, record + 4, shape.ALIGN)
+    column = aligned(block, record + 4, COLUMN)
     columns = tl.arange(0, shape.BLOCK_H)
     inside = columns < aligned(block, record + 5, shape.ALIGN) - column
     live = block.live[:, None] & inside[None, :]
@@ -157,7 +157,7 @@ def backward_rows(
     block = Block(plan, floats, addresses, x, buffers, out, x_row, x_slot, B, row, rows, rows < B - row)
     below = Block(plan, floats, addresses, d_x, d_buffers, d_out, d_row, d_slot, B, row, rows, rows < B - row)
     of = Gradients(p, dw, dz, dz_row, d_weights, mixing)
-    shape: tl.constexpr = Shape(ALIGN, STORE, ACTS, False, 0, BLOCK_B, BLOCK_H, BLOCK_K, STAGES, PRECISION)
+    shape: tl.constexpr = Shape(ALIGN, ALIGN * x.dtype.element_ty.primitive_bitwidth // 8, STORE, ACTS, False, 0, BLOCK_B, BLOCK_H, BLOCK_K, STAGES, PRECISION)
     program = plan + place + 2 * tl.program_id(1)
     for tile in range(tl.load(program), tl.load(program + 1), TILE):
         record = tl.load(plan + tile + 1)
@@ -230,7 +230,7 @@ def gradients(
     rows = tl.arange(0, BLOCK_K)
     # It reads no parameter, so it needs no address and no float.
     block = Block(plan, parts, plan, x, buffers, out, x_row, x_slot, B, row, rows, rows < count)
-    shape: tl.constexpr = Shape(ALIGN, 1, (), False, 0, BLOCK_K, BLOCK_H, BLOCK_K, STAGES, PRECISION)
+    shape: tl.constexpr = Shape(ALIGN, ALIGN * x.dtype.element_ty.primitive_bitwidth // 8, 1, (), False, 0, BLOCK_K, BLOCK_H, BLOCK_K, STAGES, PRECISION)
     of = Gradients(dw, dw, dz, dz_row, d_weights, mixing)
     parts += tl.program_id(1).to(tl.int64) * total
     if tl.load(plan + record) == MATRIX:

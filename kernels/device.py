@@ -17,6 +17,15 @@ TABLES = 256
 _ADDRESSES: OrderedDict[tuple[torch.device, tuple[int, ...]], Tensor] = OrderedDict()
 
 
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The architecture of a device, as compilers name it; "cpu" in the interpreter."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
 @functools.lru_cache(maxsize=1024)
 def written(plan: Plan | BackwardPlan, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the integers and the floats of a plan on a device."""

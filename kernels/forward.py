@@ -11,15 +11,15 @@ The accumulators of the units are a tuple of 2-D tensors: a 3-D one, or experts 
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.records import NEVER, SOURCE, Block, Shape, activated, aligned, expert, linear, rows_of, static_weight, tile_of
+from fusedmoe.kernels.records import COLUMN, NEVER, SOURCE, Block, Shape, activated, aligned, copied, linear, rows_of, static_weight, tiles_of
 
 WRITE_SOFTMAX, WRITE_WEIGHTS = tl.constexpr(1), tl.constexpr(2)
 # Numbers of a tile, and of a group before its units.
-TILE, GROUP_HEAD = tl.constexpr(5), tl.constexpr(3)
+TILE, GROUP_HEAD = tl.constexpr(5), tl.constexpr(5)
 
 
 @triton.jit
-def softmax(block, shape: tl.constexpr, unit, p, READS: tl.constexpr):
+def softmax(block, shape: tl.constexpr, unit, h, p, READS: tl.constexpr):
     """Write p of a unit, one row of `p` a read: the softmax over what its gate sees, 0 elsewhere."""
     gate = tl.load(block.plan + unit)
     reads = tl.arange(0, READS)
@@ -27,12 +27,27 @@ def softmax(block, shape: tl.constexpr, unit, p, READS: tl.constexpr):
     result = tl.zeros((shape.BLOCK_B, READS), tl.float32)
     if gate >= 0:
         seen = tl.load(block.plan + tl.load(block.plan + unit + 2) + reads, mask=inside, other=-1)
-        z = linear(block, shape, gate, 0, 0, seen, seen >= 0, 0, READS)
+        z = linear(block, shape, gate, 0, h, seen, seen >= 0, shape.KEEP, READS)
         z = tl.where(seen[None, :] >= 0, z, NEVER)
         exponential = tl.exp(z - tl.max(z, 1)[:, None])
         result = exponential / tl.sum(exponential, 1)[:, None]
     at = p + reads[None, :].to(tl.int64) * block.B + block.rows[:, None]
     tl.store(at, result, mask=block.live[:, None] & inside[None, :])
+
+
+@triton.jit
+def softmaxes(block, shape: tl.constexpr, group, p, READS: tl.constexpr):
+    """Write p of every unit of a group, those whose gates read one source after another: its tile is loaded once."""
+    selector = tl.load(block.plan + group + 4) + 1
+    for _ in range(tl.load(block.plan + selector - 1)):
+        h = ()
+        if shape.KEEP > 0:
+            h = tiles_of(block, shape, selector)
+        count = tl.load(block.plan + selector + SOURCE)
+        for i in range(count):
+            unit = selector + SOURCE + 1 + 2 * i
+            softmax(block, shape, tl.load(block.plan + unit), h, p + tl.load(block.plan + unit + 1).to(tl.int64) * block.B, READS)
+        selector += SOURCE + 1 + 2 * count
 
 
 @triton.jit
@@ -48,36 +63,45 @@ def write_weights(block, unit, p, weights, mixing):
 
 
 @triton.jit
-def mix(block, shape: tl.constexpr, group, column, p, UNITS: tl.constexpr):
+def added(block, units, record, p, y, mixed, UNITS: tl.constexpr):
+    """The sums of the units with (p + v) y of one expert in those that read it."""
+    result = ()
+    for u in tl.static_range(UNITS):
+        total = mixed[u]
+        read = tl.load(block.plan + record + 1 + u)
+        if read >= 0:
+            soft = p + (tl.load(block.plan + units + UNITS + u) + read).to(tl.int64) * block.B
+            w = tl.load(soft + block.rows, mask=block.live, other=0.0) + static_weight(block, tl.load(block.plan + units + u), read)
+            total += w[:, None] * y
+        result = result + (total,)  # noqa: RUF005  (Triton knows no star)
+    return result
+
+
+@triton.jit
+def mix(block, shape: tl.constexpr, group, column, p, UNITS: tl.constexpr, COPIES: tl.constexpr, AHEAD: tl.constexpr):
     """Columns `column`.. of every unit of a group: out[u] = sum over e of (p + v) y[e]."""
     units = group + GROUP_HEAD
     columns = tl.arange(0, shape.BLOCK_H)
     live = columns < aligned(block, group + 1, shape.STORE) - column
     mixed = ()
     for _ in tl.static_range(UNITS):
-        mixed = mixed + (tl.zeros((shape.BLOCK_B, shape.BLOCK_H), tl.float32),)  # noqa: RUF005  (Triton knows no star)
-    run = units + 2 * UNITS
+        mixed = mixed + (tl.zeros((shape.BLOCK_B, shape.BLOCK_H), tl.float32),)  # noqa: RUF005
+    record = units + 2 * UNITS
     for _ in range(tl.load(block.plan + group + 2)):
-        h = 0
+        h = ()
         if shape.KEEP > 0:
-            h = tile_of(block, shape, run)
-        count = tl.load(block.plan + run + SOURCE)
-        record = run + SOURCE + 1
-        for _ in range(count):
+            h = tiles_of(block, shape, record)
+        count = tl.load(block.plan + record + SOURCE)
+        record += SOURCE + 1
+        for _ in tl.range(count, num_stages=AHEAD):
             one = tl.load(block.plan + record)
-            y = activated(block, shape, one, expert(block, shape, one, column, h, columns, live, shape.KEEP))
-            added = ()
-            for u in tl.static_range(UNITS):
-                total = mixed[u]
-                read = tl.load(block.plan + record + 1 + u)
-                if read >= 0:
-                    soft = p + (tl.load(block.plan + units + UNITS + u) + read).to(tl.int64) * block.B
-                    w = tl.load(soft + block.rows, mask=block.live, other=0.0) + static_weight(block, tl.load(block.plan + units + u), read)
-                    total += w[:, None] * y
-                added = added + (total,)  # noqa: RUF005
-            mixed = added
+            y = activated(block, shape, one, linear(block, shape, one, column, h, columns, live, shape.KEEP, shape.BLOCK_H))
+            mixed = added(block, units, record, p, y, mixed, UNITS)
             record += 1 + UNITS
-        run += SOURCE + 1 + count * (1 + UNITS)
+    for _ in range(tl.load(block.plan + group + 3) if COPIES else 0):
+        y = copied(block, shape, tl.load(block.plan + record), column, columns, live)
+        mixed = added(block, units, record, p, y, mixed, UNITS)
+        record += 1 + UNITS
     for u in tl.static_range(UNITS):
         unit = tl.load(block.plan + units + u)
         if unit >= 0:
@@ -89,14 +113,17 @@ def mix(block, shape: tl.constexpr, group, column, p, UNITS: tl.constexpr):
 @triton.jit(do_not_specialize=["place", "B", "x_row", "x_slot", "mixing"])
 def forward(
     x, buffers, out, p, weights, addresses, plan, floats, place, B, x_row, x_slot, mixing, UNITS: tl.constexpr, READS: tl.constexpr, ACTS: tl.constexpr,
-    WEIGHTS: tl.constexpr, INNER: tl.constexpr, KEEP: tl.constexpr, ALIGN: tl.constexpr, STORE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHTS: tl.constexpr, INNER: tl.constexpr, COPIES: tl.constexpr, KEEP: tl.constexpr, AHEAD: tl.constexpr, ALIGN: tl.constexpr,
+    STORE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Run the tiles of this program. p: softmax scratch [rows, B]; weights: mixing weights [B, mixing]; place: of the programs' tiles in the plan."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_B
     rows = tl.arange(0, BLOCK_B)
     block = Block(plan, floats, addresses, x, buffers, out, x_row, x_slot, B, row, rows, rows < B - row)
-    shape: tl.constexpr = Shape(ALIGN, STORE, ACTS, INNER, KEEP, BLOCK_B, BLOCK_H, BLOCK_K, STAGES, PRECISION)
+    shape: tl.constexpr = Shape(
+        ALIGN, ALIGN * x.dtype.element_ty.primitive_bitwidth // 8, STORE, ACTS, INNER, KEEP, BLOCK_B, BLOCK_H, BLOCK_K, STAGES, PRECISION
+    )
     program = plan + place + 2 * tl.program_id(1)
     for tile in range(tl.load(program), tl.load(program + 1), TILE):
         group = tl.load(plan + tile)
@@ -107,10 +134,9 @@ def forward(
             # What the tiles before wrote is visible to all threads of this program.
             tl.debug_barrier()
         if what >= WRITE_SOFTMAX:
-            for u in range(tl.load(plan + group)):
-                softmax(block, shape, tl.load(plan + units + u), scratch + tl.load(plan + units + UNITS + u).to(tl.int64) * B, READS)
+            softmaxes(block, shape, group, scratch, READS)
             tl.debug_barrier()
             if WEIGHTS:
                 for u in range(tl.where(what == WRITE_WEIGHTS, tl.load(plan + group), 0)):
                     write_weights(block, tl.load(plan + units + u), scratch + tl.load(plan + units + UNITS + u).to(tl.int64) * B, weights, mixing)
-        mix(block, shape, group, tl.load(plan + tile + 1), scratch, UNITS)
+        mix(block, shape, group, aligned(block, tile + 1, COLUMN), scratch, UNITS, COPIES, AHEAD)

@@ -15,13 +15,12 @@ from fusedmoe.kernels.backward import add_chunks, backward_rows, gradients
 from fusedmoe.kernels.backward_plan import BackwardPlan, backward_plan_of
 from fusedmoe.kernels.forward import forward as forward_kernel
 from fusedmoe.kernels.plan import Plan, plan_of
-from fusedmoe.kernels.program import Program, fused, lower
+from fusedmoe.kernels.program import Program, fused, lower, of_one_slot
 from fusedmoe.kernels.tiles import CHUNK, Tiles, aligned, choose
 from fusedmoe.table import Table
 
 ADD_BLOCK = 1024
 MOST_COLUMNS = 65536
-AMD = torch.version.hip is not None
 # By name: Triton 3.9 warns where a launch does not say whether to fuse multiplications and additions, and 3.10 will not fuse then.
 OPTIONS = {"enable_fp_fusion": True}
 # Without it ptxas spills a few numbers to let a third program share the multiprocessor, which shared memory forbids.
@@ -44,6 +43,7 @@ class _Call(NamedTuple):
     x: Tensor
     addresses: Tensor
     align: int
+    arch: str
 
     def constants(self) -> dict[str, object]:
         t = self.tiles
@@ -53,20 +53,15 @@ class _Call(NamedTuple):
             "BLOCK_H": t.columns,
             "BLOCK_K": t.reduction,
             "STAGES": t.stages,
-            "PRECISION": precision(self.x.dtype),
+            "PRECISION": precision(self.x.dtype, self.arch),
             "num_warps": t.warps,
             **OPTIONS,
-            **({} if AMD else REGISTERS),
+            **({} if self.arch.startswith("gfx") else REGISTERS),
         }
 
     @property
     def activations(self) -> tuple[int, ...]:
         return tuple(CODES[name] for name in self.program.activations)
-
-    @property
-    def keep(self) -> int:
-        """Columns of a source's kept tile. AMD's compiler keeps it in registers, and those of 64 rows then go to local memory."""
-        return 0 if AMD and not self.tiles.whole else self.tiles.keep
 
     def store(self, stages: tuple[int, ...]) -> int:
         """The alignment of what these stages hand on: that of everything else, or none."""
@@ -78,9 +73,9 @@ class _Call(NamedTuple):
         return triton.cdiv(len(self.x), self.tiles.rows), programs
 
 
-def precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype, arch: str) -> str:
     """How products of float32 are computed: three tf32 products, which err like float32's own; one, where the user allows tf32. AMD has no tf32 here."""
-    if dtype != torch.float32 or AMD:
+    if dtype != torch.float32 or arch.startswith("gfx"):
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
@@ -96,12 +91,13 @@ def refuse(table: Table) -> None:
 
 
 def _prepare(x: Tensor, params: Sequence[Tensor], program: Program) -> _Call:
-    tiles = choose(program, x.dtype, len(x))
+    arch = device.architecture(x.device)
+    tiles = choose(program, x.dtype, len(x), arch)
     plan = plan_of(program, tiles.whole, tiles.units, tiles.columns)
     # Vector loads of 16 bytes need every row of every operand to begin at a multiple of them.
     lanes = 16 // x.element_size()
     whole = aligned([*program.strides, x.stride(0), x.stride(1)], lanes) and aligned([x.data_ptr(), *(p.data_ptr() for p in params)], 16)
-    return _Call(program, tiles, plan, x, device.addresses(params, x.device), lanes if whole else 1)
+    return _Call(program, tiles, plan, x, device.addresses(params, x.device), lanes if whole else 1, arch)
 
 
 def forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool) -> tuple[Tensor, Tensor, Saved]:
@@ -116,7 +112,8 @@ def forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, tra
 
     Returns: out [B, *table.output], weights [B, table.mixing] (or [B, 0]), and what `backward` takes.
     """
-    call = _prepare(x, params, lower(table) if training else fused(table))
+    program = lower(table) if training else fused(table)
+    call = _prepare(x, params, program if x.stride(1) or table.slots == 1 else of_one_slot(program))
     rows = len(x)
     out = x.new_empty(rows, *table.output)
     weights = x.new_zeros(rows, table.mixing) if mixing else x.new_empty(rows, 0)
@@ -125,8 +122,8 @@ def forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, tra
     for launch in call.plan.launches if rows else ():
         forward_kernel[call.grid(launch.programs)](
             x, saved.buffers, out, saved.softmax, weights, call.addresses, ints, floats, launch.place, rows, x.stride(0), x.stride(1), table.mixing,
-            UNITS=call.plan.units, READS=call.tiles.reads, ACTS=call.activations, WEIGHTS=mixing, INNER=call.program.inner, KEEP=call.keep,
-            STORE=call.store(launch.stages), **call.constants(),
+            UNITS=call.plan.units, READS=call.tiles.reads, ACTS=call.activations, WEIGHTS=mixing, INNER=call.program.inner, COPIES=call.program.copies,
+            KEEP=call.tiles.keep, AHEAD=call.tiles.ahead, STORE=call.store(launch.stages), **call.constants(),
         )  # fmt: skip
     return out, weights, saved
 
@@ -141,6 +138,7 @@ def flat_backward(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Se
         saved: what it returned.
     """
     call = _prepare(x, params, lower(table))
+    call = call._replace(tiles=call.tiles.backward)
     rows = len(x)
     plan = backward_plan_of(call.plan, call.tiles.whole, call.tiles.columns, call.tiles.outputs)
     total = call.program.gradients[1]

@@ -6,8 +6,9 @@ Records point at each other by their place in the array. `Ints` writes them; the
     map      weight, bias, width, K, activation, its parameter (place among the floats), map inside (or -1), number of sources, sources
     unit     map of the gate, number of reads, seen rows, static tensor, its elements, fixed values, where it goes (4 of a source), columns of its
              mixing weights
-    group    number of units, width, number of runs; units and their first rows of softmax; runs
-    run      the source of its experts, their number; experts: map and place in each unit's reads
+    group    number of units, width, numbers of runs and of copies, its selectors; units and their first rows of softmax; runs; copies
+    selectors  their number; of each the source, number of units whose gates read it; units and their first rows of softmax
+    run      the source of its experts, their number; experts: map and place in each unit's reads; a copy is an expert too
     tile     group, first column, first row of softmax, whether to compute the softmax, whether to wait for the tiles before
 """
 
@@ -135,11 +136,22 @@ class Ints:
         maps = [self.map(level.experts[e]) for e in group.experts]
         places = [{read.expert: i for i, read in enumerate(unit.reads)} for unit in units]
         experts = {e: [one, *(place.get(e, NOTHING) for place in places), *padding] for e, one in zip(group.experts, maps, strict=True)}
-        runs = [list(run) for _, run in itertools.groupby(group.experts, key=lambda e: level.experts[e].read)]
+        copies = [e for e in group.experts if level.experts[e].weight == NOTHING]
+        runs = [list(run) for _, run in itertools.groupby((e for e in group.experts if e not in copies), key=lambda e: level.experts[e].read)]
         body = []
         for run in runs:
             body += [*self.sources(level.experts[run[0]].read[:1]), len(run), *(number for e in run for number in experts[e])]
-        return self.put([len(units), units[0].width, len(runs), *records, *padding, *rows, *padding, *body])
+        body += [number for e in copies for number in experts[e]]
+        selectors = self.selectors(units, list(zip(records, rows, strict=True)))
+        return self.put([len(units), units[0].width, len(runs), len(copies), selectors, *records, *padding, *rows, *padding, *body])
+
+    def selectors(self, units: list[Mix], places: list[tuple[int, int]]) -> int:
+        """What the gates of these units read, each source once; units without a gate read nothing."""
+        by_source: dict[Source, list[int]] = {}
+        for unit, place in zip(units, places, strict=True):
+            by_source.setdefault(unit.gate.read[0] if unit.gate else Source(X, 0, 0), []).extend(place)
+        bodies = [[*self.sources((source,)), len(of) // 2, *of] for source, of in by_source.items()]
+        return self.put([len(bodies), *(number for body in bodies for number in body)])
 
 
 def launches_of(program: Program, whole: bool) -> tuple[tuple[int, ...], ...]:

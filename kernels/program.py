@@ -125,6 +125,11 @@ class Program:
         return any(one.inner for one in self.maps)
 
     @functools.cached_property
+    def copies(self) -> bool:
+        """Whether some expert is a copy."""
+        return any(one.weight == NOTHING for stage in self.stages for one in stage.experts)
+
+    @functools.cached_property
     def strides(self) -> tuple[int, ...]:
         """Distances in memory that decide whether vector loads reach every row: those of the weights, and where sources begin and end."""
         maps = [*self.maps, *(one.inner for one in self.maps if one.inner)]
@@ -177,6 +182,25 @@ def _fused(text: str) -> Program:
             stages[front] = replace(stages[front], experts=(), units=(), width=0)
             stages[last] = replace(stages[last], experts=experts, units=units)
     return Program(program.table, tuple(stages))
+
+
+@functools.lru_cache(maxsize=256)
+def of_one_slot(program: Program) -> Program:
+    """Return the forward of a program whose slots are all the same vector, as [B, D] expanded to [B, S, D] is: everything reads slot 0.
+
+    Its experts then share one tile of x, and its gates too. Rows of the softmax and columns of the buffers stay where they are, so the backward,
+    whose gradients of the slots differ, is that of the program itself.
+    """
+
+    def read(one: Map) -> Map:
+        sources = tuple(source._replace(column=0) if source.stage == X else source for source in one.sources)
+        return replace(one, sources=sources, inner=one.inner and read(one.inner))
+
+    def stage_of(stage: Stage) -> Stage:
+        units = tuple(replace(unit, gate=unit.gate and read(unit.gate)) for unit in stage.units)
+        return replace(stage, experts=tuple(read(one) for one in stage.experts), units=units)
+
+    return Program(program.table, tuple(stage_of(stage) for stage in program.stages))
 
 
 def _inlined(one: Map, maps: dict[Source, Map]) -> Map:

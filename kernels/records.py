@@ -40,10 +40,12 @@ class Block(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """ALIGN: the numbers whose multiples every operand's rows begin at; STORE: the same of what stages hand on. ACTS: codes of the activations that
-    may occur; INNER: whether maps have maps inside; KEEP: columns of a source's kept tile, or 0. The others are sizes of tiles and the pipeline."""
+    """ALIGN: the numbers whose multiples every operand's rows begin at, BYTES: the same in bytes; STORE: the numbers for what stages hand on.
+    ACTS: codes of the activations that may occur; INNER: whether maps have maps inside; KEEP: columns of a source that are kept, in tiles of BLOCK_K,
+    or 0. The others are sizes of tiles and the pipeline."""
 
     ALIGN: tl.constexpr
+    BYTES: tl.constexpr
     STORE: tl.constexpr
     ACTS: tl.constexpr
     INNER: tl.constexpr
@@ -87,7 +89,7 @@ def rows_of(block, source, ALIGN: tl.constexpr):
     size: tl.constexpr = block.x.dtype.element_ty.primitive_bitwidth // 8
     first = (base + (before + block.row * distance) * size).to(block.x.dtype)
     # Inside a tile 32 bits reach; what is larger stands in the scalars.
-    return tl.multiple_of(first, 2 * ALIGN), tl.multiple_of(distance.to(tl.int32), ALIGN)
+    return tl.multiple_of(first, size * ALIGN), tl.multiple_of(distance.to(tl.int32), ALIGN)
 
 
 @triton.jit
@@ -110,22 +112,34 @@ def streamed(block, shape: tl.constexpr, one, weight, outputs, live, BLOCK_N: tl
 
 
 @triton.jit
-def tile_of(block, shape: tl.constexpr, source):
-    """The rows of a source, [BLOCK_B, KEEP], zero beyond its width."""
+def tiles_of(block, shape: tl.constexpr, source):
+    """The rows of a source, KEEP / BLOCK_K tiles [BLOCK_B, BLOCK_K] side by side, zero beyond its width."""
     first, distance = rows_of(block, source, shape.ALIGN)
-    at = tl.arange(0, shape.KEEP)
-    inside = at < aligned(block, source + 4, shape.ALIGN)
-    return tl.load(first + block.rows[:, None] * distance + at[None, :], mask=block.live[:, None] & inside[None, :], other=0.0)
+    width = aligned(block, source + 4, shape.ALIGN)
+    tiles = ()
+    for piece in tl.static_range(shape.KEEP // shape.BLOCK_K):
+        at = tl.arange(0, shape.BLOCK_K) + piece * shape.BLOCK_K
+        h = tl.load(first + block.rows[:, None] * distance + at[None, :], mask=block.live[:, None] & (at < width)[None, :], other=0.0)
+        tiles = tiles + (h,)  # noqa: RUF005  (Triton knows no star)
+    return tiles
+
+
+@triton.jit
+def kept(block, shape: tl.constexpr, weight, reduction, h, outputs, live, BLOCK_N: tl.constexpr):
+    """W h of the kept tiles `h`, whose columns are those of h."""
+    z = tl.zeros((shape.BLOCK_B, BLOCK_N), tl.float32)
+    for piece in tl.static_range(shape.KEEP // shape.BLOCK_K):
+        at = tl.arange(0, shape.BLOCK_K) + piece * shape.BLOCK_K
+        w = tl.load(weight + outputs[None, :] * reduction + at[:, None], mask=(at < reduction)[:, None] & live[None, :], other=0.0)
+        z = tl.dot(h[piece], w, z, input_precision=shape.PRECISION)
+    return z
 
 
 @triton.jit
 def layer(block, shape: tl.constexpr, one, weight, h, outputs, live, KEEP: tl.constexpr, BLOCK_N: tl.constexpr):
-    """W h of a map without one inside: of `h` [BLOCK_B, KEEP] where it is kept, else of what the map's sources say."""
+    """W h of a map without one inside: of `h` where it is kept, else of what the map's sources say."""
     if KEEP > 0:
-        reduction = aligned(block, one + 3, shape.ALIGN)
-        at = tl.arange(0, KEEP)
-        w = tl.load(weight + outputs[None, :] * reduction + at[:, None], mask=(at < reduction)[:, None] & live[None, :], other=0.0)
-        z = tl.dot(h, w, input_precision=shape.PRECISION)
+        z = kept(block, shape, weight, aligned(block, one + 3, shape.ALIGN), h, outputs, live, BLOCK_N)
     else:
         z = streamed(block, shape, one, weight, outputs, live, BLOCK_N)
     return z
@@ -138,7 +152,7 @@ def linear(block, shape: tl.constexpr, one, first, h, outputs, live, KEEP: tl.co
     Where the map has one inside (INNER), that hidden layer is computed BLOCK_K outputs at a time and goes into the product from registers.
     """
     reduction = aligned(block, one + 3, shape.ALIGN)
-    weight = tl.multiple_of(pointer(block, tl.load(block.plan + one)) + tl.cast(first, tl.int64) * reduction, 2 * shape.ALIGN)
+    weight = tl.multiple_of(pointer(block, tl.load(block.plan + one)) + tl.cast(first, tl.int64) * reduction, shape.BYTES)
     inner = -1
     if shape.INNER:
         inner = tl.load(block.plan + one + 6)
@@ -162,7 +176,7 @@ def linear(block, shape: tl.constexpr, one, first, h, outputs, live, KEEP: tl.co
 def plain(block, shape: tl.constexpr, one, first, h, outputs, live, KEEP: tl.constexpr, BLOCK_N: tl.constexpr):
     """z of a map that has none inside, as `linear`."""
     reduction = aligned(block, one + 3, shape.ALIGN)
-    weight = tl.multiple_of(pointer(block, tl.load(block.plan + one)) + tl.cast(first, tl.int64) * reduction, 2 * shape.ALIGN)
+    weight = tl.multiple_of(pointer(block, tl.load(block.plan + one)) + tl.cast(first, tl.int64) * reduction, shape.BYTES)
     return biased(block, one, first, layer(block, shape, one, weight, h, outputs, live, KEEP, BLOCK_N), outputs, live)
 
 
@@ -182,15 +196,21 @@ def activated(block, shape: tl.constexpr, one, z):
 
 
 @triton.jit
-def expert(block, shape: tl.constexpr, one, column, h, columns, live, KEEP: tl.constexpr):
+def expert(block, shape: tl.constexpr, one, column, columns, live):
     """z = W h + b of columns `column`.. of an expert, or its copied source."""
     if tl.load(block.plan + one) >= 0:
-        z = linear(block, shape, one, column, h, columns, live, KEEP, shape.BLOCK_H)
+        z = linear(block, shape, one, column, (), columns, live, 0, shape.BLOCK_H)
     else:
-        first, distance = rows_of(block, one + MAP_HEAD, shape.ALIGN)
-        at = first + column + block.rows[:, None] * distance + columns[None, :]
-        z = tl.load(at, mask=block.live[:, None] & live[None, :], other=0.0).to(tl.float32)
+        z = copied(block, shape, one, column, columns, live)
     return z
+
+
+@triton.jit
+def copied(block, shape: tl.constexpr, one, column, columns, live):
+    """Columns `column`.. of the source of a map that is a copy."""
+    first, distance = rows_of(block, one + MAP_HEAD, shape.ALIGN)
+    at = first + column + block.rows[:, None] * distance + columns[None, :]
+    return tl.load(at, mask=block.live[:, None] & live[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -7,6 +7,7 @@ from torch import Tensor, library
 
 from fusedmoe import codec
 from fusedmoe.kernels import network
+from fusedmoe.kernels.device import architecture
 from fusedmoe.kernels.operator import inner, launching
 from fusedmoe.kernels.plan import plan_of
 from fusedmoe.kernels.program import Program, fused, lower
@@ -29,7 +30,7 @@ def forward(x: Tensor, params: list[Tensor], table: str, training: bool, mixing:
 def _(x, params, table, training, mixing):
     program = _program(table, training)
     rows = x.shape[0]
-    tiles = choose(program, x.dtype, rows)
+    tiles = choose(program, x.dtype, rows, architecture(x.device))
     plan = plan_of(program, tiles.whole, tiles.units, tiles.columns)
     weights = x.new_empty(rows, program.table.mixing if mixing else 0)
     return x.new_empty(rows, *program.table.output), weights, x.new_empty(rows * program.kept), x.new_empty(plan.softmax, rows, dtype=torch.float32)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fusedmoe.dtype import row
 from fusedmoe.families import adatt_sp, mmoe
 from fusedmoe.kernels import network
+from fusedmoe.kernels.device import architecture
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
@@ -88,14 +89,6 @@ def once(device: torch.device, dtype: torch.dtype) -> None:
             f"backend triton on {name_of(device)}, {dtype}: expected the reference's output and gradients up to rounding, got {found:.3g} times the error "
             'allowed; use backend="reference", and please report it (FUSEDMOE_TRIAL=0 turns this check off)'
         )
-
-
-def architecture(device: torch.device) -> str:
-    """The architecture of a device, as compilers name it."""
-    if device.type != "cuda":
-        return device.type
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
 def name_of(device: torch.device) -> str:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from triton._C.libtriton import native_specialize_impl
 from triton.compiler import make_backend
 
-from fusedmoe.kernels import network
+from fusedmoe.kernels import device, network
 from fusedmoe.table import Table
 
 from .compiled import target_of
@@ -87,15 +88,10 @@ def variants(table: Table, dtype: torch.dtype, rows: int, training: bool, arch: 
     found: dict[Variant, None] = {}
     params = [torch.empty(p.shape, dtype=dtype, device="meta") for p in table.parameters]
     x = torch.empty(rows, table.slots, table.width, dtype=dtype, device="meta")
-    amd = network.AMD
-    network.AMD = arch.startswith("gfx")
-    try:
-        with standing_in(partial(_Recorder, arch, found)):
-            out, _, saved = network.forward(x, params, table, False, training)
-            if training:
-                network.backward(torch.empty_like(out), None, x, params, saved, table)
-    finally:
-        network.AMD = amd
+    with patch.object(device, "architecture", lambda _: arch), standing_in(partial(_Recorder, arch, found)):
+        out, _, saved = network.forward(x, params, table, False, training)
+        if training:
+            network.backward(torch.empty_like(out), None, x, params, saved, table)
     return list(found)
 
 

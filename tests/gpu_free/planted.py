@@ -97,14 +97,14 @@ MEMORY = {
 FORWARD = {
     "an expert's rows of W from the first on": Bug(
         "records.py",
-        "+ tl.cast(first, tl.int64) * reduction, 2 * shape.ALIGN)\n    inner = -1",
-        ", 2 * shape.ALIGN)\n    inner = -1",
+        "+ tl.cast(first, tl.int64) * reduction, shape.BYTES)\n    inner = -1",
+        ", shape.BYTES)\n    inner = -1",
         INTERPRETED, _of_width(47), WRONG,
     ),
     "a hidden layer's rows of W from the first on": Bug(
         "records.py",
-        "+ tl.cast(first, tl.int64) * reduction, 2 * shape.ALIGN)\n    return",
-        ", 2 * shape.ALIGN)\n    return",
+        "+ tl.cast(first, tl.int64) * reduction, shape.BYTES)\n    return",
+        ", shape.BYTES)\n    return",
         INTERPRETED, f"{_SIZES}::test_inference[wide-0]", WRONG,
     ),
     "the bias of other columns": Bug(
