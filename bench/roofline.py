@@ -16,13 +16,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fusedmoe.kernels.plan import groups_of, launches_of
-from fusedmoe.kernels.program import NOTHING, Map, Mix, Program, Source, X, fused
+from fusedmoe.kernels.program import NOTHING, Map, Mix, Program, Source, X, fused, of_one_slot
 from fusedmoe.kernels.tiles import Tiles, choose
 from fusedmoe.speed.subjects import MAIN, SUBJECTS, Called, build
 
 ROWS = 4096
 MEGA = 1e6
 SOFTMAX = 4  # bytes of float32
+ARCH = "sm_90"
+
+
+class Readers(NamedTuple):
+    """Warps that read one number of p, of an expert's bias, of a gate's and of the static weights. These do not pass through shared memory: each
+    warp reads what its part of a tile needs, and how the warps stand over a tile is the compiler's choice."""
+
+    softmax: int
+    bias: int
+    gate: int
+    static: int
+
+
+# By the rows of a tile, and whether hidden layers of 64 rows stand in registers, which lays the warps out for two products.
+READERS = {
+    (16, False): Readers(softmax=4, bias=1, gate=4, static=4),
+    (64, False): Readers(softmax=2, bias=8, gate=8, static=8),
+    (64, True): Readers(softmax=4, bias=2, gate=4, static=8),
+    (128, False): Readers(softmax=1, bias=8, gate=8, static=8),
+}
 
 
 class Traffic(NamedTuple):
@@ -44,27 +64,32 @@ class _Count:
         self.names = [parameter.name for parameter in program.table.parameters]
         self.read, self.written = Counter(), Counter()
         self.rows = 0
+        self.readers = READERS.get((tiles.rows, program.inner and not tiles.whole), Readers(1, 1, 1, 1))
 
     def source(self, one: Source) -> None:
         """rows x width, of x or a buffer."""
         self.read["x" if one.stage == X else "buffers"] += self.rows * one.width * self.size
 
-    def linear(self, one: Map, outputs: int, kept: bool) -> None:
+    def linear(self, one: Map, outputs: int, kept: bool, readers: int) -> None:
         """`outputs` rows of W and b. h is read for them once, if it is not kept; that of a map inside once for BLOCK_K of its outputs."""
         self.read[self.names[one.weight]] += outputs * one.reduction * self.size
         if one.bias != NOTHING:
-            self.read[self.names[one.bias]] += outputs * self.size
+            self.read[self.names[one.bias]] += outputs * self.size * readers
         if one.inner:
             for first in range(0, one.reduction, self.tiles.reduction):
-                self.linear(one.inner, min(self.tiles.reduction, one.reduction - first), kept)
+                self.linear(one.inner, min(self.tiles.reduction, one.reduction - first), kept, readers)
         elif not kept:
             for source in one.sources:
                 self.source(source)
 
-    def softmax(self, unit: Mix) -> None:
-        if unit.gate:
-            self.linear(unit.gate, unit.gate.width, False)
-        self.written["p"] += len(unit.reads) * self.rows * SOFTMAX
+    def softmaxes(self, units: list[Mix]) -> None:
+        keeps = self.tiles.keep > 0
+        for unit in units:
+            if unit.gate:
+                self.linear(unit.gate, unit.gate.width, keeps, self.readers.gate)
+            self.written["p"] += len(unit.reads) * self.rows * SOFTMAX
+        for source in {unit.gate.read[0] for unit in units if unit.gate} if keeps else ():
+            self.source(source)
 
     def mix(self, stage: int, units: list[Mix], experts: tuple[int, ...], columns: int) -> None:
         """`columns` of the experts of a group and of its units."""
@@ -72,19 +97,19 @@ class _Count:
         keeps, previous = self.tiles.keep > 0, None
         for e in experts:
             one = level.experts[e]
-            if keeps and one.read != previous:
-                self.source(one.read[0])
-            previous = one.read
             if one.weight == NOTHING:
                 self.source(one.sources[0]._replace(width=columns))
             else:
-                self.linear(one, columns, keeps)
+                if keeps and one.read != previous:
+                    self.source(one.read[0])
+                previous = one.read
+                self.linear(one, columns, keeps, self.readers.bias)
             for unit in units:
                 for read in unit.reads:
                     if read.expert == e:
-                        self.read["p"] += self.rows * SOFTMAX
+                        self.read["p"] += self.rows * SOFTMAX * self.readers.softmax
                     if read.expert == e and read.element != NOTHING:
-                        self.read[self.names[unit.static]] += self.size
+                        self.read[self.names[unit.static]] += self.size * self.readers.static
         self.written["out" if stage + 1 == len(self.program.stages) else "buffers"] += len(units) * columns * self.rows * self.size
 
     def block(self) -> None:
@@ -96,8 +121,8 @@ class _Count:
                     units = [self.program.stages[stage].units[u] for u in group.units]
                     for column in range(0, max(units[0].width, 1), self.tiles.columns):
                         # A program of its own has a softmax of its own.
-                        for unit in units if column == 0 or len(stages) == 1 else ():
-                            self.softmax(unit)
+                        if column == 0 or len(stages) == 1:
+                            self.softmaxes(units)
                         self.mix(stage, units, group.experts, min(self.tiles.columns, units[0].width - column))
 
 
@@ -145,20 +170,37 @@ def bytes_of(tree: object) -> int:
     return sum(prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or not n) * t.element_size() for t in tensors_of(tree))
 
 
+class Case(NamedTuple):
+    """A layer's forward at ROWS rows in bfloat16: its tiles, its bytes with each operand once and as programs read them, eager's, and its operators."""
+
+    tiles: Tiles
+    operands: Traffic
+    programs: Traffic
+    eager: int
+    operators: int
+
+
+def case(name: str) -> Case:
+    """Count a layer of `fusedmoe.speed.subjects`."""
+    layer = build(SUBJECTS[name], torch.bfloat16)
+    # `Called` expands [B, D] to the slots, as models do.
+    program = of_one_slot(fused(layer.table))
+    tiles = choose(program, torch.bfloat16, ROWS, ARCH)
+    x = torch.zeros(ROWS, layer.table.width, dtype=torch.bfloat16)
+    with torch.no_grad(), Eager() as eager:
+        Called(layer.module, layer.slots)(x)
+    counts = [count(program, tiles, ROWS, 2) for count in (traffic_of_operands, traffic)]
+    return Case(tiles, *counts, eager.read + eager.written, eager.operators)
+
+
 def main() -> None:
     print(f"inference, {ROWS} rows, bfloat16: MB of global memory; each operand once, and as programs read them, without a cache")
     for name in MAIN:
-        layer = build(SUBJECTS[name], torch.bfloat16)
-        program = fused(layer.table)
-        tiles = choose(program, torch.bfloat16, ROWS)
-        x = torch.zeros(ROWS, layer.table.width, dtype=torch.bfloat16)
-        with torch.no_grad(), Eager() as eager:
-            Called(layer.module, layer.slots)(x)
-        theirs = eager.read + eager.written
-        print(f"{name}: eager {theirs / MEGA:.1f} in {eager.operators} operators")
-        for what, ours in (("operands", traffic_of_operands(program, tiles, ROWS, 2)), ("programs", traffic(program, tiles, ROWS, 2))):
+        one = case(name)
+        print(f"{name}: eager {one.eager / MEGA:.1f} in {one.operators} operators")
+        for what, ours in (("operands", one.operands), ("programs", one.programs)):
             by = ", ".join(f"{kind} {count / MEGA:.1f}" for kind, count in kinds(ours).items())
-            print(f"  {what}: {ours.total / MEGA:.1f} ({by}); eager's operands / these {theirs / ours.total:.2f}")
+            print(f"  {what}: {ours.total / MEGA:.1f} ({by}), {ours.total / one.eager:.2f} of eager's")
 
 
 def kinds(ours: Traffic) -> Counter[str]:
