@@ -30,7 +30,7 @@ help:
 	@echo "make test-interpreted    every case in Triton's interpreter, of which make test has some"
 	@echo "make gpu     run the GPU backends' tests on a device and time them, where there is one"
 	@echo "make lint    run ruff"
-	@echo "make bench   time what the backend's floors name, half an hour or more; save bench/results/cpu.json"
+	@echo "make bench   time what the backend's floors name, ten minutes to an hour by machine; save bench/results/cpu.json"
 	@echo "make bench-all  the whole grid, hours; goes on where an earlier run of the same commit stopped"
 	@echo "make report  write README's tables of speeds, docs/speed.md and the pictures from that JSON"
 	@echo "make build   set up and build the extension only"
@@ -87,7 +87,7 @@ lint: $(STAMPS)/requirements
 	@$(PYTHON) -m ruff format --check .
 
 bench: build
-	$(call say,timing what the floors name: half an hour or more; keep the machine idle)
+	$(call say,timing what the floors name: ten minutes to an hour by machine; keep the machine idle)
 	@$(PYTHON) -m fusedmoe bench --grid floors --json bench/results/cpu.json
 
 bench-all: build
