@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted gpu lint bench bench-all report build wheel clean
+.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted gpu lint bench bench-all report model build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -33,6 +33,7 @@ help:
 	@echo "make bench   time what the backend's floors name, ten minutes to an hour by machine; save bench/results/cpu.json"
 	@echo "make bench-all  the whole grid, hours; goes on where an earlier run of the same commit stopped"
 	@echo "make report  write README's tables of speeds, docs/speed.md and the pictures from that JSON"
+	@echo "make model   write docs/gpu.md's tables of times modelled from the kernels' plans; no GPU is needed"
 	@echo "make build   set up and build the extension only"
 	@echo "make wheel   build a wheel, install it elsewhere and run it there"
 	@echo "make clean   remove what make built, .venv included"
@@ -96,6 +97,9 @@ bench-all: build
 
 report: $(STAMPS)/requirements
 	@$(PYTHON) bench/report.py
+
+model: build
+	@$(PYTHON) bench/gpu_model.py --write
 
 build: $(STAMPS)/extension $(STAMPS)/installed
 

@@ -166,12 +166,12 @@ def page(results: Mapping) -> str:
     return "\n".join([*lines, *(["", overhead_line(results)] if overhead_line(results) else [])]) + "\n"
 
 
-def replace_between(text: str, content: str) -> str:
-    """Return `text` with `content` between the two markers. Raises: ValueError if one of them is missing."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md: expected the lines {BEGIN!r} and {END!r} once each, got {text.count(BEGIN)} and {text.count(END)}")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{content}\n\n{END}{rest.split(END)[1]}"
+def replace_between(text: str, content: str, begin: str = BEGIN, end: str = END, name: str = "README.md") -> str:
+    """Return the text of the file `name` with `content` between two markers. Raises: ValueError if one of them is missing."""
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{name}: expected the lines {begin!r} and {end!r} once each, got {text.count(begin)} and {text.count(end)}")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
 
 
 def main() -> int:
