@@ -36,9 +36,9 @@ import gpu_launches
 import torch
 from gpu_launches import Launched
 from report import replace_between, rows_of
-from roofline import MEGA, Eager
+from roofline import ARCH, MEGA, Eager
 
-from fusedmoe.kernels.program import Program, fused, lower
+from fusedmoe.kernels.program import Program, fused, lower, of_one_slot
 from fusedmoe.kernels.tiles import WHOLE_ROWS, Tiles, choose
 from fusedmoe.speed.subjects import MAIN, SUBJECTS, Called, build
 from fusedmoe.table import Table
@@ -133,8 +133,8 @@ def time_of(launches: list[Launched], gpu: Gpu, dtype: torch.dtype, launch: floa
 def tiles_of(program: Program, rows: int, form: str, dtype: torch.dtype) -> Tiles:
     """The tiles of a form, at rows for which the rule would take it. Small tiles are those of one launch, which no rule takes for a launch a level."""
     if form == LEVELS:
-        return choose(program, dtype, max(rows, WHOLE_ROWS + 1))
-    return choose(program, dtype, min(rows, WHOLE_ROWS))._replace(whole=form == WHOLE)
+        return choose(program, dtype, max(rows, WHOLE_ROWS + 1), ARCH)
+    return choose(program, dtype, min(rows, WHOLE_ROWS), ARCH)._replace(whole=form == WHOLE)
 
 
 @cache
@@ -144,10 +144,11 @@ def table_of(layer: str) -> Table:
 
 @cache
 def launches_of(layer: str, mode: str, rows: int, form: str, dtype: torch.dtype) -> list[Launched]:
-    """The launches of a layer in one form: of the forward, and in a training step of the backward besides."""
+    """The launches of a layer in one form: of the forward, and in a training step of the backward besides. Its caller expands one x to all slots."""
     program = fused(table_of(layer)) if mode == "inference" else lower(table_of(layer))
     tiles, size = tiles_of(program, rows, form, dtype), dtype.itemsize
-    return gpu_launches.forward(program, tiles, rows, size) + (gpu_launches.backward(program, tiles, rows, size) if mode != "inference" else [])
+    found = gpu_launches.forward(of_one_slot(program), tiles, rows, size)
+    return found + (gpu_launches.backward(program, tiles.backward, rows, size) if mode != "inference" else [])
 
 
 class Operators(NamedTuple):

@@ -18,8 +18,8 @@ CHUNK = 1024
 MANY_ROWS = 4096
 # The architectures that do so: on the others three units' accumulators and the pipeline's addresses do not fit into a program's registers.
 LARGE = ("sm_80", "sm_90", "sm_100", "cpu")
-# The most bytes of a source's tile that a program keeps for all experts that read it, beside the pipeline's pieces of W.
-KEPT_BYTES = 64 * 1024
+# The most columns of a source that a program keeps for all that read it, by whether it runs all stages: more go to local memory.
+MOST_KEPT = {True: 512, False: 256}
 # Columns of the tiles that it is kept in: BLOCK_K of every dtype that keeps one.
 KEPT_PIECE = 64
 # Units are mixed in groups of these sizes, so that tables of nearly so many share a compiled kernel.
@@ -60,10 +60,11 @@ def power_of_two(n: int, least: int = 1) -> int:
 def choose(program: Program, dtype: torch.dtype, rows: int, arch: str) -> Tiles:
     """Return the tiles for a call of so many rows on an architecture.
 
-    The accumulators of U units and one expert are (U + 1) x BLOCK_B x BLOCK_H numbers, which eight warps hold 64 to 96 of a thread:
-    64 x 64 for up to five units, 64 x 32 for eight. Four warps hold those of 16 x 64. A source's tile is kept where that leaves no number in
-    local memory: not beside a hidden layer of 64 rows, and not in float32, whose three products want its registers (tests/gpu_free/budgets.json),
-    and whose sums want to be rounded: tensor cores cut, and one chain of MMAs over K = 512 errs beyond the bound (tests/gpu_free/test_executed.py).
+    The accumulators of U units and one expert are (U + 1) x BLOCK_B x BLOCK_H numbers, which eight warps hold 64 to 128 of a thread:
+    128 x 64 for up to three units, 64 x 64 for four, 64 x 32 for eight. Four warps hold those of 16 x 64. A source is kept where that leaves no
+    number in local memory (tests/gpu_free/budgets.json): not beside a hidden layer of 64 rows, not by AMD's compiler, which keeps it in registers,
+    and not in float32, whose three products want the registers, and whose sums want to be rounded: tensor cores cut, and one chain of MMAs over
+    K = 512 errs beyond the bound (tests/gpu_free/test_executed.py).
     """
     # A bool, also of the symbolic number of rows that torch.compile traces with.
     whole = bool(rows <= WHOLE_ROWS)
@@ -71,13 +72,12 @@ def choose(program: Program, dtype: torch.dtype, rows: int, arch: str) -> Tiles:
     most = max(len(stage.units) for stage in program.stages)
     units = next((size for size in GROUPS if size >= most), GROUPS[-1])
     widest = max(unit.width for stage in program.stages for unit in stage.units)
-    keeps = not wide and (whole or not (program.inner or arch.startswith("gfx")))
-    large = keeps and units <= 3 and rows >= MANY_ROWS and arch in LARGE and _kept(program, 128 * dtype.itemsize) > 0
-    block = 16 if whole else 128 if large else 64
-    columns = min(64 if units <= 5 and not wide else 32, power_of_two(widest, 16))
+    keep = 0 if wide or not whole and (program.inner or arch.startswith("gfx")) else _kept(program, MOST_KEPT[whole])
+    large = keep > 0 and units <= 3 and arch in LARGE and rows >= MANY_ROWS
+    columns = min(64 if units <= 4 and not wide else 32, power_of_two(widest, 16))
     return Tiles(
         whole=whole,
-        rows=block,
+        rows=16 if whole else 128 if large else 64,
         columns=columns,
         reduction=32 if wide else KEPT_PIECE,
         outputs=32 if wide else 64,
@@ -85,17 +85,17 @@ def choose(program: Program, dtype: torch.dtype, rows: int, arch: str) -> Tiles:
         stages=2 if wide else 3,
         units=units,
         reads=power_of_two(program.reads, 16),
-        keep=_kept(program, block * dtype.itemsize) if keeps else 0,
-        ahead=1 if whole else 2,
+        keep=keep,
+        ahead=1 if whole else 3,
     )
 
 
-def _kept(program: Program, bytes_of_column: int) -> int:
+def _kept(program: Program, most: int) -> int:
     """Columns of a source that are kept, if each map reads one source, and the widest fits."""
     if any(len(one.read) != 1 for one in program.maps):
         return 0
     columns = power_of_two(max(one.read[0].width for one in program.maps), KEPT_PIECE)
-    return columns if columns * bytes_of_column <= KEPT_BYTES else 0
+    return columns if columns <= most else 0
 
 
 def aligned(numbers: list[int], multiple: int) -> bool:

@@ -87,8 +87,8 @@ def test_a_training_step_moves_the_bytes_of_its_plan(monkeypatch, most, rows):
         out, _, saved = network.forward(x, params, table, False, True)
         network.backward(torch.ones_like(out), None, x, params, saved, table)
     got: list[Counts] = [counts for name in ("forward_kernel", "backward_rows", "gradients", "add_chunks") for counts in kernels[name].launches]
-    chosen = tiles.choose(program, BF16, rows)
-    expected = gpu_launches.forward(program, chosen, rows, 2) + gpu_launches.backward(program, chosen, rows, 2)
+    chosen = tiles.choose(program, BF16, rows, "sm_80")
+    expected = gpu_launches.forward(program, chosen, rows, 2) + gpu_launches.backward(program, chosen.backward, rows, 2)
     for counts, one in zip(got, expected, strict=True):
         read = {name: count for name, count in counts.read.items() if name not in ("plan", "floats", "addresses")}
         several = sum(count for name, count in read.items() if name in ("p", "dw") or name.startswith("statics.") or name.endswith("bias"))

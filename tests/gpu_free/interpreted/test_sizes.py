@@ -52,6 +52,26 @@ def test_inference(name, rows, monkeypatch):
     assert_close(ours, {key: value for key, value in expectation(one).items() if key in ours})
 
 
+@pytest.mark.parametrize("rows", [0, 1 << 30])
+def test_one_x_for_all_slots(rows, monkeypatch):
+    """Expanded, not copied: experts and gates share its tile, and each slot has a gradient of its own."""
+    monkeypatch.setattr(tiles, "WHOLE_ROWS", rows)
+    one = problem(WIDE, torch.float32)
+    assert one.x.shape[1] > 1
+    checked(one._replace(x=one.x[:, :1].expand_as(one.x)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_x_has_the_bits_of_its_copies(dtype, training, monkeypatch):
+    """A source is kept in these dtypes; AdaTT's experts stand in the order of their slots either way."""
+    monkeypatch.setattr(tiles, "WHOLE_ROWS", 0)
+    one = problem(Case(build("adatt_sp", 70, [[40], [33]], 2, 2, activation="silu"), 20), dtype)
+    x = one.x[:, :1].expand_as(one.x)
+    shared, apart = (network.forward(given, one.params, one.table, True, training)[:2] for given in (x, x.contiguous()))
+    assert all(map(torch.equal, shared, apart))
+
+
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "silu"])
 def test_an_infinite_input(activation):
     """What it makes of a row is what it makes in plain torch: columns beyond a map, where a kernel multiplies it by 0, make nothing of it."""
