@@ -72,7 +72,7 @@ def choose(program: Program, dtype: torch.dtype, rows: int, arch: str) -> Tiles:
     most = max(len(stage.units) for stage in program.stages)
     units = next((size for size in GROUPS if size >= most), GROUPS[-1])
     widest = max(unit.width for stage in program.stages for unit in stage.units)
-    keep = 0 if wide or not whole and (program.inner or arch.startswith("gfx")) else _kept(program, MOST_KEPT[whole])
+    keep = 0 if wide or (not whole and (program.inner or arch.startswith("gfx"))) else _kept(program, MOST_KEPT[whole])
     large = keep > 0 and units <= 3 and arch in LARGE and rows >= MANY_ROWS
     columns = min(64 if units <= 4 and not wide else 32, power_of_two(widest, 16))
     return Tiles(

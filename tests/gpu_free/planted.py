@@ -86,7 +86,11 @@ MEMORY = {
     "two programs at one dz of a gate": Bug("backward_plan.py", "(*one, int(column == 0))", "(*one, 1)", INTERPRETED, _TILES, SHARED),
     "two programs at one bias's gradient": Bug("backward_plan.py", "first == 0 and k == 0", "first == 0", INTERPRETED, _TILES, SHARED),
     "alignment claimed of odd widths": Bug(
-        "network.py", "lanes if whole else 1)", "lanes)", EXECUTED, _executed("ple-torch.bfloat16-one launch"), MISALIGNED
+        "network.py", "lanes if whole else 1,", "lanes,", EXECUTED, _executed("ple-torch.bfloat16-one launch"), MISALIGNED
+    ),
+    "alignment claimed of odd outputs": Bug(
+        "network.py", "self.align if aligned(sizes, self.align) else 1", "self.align",
+        EXECUTED, "tests/gpu_free/test_executed.py::test_outputs_of_odd_widths", MISALIGNED,
     ),
     "alignment claimed of any address": Bug(
         "network.py", " and aligned([x.data_ptr(), *(p.data_ptr() for p in params)], 16)", "",
@@ -117,6 +121,16 @@ FORWARD = {
     ),
     "a softmax over experts that are not seen": Bug(
         "forward.py", "tl.where(seen[None, :] >= 0, z, NEVER)", "tl.where(seen[None, :] >= 0, z, 0.0)", INTERPRETED, _parity("ml_mmoe-one_row"), WRONG
+    ),
+    "all slots taken for one": Bug(
+        "network.py", "program if x.stride(1) or table.slots == 1 else of_one_slot(program)", "of_one_slot(program)",
+        INTERPRETED, _parity("adatt_sp-odd"), WRONG,
+    ),
+    "gates that all read one source": Bug(
+        "plan.py", "unit.gate.read[0] if unit.gate else Source(X, 0, 0)", "units[0].gate.read[0]", EXECUTED, _executed("ple-torch.bfloat16-one launch"), WRONG
+    ),
+    "experts that all read the first piece of a source": Bug(
+        "records.py", "tl.dot(h[piece], w, z,", "tl.dot(h[0], w, z,", EXECUTED, _executed("adatt_sp, whole vectors-torch.bfloat16-one launch"), WRONG
     ),
     "static weights left out": Bug(
         "forward.py", " + static_weight(block, tl.load(block.plan + units + u), read)", "", INTERPRETED, _parity("cross_stitch-tiny"), WRONG
@@ -157,8 +171,8 @@ BACKWARD = {
     ),
     "the last chunk not added": Bug("backward.py", "for chunk in range(chunks):", "for chunk in range(chunks - 1):", INTERPRETED, _CHUNKS, WRONG),
     "what stands beyond an expert": Bug(
-        "backward.py", "tl.where(inside[None, :], expert(block, shape, one, column, 0, columns, inside, 0), 0.0)",
-        "expert(block, shape, one, column, 0, columns, inside, 0)", INTERPRETED, f"{_SIZES}::test_an_infinite_input[tanh]", NOT_FINITE,
+        "backward.py", "tl.where(inside[None, :], expert(block, shape, one, column, columns, inside), 0.0)",
+        "expert(block, shape, one, column, columns, inside)", INTERPRETED, f"{_SIZES}::test_an_infinite_input[tanh]", NOT_FINITE,
     ),
 }  # fmt: skip
 

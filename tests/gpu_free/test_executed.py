@@ -19,7 +19,8 @@ from .ptx import Counts, KernelFault
 
 CASES = cases()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FORMS = {"a launch a level": 0, "one launch": 1 << 30}
+# Up to how many rows all stages are one launch, and from how many on a tile has 128 rows.
+FORMS = {"a launch a level": (0, 1 << 30), "tiles of 128 rows": (0, 0), "one launch": (1 << 30, 1 << 30)}
 # Widths of whole vectors of 16 bytes, which are copied asynchronously, and others, which are not.
 TABLES = {
     "adatt_sp": build("adatt_sp", 24, [[20], [12]], 2, 2, towers=(6, 1)),
@@ -37,6 +38,12 @@ def poison():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+def take(form: str, monkeypatch) -> None:
+    """Let the rule choose a form."""
+    monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form][0])
+    monkeypatch.setattr(tiles, "MANY_ROWS", FORMS[form][1])
 
 
 def drawn(case: Case, dtype: torch.dtype) -> Problem:
@@ -65,36 +72,39 @@ def run(one: Problem) -> tuple[dict[str, torch.Tensor | None], dict[str, Counts]
     return values, {name: sum(kernel.launches, Counts()) for name, kernel in kernels.items()}
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", TABLES)
+# Tiles of 128 rows, of dtypes that keep a source, on one table.
+LARGE = [("adatt_sp, whole vectors", dtype, "tiles of 128 rows") for dtype in (torch.bfloat16, torch.float16)]
+CALLS = [(name, dtype, form) for name in TABLES for dtype in DTYPES for form in ("a launch a level", "one launch")] + LARGE
+
+
+@pytest.mark.parametrize(("name", "dtype", "form"), CALLS, ids=["-".join(map(str, call)) for call in CALLS])
 def test_parity(name, dtype, form, monkeypatch):
-    monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form])
+    take(form, monkeypatch)
     values, counts = run(given(name, dtype))
     assert_close(values, expectation(given(name, dtype)))
     assert all(count.launches for count in counts.values()) and counts["forward_kernel"].mmas
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["a launch a level", "one launch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inference(dtype, form, monkeypatch):
     """Without gradients to come, hidden layers stay inside their level."""
-    monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form])
+    take(form, monkeypatch)
     one = drawn(Case(build("adatt_sp", 40, [[24, 20], [16, 12]], 2, 2, towers=(6, 1)), ROWS), dtype)
     with executed.executed(lent(one)) as kernels, torch.no_grad():
         out, weights = network(one.x, one.params, one.table)
     expected = expectation(one)
     ours = {"out": out, **{f"weights.{i}": w for i, w in enumerate(weights)}}
     assert_close(ours, {name: expected[name] for name in ours})
-    assert len(kernels["forward_kernel"].launches) == (1 if FORMS[form] else 3)
+    assert len(kernels["forward_kernel"].launches) == (1 if form == "one launch" else 3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["a launch a level", "one launch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_parity_of_every_case(name, dtype, form, monkeypatch):
-    monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form])
+    take(form, monkeypatch)
     one = drawn(CASES[name], dtype)
     assert_close(run(one)[0], expectation(one))
 
@@ -122,7 +132,7 @@ def test_tf32_where_the_user_allows_it():
 
 def test_every_weight_is_read_once_by_each_block(monkeypatch):
     """In one launch a block owns its rows: it streams all weights, in whole, and writes its rows of the output."""
-    monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS["one launch"])
+    take("one launch", monkeypatch)
     one = given("adatt_sp, whole vectors", torch.bfloat16)
     count = run(one)[1]["forward_kernel"]
     assert count.blocks == 2
@@ -131,9 +141,15 @@ def test_every_weight_is_read_once_by_each_block(monkeypatch):
     assert count.written["out"] == one.d_out.nbytes
 
 
+def test_outputs_of_odd_widths():
+    """What is read begins at multiples of 16 bytes, and the units of the last level do not: their stores are narrower than its loads."""
+    one = drawn(Case(build("adatt_sp", 96, [[80], [20]], 2, 2), ROWS), torch.bfloat16)
+    assert_close(run(one)[0], expectation(one))
+
+
 def test_parameters_at_odd_addresses(monkeypatch):
     """Views into one buffer, as flattened parameters are: no vector of 16 bytes begins where they do."""
-    monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS["one launch"])
+    take("one launch", monkeypatch)
     one = given("adatt_sp, whole vectors", torch.bfloat16)
     odd = one._replace(params=tuple(p.new_empty(p.numel() + 1)[1:].view(p.shape).copy_(p) for p in one.params))
     assert any(p.data_ptr() % 16 for p in odd.params)
