@@ -86,7 +86,7 @@ def choose(program: Program, dtype: torch.dtype, rows: int, arch: str) -> Tiles:
         units=units,
         reads=power_of_two(program.reads, 16),
         keep=keep,
-        ahead=1 if whole else 3,
+        ahead=3 if keep and not whole else 1,
     )
 
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,10 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
     __package__ = "gpu_free"
 
+from fusedmoe.activation import Activation
+from fusedmoe.families import adatt_sp
 from fusedmoe.speed.subjects import SUBJECTS, build
+from fusedmoe.table import Selector, Table
 
 from .compiled import ARCHS, Compiled, compile_for
 from .launches import Variant, kernel_of, variants
@@ -30,7 +34,9 @@ from .launches import Variant, kernel_of, variants
 PATH = Path(__file__).with_suffix(".json")
 # Layers of `fusedmoe.speed`: two levels of units with few experts, hidden layers, many units, shared experts; the first one in every dtype.
 LAYERS = ("AdaTT T3m2", "MMoE T3e8", "AdaTT T8m2", "PLE T3m2s1")
-DTYPES = {"bfloat16": LAYERS, "float16": LAYERS[:1], "float32": LAYERS[:1]}
+# And what they lack: two and five units, a source too wide to be kept by a launch a level, several activations, an expert that a gate selects.
+OTHERS = ("AdaTT T2m2 of 512", "AdaTT T5m2 of 512", "AdaTT T3m2 with every record")
+DTYPES = {"bfloat16": (*LAYERS, *OTHERS), "float16": LAYERS[:1], "float32": LAYERS[:1]}
 # One launch, and a launch a level.
 ROWS = (64, 4096)
 FIGURES = ("registers", "stack", "shared", "mma", "occupancy", "warps")
@@ -49,13 +55,29 @@ class Case(NamedTuple):
         return f"{self.kernel} of {self.layer}, {'training' if self.training else 'inference'}, {self.rows} rows, {self.dtype}"
 
 
+def table_of(name: str) -> Table:
+    """The table of one of LAYERS or OTHERS."""
+    if name in LAYERS:
+        return build(SUBJECTS[name]).table
+    if name != "AdaTT T3m2 with every record":
+        return adatt_sp(512, [[512], [256]], int(name.removeprefix("AdaTT T")[0]), 2)
+    table = adatt_sp(256, [[256], [128]], 3, 2, activation="silu")
+    level = table.levels[0]
+    first, *units = level.units
+    selecting = replace(first, gate=replace(first.gate, selector=Selector("expert", 0)))
+    experts = tuple(
+        replace(expert, layers=(replace(expert.layers[0], activation=Activation("gelu")),)) if e == 1 else expert for e, expert in enumerate(level.experts)
+    )
+    return replace(table, levels=(replace(level, units=(selecting, *units), experts=experts), *table.levels[1:]))
+
+
 @cache
 def cases(arch: str) -> dict[Case, Variant]:
     """Every kernel that the calls above launch, each once."""
     found: dict[Variant, Case] = {}
     for dtype, layers in DTYPES.items():
         for layer in layers:
-            table = build(SUBJECTS[layer]).table
+            table = table_of(layer)
             for rows in ROWS:
                 for training in (False, True):
                     for variant in variants(table, getattr(torch, dtype), rows, training, arch):
