@@ -28,10 +28,12 @@ REGISTERS = {"maxnreg": 255}
 
 
 class Saved(NamedTuple):
-    """What the forward leaves for the backward: the stages' buffers [B x kept] and the softmax of every unit [rows, B] in float32."""
+    """What the forward leaves for the backward: the stages' buffers [B x kept], the softmax of every unit [rows, B] in float32, and the tiles that
+    say which row is whose; None: the shipped ones."""
 
     buffers: Tensor
     softmax: Tensor
+    tiles: Tiles | None = None
 
 
 class _Call(NamedTuple):
@@ -39,7 +41,6 @@ class _Call(NamedTuple):
 
     program: Program
     tiles: Tiles
-    plan: Plan
     x: Tensor
     addresses: Tensor
     align: int
@@ -90,17 +91,30 @@ def refuse(table: Table) -> None:
             )
 
 
-def _prepare(x: Tensor, params: Sequence[Tensor], program: Program) -> _Call:
-    arch = device.architecture(x.device)
-    tiles = choose(program, x.dtype, len(x), arch)
-    plan = plan_of(program, tiles.whole, tiles.units, tiles.columns)
-    # Vector loads of 16 bytes need every row of every operand to begin at a multiple of them.
+def program_of(x: Tensor, table: Table, training: bool) -> Program:
+    """The stages that a forward runs: in training what `backward` reads, and one slot where x's are one."""
+    program = lower(table) if training else fused(table)
+    return program if x.stride(1) or table.slots == 1 else of_one_slot(program)
+
+
+def alignment(x: Tensor, params: Sequence[Tensor], program: Program) -> int:
+    """The numbers whose multiples every row of every operand begins at: those of a vector load of 16 bytes, or 1."""
     lanes = 16 // x.element_size()
     whole = aligned([*program.strides, x.stride(0), x.stride(1)], lanes) and aligned([x.data_ptr(), *(p.data_ptr() for p in params)], 16)
-    return _Call(program, tiles, plan, x, device.addresses(params, x.device), lanes if whole else 1, arch)
+    return lanes if whole else 1
 
 
-def forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool) -> tuple[Tensor, Tensor, Saved]:
+def _prepare(x: Tensor, params: Sequence[Tensor], program: Program, tiles: Tiles | None) -> _Call:
+    arch = device.architecture(x.device)
+    tiles = tiles or choose(program, x.dtype, len(x), arch)
+    return _Call(program, tiles, x, device.addresses(params, x.device), alignment(x, params, program), arch)
+
+
+def _plan(program: Program, tiles: Tiles) -> Plan:
+    return plan_of(program, tiles.whole, tiles.units, tiles.columns)
+
+
+def forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool, tiles: Tiles | None = None) -> tuple[Tensor, Tensor, Saved]:
     """Run the network: `fusion_network`'s mathematics.
 
     Args:
@@ -109,26 +123,29 @@ def forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, tra
         table: the network.
         mixing: return the mixing weights.
         training: keep what `backward` needs; without it hidden layers stay on the chip where a level has one stage of them.
+        tiles: None: the shipped ones.
 
     Returns: out [B, *table.output], weights [B, table.mixing] (or [B, 0]), and what `backward` takes.
     """
-    program = lower(table) if training else fused(table)
-    call = _prepare(x, params, program if x.stride(1) or table.slots == 1 else of_one_slot(program))
+    call = _prepare(x, params, program_of(x, table, training), tiles)
+    plan = _plan(call.program, call.tiles)
     rows = len(x)
     out = x.new_empty(rows, *table.output)
     weights = x.new_zeros(rows, table.mixing) if mixing else x.new_empty(rows, 0)
-    saved = Saved(x.new_empty(rows * call.program.kept), x.new_empty(call.plan.softmax, rows, dtype=torch.float32))
-    ints, floats = device.written(call.plan, x.device)
-    for launch in call.plan.launches if rows else ():
+    saved = Saved(x.new_empty(rows * call.program.kept), x.new_empty(plan.softmax, rows, dtype=torch.float32), call.tiles)
+    ints, floats = device.written(plan, x.device)
+    for launch in plan.launches if rows else ():
         forward_kernel[call.grid(launch.programs)](
             x, saved.buffers, out, saved.softmax, weights, call.addresses, ints, floats, launch.place, rows, x.stride(0), x.stride(1), table.mixing,
-            UNITS=call.plan.units, READS=call.tiles.reads, ACTS=call.activations, WEIGHTS=mixing, INNER=call.program.inner, COPIES=call.program.copies,
+            UNITS=plan.units, READS=call.tiles.reads, ACTS=call.activations, WEIGHTS=mixing, INNER=call.program.inner, COPIES=call.program.copies,
             KEEP=call.tiles.keep, AHEAD=call.tiles.ahead, STORE=call.store(launch.stages), **call.constants(),
         )  # fmt: skip
     return out, weights, saved
 
 
-def flat_backward(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: Saved, table: Table) -> tuple[Tensor, Tensor]:
+def flat_backward(
+    d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: Saved, table: Table, tiles: Tiles | None = None
+) -> tuple[Tensor, Tensor]:
     """Return d_x [B, S, D] and the gradients of the live parameters, one after another.
 
     Args:
@@ -136,11 +153,13 @@ def flat_backward(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Se
         d_weights: [B, table.mixing], contiguous, or None.
         x, params, table: as `forward` had them.
         saved: what it returned.
+        tiles: of the backward, whatever those of the forward were; None: the shipped ones.
     """
-    call = _prepare(x, params, lower(table))
-    call = call._replace(tiles=call.tiles.backward)
+    shipped = choose(lower(table), x.dtype, len(x), device.architecture(x.device))
+    call = _prepare(x, params, lower(table), tiles or shipped.backward)
     rows = len(x)
-    plan = backward_plan_of(call.plan, call.tiles.whole, call.tiles.columns, call.tiles.outputs)
+    before = _plan(call.program, saved.tiles or shipped)
+    plan = backward_plan_of(before, call.tiles.whole, call.tiles.columns, call.tiles.outputs)
     total = call.program.gradients[1]
     # Those of a call that returned no mixing weights are [B, 0].
     d_weights = d_weights if d_weights is not None and d_weights.numel() else None
@@ -162,9 +181,11 @@ def split(flat: Tensor, params: Sequence[Tensor], program: Program) -> list[Tens
     return [None if first < 0 else flat[first : first + p.numel()].view(p.shape) for first, p in zip(program.gradients[0], params, strict=True)]
 
 
-def backward(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: Saved, table: Table) -> tuple[Tensor, list[Tensor | None]]:
+def backward(
+    d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: Saved, table: Table, tiles: Tiles | None = None
+) -> tuple[Tensor, list[Tensor | None]]:
     """Return d_x and one gradient a parameter: `flat_backward`, split."""
-    d_x, flat = flat_backward(d_out, d_weights, x, params, saved, table)
+    d_x, flat = flat_backward(d_out, d_weights, x, params, saved, table, tiles)
     return d_x, split(flat, params, lower(table))
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from fusedmoe.kernels import network, trial
+from fusedmoe.kernels import network, trial, tuning
 from fusedmoe.kernels.tiles import CHUNK
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
@@ -53,14 +53,20 @@ def launching(x: Tensor, table: Table) -> Iterator[None]:
         yield
 
 
+def _forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool) -> tuple[Tensor, Tensor, network.Saved]:
+    arguments = inner(x), [p.contiguous() for p in params], table, mixing, training
+    return network.forward(*arguments, tuning.of_forward(*arguments))
+
+
 class _Network(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table: Table, mixing: bool, x: Tensor, *params: Tensor):
         with launching(x, table):
-            out, weights, saved = network.forward(inner(x), [p.contiguous() for p in params], table, mixing, training=True)
+            out, weights, saved = _forward(x, params, table, mixing, training=True)
         ctx.table = table
+        ctx.tiles = saved.tiles
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *saved, *params)
+        ctx.save_for_backward(x, saved.buffers, saved.softmax, *params)
         return out, weights
 
     @staticmethod
@@ -75,7 +81,8 @@ class _Network(torch.autograd.Function):
             return None, None, d_x, *d_params
         with there(x):
             given = None if d_weights is None else d_weights.contiguous()
-            d_x, d_params = network.backward(d_out.contiguous(), given, inner(x), [p.contiguous() for p in params], network.Saved(buffers, softmax), table)
+            arguments = d_out.contiguous(), given, inner(x), [p.contiguous() for p in params], network.Saved(buffers, softmax, ctx.tiles), table
+            d_x, d_params = network.backward(*arguments, tuning.of_backward(*arguments))
         wanted = ctx.needs_input_grad[2:]
         return None, None, *(d if need else None for d, need in zip((d_x, *d_params), wanted, strict=True))
 
@@ -94,5 +101,5 @@ def run(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool) -> tupl
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
         return _Network.apply(table, mixing, x, *params)
     with launching(x, table):
-        out, weights, _ = network.forward(inner(x), [p.contiguous() for p in params], table, mixing, training=False)
+        out, weights, _ = _forward(x, params, table, mixing, training=False)
     return out, weights

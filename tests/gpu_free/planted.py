@@ -86,7 +86,7 @@ MEMORY = {
     "two programs at one dz of a gate": Bug("backward_plan.py", "(*one, int(column == 0))", "(*one, 1)", INTERPRETED, _TILES, SHARED),
     "two programs at one bias's gradient": Bug("backward_plan.py", "first == 0 and k == 0", "first == 0", INTERPRETED, _TILES, SHARED),
     "alignment claimed of odd widths": Bug(
-        "network.py", "lanes if whole else 1,", "lanes,", EXECUTED, _executed("ple-torch.bfloat16-one launch"), MISALIGNED
+        "network.py", "return lanes if whole else 1", "return lanes", EXECUTED, _executed("ple-torch.bfloat16-one launch"), MISALIGNED
     ),
     "alignment claimed of odd outputs": Bug(
         "network.py", "self.align if aligned(sizes, self.align) else 1", "self.align",
