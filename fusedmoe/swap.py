@@ -17,6 +17,7 @@ from fusedmoe.backends import candidates, choose, require
 from fusedmoe.nn.binding import Binding
 from fusedmoe.nn.fused import Fused
 from fusedmoe.nn.words import describe_table
+from fusedmoe.table import Table
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,8 @@ def unfuse(model: nn.Module) -> None:
 
 def describe(model: nn.Module) -> str:
     """Return the wiring of every layer found in `model`, fused or not: experts, slots, units, what they see, gates, static
-    weights, widths, parameters and FLOPs; and the backend of those that are fused, and whether they are frozen. The model is not changed.
+    weights, widths, parameters and FLOPs; and the backend of those that are fused, and whether they are frozen. Where that is triton, or would
+    be, what it launches, and whether its kernels have ever run on the device's architecture. The model is not changed.
 
     Raises: TypeError if `model` is no module.
     """
@@ -141,10 +143,25 @@ def describe(model: nn.Module) -> str:
     texts = []
     for finding in walk(model, "", set()):
         table = finding.binding.table if finding.binding else finding.match.wiring.table if finding.match else None
-        lines = describe_table(table).splitlines() if table else []
+        lines = [*describe_table(table).splitlines(), *_launches(finding, table)] if table else []
         state = ", frozen" if finding.frozen and not finding.entry.reason else ""
         texts.append("\n".join([str(_with_choice(finding, finding.entry.backend).entry) + state, *(f"  {line}" for line in lines)]))
     return "\n".join(texts) if texts else "no layer of this model was recognised; fusedmoe.register_adapter can teach one"
+
+
+def _launches(finding: Finding, table: Table) -> list[str]:
+    """What Triton's kernels launch for a module that they run, or would once it is fused."""
+    parameter = next(finding.module.parameters())
+    try:
+        chosen = choose(finding.entry.backend if finding.binding else "auto", parameter.device, parameter.dtype)
+    except RuntimeError:
+        return []
+    if chosen != "triton":
+        return []
+    # Here, because it imports Triton.
+    from fusedmoe.kernels.words import describe_launches
+
+    return describe_launches(table, parameter.dtype, parameter.device).splitlines()
 
 
 def _with_choice(finding: Finding, backend: str) -> Finding:
