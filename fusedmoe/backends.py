@@ -70,7 +70,7 @@ def transforming() -> bool:
 class Backend:
     """One row: `unavailable()` is why it cannot run on this machine, or None; `devices` and `dtypes` are what it takes.
 
-    `transforms`: whether it runs under the transforms of torch.func.
+    `transforms`: whether it runs under the transforms of torch.func. `lowers`: the dtypes that autocast lowers a call in float32 to.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Backend:
     devices: tuple[str, ...] | None
     dtypes: tuple[str, ...]
     transforms: bool = False
+    lowers: tuple[str, ...] = ()
 
     def declines(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why this backend cannot serve tensors of this device and dtype, or None."""
@@ -95,8 +96,8 @@ class Backend:
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cpu", lambda: _UNAVAILABLE, ("cpu",), ("float32", "float64", "bfloat16", "float16")),
-    Backend("triton", _no_triton, ("cuda", "cpu") if INTERPRETED else ("cuda",), ("float32", "bfloat16", "float16")),
+    Backend("cpu", lambda: _UNAVAILABLE, ("cpu",), ("float32", "float64", "bfloat16", "float16"), lowers=("bfloat16",)),
+    Backend("triton", _no_triton, ("cuda", "cpu") if INTERPRETED else ("cuda",), ("float32", "bfloat16", "float16"), lowers=("bfloat16", "float16")),
     Backend("reference", lambda: None, None, tuple(dtypes.DTYPES), transforms=True),
 )
 
@@ -125,6 +126,11 @@ def require(name: str) -> None:
     reason = _row(name).unavailable()
     if reason is not None:
         raise RuntimeError(f"backend {name}: {reason}")
+
+
+def lowers(name: str, dtype: torch.dtype) -> bool:
+    """Whether autocast lowers a call in float32 that the backend `name` serves to this dtype."""
+    return str(dtype).removeprefix("torch.") in _row(name).lowers
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -13,8 +13,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, library
 
-from fusedmoe import codec
-from fusedmoe.backends import backends, choose, transforming
+from fusedmoe import casting, codec
+from fusedmoe.backends import backends, choose, lowers, transforming
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
@@ -34,8 +34,9 @@ def fusion_network(x: Tensor, params: Sequence[Tensor], table: Table, backend: s
             towers run once more in backward. The results are the same bits. (The reference keeps its inputs alone, always.)
 
     On the cpu backend bfloat16 means: the operands of every linear map are rounded to it, all else is float32, and so are the sums;
-    float16 is computed in float32. Under `torch.autocast("cpu", dtype=torch.bfloat16)` x is lowered to bfloat16 and parameters in
-    float32 stay what they are: their gradients are float32 too. Under any other autocast the call computes in float32 at least.
+    float16 is computed in float32. Under autocast to a dtype that the backend lowers to (cpu: bfloat16; triton: bfloat16, float16) a call
+    in float32 computes in it: x is lowered, and so is `out`; parameters stay float32 for cpu, and are cast for triton, which rounds their
+    gradients once before these come back in float32. Under any other autocast the call computes in float32 at least.
 
     Returns:
         out, of x's dtype: [B, T, O] with towers; [B, U, H] where the table has no tasks; otherwise [B, T, H'], the
@@ -53,12 +54,16 @@ def fusion_network(x: Tensor, params: Sequence[Tensor], table: Table, backend: s
     params = list(params)
     # Short for the device that has least time to lose.
     if torch.is_autocast_enabled("cpu") if x.is_cpu else torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        if not _lowers(x, params, backend):
-            with _without_autocast(x):
+        dtype = _lower_dtype(x, params, backend)
+        with _without_autocast(x):
+            if dtype is None:
                 raised = [_at_least_float32(p) for p in params]
                 return fusion_network(_at_least_float32(x), raised, table, backend, return_mixing_weights, recompute)
-        with _without_autocast(x):
-            return _run(_lowered(x), params, table, backend, return_mixing_weights, recompute, lowered=True)
+            # The C++ kernels round parameters in float32 as they read them.
+            if choose(backend, x.device, dtype) != "cpu":
+                check(x, params, table, lowered=True)
+                params = casting.lowered(params, dtype)
+            return _run(_lowered(x, dtype), params, table, backend, return_mixing_weights, recompute, lowered=True)
     return _run(x, params, table, backend, return_mixing_weights, recompute)
 
 
@@ -81,19 +86,19 @@ def _run(x: Tensor, params: list[Tensor], table: Table, backend: str, return_mix
     return (out, weights) if return_mixing_weights else out
 
 
-def _lowered(x: Tensor) -> Tensor:
-    """Return x in bfloat16; an expanded x stays expanded, where `to` would write out every slot."""
+def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in a lower dtype; an expanded x stays expanded, where `to` would write out every slot."""
     expanded = x.dim() == 3 and x.shape[1] > 1 and x.stride(1) == 0
-    return x[:, :1].to(torch.bfloat16).expand_as(x) if expanded else x.to(torch.bfloat16)
+    return x[:, :1].to(dtype).expand_as(x) if expanded else x.to(dtype)
 
 
-def _lowers(x: Tensor, params: list[Tensor], backend: str) -> bool:
-    """Whether the call is to compute in bfloat16 under the autocast that is on: x is lowered to it, and the parameters are all in float32."""
-    if torch.get_autocast_dtype(x.device.type) != torch.bfloat16 or x.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    if not params or any(p.dtype != torch.float32 for p in params):
-        return False
-    return choose(backend, x.device, torch.bfloat16) == "cpu"
+def _lower_dtype(x: Tensor, params: list[Tensor], backend: str) -> torch.dtype | None:
+    """The dtype in which the call is to compute under the autocast that is on: x is lowered to it, and the parameters are all in float32. Or None."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if x.dtype not in (torch.float32, dtype) or not params or any(p.dtype != torch.float32 for p in params):
+        return None
+    # A dtype that nothing narrows is none to lower to, and no backend need serve it.
+    return dtype if dtype in (torch.bfloat16, torch.float16) and lowers(choose(backend, x.device, dtype), dtype) else None
 
 
 def _without_autocast(x: Tensor):

@@ -32,15 +32,30 @@ def written(plan: Plan | BackwardPlan, device: torch.device) -> tuple[Tensor, Te
     return torch.tensor(plan.ints, dtype=torch.int32, device=device), torch.tensor(plan.floats or (0.0,), dtype=torch.float32, device=device)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream's work goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@functools.lru_cache(maxsize=TABLES)
+def _distances(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+
 def addresses(params: Sequence[Tensor], device: torch.device) -> Tensor:
     """Return the addresses of the parameters, int64 [P], on their device.
 
-    Uploaded only for addresses that have not been seen: the table holds no values, so it cannot go stale.
+    Uploaded only for distances between them that have not been seen: the table holds no values, so it cannot go stale. Parameters that autocast
+    casts lie in new memory at every call, but in one piece.
     """
     key = (device, tuple(p.data_ptr() for p in params))
     table = _ADDRESSES.pop(key, None)
     if table is None:
-        table = torch.tensor(key[1] or (0,), dtype=torch.int64, device=device)
+        first = key[1][0] if key[1] else 0
+        table = _distances(tuple(address - first for address in key[1]) or (0,), device) + first
+        if capturing(device):
+            # It is written when the graph is replayed, not now.
+            return table
         while len(_ADDRESSES) >= TABLES:
             _ADDRESSES.popitem(last=False)
     _ADDRESSES[key] = table

@@ -24,8 +24,7 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from fusedmoe.kernels import network, tiles
-from fusedmoe.kernels.device import architecture
+from fusedmoe.kernels import device, network, tiles
 from fusedmoe.kernels.program import Program, lower
 from fusedmoe.kernels.tiles import Tiles
 from fusedmoe.table import Table
@@ -79,11 +78,6 @@ def milliseconds(call: Callable[[], object]) -> float:
     return triton.testing.do_bench(call, warmup=WARM_UP, rep=TIMED, return_mode="median")
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether the current stream's work goes into a CUDA graph, where nothing can be timed."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def of_forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool) -> Tiles | None:
     """Return the tiles for `network.forward` of these arguments; None: the shipped ones."""
     if not _tunable(x):
@@ -118,7 +112,7 @@ def candidates(program: Program, dtype: torch.dtype, rows: int, arch: str, backw
 
 
 def _key(work: str, program: Program, mixing: bool, x: Tensor, params: Sequence[Tensor]) -> Key:
-    arch = architecture(x.device)
+    arch = device.architecture(x.device)
     return Key(
         work=work,
         table=_digest(program.table.text),
@@ -154,7 +148,7 @@ def _sources() -> str:
 def _chosen(key: Key, program: Program, x: Tensor, run: Callable[[Tiles], object]) -> Tiles | None:
     """Return the choice of this process, or of the disk, or of the clock; None, the shipped one, while a CUDA graph is captured that finds none."""
     known = _CHOSEN.get(key)
-    if known is not None or capturing(x.device):
+    if known is not None or device.capturing(x.device):
         return known
     with _TUNING:
         if key not in _CHOSEN:

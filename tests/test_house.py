@@ -23,6 +23,7 @@ FLOORS = {
     "fusedmoe.kernels": 1,
     "fusedmoe._C": 1,
     "fusedmoe.backends": 2,
+    "fusedmoe.casting": 2,
     "fusedmoe.op": 3,
     "fusedmoe.packed": 3,
     "fusedmoe.functional": 3,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fusedmoe.kernels import network, tiles, tuning
+from fusedmoe.kernels import device, network, tiles, tuning
 from fusedmoe.kernels.program import lower
 from fusedmoe.op import fusion_network
 from fusedmoe.table import Table
@@ -144,7 +144,7 @@ def other_call(what: str, monkeypatch) -> None:
     elif what == "slots":
         given = given._replace(x=given.x[:, :1].expand(-1, 2, -1))
     elif what == "arch":
-        monkeypatch.setattr(tuning, "architecture", lambda _: "sm_120")
+        monkeypatch.setattr(device, "architecture", lambda _: "sm_120")
     elif what == "device":
         monkeypatch.setattr(tuning, "_device", lambda _: "another")
     elif what == "triton":
@@ -274,12 +274,12 @@ def test_shipped_tiles_that_do_not_fit_raise(clock, monkeypatch):
 
 def test_a_graph_that_is_captured_takes_what_is_known(clock, monkeypatch):
     """The warm-up's choice, or the shipped one, and never the clock."""
-    monkeypatch.setattr(tuning, "capturing", lambda _: True)
+    monkeypatch.setattr(device, "capturing", lambda _: True)
     infer(given_of())
     assert clock.timed == [] and tuning._CHOSEN == {}
-    monkeypatch.setattr(tuning, "capturing", lambda _: False)
+    monkeypatch.setattr(device, "capturing", lambda _: False)
     infer(given_of())
-    monkeypatch.setattr(tuning, "capturing", lambda _: True)
+    monkeypatch.setattr(device, "capturing", lambda _: True)
     count = len(clock.timed)
     infer(given_of())
     assert count > 0 and len(clock.timed) == count

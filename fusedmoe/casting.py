@@ -1,0 +1,51 @@
+"""Parameters in a lower dtype, for kernels that read one dtype: all in one piece of memory and one operator, and so are their gradients."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Each begins at a multiple of 16 bytes of the narrowest dtype, which vector loads want.
+NUMBERS = 8
+
+
+def lowered(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return the parameters in a dtype, differentiably: their gradients come back in the parameters' own.
+
+    Args:
+        params: at least one, of one dtype and device.
+        dtype: bfloat16 or float16.
+    """
+    # A compiler fuses the casts by itself.
+    return [p.to(dtype) for p in params] if torch.compiler.is_compiling() else list(_Cast.apply(dtype, *params))
+
+
+class _Cast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        ctx.set_materialize_grads(False)
+        places, total = _places(tuple(t.shape for t in tensors))
+        memory = tensors[0].new_empty(total, dtype=dtype)
+        cast = tuple(memory.as_strided(*place) for place in places)
+        torch._foreach_copy_(cast, tensors)
+        return cast
+
+    @staticmethod
+    def backward(ctx, *d: Tensor | None):
+        wanted = [one for one in d if one is not None]
+        # Through itself: gradients that are to be differentiated again are.
+        found = iter(_Cast.apply(ctx.dtype, *wanted) if wanted else ())
+        return None, *(None if one is None else next(found) for one in d)
+
+
+@functools.lru_cache(maxsize=256)
+def _places(shapes: tuple[torch.Size, ...]) -> tuple[tuple[tuple[torch.Size, tuple[int, ...], int], ...], int]:
+    """(shape, strides, first number) of each tensor in one piece of memory, and how many numbers that has."""
+    firsts = list(itertools.accumulate((-(-shape.numel() // NUMBERS) * NUMBERS for shape in shapes), initial=0))
+    strides = [tuple(itertools.accumulate(reversed(shape[1:]), int.__mul__, initial=1))[::-1] if shape else () for shape in shapes]
+    return tuple(zip(shapes, strides, firsts, strict=False)), firsts[-1]
