@@ -15,6 +15,8 @@ from fusedmoe import dtype as dtypes
 
 # A guess: 3.9 alone has been tried, and the first call on a device checks itself.
 OLDEST_TRITON = (3, 5)
+# The first architecture with bfloat16 and with copies that a program need not wait for.
+OLDEST_CAPABILITY = (8, 0)
 
 
 def _load() -> str | None:
@@ -47,9 +49,32 @@ def _looked_for_triton() -> str | None:
         return "expected the package triton, got none; `pip install triton` brings it, for Linux"
     if tuple(map(int, found.split(".")[:2])) < OLDEST_TRITON:
         return f"expected triton {'.'.join(map(str, OLDEST_TRITON))} or later, got {found}"
-    if INTERPRETED or torch.cuda.is_available():
+    if INTERPRETED:
         return None
-    return "expected a GPU, got a machine (or a build of torch) without one; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests"
+    if not torch.cuda.is_available():
+        return "expected a GPU, got a machine (or a build of torch) without one; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests"
+    return _driverless()
+
+
+def _driverless() -> str | None:
+    """Return why Triton cannot talk to the GPU, or None; left to itself it says so in a launch, as `0 active drivers`."""
+    try:
+        importlib.import_module("triton").runtime.driver.active.get_device_interface()
+    # Whatever Triton meets: a library that does not load, no C compiler for its launcher, a driver that it does not know.
+    except Exception as error:
+        return f"expected a Triton that finds the GPU's driver and a C compiler, got {type(error).__name__}: {error}"
+    return None
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    """Return why Triton's kernels cannot run on a device, or None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    found = torch.cuda.get_device_capability(device)
+    if found >= OLDEST_CAPABILITY:
+        return None
+    return "expected a GPU of sm_{}{} or later, got sm_{}{}".format(*OLDEST_CAPABILITY, *found)
 
 
 def _no_triton() -> str | None:
@@ -57,8 +82,13 @@ def _no_triton() -> str | None:
     return _looked_for_triton()
 
 
-# What torch.compile's `assume_constant_result` sets, without importing it: the function is called and not traced.
-_no_triton._dynamo_marked_constant = True
+def _no_kernels_for(device: torch.device) -> str | None:
+    """Return why Triton's kernels cannot run on this device, or None."""
+    return _too_old(device)
+
+
+# What torch.compile's `assume_constant_result` sets, without importing it: the functions are called and not traced.
+_no_triton._dynamo_marked_constant = _no_kernels_for._dynamo_marked_constant = True
 
 
 def transforming() -> bool:
@@ -68,7 +98,7 @@ def transforming() -> bool:
 
 @dataclass(frozen=True)
 class Backend:
-    """One row: `unavailable()` is why it cannot run on this machine, or None; `devices` and `dtypes` are what it takes.
+    """One row: `unavailable()` is why it cannot run on this machine, or None; `devices` and `dtypes` are what it takes, `lacking(device)` why not this one.
 
     `transforms`: whether it runs under the transforms of torch.func. `lowers`: the dtypes that autocast lowers a call in float32 to.
     """
@@ -79,6 +109,7 @@ class Backend:
     dtypes: tuple[str, ...]
     transforms: bool = False
     lowers: tuple[str, ...] = ()
+    lacking: Callable[[torch.device], str | None] | None = None
 
     def declines(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Return why this backend cannot serve tensors of this device and dtype, or None."""
@@ -87,6 +118,9 @@ class Backend:
             return reason
         if self.devices is not None and device.type not in self.devices:
             return f"expected a tensor on {' or '.join(self.devices)}, got one on {device.type}"
+        reason = self.lacking(device) if self.lacking else None
+        if reason is not None:
+            return reason
         name = str(dtype).removeprefix("torch.")
         if name not in self.dtypes:
             return f"expected {' or '.join(self.dtypes)}, got {name}"
@@ -97,7 +131,14 @@ class Backend:
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("cpu", lambda: _UNAVAILABLE, ("cpu",), ("float32", "float64", "bfloat16", "float16"), lowers=("bfloat16",)),
-    Backend("triton", _no_triton, ("cuda", "cpu") if INTERPRETED else ("cuda",), ("float32", "bfloat16", "float16"), lowers=("bfloat16", "float16")),
+    Backend(
+        "triton",
+        _no_triton,
+        ("cuda", "cpu") if INTERPRETED else ("cuda",),
+        ("float32", "bfloat16", "float16"),
+        lowers=("bfloat16", "float16"),
+        lacking=_no_kernels_for,
+    ),
     Backend("reference", lambda: None, None, tuple(dtypes.DTYPES), transforms=True),
 )
 
@@ -142,7 +183,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
         reason = _row(name).declines(device, dtype)
         if reason is None:
             return name
-        raise RuntimeError(f"backend {name}: {reason}")
+        able = next((row.name for row in candidates(device) if row.declines(device, dtype) is None), None)
+        raise RuntimeError(f"backend {name}: {reason}" + (f'; backend="auto" would take {able}' if able else ""))
     reasons = []
     for row in candidates(device):
         reason = row.declines(device, dtype)

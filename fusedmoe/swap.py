@@ -161,7 +161,10 @@ def _launches(finding: Finding, table: Table) -> list[str]:
     # Here, because it imports Triton.
     from fusedmoe.kernels.words import describe_launches
 
-    return describe_launches(table, parameter.dtype, parameter.device).splitlines()
+    try:
+        return describe_launches(table, parameter.dtype, parameter.device).splitlines()
+    except ValueError as error:
+        return [str(error)]
 
 
 def _with_choice(finding: Finding, backend: str) -> Finding:

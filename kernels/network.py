@@ -20,7 +20,6 @@ from fusedmoe.kernels.tiles import CHUNK, Tiles, aligned, choose
 from fusedmoe.table import Table
 
 ADD_BLOCK = 1024
-MOST_COLUMNS = 65536
 # By name: Triton 3.9 warns where a launch does not say whether to fuse multiplications and additions, and 3.10 will not fuse then.
 OPTIONS = {"enable_fp_fusion": True}
 # Without it ptxas spills a few numbers to let a third program share the multiprocessor, which shared memory forbids.
@@ -79,16 +78,6 @@ def precision(dtype: torch.dtype, arch: str) -> str:
     if dtype != torch.float32 or arch.startswith("gfx"):
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def refuse(table: Table) -> None:
-    """Raise ValueError, naming the map, for a table with more columns than the kernels' offsets inside a tile reach."""
-    for parameter in table.parameters:
-        if max(parameter.shape, default=0) > MOST_COLUMNS and parameter.name.endswith("weight"):
-            raise ValueError(
-                f"{parameter.name}: the triton backend expects at most {MOST_COLUMNS} columns, got {max(parameter.shape)}; "
-                'use backend="reference" for this network'
-            )
 
 
 def program_of(x: Tensor, table: Table, training: bool) -> Program:

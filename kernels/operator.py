@@ -15,8 +15,6 @@ from fusedmoe.table import Table
 
 # Numbers from row to row: the rows of a chunk, which are more than those of a tile, span less than 2^31 numbers.
 MOST_DISTANCE = 2**31 // CHUNK
-# The texts of tables that have been looked at.
-_ACCEPTED: set[str] = set()
 
 
 def fits(x: Tensor, params: Sequence[Tensor], table: Table) -> bool:
@@ -38,14 +36,8 @@ def there(x: Tensor):
 
 
 @contextmanager
-def launching(x: Tensor, table: Table) -> Iterator[None]:
-    """A block that launches: the table is one that kernels can serve, and the device has passed its trial and is current.
-
-    Raises: ValueError for a table that is too wide (`network.refuse`); RuntimeError if the kernels err on this device (`trial.py`).
-    """
-    if table.text not in _ACCEPTED:
-        network.refuse(table)
-        _ACCEPTED.add(table.text)
+def launching(x: Tensor) -> Iterator[None]:
+    """A block that launches: the device has passed its trial and is current. Raises: RuntimeError if the kernels err on it (`trial.py`)."""
     with there(x):
         if x.is_cuda:
             with torch.no_grad():
@@ -61,7 +53,7 @@ def _forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, tr
 class _Network(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table: Table, mixing: bool, x: Tensor, *params: Tensor):
-        with launching(x, table):
+        with launching(x):
             out, weights, saved = _forward(x, params, table, mixing, training=True)
         ctx.table = table
         ctx.tiles = saved.tiles
@@ -96,10 +88,10 @@ def run(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool) -> tupl
         table: the network.
         mixing: return the mixing weights.
 
-    Raises: as `launching`.
+    Raises: ValueError for a table that is too wide (`program.lower`); RuntimeError if the kernels err on this device (`trial.py`).
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
         return _Network.apply(table, mixing, x, *params)
-    with launching(x, table):
+    with launching(x):
         out, weights, _ = _forward(x, params, table, mixing, training=False)
     return out, weights

@@ -21,6 +21,8 @@ from fusedmoe.table import Layer, Level, Table, Unit, product
 
 # Columns of a stage's buffer begin at a multiple of this many numbers: 32 bytes of bfloat16, and any vector load.
 COLUMN = 16
+# What the kernels' 32-bit offsets inside a tile reach.
+MOST_COLUMNS = 65536
 X = -1
 NOTHING = -1
 
@@ -154,7 +156,7 @@ class Program:
 
 
 def lower(table: Table) -> Program:
-    """Return the stages of a table; only what some output depends on."""
+    """Return the stages of a table; only what some output depends on. Raises: ValueError, naming the map, for one of more columns than MOST_COLUMNS."""
     return _lowered(table.text)
 
 
@@ -214,6 +216,12 @@ def _inlined(one: Map, maps: dict[Source, Map]) -> Map:
 @functools.lru_cache(maxsize=256)
 def _lowered(text: str) -> Program:
     table = codec.decode(text)
+    for parameter in table.parameters:
+        if max(parameter.shape, default=0) > MOST_COLUMNS and parameter.name.endswith("weight"):
+            raise ValueError(
+                f"{parameter.name}: the triton backend expects at most {MOST_COLUMNS} columns, got {max(parameter.shape)}; "
+                'use backend="reference" for this network'
+            )
     return Program(table, tuple(_Lowering(table).stages()))
 
 

@@ -21,7 +21,7 @@ def _program(table: str, training: bool) -> Program:
 @library.custom_op("fusedmoe::network_triton", mutates_args=())
 def forward(x: Tensor, params: list[Tensor], table: str, training: bool, mixing: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return out, weights, and what backward takes: `network.forward`."""
-    with launching(x, codec.decode(table)):
+    with launching(x):
         out, weights, saved = network.forward(inner(x), [p.contiguous() for p in params], codec.decode(table), mixing, training)
     return out, weights, saved.buffers, saved.softmax
 
@@ -43,7 +43,7 @@ def backward(
     """Return d_x, and the gradients of all live parameters one after another: an operator's results must not share memory."""
     given = None if d_weights is None else d_weights.contiguous()
     saved = network.Saved(buffers, softmax)
-    with launching(x, codec.decode(table)):
+    with launching(x):
         d_x, flat = network.flat_backward(d_out.contiguous(), given, inner(x), [p.contiguous() for p in params], saved, codec.decode(table))
     return d_x, flat
 

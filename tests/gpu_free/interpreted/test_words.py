@@ -43,7 +43,9 @@ def counted(model: nn.Module, rows: int, training: bool) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_launches_are_those_that_run(name):
+def test_launches_are_those_that_run(name, monkeypatch):
+    # Rows cost time here.
+    monkeypatch.setattr(tiles, "WHOLE_ROWS", 16)
     model = LAYERS[name]()
     fuse(model, backend="triton")
     for batch, rows in ((f"up to {tiles.WHOLE_ROWS} rows", 3), ("more rows", tiles.WHOLE_ROWS + 1)):
@@ -90,3 +92,8 @@ def test_every_feature_can_be_said():
     lines = describe_launches(every_feature(), torch.float32, torch.device("cpu")).splitlines()
     assert lines[1].strip() == "up to 256 rows: launches forward 1, backward 3"
     assert all("level 0, hidden 2" in line for line in lines[3:])
+
+
+def test_a_layer_that_is_too_wide_says_so():
+    model = fused_nn.MMoE(70000, [1], [], 1, 1, backend="triton")
+    assert "at most 65536 columns, got 70000" in describe(model).splitlines()[-1]

@@ -1,0 +1,103 @@
+"""Why Triton's kernels cannot serve a call: one error with the reason and what would, and `auto` takes that; as on machines that have a device."""
+
+import importlib
+import importlib.metadata
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fusedmoe.backends import choose
+
+# The package has a function of this name.
+backends = importlib.import_module("fusedmoe.backends")
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+TRITON = next(row for row in backends.BACKENDS if row.name == "triton")
+
+
+class Driver:
+    """Triton's, as it stands where none is found."""
+
+    @property
+    def active(self):
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with a GPU and with a Triton that works, until a test takes some of it away."""
+    active = SimpleNamespace(get_device_interface=lambda: torch.cuda)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active))))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "INTERPRETED", False)
+    monkeypatch.setitem(vars(TRITON), "devices", ("cuda",))
+    forget()
+    yield monkeypatch
+    forget()
+
+
+def forget() -> None:
+    backends._looked_for_triton.cache_clear()
+    backends._too_old.cache_clear()
+
+
+def no_package(_):
+    raise importlib.metadata.PackageNotFoundError("triton")
+
+
+LACKS = {
+    "the package": (
+        lambda patch: patch.setattr(importlib.metadata, "version", no_package),
+        "expected the package triton, got none; `pip install triton` brings it, for Linux",
+    ),
+    "a later version": (lambda patch: patch.setattr(importlib.metadata, "version", lambda _: "3.1.0"), "expected triton 3.5 or later, got 3.1.0"),
+    "a driver": (
+        lambda patch: patch.setitem(sys.modules, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=Driver()))),
+        "expected a Triton that finds the GPU's driver and a C compiler, got RuntimeError: 0 active drivers ([]). There should only be one.",
+    ),
+    "a library that loads": (lambda patch: patch.setitem(sys.modules, "triton", None), "expected a Triton that finds the GPU's driver and a C compiler, got "),
+    "a later architecture": (
+        lambda patch: patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5)),
+        "expected a GPU of sm_80 or later, got sm_75",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LACKS)
+def test_a_tensor_on_cuda_without(name, dtype, machine):
+    take, reason = LACKS[name]
+    take(machine)
+    with pytest.raises(RuntimeError) as caught:
+        choose("triton", CUDA, dtype)
+    assert str(caught.value).startswith(f"backend triton: {reason}") and str(caught.value).endswith('; backend="auto" would take reference')
+    assert choose("auto", CUDA, dtype) == "reference"
+
+
+def test_a_machine_that_has_everything(machine):
+    assert choose("triton", CUDA, torch.bfloat16) == choose("auto", CUDA, torch.bfloat16) == "triton"
+
+
+def test_an_architecture_of_amds_is_not_asked_for_its_capability(machine):
+    machine.setattr(torch.version, "hip", "6.0")
+    machine.setattr(torch.cuda, "get_device_capability", lambda device: pytest.fail("expected no question"))
+    assert choose("auto", CUDA, torch.float32) == "triton"
+
+
+def test_a_tensor_on_the_cpu(machine):
+    with pytest.raises(RuntimeError, match=r'backend triton: expected a tensor on cuda, got one on cpu; backend="auto" would take cpu'):
+        choose("triton", CPU, torch.float32)
+    assert choose("auto", CPU, torch.float32) == "cpu"
+
+
+def test_a_dtype_that_the_kernels_lack(machine):
+    message = r'backend triton: expected float32 or bfloat16 or float16, got float64; backend="auto" would take reference'
+    with pytest.raises(RuntimeError, match=message):
+        choose("triton", CUDA, torch.float64)
+
+
+def test_nothing_is_offered_where_nothing_can(machine):
+    with pytest.raises(RuntimeError, match=r"got int64$"):
+        choose("triton", CUDA, torch.int64)
