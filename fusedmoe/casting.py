@@ -47,5 +47,5 @@ class _Cast(torch.autograd.Function):
 def _places(shapes: tuple[torch.Size, ...]) -> tuple[tuple[tuple[torch.Size, tuple[int, ...], int], ...], int]:
     """(shape, strides, first number) of each tensor in one piece of memory, and how many numbers that has."""
     firsts = list(itertools.accumulate((-(-shape.numel() // NUMBERS) * NUMBERS for shape in shapes), initial=0))
-    strides = [tuple(itertools.accumulate(reversed(shape[1:]), int.__mul__, initial=1))[::-1] if shape else () for shape in shapes]
+    strides = [torch.empty(shape, device="meta").stride() for shape in shapes]
     return tuple(zip(shapes, strides, firsts, strict=False)), firsts[-1]

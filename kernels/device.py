@@ -14,7 +14,7 @@ from fusedmoe.kernels.plan import Plan
 
 # Tables of addresses that stay on each device: of the models of a process that take turns, and of one model's replicas.
 TABLES = 256
-_ADDRESSES: OrderedDict[tuple[torch.device, tuple[int, ...]], Tensor] = OrderedDict()
+_ADDRESSES: OrderedDict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, bool]] = OrderedDict()
 
 
 @functools.cache
@@ -42,21 +42,22 @@ def _distances(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
-def addresses(params: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return the addresses of the parameters, int64 [P], on their device.
+def addresses(params: Sequence[Tensor], device: torch.device) -> tuple[Tensor, bool]:
+    """Return the addresses of the parameters, int64 [P], on their device, and whether all are multiples of 16.
 
     Uploaded only for distances between them that have not been seen: the table holds no values, so it cannot go stale. Parameters that autocast
     casts lie in new memory at every call, but in one piece.
     """
     key = (device, tuple(p.data_ptr() for p in params))
-    table = _ADDRESSES.pop(key, None)
-    if table is None:
+    found = _ADDRESSES.pop(key, None)
+    if found is None:
         first = key[1][0] if key[1] else 0
         table = _distances(tuple(address - first for address in key[1]) or (0,), device) + first
+        found = table, not any(address % 16 for address in key[1])
         if capturing(device):
             # It is written when the graph is replayed, not now.
-            return table
+            return found
         while len(_ADDRESSES) >= TABLES:
             _ADDRESSES.popitem(last=False)
-    _ADDRESSES[key] = table
-    return table
+    _ADDRESSES[key] = found
+    return found

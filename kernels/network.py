@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from fusedmoe.kernels import device
@@ -36,41 +36,52 @@ class Saved(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """One call's tensors, and what was chosen for it."""
+    """One call's tensors, what was chosen for it, and the constants that all its launches share."""
 
     program: Program
     tiles: Tiles
     x: Tensor
     addresses: Tensor
     align: int
-    arch: str
-
-    def constants(self) -> dict[str, object]:
-        t = self.tiles
-        return {
-            "ALIGN": self.align,
-            "BLOCK_B": t.rows,
-            "BLOCK_H": t.columns,
-            "BLOCK_K": t.reduction,
-            "STAGES": t.stages,
-            "PRECISION": precision(self.x.dtype, self.arch),
-            "num_warps": t.warps,
-            **OPTIONS,
-            **({} if self.arch.startswith("gfx") else REGISTERS),
-        }
-
-    @property
-    def activations(self) -> tuple[int, ...]:
-        return tuple(CODES[name] for name in self.program.activations)
-
-    def store(self, stages: tuple[int, ...]) -> int:
-        """The alignment of what these stages hand on: that of everything else, or none."""
-        written = [self.program.stages[stage] for stage in stages]
-        sizes = [size for stage in written for size in (stage.width, *(n for unit in stage.units for n in (unit.width, unit.column)))]
-        return self.align if aligned(sizes, self.align) else 1
+    constants: dict[str, object]
 
     def grid(self, programs: int) -> tuple[int, int]:
-        return triton.cdiv(len(self.x), self.tiles.rows), programs
+        return -(-len(self.x) // self.tiles.rows), programs
+
+
+@functools.lru_cache(maxsize=1024)
+def _constants(tiles: Tiles, align: int, precise: str, arch: str) -> dict[str, object]:
+    """What every launch of a call is compiled with. The dictionary is everybody's: launches unpack it."""
+    return {
+        "ALIGN": align,
+        "BLOCK_B": tiles.rows,
+        "BLOCK_H": tiles.columns,
+        "BLOCK_K": tiles.reduction,
+        "STAGES": tiles.stages,
+        "PRECISION": precise,
+        "num_warps": tiles.warps,
+        **OPTIONS,
+        **({} if arch.startswith("gfx") else REGISTERS),
+    }
+
+
+@functools.lru_cache(maxsize=1024)
+def _codes(activations: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(CODES[name] for name in activations)
+
+
+@functools.lru_cache(maxsize=4096)
+def _store(program: Program, stages: tuple[int, ...], align: int) -> int:
+    """The alignment of what these stages hand on: that of everything else, or none."""
+    written = [program.stages[stage] for stage in stages]
+    sizes = [size for stage in written for size in (stage.width, *(n for unit in stage.units for n in (unit.width, unit.column)))]
+    return align if aligned(sizes, align) else 1
+
+
+@functools.lru_cache(maxsize=1024)
+def _reached(program: Program, lanes: int) -> bool:
+    """Whether the weights' rows, and where sources begin and end, are multiples of a vector load."""
+    return aligned(program.strides, lanes)
 
 
 def precision(dtype: torch.dtype, arch: str) -> str:
@@ -86,17 +97,19 @@ def program_of(x: Tensor, table: Table, training: bool) -> Program:
     return program if x.stride(1) or table.slots == 1 else of_one_slot(program)
 
 
-def alignment(x: Tensor, params: Sequence[Tensor], program: Program) -> int:
-    """The numbers whose multiples every row of every operand begins at: those of a vector load of 16 bytes, or 1."""
+def alignment(x: Tensor, even: bool, program: Program) -> int:
+    """The numbers whose multiples every row of every operand begins at: those of a vector load of 16 bytes, or 1. even: whether parameters' addresses do."""
     lanes = 16 // x.element_size()
-    whole = aligned([*program.strides, x.stride(0), x.stride(1)], lanes) and aligned([x.data_ptr(), *(p.data_ptr() for p in params)], 16)
+    whole = even and x.data_ptr() % 16 == 0 and x.stride(0) % lanes == 0 and x.stride(1) % lanes == 0 and _reached(program, lanes)
     return lanes if whole else 1
 
 
 def _prepare(x: Tensor, params: Sequence[Tensor], program: Program, tiles: Tiles | None) -> _Call:
     arch = device.architecture(x.device)
     tiles = tiles or choose(program, x.dtype, len(x), arch)
-    return _Call(program, tiles, x, device.addresses(params, x.device), alignment(x, params, program), arch)
+    addresses, even = device.addresses(params, x.device)
+    align = alignment(x, even, program)
+    return _Call(program, tiles, x, addresses, align, _constants(tiles, align, precision(x.dtype, arch), arch))
 
 
 def _plan(program: Program, tiles: Tiles) -> Plan:
@@ -126,8 +139,8 @@ def forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, tra
     for launch in plan.launches if rows else ():
         forward_kernel[call.grid(launch.programs)](
             x, saved.buffers, out, saved.softmax, weights, call.addresses, ints, floats, launch.place, rows, x.stride(0), x.stride(1), table.mixing,
-            UNITS=plan.units, READS=call.tiles.reads, ACTS=call.activations, WEIGHTS=mixing, INNER=call.program.inner, COPIES=call.program.copies,
-            KEEP=call.tiles.keep, AHEAD=call.tiles.ahead, STORE=call.store(launch.stages), **call.constants(),
+            UNITS=plan.units, READS=call.tiles.reads, ACTS=_codes(call.program.activations), WEIGHTS=mixing, INNER=call.program.inner,
+            COPIES=call.program.copies, KEEP=call.tiles.keep, AHEAD=call.tiles.ahead, STORE=_store(call.program, launch.stages, call.align), **call.constants,
         )  # fmt: skip
     return out, weights, saved
 
@@ -165,9 +178,17 @@ def flat_backward(
     return d_x, flat
 
 
-def split(flat: Tensor, params: Sequence[Tensor], program: Program) -> list[Tensor | None]:
+def split(flat: Tensor, program: Program) -> list[Tensor | None]:
     """Return the gradient of each parameter as a view; None for those on which no output depends."""
-    return [None if first < 0 else flat[first : first + p.numel()].view(p.shape) for first, p in zip(program.gradients[0], params, strict=True)]
+    return [None if place is None else flat.as_strided(*place) for place in _places(program)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(program: Program) -> tuple[tuple[tuple[int, ...], tuple[int, ...], int] | None, ...]:
+    """Shape, strides and first number of each parameter's gradient; None for those that have none."""
+    shapes = [p.shape for p in program.table.parameters]
+    strides = [torch.empty(shape, device="meta").stride() for shape in shapes]
+    return tuple(None if first < 0 else (*place, first) for first, *place in zip(program.gradients[0], shapes, strides, strict=True))
 
 
 def backward(
@@ -175,7 +196,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return d_x and one gradient a parameter: `flat_backward`, split."""
     d_x, flat = flat_backward(d_out, d_weights, x, params, saved, table, tiles)
-    return d_x, split(flat, params, lower(table))
+    return d_x, split(flat, lower(table))
 
 
 def _rows(call: _Call, plan: BackwardPlan, d_out: Tensor, d_weights: Tensor | None, saved: Saved, d_x: Tensor, dw: Tensor, dz: Tensor) -> None:
@@ -187,20 +208,19 @@ def _rows(call: _Call, plan: BackwardPlan, d_out: Tensor, d_weights: Tensor | No
         backward_rows[call.grid(launch.programs)](
             x, saved.buffers, d_out, saved.softmax, dw, d_x, d_buffers, d_out, d_weights if given else d_out, dz, call.addresses, ints, floats, launch.place,
             len(x), x.stride(0), x.stride(1), d_x.stride(0), d_x.stride(1), plan.columns, call.program.table.mixing, READS=call.tiles.reads,
-            ACTS=call.activations, WEIGHTS=given, STORE=call.store(launch.stages), **call.constants(),
+            ACTS=_codes(call.program.activations), WEIGHTS=given, STORE=_store(call.program, launch.stages, call.align), **call.constants,
         )  # fmt: skip
 
 
 def _parameters(call: _Call, plan: BackwardPlan, d_out: Tensor, d_weights: Tensor | None, saved: Saved, dw: Tensor, dz: Tensor, flat: Tensor) -> None:
     x, total = call.x, len(flat)
     ints, _ = device.written(plan, x.device)
-    chunks = triton.cdiv(len(x), CHUNK)
+    chunks = -(-len(x) // CHUNK)
     parts = x.new_empty(chunks, total, dtype=torch.float32)
     given = d_weights is not None
-    constants = call.constants()
-    del constants["BLOCK_B"]
+    constants = {name: value for name, value in call.constants.items() if name != "BLOCK_B"}
     gradients[plan.tasks, chunks](
         x, saved.buffers, d_out, dw, d_weights if given else d_out, dz, parts, ints, plan.place, len(x), x.stride(0), x.stride(1), plan.columns,
         call.program.table.mixing, total, WEIGHTS=given, CHUNK=CHUNK, BLOCK_N=call.tiles.outputs, **constants,
     )  # fmt: skip
-    add_chunks[(triton.cdiv(total, ADD_BLOCK),)](parts, flat, total, chunks, BLOCK=ADD_BLOCK, num_warps=4, **OPTIONS)
+    add_chunks[(-(-total // ADD_BLOCK),)](parts, flat, total, chunks, BLOCK=ADD_BLOCK, num_warps=4, **OPTIONS)

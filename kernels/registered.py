@@ -67,7 +67,7 @@ def _gradients(ctx, d_out, d_weights, _, __):
     if d_out is None:
         d_out = x.new_zeros(x.shape[0], *codec.decode(ctx.table).output)
     d_x, flat = backward(d_out, d_weights, x, params, buffers, softmax, ctx.table)
-    return d_x, network.split(flat, params, _program(ctx.table, True)), None, None, None
+    return d_x, network.split(flat, _program(ctx.table, True)), None, None, None
 
 
 forward.register_autograd(_gradients, setup_context=_save)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -66,14 +67,18 @@ def choose(program: Program, dtype: torch.dtype, rows: int, arch: str) -> Tiles:
     and not in float32, whose three products want the registers, and whose sums want to be rounded: tensor cores cut, and one chain of MMAs over
     K = 512 errs beyond the bound (tests/gpu_free/test_executed.py).
     """
-    # A bool, also of the symbolic number of rows that torch.compile traces with.
-    whole = bool(rows <= WHOLE_ROWS)
+    # Bools, also of the symbolic number of rows that torch.compile traces with.
+    return _chosen(program, dtype, bool(rows <= WHOLE_ROWS), bool(rows >= MANY_ROWS), arch)
+
+
+@functools.lru_cache(maxsize=1024)
+def _chosen(program: Program, dtype: torch.dtype, whole: bool, many: bool, arch: str) -> Tiles:
     wide = dtype == torch.float32
     most = max(len(stage.units) for stage in program.stages)
     units = next((size for size in GROUPS if size >= most), GROUPS[-1])
     widest = max(unit.width for stage in program.stages for unit in stage.units)
     keep = 0 if wide or (not whole and (program.inner or arch.startswith("gfx"))) else _kept(program, MOST_KEPT[whole])
-    large = keep > 0 and units <= 3 and arch in LARGE and rows >= MANY_ROWS
+    large = keep > 0 and units <= 3 and arch in LARGE and many
     columns = min(64 if units <= 4 and not wide else 32, power_of_two(widest, 16))
     return Tiles(
         whole=whole,

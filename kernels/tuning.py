@@ -121,7 +121,7 @@ def _key(work: str, program: Program, mixing: bool, x: Tensor, params: Sequence[
         dtype=str(x.dtype).removeprefix("torch."),
         precision=network.precision(x.dtype, arch),
         rows=tiles.power_of_two(len(x)),
-        align=network.alignment(x, params, program),
+        align=network.alignment(x, device.addresses(params, x.device)[1], program),
         arch=arch,
         device=_device(x.device),
         triton=triton.__version__,
