@@ -54,13 +54,42 @@ def test_another_device_than_the_current_one(backend):
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
-def test_a_cuda_graph(backend):
-    """Forward and backward are captured after one warm-up, and a replay computes with what then stands in the tensors."""
+def test_the_current_stream(backend):
+    """What the same stream writes late is what forward and backward read."""
+    given = on("cuda", problem(CASES["adatt_sp-odd"], torch.float32))
+
+    def step(x: torch.Tensor) -> list[torch.Tensor]:
+        leaf = x.detach().requires_grad_()
+        out = fusion_network(leaf, given.params, given.table, backend=backend)
+        return [out, *torch.autograd.grad(out, leaf, given.d_out)]
+
+    expected, late = step(given.x), torch.zeros_like(given.x)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        # Tens of milliseconds, in which a launch on another stream would read the zeros.
+        torch.cuda._sleep(50_000_000)
+        late.copy_(given.x)
+        found = step(late)
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_a_cuda_graph(backend, autocast):
+    """Forward and backward are captured after one warm-up, and a replay computes with what then stands in the tensors.
+
+    Under autocast the parameters are cast into memory of the graph's own.
+    """
     given = on("cuda", problem(CASES["adatt_sp-odd"], torch.float32))
     x, params = given.x.requires_grad_(), [p.requires_grad_() for p in given.params]
 
     def step() -> list[torch.Tensor]:
-        return list(torch.autograd.grad(fusion_network(x, params, given.table, backend=backend), [x, *params], given.d_out))
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+            out = fusion_network(x, params, given.table, backend=backend)
+        assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
+        return [out.detach(), *torch.autograd.grad(out, [x, *params], given.d_out.to(out.dtype))]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -74,3 +103,14 @@ def test_a_cuda_graph(backend):
         x.mul_(0.5)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def test_tuned_tiles(monkeypatch, tmp_path):
+    """Every candidate compiles or is left out, and the fastest is right."""
+    from fusedmoe.kernels import tuning
+
+    monkeypatch.setenv("FUSEDMOE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "enabled", lambda: True)
+    given = problem(CASES["adatt_sp-odd"], torch.float32)
+    assert_close(results("triton", given), expectation(given))
+    assert {path.name[:6] for path in tmp_path.iterdir()} == {"tiles-"}
