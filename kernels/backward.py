@@ -15,12 +15,14 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from fusedmoe.kernels import backward_plan
 from fusedmoe.kernels.activation import RELU, derivative
 from fusedmoe.kernels.records import COLUMN, NEVER, Block, Shape, activated, aligned, expert, padded, pointer, rows_of, static_weight
 
-EXPERT_TILE, MATRIX = tl.constexpr(0), tl.constexpr(0)
-# Numbers of a tile, of a reader, of a map that reads a source, of a gate that does, and of a term of a static weight.
-TILE, READER, USE, SELECTION, TERM = (tl.constexpr(size) for size in (3, 8, 5, 9, 4))
+EXPERT_TILE, MATRIX = tl.constexpr(backward_plan.EXPERT), tl.constexpr(backward_plan.MATRIX)
+TILE, READER, USE, SELECTION, TERM = (
+    tl.constexpr(size) for size in (backward_plan.TILE, backward_plan.READER, backward_plan.USE, backward_plan.SELECTION, backward_plan.TERM)
+)
 
 
 class Gradients(NamedTuple):

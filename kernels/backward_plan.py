@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from fusedmoe.kernels.plan import Ints, Launch, Plan
 from fusedmoe.kernels.program import COLUMN, NOTHING, Map, Program, Source, Stage, X, rounded_up
 
+# Kinds of a tile, and of a task of `gradients`.
 EXPERT, SOURCE = range(2)
-TILE = 3
+MATRIX, STATIC = range(2)
+# Numbers of a tile, of a reader, of a map that reads a source, of a gate that does, and of a term of a static weight.
+TILE, READER, USE, SELECTION, TERM = 3, 8, 5, 9, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,7 @@ class _Writer:
                             first, _, distance = self.dw[number, u]
                             rows = [self.softmax[number, u] + place, first + tile * distance + place]
                             readers += [*self.ints.place(number, unit.column), *rows, self.ints.unit(number, u), place]
-                head = [record, column, one.width, self.dz[number, "expert", e], len(readers) // 8]
+                head = [record, column, one.width, self.dz[number, "expert", e], len(readers) // READER]
                 tiles.append((EXPERT, self.ints.put(head + readers)))
         return tiles
 
@@ -122,7 +125,7 @@ class _Writer:
             for column in range(0, source.width, self.block):
                 chosen = [number for one in selections.get(source, []) for number in (*one, int(column == 0))]
                 head = [*self.ints.place(source.stage, source.column), column, source.width, int(source in self.written)]
-                body = [len(uses.get(source, [])) // 5, len(chosen) // 9, *uses.get(source, []), *chosen]
+                body = [len(uses.get(source, [])) // USE, len(chosen) // SELECTION, *uses.get(source, []), *chosen]
                 tiles.append((SOURCE, self.ints.put(head + body)))
         self.written |= set(everything)
         return tiles
@@ -156,7 +159,7 @@ class _Writer:
                 size *= length
             for element in range(places[static], places[static] + size):
                 mine = terms.get(element, [])
-                tasks.append(self.ints.put([1, element, len(mine) // 4, *mine]))
+                tasks.append(self.ints.put([STATIC, element, len(mine) // TERM, *mine]))
         return tasks
 
     def matrix(self, one: Map, dz: int, places: tuple[int, ...]) -> list[int]:
@@ -166,6 +169,6 @@ class _Writer:
             for n in range(0, one.width, self.block_n):
                 for k in range(0, source.width, self.block):
                     bias = places[one.bias] if one.bias != NOTHING and first == 0 and k == 0 else NOTHING
-                    tasks.append(self.ints.put([0, places[one.weight], bias, one.width, one.reduction, dz, n, k, *place]))
+                    tasks.append(self.ints.put([MATRIX, places[one.weight], bias, one.width, one.reduction, dz, n, k, *place]))
             first += source.width
         return tasks

@@ -11,11 +11,11 @@ The accumulators of the units are a tuple of 2-D tensors: a 3-D one, or experts 
 import triton
 import triton.language as tl
 
+from fusedmoe.kernels import plan as plans
 from fusedmoe.kernels.records import COLUMN, NEVER, SOURCE, Block, Shape, activated, aligned, copied, linear, rows_of, static_weight, tiles_of
 
 WRITE_SOFTMAX, WRITE_WEIGHTS = tl.constexpr(1), tl.constexpr(2)
-# Numbers of a tile, and of a group before its units.
-TILE, GROUP_HEAD = tl.constexpr(5), tl.constexpr(5)
+TILE, GROUP_HEAD = tl.constexpr(plans.TILE), tl.constexpr(plans.GROUP_HEAD)
 
 
 @triton.jit

@@ -24,7 +24,8 @@ from fusedmoe.kernels.program import NOTHING, Map, Mix, Program, Source, Stage, 
 
 # Kinds of a source: input slot, buffer of a stage, the output.
 FROM_X, FROM_BUFFER, TO_OUTPUT = range(3)
-TILE = 5
+# Numbers of a tile, of a map before its sources, of a source, and of a group before its units.
+TILE, MAP_HEAD, SOURCE, GROUP_HEAD = 5, 8, 6, 5
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from fusedmoe.kernels import plan, program
 from fusedmoe.kernels.activation import apply
 
 FROM_X, FROM_BUFFER = tl.constexpr(plan.FROM_X), tl.constexpr(plan.FROM_BUFFER)
-# Numbers of a map before its sources, and of a source.
-MAP_HEAD, SOURCE = tl.constexpr(8), tl.constexpr(6)
+MAP_HEAD, SOURCE = tl.constexpr(plan.MAP_HEAD), tl.constexpr(plan.SOURCE)
 COLUMN = tl.constexpr(program.COLUMN)
 NEVER = tl.constexpr(float("-inf"))
 
