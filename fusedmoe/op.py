@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, library
 
 from fusedmoe import casting, codec
-from fusedmoe.backends import backends, choose, lowers, transforming
+from fusedmoe.backends import EXTENSION, choose, lowers, transforming
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
@@ -359,5 +359,5 @@ def _double_backward(ctx, dd):
     return d_d_out, d_d_weights, dd_x, dd_params, None, None, None
 
 
-if backends()["cpu"] is None:
+if EXTENSION is not None:
     _register()

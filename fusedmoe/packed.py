@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, library
 
 from fusedmoe import codec
-from fusedmoe.backends import BACKENDS, backends
+from fusedmoe.backends import BACKENDS, EXTENSION
 from fusedmoe.op import check, for_tasks
 from fusedmoe.table import Table
 
@@ -64,6 +64,6 @@ def _fake_run(x, packed, table):
     return x.new_empty(x.shape[0], *network.output)
 
 
-if backends()["cpu"] is None:
+if EXTENSION is not None:
     library.register_fake("fusedmoe::freeze_cpu", _fake_pack)
     library.register_fake("fusedmoe::network_cpu_frozen", _fake_run)

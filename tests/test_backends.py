@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -101,3 +102,10 @@ def test_a_dtype_that_the_kernels_lack(machine):
 def test_nothing_is_offered_where_nothing_can(machine):
     with pytest.raises(RuntimeError, match=r"got int64$"):
         choose("triton", CUDA, torch.int64)
+
+
+def test_importing_the_library_does_not_import_triton():
+    """Nor look for a driver: processes that fork later have not touched the device."""
+    script = "import sys, torch; torch.cuda.is_available = lambda: True; import fusedmoe; print('triton' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout == "False\n", result.stdout + result.stderr
