@@ -35,8 +35,9 @@ LIMITS = {"rows": (16, 128), "columns": (16, 128), "warps": (2, 8), "outputs": (
 ONE_BY_ONE = ("stages", "ahead")
 # The sizes that a forward (False) and a backward (True) have no use for.
 UNUSED = {False: "outputs", True: "ahead"}
-# What Triton raises for a tile that this device cannot run.
-UNFIT = (OutOfResources, PTXASError, CompilationError)
+# What Triton raises for a tile that this device cannot run: its compiler's passes a bare RuntimeError. One of the device's that is none of
+# the tile's comes again in the next call.
+UNFIT = (OutOfResources, PTXASError, CompilationError, RuntimeError)
 # Milliseconds of warm-up and of calls that are timed, a candidate.
 WARM_UP, TIMED = 5, 20
 # Devices whose time `milliseconds` can tell; Triton's interpreter has none.
@@ -172,9 +173,14 @@ def _timed(key: Key, several: tuple[Tiles, ...], run: Callable[[Tiles], object])
 
 
 def folder() -> Path:
-    """Where choices stand: FUSEDMOE_CACHE_DIR, or fusedmoe/ in the user's cache."""
+    """Where choices stand: FUSEDMOE_CACHE_DIR, or fusedmoe/ in the user's cache. Raises: RuntimeError for a user without a home."""
     named = os.environ.get("FUSEDMOE_CACHE_DIR")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedmoe"
+    if named:
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedmoe"
+    except RuntimeError:
+        raise RuntimeError("FUSEDMOE_CACHE_DIR: expected a folder for tuned tiles, because this user has no home directory, got none") from None
 
 
 def _path(key: Key) -> Path:

@@ -239,22 +239,26 @@ def test_several_at_once_leave_one_whole_file(clock, tmp_path):
 
 
 class _Refusing:
-    """A kernel that has not the resources for blocks of 32 rows."""
+    """A kernel that raises an error for blocks of 32 rows."""
 
-    def __init__(self, kernel):
-        self.kernel = kernel
+    def __init__(self, kernel, error: Exception):
+        self.kernel, self.error = kernel, error
 
     def __getitem__(self, grid):
         def launch(*values, **named):
             if named["BLOCK_B"] == 32:
-                raise OutOfResources(300_000, 232_448, "shared memory")
+                raise self.error
             self.kernel[grid](*values, **named)
 
         return launch
 
 
-def test_what_does_not_fit_the_device_is_left_out(clock, monkeypatch):
-    monkeypatch.setattr(network, "forward_kernel", _Refusing(network.forward_kernel))
+ERRORS = [OutOfResources(300_000, 232_448, "shared memory"), RuntimeError("PassManager::run failed")]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_what_does_not_fit_the_device_is_left_out(error, clock, monkeypatch):
+    monkeypatch.setattr(network, "forward_kernel", _Refusing(network.forward_kernel, error))
     several = candidates_of(TABLE, torch.float32, ROWS, False)
     clock.calls = True
     out = infer(given_of())
@@ -264,7 +268,7 @@ def test_what_does_not_fit_the_device_is_left_out(clock, monkeypatch):
 
 
 def test_shipped_tiles_that_do_not_fit_raise(clock, monkeypatch):
-    monkeypatch.setattr(network, "forward_kernel", _Refusing(network.forward_kernel))
+    monkeypatch.setattr(network, "forward_kernel", _Refusing(network.forward_kernel, ERRORS[0]))
     several = [one for one in candidates_of(TABLE, torch.float32, ROWS, False) if one.rows == 32]
     monkeypatch.setattr(tuning, "candidates", lambda *_: several)
     clock.calls = True
@@ -309,11 +313,19 @@ def test_another_value_is_refused(clock, monkeypatch):
         infer(given_of())
 
 
+def homeless():
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_the_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("FUSEDMOE_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert tuning.folder() == tmp_path / "fusedmoe"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert tuning.folder().parts[-2:] == (".cache", "fusedmoe")
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning.Path, "home", homeless)
+        with pytest.raises(RuntimeError, match="FUSEDMOE_CACHE_DIR: expected a folder for tuned tiles"):
+            tuning.folder()
     monkeypatch.setenv("FUSEDMOE_CACHE_DIR", str(tmp_path / "own"))
     assert tuning.folder() == tmp_path / "own"
