@@ -102,9 +102,12 @@ def _tunable(x: Tensor) -> bool:
 
 
 def candidates(program: Program, dtype: torch.dtype, rows: int, arch: str, backward: bool) -> tuple[Tiles, ...]:
-    """Return the shipped tiles, those of the other form (all stages in one launch, or a launch a level), and neighbours that differ in one size."""
+    """Return the shipped tiles, those of the other form (all stages in one launch, or a launch a level), the former's in a launch a level, and
+    neighbours of the shipped ones that differ in one size."""
     shipped, other = (tiles.choose(program, dtype, count, arch) for count in (rows, tiles.WHOLE_ROWS + (rows <= tiles.WHOLE_ROWS)))
-    found = [shipped.backward, other.backward] if backward else [shipped, other]
+    # What a CUDA graph may like best: few rows, and columns spread over many programs.
+    small = tiles.choose(program, dtype, 1, arch)._replace(whole=False)
+    found = [one.backward if backward else one for one in (shipped, other, small)]
     for name, (least, most) in LIMITS.items():
         size = getattr(found[0], name)
         sizes = (size - 1, size + 1) if name in ONE_BY_ONE else (size // 2, size * 2)
