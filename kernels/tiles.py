@@ -96,8 +96,8 @@ def _chosen(program: Program, dtype: torch.dtype, whole: bool, many: bool, arch:
 
 
 def _kept(program: Program, most: int) -> int:
-    """Columns of a source that are kept, if each map reads one source, and the widest fits."""
-    if any(len(one.read) != 1 for one in program.maps):
+    """Columns of a source that are kept, if there are maps, each reads one source, and the widest fits."""
+    if not program.maps or any(len(one.read) != 1 for one in program.maps):
         return 0
     columns = power_of_two(max(one.read[0].width for one in program.maps), KEPT_PIECE)
     return columns if columns <= most else 0
