@@ -1,0 +1,46 @@
+// How the host starts a kernel: by name, on a stream that it was given, and never without asking what became of it.
+#pragma once
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+// cudaStream_t, without CUDA's headers.
+struct CUstream_st;
+
+namespace fusedmoe::cuda {
+
+using Stream = CUstream_st*;
+
+struct Shape {
+  unsigned blocks_x = 1, blocks_y = 1;
+  int threads = 32;  // a multiple of 32
+  size_t shared_bytes = 0;
+};
+
+// void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape, Stream stream, Parameters... arguments)
+//   Raises: std::runtime_error with the name of CUDA's error, which is CUDA's last one no more.
+#if defined(__CUDACC__)
+inline void check(cudaError_t status, const char* name) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string("cuda: the launch of ") + name + " failed with " + cudaGetErrorName(status) + " (" + cudaGetErrorString(status) + ")");
+}
+
+template <class... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape, Stream stream, std::type_identity_t<Parameters>... arguments) {
+  // More than this a kernel must ask for, once or every time.
+  constexpr size_t without_asking = 48 * 1024;
+  if (shape.shared_bytes > without_asking)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes)), name);
+  kernel<<<dim3(shape.blocks_x, shape.blocks_y), dim3(unsigned(shape.threads)), shape.shared_bytes, stream>>>(arguments...);
+  check(cudaGetLastError(), name);
+}
+#endif
+
+}  // namespace fusedmoe::cuda
+
+#if !defined(__CUDACC__)
+// On the path of tests alone.
+#include "cuda_on_cpu.h"
+#endif

@@ -1,0 +1,279 @@
+#include "block.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <new>
+#include <utility>
+
+namespace fusedmoe::cuda_on_cpu {
+namespace {
+
+// Frames of a kernel and of a sanitizer; what is not touched takes no memory.
+constexpr size_t stack_bytes = 256 * 1024;
+// Every bit set is NaN in every floating-point type, and -1.
+constexpr unsigned char nan_byte = 0xff;
+// In front of shared memory and behind it. Not a multiple of 256, so that nobody gets a better alignment than the 128 bytes promised.
+constexpr size_t guard_bytes = 1024 + 128;
+
+size_t page() { return size_t(sysconf(_SC_PAGESIZE)); }
+
+std::string lines(Site site) {
+  const char* name = std::strrchr(site.file, '/');
+  return std::string(name ? name + 1 : site.file) + ":" + std::to_string(site.line);
+}
+
+bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+
+Block* block = nullptr;
+
+}  // namespace
+
+Block::Block() : threads_(new Thread[most_threads]) { block = this; }
+
+Block::~Block() { unmap_memory(); }
+
+char* Block::stack_of(int thread) const { return memory_ + front_ + size_t(thread) * stack_bytes; }
+
+void Block::map_memory() {
+  void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  memory_ = static_cast<char*>(memory);
+  // Below every stack a page that stops whoever overflows it.
+  for (int i = 0; i < count_; i++)
+    if (mprotect(stack_of(i), page(), PROT_NONE)) throw std::bad_alloc();
+}
+
+void Block::unmap_memory() {
+  if (!memory_) return;
+  permit(memory_, mapped_);
+  munmap(memory_, mapped_);
+  memory_ = nullptr;
+}
+
+void Block::set_up(const char* kernel, int threads, size_t shared_bytes, const std::function<void()>& body) {
+  kernel_ = kernel;
+  body_ = &body;
+  const size_t front = (shared_bytes + 2 * guard_bytes + page() - 1) / page() * page();
+  const size_t mapped = front + size_t(threads) * stack_bytes;
+  if (mapped != mapped_ || front != front_) {
+    unmap_memory();
+    mapped_ = mapped;
+    front_ = front;
+  }
+  count_ = threads;
+  shared_bytes_ = shared_bytes;
+  warps_.resize(size_t(threads) / warp_size);
+}
+
+void Block::poison_shared() {
+  running.shared = memory_ + guard_bytes;
+  permit(memory_, front_);
+  std::memset(memory_, nan_byte, front_);
+  forbid(memory_, guard_bytes);
+  forbid(running.shared + shared_bytes_, front_ - guard_bytes - shared_bytes_);
+}
+
+void Block::check_guards() {
+  permit(memory_, front_);
+  for (size_t i = 0; i < front_; i++) {
+    const bool before = i < guard_bytes;
+    if (!before && i < guard_bytes + shared_bytes_) continue;
+    if (static_cast<unsigned char>(memory_[i]) == nan_byte) continue;
+    const size_t distance = before ? guard_bytes - i : i - guard_bytes - shared_bytes_;
+    throw Error(std::string(kernel_) + ": expected writes inside the " + std::to_string(shared_bytes_) + " bytes of shared memory, got one " +
+                std::to_string(distance) + " bytes " + (before ? "in front of" : "behind") + " them");
+  }
+}
+
+void Block::check_copies() {
+  const Thread& thread = current();
+  const size_t committed = thread.groups.empty() ? 0 : thread.groups.back();
+  if (committed < thread.copies.size()) fail({}, "expected copies to be committed before the thread returns, got some that never are");
+  // Groups without copies are how a pipeline runs dry.
+  if (!thread.copies.empty()) fail({}, "expected copies to be waited for before the thread returns, got some that never are");
+}
+
+void Block::begin_launch() { released(&began_); }
+
+void Block::end_launch() { acquired(&ended_); }
+
+void Block::run(Index at, Draws* draws) {
+  running.block = at;
+  // TSan forgets who used which bytes when they are unmapped. So only global memory is common to two blocks, and a race there is theirs.
+  if (watched_for_races) unmap_memory();
+  if (!memory_) map_memory();
+  poison_shared();
+  // The memory that was mapped is this block's.
+  released(&began_);
+  caller_.become_caller();
+  draws_ = draws;
+  finished_ = waiting_ = 0;
+  for (Warp& warp : warps_) {
+    warp.ready = ~uint32_t(0);
+    warp.arrived = warp.finished = 0;
+    warp.priority = draws ? draws->next() : 0;
+  }
+  for (int i = 0; i < count_; i++) {
+    threads_[i].copies.clear();
+    threads_[i].groups.clear();
+    threads_[i].fiber.start(stack_of(i) + page(), stack_bytes - page(), &Block::entry);
+  }
+  running.thread = draws ? next_thread() : 0;
+  caller_.switch_to(current().fiber);
+  for (int i = 0; i < count_; i++) threads_[i].fiber.stop();
+  if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+  check_guards();
+}
+
+void Block::entry() {
+  Fiber::entered();
+  acquired(&block->began_);
+  try {
+    (*block->body_)();
+    released(&block->ended_);
+    block->finish();
+  } catch (...) {
+    Unwatched books;
+    block->failure_ = std::current_exception();
+  }
+  Unwatched books;
+  Thread& self = block->current();
+  const int next = block->failure_ || block->finished_ == block->count_ ? -1 : block->next_thread();
+  if (next >= 0) running.thread = next;
+  self.fiber.end_in(next < 0 ? block->caller_ : block->threads_[next].fiber);
+}
+
+// By order the next one that is ready; by draw any lane of the ready warp with the highest priority, so that one warp runs far ahead of the
+// others and another one lags.
+int Block::next_thread() {
+  const int count = int(warps_.size());
+  if (draws_) {
+    int best = -1;
+    for (int i = 0; i < count; i++)
+      if (warps_[i].ready && (best < 0 || warps_[i].priority > warps_[best].priority)) best = i;
+    if (best < 0) return -1;
+    uint32_t lanes = warps_[best].ready;
+    for (unsigned skip = draws_->below(unsigned(__builtin_popcount(lanes))); skip > 0; skip--) lanes &= lanes - 1;
+    return best * warp_size + __builtin_ctz(lanes);
+  }
+  const int warp = running.thread / warp_size;
+  const uint32_t later = ~(bit_of(running.thread) | (bit_of(running.thread) - 1));
+  if (const uint32_t lanes = warps_[warp].ready & later) return warp * warp_size + __builtin_ctz(lanes);
+  for (int i = 1; i <= count; i++) {
+    const int other = (warp + i) % count;
+    if (const uint32_t lanes = warps_[other].ready) return other * warp_size + __builtin_ctz(lanes);
+  }
+  return -1;
+}
+
+void Block::go_to(int next) {
+  Thread& from = current();
+  running.thread = next;
+  from.fiber.switch_to(current().fiber);
+}
+
+void Block::yield() {
+  const int next = next_thread();
+  if (next < 0) fail({}, "expected a thread that can go on, got none");
+  if (next != running.thread) go_to(next);
+}
+
+void Block::switch_point() {
+  if (!draws_ || draws_->below(4)) return;
+  Unwatched books;
+  if (draws_->below(4) == 0) warp_of(running.thread).priority = draws_->next();
+  yield();
+}
+
+std::string Block::where(Site site) const {
+  const Index& b = running.block;
+  const std::string at = site.line ? ", " + lines(site) : "";
+  return std::string(kernel_) + ", block (" + std::to_string(b.x) + ", " + std::to_string(b.y) + ", " + std::to_string(b.z) + "), thread " +
+         std::to_string(running.thread) + at;
+}
+
+// The first of these lanes, as a thread.
+std::string Block::names_of(const Warp& warp, uint32_t lanes) const {
+  return "thread " + std::to_string((&warp - warps_.data()) * warp_size + __builtin_ctz(lanes));
+}
+
+void Block::sync(Site site) {
+  Unwatched books;
+  Warp& warp = warp_of(running.thread);
+  if (finished_) fail(site, "early return: expected every thread at the barrier, got " + std::to_string(finished_) + " that returned before it");
+  if (warp.arrived)
+    fail(site, std::string("divergent warp: expected the whole warp at ") + warp.operation->name + " (" + lines(warp.site) + "), where " +
+                   names_of(warp, warp.arrived) + " waits, got a thread at a barrier");
+  if (waiting_ && !same(barrier_, site))
+    fail(site, "divergent barrier: expected every thread at one barrier, got thread " + std::to_string(first_waiting_) + " at " + lines(barrier_));
+  if (!waiting_) barrier_ = site, first_waiting_ = running.thread;
+  char& order = order_[phase_ % 2];
+  released(&order);
+  if (++waiting_ == count_) {
+    waiting_ = 0;
+    phase_++;
+    counts().barriers++;
+    for (Warp& each : warps_) {
+      each.ready = ~uint32_t(0);
+      if (draws_) each.priority = draws_->next();
+    }
+  } else {
+    warp.ready &= ~bit_of(running.thread);
+  }
+  if (waiting_ || draws_) yield();
+  acquired(&order);
+}
+
+void Block::together(const Together& operation, Site site, void* brought) {
+  Unwatched books;
+  Warp& warp = warp_of(running.thread);
+  const uint32_t self = bit_of(running.thread), at_barrier = ~(warp.ready | warp.arrived | warp.finished);
+  const std::string whole = at_barrier || warp.finished ? std::string("expected the whole warp at ") + operation.name : "";
+  if (warp.finished) fail(site, "early return: " + whole + ", got " + names_of(warp, warp.finished) + ", which returned before it");
+  if (at_barrier) fail(site, "divergent warp: " + whole + ", got " + names_of(warp, at_barrier) + " at the barrier of " + lines(barrier_));
+  if (warp.arrived && (warp.operation != &operation || !same(warp.site, site)))
+    fail(site, std::string("divergent warp: expected the whole warp at ") + warp.operation->name + " (" + lines(warp.site) + "), where " +
+                   names_of(warp, warp.arrived) + " waits, got a thread at " + operation.name);
+  warp.operation = &operation;
+  warp.site = site;
+  warp.brought[running.thread % warp_size] = brought;
+  warp.arrived |= self;
+  warp.ready &= ~self;
+  char& order = warp.order[warp.phase % 2];
+  if (operation.orders_memory) released(&order);
+  if (warp.arrived == ~uint32_t(0)) {
+    if (operation.act) operation.act(warp.brought);
+    if (operation.counts_as_product) counts().matrix_products++;
+    if (operation.orders_memory) warp.phase++;
+    warp.arrived = 0;
+    warp.ready = ~uint32_t(0);
+    if (draws_) yield();
+  } else {
+    yield();
+  }
+  if (operation.orders_memory) acquired(&order);
+}
+
+void Block::finish() {
+  Unwatched books;
+  Warp& warp = warp_of(running.thread);
+  if (waiting_)
+    fail(barrier_, "early return: expected every thread at the barrier, got one that returned before it, while thread " +
+                       std::to_string(first_waiting_) + " waits");
+  if (warp.arrived)
+    fail(warp.site, std::string("early return: expected the whole warp at ") + warp.operation->name + ", where " + names_of(warp, warp.arrived) +
+                        " waits, got a thread that returned before it");
+  check_copies();
+  warp.ready &= ~bit_of(running.thread);
+  warp.finished |= bit_of(running.thread);
+  finished_++;
+}
+
+bool Block::has_shared(const void* first, size_t bytes) const {
+  const char* at = static_cast<const char*>(first);
+  return at >= running.shared && bytes <= shared_bytes_ && at <= running.shared + shared_bytes_ - bytes;
+}
+
+}  // namespace fusedmoe::cuda_on_cpu
