@@ -24,60 +24,66 @@ std::string lines(Site site) {
   return std::string(name ? name + 1 : site.file) + ":" + std::to_string(site.line);
 }
 
+char* map(size_t bytes) {
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  return static_cast<char*>(memory);
+}
+
 bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
 
 Block* block = nullptr;
 
 }  // namespace
 
-Block::Block() : threads_(new Thread[most_threads]) { block = this; }
-
-Block::~Block() { unmap_memory(); }
-
-char* Block::stack_of(int thread) const { return memory_ + front_ + size_t(thread) * stack_bytes; }
-
-void Block::map_memory() {
-  void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  memory_ = static_cast<char*>(memory);
-  // Below every stack a page that stops whoever overflows it.
-  for (int i = 0; i < count_; i++)
-    if (mprotect(stack_of(i), page(), PROT_NONE)) throw std::bad_alloc();
+Block::Block() : threads_(new Thread[most_threads]) {
+  block = this;
+  memory_ = map(most_shared_bytes + 2 * guard_bytes);
+  stacks_ = map(most_threads * stack_bytes);
 }
 
-void Block::unmap_memory() {
-  if (!memory_) return;
-  permit(memory_, mapped_);
-  munmap(memory_, mapped_);
-  memory_ = nullptr;
+Block::~Block() {
+  give_up();
+  permit(memory_, most_shared_bytes + 2 * guard_bytes);
+  permit(stacks_, most_threads * stack_bytes);
+  munmap(memory_, most_shared_bytes + 2 * guard_bytes);
+  munmap(stacks_, most_threads * stack_bytes);
 }
 
+void Block::give_up() {
+  for (int i = 0; i < most_threads; i++)
+    if (threads_[i].fiber.started()) threads_[i].fiber.stop(&ended_);
+}
+
+// Threads that returned from one kernel wait where they are for the next.
 void Block::set_up(const char* kernel, int threads, size_t shared_bytes, const std::function<void()>& body) {
+  Unwatched books;
   kernel_ = kernel;
   body_ = &body;
-  const size_t front = (shared_bytes + 2 * guard_bytes + page() - 1) / page() * page();
-  const size_t mapped = front + size_t(threads) * stack_bytes;
-  if (mapped != mapped_ || front != front_) {
-    unmap_memory();
-    mapped_ = mapped;
-    front_ = front;
-  }
   count_ = threads;
   shared_bytes_ = shared_bytes;
   warps_.resize(size_t(threads) / warp_size);
+  for (int i = 0; i < count_; i++) {
+    if (threads_[i].fiber.started()) continue;
+    // Below every stack a page that stops whoever overflows it.
+    char* stack = stacks_ + size_t(i) * stack_bytes;
+    if (mprotect(stack, page(), PROT_NONE)) throw std::bad_alloc();
+    threads_[i].fiber.start(stack + page(), stack_bytes - page(), &Block::entry);
+  }
 }
 
 void Block::poison_shared() {
+  const size_t all = shared_bytes_ + 2 * guard_bytes;
   running.shared = memory_ + guard_bytes;
-  permit(memory_, front_);
-  std::memset(memory_, nan_byte, front_);
+  permit(memory_, most_shared_bytes + 2 * guard_bytes);
+  std::memset(memory_, nan_byte, all);
   forbid(memory_, guard_bytes);
-  forbid(running.shared + shared_bytes_, front_ - guard_bytes - shared_bytes_);
+  forbid(running.shared + shared_bytes_, guard_bytes);
 }
 
 void Block::check_guards() {
-  permit(memory_, front_);
-  for (size_t i = 0; i < front_; i++) {
+  permit(memory_, shared_bytes_ + 2 * guard_bytes);
+  for (size_t i = 0; i < shared_bytes_ + 2 * guard_bytes; i++) {
     const bool before = i < guard_bytes;
     if (!before && i < guard_bytes + shared_bytes_) continue;
     if (static_cast<unsigned char>(memory_[i]) == nan_byte) continue;
@@ -95,18 +101,10 @@ void Block::check_copies() {
   if (!thread.copies.empty()) fail({}, "expected copies to be waited for before the thread returns, got some that never are");
 }
 
-void Block::begin_launch() { released(&began_); }
-
-void Block::end_launch() { acquired(&ended_); }
-
 void Block::run(Index at, Draws* draws) {
+  Unwatched books;
   running.block = at;
-  // TSan forgets who used which bytes when they are unmapped. So only global memory is common to two blocks, and a race there is theirs.
-  if (watched_for_races) unmap_memory();
-  if (!memory_) map_memory();
   poison_shared();
-  // The memory that was mapped is this block's.
-  released(&began_);
   caller_.become_caller();
   draws_ = draws;
   finished_ = waiting_ = 0;
@@ -118,31 +116,35 @@ void Block::run(Index at, Draws* draws) {
   for (int i = 0; i < count_; i++) {
     threads_[i].copies.clear();
     threads_[i].groups.clear();
-    threads_[i].fiber.start(stack_of(i) + page(), stack_bytes - page(), &Block::entry);
   }
   running.thread = draws ? next_thread() : 0;
+  released(&began_);
   caller_.switch_to(current().fiber);
-  for (int i = 0; i < count_; i++) threads_[i].fiber.stop();
+  if (failure_) give_up();
+  acquired(&ended_);
   if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   check_guards();
 }
 
+// One turn for every block.
 void Block::entry() {
   Fiber::entered();
-  acquired(&block->began_);
-  try {
-    (*block->body_)();
+  for (;;) {
+    acquired(&block->began_);
+    try {
+      (*block->body_)();
+      block->finish();
+    } catch (...) {
+      Unwatched books;
+      block->failure_ = std::current_exception();
+    }
     released(&block->ended_);
-    block->finish();
-  } catch (...) {
     Unwatched books;
-    block->failure_ = std::current_exception();
+    Thread& self = block->current();
+    const int next = block->failure_ || block->finished_ == block->count_ ? -1 : block->next_thread();
+    if (next >= 0) running.thread = next;
+    self.fiber.switch_to(next < 0 ? block->caller_ : block->threads_[next].fiber);
   }
-  Unwatched books;
-  Thread& self = block->current();
-  const int next = block->failure_ || block->finished_ == block->count_ ? -1 : block->next_thread();
-  if (next >= 0) running.thread = next;
-  self.fiber.end_in(next < 0 ? block->caller_ : block->threads_[next].fiber);
 }
 
 // By order the next one that is ready; by draw any lane of the ready warp with the highest priority, so that one warp runs far ahead of the
@@ -181,8 +183,8 @@ void Block::yield() {
 }
 
 void Block::switch_point() {
-  if (!draws_ || draws_->below(4)) return;
   Unwatched books;
+  if (!draws_ || draws_->below(4)) return;
   if (draws_->below(4) == 0) warp_of(running.thread).priority = draws_->next();
   yield();
 }

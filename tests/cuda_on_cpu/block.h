@@ -67,14 +67,10 @@ class Block {
   Thread& current() { return threads_[running.thread]; }
   std::string where(Site site) const;
   bool has_shared(const void* first, size_t bytes) const;
-  // What the launch's caller did happened before its threads began, and they before it goes on.
-  void begin_launch();
-  void end_launch();
 
  private:
   static void entry();
-  void map_memory();
-  void unmap_memory();
+  void give_up();
   void poison_shared();
   void check_guards();
   void check_copies();
@@ -85,7 +81,6 @@ class Block {
   void go_to(int thread);
   void yield();
   void finish();
-  char* stack_of(int thread) const;
 
   const char* kernel_ = "";
   const std::function<void()>* body_ = nullptr;
@@ -100,10 +95,11 @@ class Block {
   Site barrier_;
   int first_waiting_ = 0;
   unsigned phase_ = 0;
-  char order_[2], began_, ended_;
-  // [guard, shared memory, guard][stack of thread 0][stack of thread 1]...
-  char* memory_ = nullptr;
-  size_t mapped_ = 0, front_ = 0;
+  char order_[2];
+  // What was done before the block happened before what its threads do, and that before what follows.
+  char began_, ended_;
+  // [guard, shared memory, guard], and a stack for every thread there may be.
+  char *memory_, *stacks_;
 };
 
 }  // namespace fusedmoe::cuda_on_cpu

@@ -38,6 +38,22 @@ void arrive(const Copy& copy) {
   std::memset(static_cast<char*>(copy.to) + copy.given, 0, size_t(copy.bytes - copy.given));
 }
 
+// Blocks since the program began, and how many of them there were before this launch.
+uint64_t blocks_begun = 0, blocks_before = 0;
+
+// Raises: Error if another block of this launch has written there.
+void claim(Region& region, size_t offset, size_t bytes, bool write, Site site) {
+  if (!region.written_to) return;
+  if (region.writers.empty()) region.writers.resize(region.bytes / 2 + 1);
+  for (size_t i = offset / 2; i <= (offset + bytes - 1) / 2; i++) {
+    uint64_t& writer = region.writers[i];
+    if (writer > blocks_before && writer != blocks_begun)
+      fail(site, std::string("race: expected a ") + (write ? "store to" : "load of") + " what no other block writes, got byte " + std::to_string(offset) +
+                     " of " + region.name);
+    if (write) writer = blocks_begun;
+  }
+}
+
 std::string text(const void* address) {
   char digits[32];
   std::snprintf(digits, sizeof digits, "%p", address);
@@ -85,12 +101,12 @@ void run(const char* kernel, Index grid, int threads, size_t shared_bytes, const
   running.grid = grid;
   counts().launches++;
   block().set_up(kernel, threads, shared_bytes, body);
-  block().begin_launch();
+  blocks_before = blocks_begun;
   for (uint64_t i : order) {
+    blocks_begun++;
     block().run({unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)}, drawn ? &draws : nullptr);
     counts().blocks++;
   }
-  block().end_launch();
 }
 
 void fail(Site site, const std::string& message) { throw Error(block().where(site) + ": " + message); }
@@ -158,6 +174,7 @@ void touch_global(const void* first, size_t bytes, size_t alignment, bool write,
     if (at >= begin && at + bytes <= begin + region.bytes) {
       if (write && !region.written_to) fail(site, "outside: expected no store into " + region.name + ", got one");
       (write ? region.bytes_written : region.bytes_read) += bytes;
+      claim(region, size_t(at - begin), bytes, write, site);
       return;
     }
     recent++;

@@ -38,14 +38,16 @@ struct Counts {
 };
 Counts& counts();
 
-// Global memory that kernels may touch. As soon as one region is named, any access outside of them all is an Error, and the bytes are counted
-// for each. They count only what goes through load_global, store_global and copy_async of csrc/cuda/device.h.
+// Global memory that kernels may touch through load_global, store_global and copy_async of csrc/cuda/device.h. As soon as one region is named
+// any access outside of them all is an Error, and so is one to what another block of the launch has written: blocks run in any order.
 struct Region {
   std::string name;
   const void* first;
   size_t bytes;
   bool written_to;  // may be
   uint64_t bytes_read = 0, bytes_written = 0;
+  // For every two bytes the block that wrote there last, of all that ever ran.
+  std::vector<uint64_t> writers = {};
 };
 std::vector<Region>& regions();
 

@@ -20,6 +20,15 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 // A function that changes the thread under TSan's feet must not tell it about its own entry and exit.
 #define FUSEDMOE_UNSEEN __attribute__((no_sanitize("thread"), noinline))
+
+static void unwatch() {
+  AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+}
+static void watch_again() {
+  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+  AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+}
 #else
 #define FUSEDMOE_UNSEEN
 #endif
@@ -99,31 +108,35 @@ void Fiber::start(char* stack, size_t bytes, void (*entry)()) {
 #endif
 }
 
-void Fiber::stop() {
+FUSEDMOE_UNSEEN void Fiber::stop([[maybe_unused]] void* end) {
 #if defined(__SANITIZE_THREAD__)
+  // It cannot say so itself.
+  void* self = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(thread_, __tsan_switch_to_fiber_no_sync);
+  __tsan_release(end);
+  __tsan_switch_to_fiber(self, __tsan_switch_to_fiber_no_sync);
   __tsan_destroy_fiber(thread_);
   thread_ = nullptr;
 #endif
+  at_ = nullptr;
 }
 
-FUSEDMOE_UNSEEN void Fiber::leave_for(Fiber& next, [[maybe_unused]] bool ends) {
+FUSEDMOE_UNSEEN void Fiber::switch_to(Fiber& next) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(ends ? nullptr : &fake_stack_, next.stack_, next.bytes_);
+  __sanitizer_start_switch_fiber(&fake_stack_, next.stack_, next.bytes_);
 #endif
 #if defined(__SANITIZE_THREAD__)
+  // TSan calls it an error if a thread ends unwatched, and this one may be given up.
+  watch_again();
   __tsan_switch_to_fiber(next.thread_, __tsan_switch_to_fiber_no_sync);
 #endif
   fusedmoe_switch(&at_, next.at_);
+#if defined(__SANITIZE_THREAD__)
+  unwatch();
+#endif
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake_stack_, nullptr, nullptr);
 #endif
-}
-
-FUSEDMOE_UNSEEN void Fiber::switch_to(Fiber& next) { leave_for(next, false); }
-
-FUSEDMOE_UNSEEN void Fiber::end_in(Fiber& next) {
-  leave_for(next, true);
-  std::abort();
 }
 
 void Fiber::entered() {
@@ -135,14 +148,8 @@ void Fiber::entered() {
 #if defined(__SANITIZE_THREAD__)
 void released(void* object) { __tsan_release(object); }
 void acquired(void* object) { __tsan_acquire(object); }
-Unwatched::Unwatched() {
-  AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-  AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-}
-Unwatched::~Unwatched() {
-  AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-  AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-}
+Unwatched::Unwatched() { unwatch(); }
+Unwatched::~Unwatched() { watch_again(); }
 #else
 void released(void*) {}
 void acquired(void*) {}

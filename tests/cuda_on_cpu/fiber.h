@@ -13,21 +13,18 @@ class Fiber {
 
   // The context that calls.
   void become_caller();
-  // One that will run `entry`, which never returns, on this stack. A fiber that ended, or was given up, can start anew.
+  // One that will run `entry`, which never returns, on this stack.
   void start(char* stack, size_t bytes, void (*entry)());
-  // It will not run again.
-  void stop();
+  bool started() const { return at_; }
+  // Give it up, wherever it is, so that it can start anew; what it did happened before what follows `acquired(end)`.
+  void stop(void* end);
 
-  // Go on with `next` until something switches back.
+  // Go on with `next` until something switches back. The caller is Unwatched, once, which the fiber is not while it does not run.
   void switch_to(Fiber& next);
-  // The same, for good.
-  [[noreturn]] void end_in(Fiber& next);
   // The first call in `entry`.
   static void entered();
 
  private:
-  void leave_for(Fiber& next, bool ends);
-
   void* at_ = nullptr;  // its stack pointer, or what else names where it goes on
   char* stack_ = nullptr;
   size_t bytes_ = 0;

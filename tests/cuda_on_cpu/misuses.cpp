@@ -12,6 +12,9 @@ using cuda_on_cpu::Error, cuda_on_cpu::fail, cuda_on_cpu::settings;
 // Global memory of every kernel here: numbers from 0 on.
 using Numbers = const uint32_t*;
 
+// And what they may write to.
+float sums[8];
+
 struct Misuse {
   const char* words;  // of the error
   Shape shape;
@@ -119,6 +122,16 @@ const Misuse addresses[] = {
        if (lane() == 0) copy_async<16>(shared_memory<char>(), from + 256);
      }},
     {"outside: expected no store into numbers", {1, 1, 32}, [](Numbers from) { store_global(const_cast<uint32_t*>(from), 1u); }},
+    {"race: expected a store to what no other block writes, got byte 4 of sums", {3, 1, 32},
+     [](Numbers) {
+       if (lane() == 7) store_global(sums + 1, 1.0f);
+     }},
+    {"race: expected a load of what no other block writes, got byte", {2, 1, 32},
+     [](Numbers) {
+       if (lane() > 0) return;
+       store_global(sums + block_x(), 1.0f);
+       load_global(sums + 1 - block_x());
+     }},
     {"expected copies to be committed before the thread returns", {1, 1, 32, 512},
      [](Numbers from) {
        copy_line(from);
@@ -133,9 +146,13 @@ const Misuse addresses[] = {
 #if !defined(__SANITIZE_ADDRESS__)
     // AddressSanitizer stops the program instead.
     {"expected writes inside the 36 bytes of shared memory, got one 0 bytes behind them", {1, 1, 32, 36},
-     [](Numbers) { shared_memory<volatile char>()[36] = 0; }},
+     [](Numbers) {
+       if (lane() == 3) shared_memory<volatile char>()[36] = 0;
+     }},
     {"expected writes inside the 36 bytes of shared memory, got one 4 bytes in front of them", {1, 1, 32, 36},
-     [](Numbers) { shared_memory<volatile char>()[-4] = 0; }},
+     [](Numbers) {
+       if (lane() == 3) shared_memory<volatile char>()[-4] = 0;
+     }},
 #endif
 };
 
@@ -220,7 +237,7 @@ int check_misuses() {
   alignas(16) std::array<uint32_t, 256> numbers;
   for (uint32_t i = 0; i < numbers.size(); i++) numbers[i] = i;
   int checked = 0;
-  regions() = {{"numbers", numbers.data(), sizeof numbers, false}};
+  regions() = {{"numbers", numbers.data(), sizeof numbers, false}, {"sums", sums, sizeof sums, true}};
   const Settings before = settings();
   for (uint64_t seed = 0; seed < 4; seed++)
     for (bool eager : {false, true}) {
