@@ -111,8 +111,8 @@ void Block::run(Index at, Draws* draws) {
   for (Warp& warp : warps_) {
     warp.ready = ~uint32_t(0);
     warp.arrived = warp.finished = 0;
-    warp.priority = draws ? draws->next() : 0;
   }
+  draw_priorities();
   for (int i = 0; i < count_; i++) {
     threads_[i].copies.clear();
     threads_[i].groups.clear();
@@ -170,6 +170,13 @@ int Block::next_thread() {
   return -1;
 }
 
+// Until the next barrier. Half of the time they change at every switch point, so that all warps come along together.
+void Block::draw_priorities() {
+  if (!draws_) return;
+  for (Warp& warp : warps_) warp.priority = draws_->next();
+  restless_ = draws_->below(2);
+}
+
 void Block::go_to(int next) {
   Thread& from = current();
   running.thread = next;
@@ -185,7 +192,7 @@ void Block::yield() {
 void Block::switch_point() {
   Unwatched books;
   if (!draws_ || draws_->below(4)) return;
-  if (draws_->below(4) == 0) warp_of(running.thread).priority = draws_->next();
+  if (restless_) warp_of(running.thread).priority = draws_->next();
   yield();
 }
 
@@ -217,10 +224,8 @@ void Block::sync(Site site) {
     waiting_ = 0;
     phase_++;
     counts().barriers++;
-    for (Warp& each : warps_) {
-      each.ready = ~uint32_t(0);
-      if (draws_) each.priority = draws_->next();
-    }
+    for (Warp& each : warps_) each.ready = ~uint32_t(0);
+    draw_priorities();
   } else {
     warp.ready &= ~bit_of(running.thread);
   }

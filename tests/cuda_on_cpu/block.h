@@ -77,6 +77,7 @@ class Block {
   Warp& warp_of(int thread) { return warps_[thread / warp_size]; }
   static uint32_t bit_of(int thread) { return uint32_t(1) << thread % warp_size; }
   std::string names_of(const Warp& warp, uint32_t lanes) const;
+  void draw_priorities();
   int next_thread();
   void go_to(int thread);
   void yield();
@@ -90,6 +91,7 @@ class Block {
   std::unique_ptr<Thread[]> threads_;
   Fiber caller_;
   Draws* draws_ = nullptr;
+  bool restless_ = false;
   std::exception_ptr failure_;
   // The block's barrier.
   Site barrier_;

@@ -32,7 +32,7 @@ struct Sums {
   double worst = 0, plain = 0, largest = 0;
 
   void add(float ours, float loop, double truth) {
-    worst = std::abs(ours - truth) <= worst ? worst : std::abs(ours - truth);
+    worst = std::max(worst, std::isnan(ours) ? INFINITY : std::abs(ours - truth));
     plain = std::max(plain, std::abs(loop - truth));
     largest = std::max(largest, std::abs(truth));
   }

@@ -1,0 +1,149 @@
+"""Build the emulator's own test and run it: `python tests/cuda_on_cpu/run.py [plain] [sanitized] [threads]`.
+
+Sources that nvcc compiles, `.cu`, are C++ here: csrc/cuda/device.h finds the emulator on the path. `plain` is built as it ships to other tests,
+`sanitized` with the address and undefined-behaviour sanitizers, `threads` with the one for data races.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+HERE = Path(__file__).parent.resolve()
+ROOT = HERE.parent.parent
+JOBS = 2
+
+# Kind -> how its objects are compiled. Debugging information names the lines of a report.
+SANITIZE = {
+    "plain": [],
+    "sanitized": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "threads": ["-fsanitize=thread"],
+}
+OPTIMIZE = {"plain": ["-O2"], "sanitized": ["-O1", "-g", "-DFUSEDMOE_TEST_HEAP"], "threads": ["-O1", "-g"]}
+KINDS = tuple(SANITIZE)
+
+EMULATOR = [HERE / name for name in ("fiber.cpp", "block.cpp", "emulator.cpp")]
+SAMPLES = [HERE / name for name in ("gemm.cu", "operations.cu")]
+TESTS = [HERE / name for name in ("test_samples.cpp", "test_operations.cpp", "misuses.cpp")]
+INCLUDES = [f"-I{path}" for path in (ROOT / "csrc", HERE, ROOT / "tests" / "cpp")]
+
+# Seed 0 is the order of the threads; and what arrives when.
+SCHEDULES = [(seed, copies) for seed in range(4) for copies in ("lazy", "eager")]
+
+
+@cache
+def recipe() -> dict:
+    """What setup.py defines, without running it."""
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@cache
+def compiler() -> list[str]:
+    """The command of the compiler that setup.py finds. Raises: SystemExit if it finds none."""
+    return recipe()["compiler"]()
+
+
+def missing(kind: str) -> str | None:
+    """Why a kind cannot be tested on this machine, or None.
+
+    Raises: ValueError for an unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("int main() {}\n")
+        program = Path(folder, "probe")
+        built = subprocess.run([*compiler(), *SANITIZE[kind], str(source), "-o", str(program)], capture_output=True)
+        if built.returncode or subprocess.run([program], capture_output=True).returncode:
+            return f"{kind}: the compiler's programs do not run with {' '.join(SANITIZE[kind])}"
+    return None
+
+
+def compiled(kind: str, sources: Sequence[Path], folder: Path) -> list[Path]:
+    """Compile what has changed for the emulator, and return the objects. Raises: SystemExit naming what does not compile."""
+    rules = recipe()
+    folder.mkdir(parents=True, exist_ok=True)
+    targets, due = [], []
+    for source in sources:
+        target = folder / f"{source.stem}.o"
+        command = [*compiler(), *rules["FLAGS"], *OPTIMIZE[kind], *SANITIZE[kind], *INCLUDES]
+        command += ["-MMD", "-MF", str(target.with_suffix(".d")), "-x", "c++", "-c", str(source), "-o", str(target)]
+        targets.append(target)
+        if rules["stale"](target, command):
+            due.append((source, target, command))
+    with ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(lambda job: rules["compile_object"](*job), due))
+    return targets
+
+
+def build(kind: str, samples: Sequence[Path] = SAMPLES, folder: Path | None = None) -> Path:
+    """Return the test program with these sample kernels, which `folder` is for. Raises: SystemExit naming what does not compile."""
+    common = ROOT / "build" / f"cuda_on_cpu-{kind}"
+    folder = folder or common
+    objects = [*compiled(kind, [*EMULATOR, *TESTS], common), *compiled(kind, samples, folder)]
+    program = folder / "test_samples"
+    if subprocess.run([*compiler(), *SANITIZE[kind], *map(str, objects), "-pthread", "-o", str(program)]).returncode:
+        raise SystemExit(f"the {kind} test of the emulator does not link; the linker's messages stand above.")
+    return program
+
+
+def under(program: Path, check: str, seed: int = 0, copies: str = "lazy") -> subprocess.CompletedProcess:
+    """Run one check of a test program under one schedule."""
+    environment = {**os.environ, "FUSEDMOE_CUDA_SEED": str(seed), "FUSEDMOE_CUDA_COPIES": copies, "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([program, check], env=environment, capture_output=True, text=True)
+
+
+def run(kind: str) -> Iterator[str]:
+    """Yield what each check says. Raises: SystemExit with the test's words where one fails."""
+    program = build(kind)
+    for check, schedules in (("samples", SCHEDULES), ("operations", SCHEDULES), ("misuses", SCHEDULES[:1])):
+        for seed, copies in schedules:
+            result = under(program, check, seed, copies)
+            if result.returncode:
+                raise SystemExit(f"{kind}, seed {seed}, {copies}: {result.stderr or f'stopped with status {result.returncode}'}")
+            yield f"{kind}, seed {seed}, {copies}: {result.stdout.strip()}"
+
+
+def toolkit() -> Path | None:
+    """The folder of the CUDA toolkit: $CUDA_HOME, else the usual one, else where the nvcc on the path lies."""
+    nvcc = shutil.which("nvcc")
+    places = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and Path(nvcc).resolve().parent.parent]
+    return next((Path(place) for place in places if place and Path(place, "bin", "nvcc").exists() and Path(place, "include").exists()), None)
+
+
+def cutlass() -> Path | None:
+    """The folder of CUTLASS's headers, which the package nvidia-cutlass brings."""
+    found = importlib.util.find_spec("cutlass_library")
+    folders = [Path(place, "source", "include") for place in (found.submodule_search_locations or [])] if found else []
+    return next((folder for folder in folders if (folder / "cute").exists()), None)
+
+
+def fragments() -> subprocess.CompletedProcess:
+    """Build and run the check of the lane maps. Raises: SystemExit if it does not compile."""
+    home, rules, folder = toolkit(), recipe(), ROOT / "build" / "cuda_on_cpu-plain"
+    folder.mkdir(parents=True, exist_ok=True)
+    program = folder / "test_fragments"
+    system = [word for path in (cutlass(), home / "include", home / "include" / "cccl") for word in ("-isystem", str(path))]
+    command = [*compiler(), *rules["FLAGS"], "-O1", f"-I{HERE}", *system, "-MMD", "-MF", str(program.with_suffix(".d"))]
+    command += [str(HERE / "test_fragments.cpp"), "-o", str(program)]
+    if rules["stale"](program, command):
+        rules["compile_object"](HERE / "test_fragments.cpp", program, command)
+    return subprocess.run([program], capture_output=True, text=True)
+
+
+if __name__ == "__main__":
+    for kind in sys.argv[1:] or KINDS:
+        for line in [reason] if (reason := missing(kind)) else run(kind):
+            print(line, flush=True)
