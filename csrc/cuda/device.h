@@ -35,10 +35,12 @@
 #if defined(__CUDACC__)
 #include "ptx.h"
 #define FUSEDMOE_CUDA_UNROLL _Pragma("unroll")
+#define FUSEDMOE_CUDA_ROLLED _Pragma("unroll 1")
 #else
 // On the path of tests alone.
 #include "cuda_on_cpu.h"
 #define FUSEDMOE_CUDA_UNROLL
+#define FUSEDMOE_CUDA_ROLLED
 #endif
 
 namespace fusedmoe::cuda {

@@ -1,0 +1,291 @@
+// Products of tiles: panels of operands in shared memory, how they come there, and what the warps of a block make of them.
+//
+// C [ROWS, COLUMNS] += A B over DEPTH numbers of the reduction; A and B each lie in a panel as global memory has them:
+//
+//   Lie::along   rows of C's (for B: columns of C), DEPTH numbers of the reduction in each: h and W in z = h W^T
+//   Lie::across  DEPTH rows, of C's rows or columns in each: W in d = dz W; dz and h in dW = dz^T h
+//
+// A product runs through a ring of stages. Every step waits for its own copies, lets the whole block meet, and asks for those of STAGES - 1
+// steps later; a group is committed at every step, with nothing in it behind the last one, so that the wait counts the same to the end.
+#pragma once
+#include "device.h"
+
+namespace fusedmoe::cuda {
+
+enum class Lie { along, across };
+
+// Numbers of the reduction in a panel: 128 bytes of 32 or 64 numbers.
+template <class T>
+constexpr int piece = 128 / int(sizeof(T));
+
+// ROWS x COLUMNS numbers in shared memory, in bytes. Rows are so far apart that eight of them at one column, which load_matrices takes together,
+// lie in different banks: an odd number of 16 bytes. For a float that is read across them it is 8 words beyond whole sets of banks.
+template <class T, int ROWS, int COLUMNS, bool ACROSS = false>
+struct Panel {
+  using Number = T;
+  static constexpr int rows = ROWS, columns = COLUMNS, size = int(sizeof(T));
+  static constexpr int pitch = COLUMNS * size + (ACROSS && size == 4 ? 32 : 16);
+  static constexpr int bytes = ROWS * pitch;
+  static_assert(COLUMNS * size % 32 == 0);
+};
+
+// Ask for a panel: row r of it is what stands `row(r)` numbers behind `from`, up to `columns` of them; it is zero beyond, and where row(r) is negative.
+// `aligned`: every row begins at a multiple of 16 bytes, and `columns` is a multiple of as many.
+template <class P, int THREADS, class Row>
+__device__ __forceinline__ void copy_panel(char* to, const typename P::Number* from, int columns, bool aligned, Row row) {
+  if (aligned) {
+    constexpr int numbers = 16 / P::size, vectors = P::columns / numbers;
+    FUSEDMOE_CUDA_UNROLL
+    for (int i = thread(); i < P::rows * vectors; i += THREADS) {
+      const int column = i % vectors * numbers, offset = row(i / vectors);
+      const bool live = offset >= 0 && column < columns;
+      copy_async<16>(to + i / vectors * P::pitch + column * P::size, live ? from + offset + column : from, live ? 16 : 0);
+    }
+    return;
+  }
+  FUSEDMOE_CUDA_ROLLED
+  for (int i = thread(); i < P::rows * P::columns; i += THREADS) {
+    const int column = i % P::columns, offset = row(i / P::columns);
+    const bool live = offset >= 0 && column < columns;
+    char* at = to + i / P::columns * P::pitch + column * P::size;
+    if constexpr (P::size == 4)
+      copy_async<4>(at, live ? from + offset + column : from, live ? 4 : 0);
+    else
+      *reinterpret_cast<uint16_t*>(at) = live ? load_global(reinterpret_cast<const uint16_t*>(from + offset + column)) : uint16_t(0);
+  }
+}
+
+// Rows of a panel that follow one another at a distance, the first `live` of them.
+struct Rows {
+  int live, distance;
+  __device__ __forceinline__ int operator()(int row) const { return row < live ? row * distance : -1; }
+};
+
+// Rows of a panel by a list of their numbers, the first `live` of it; a negative number is none.
+struct Listed {
+  const int* list;
+  int live, distance;
+  __device__ __forceinline__ int operator()(int row) const {
+    const int number = row < live ? load_global(list + row) : -1;
+    return number < 0 ? -1 : number * distance;
+  }
+};
+
+// Whose turn it is among STAGES places of panels.
+template <int STAGES>
+struct Ring {
+  int at = 0;
+
+  // Ask for the first STAGES - 1 steps; fetch(place) copies one step's panels there, or nothing.
+  template <class Fetch>
+  __device__ __forceinline__ void start(Fetch&& fetch) {
+    FUSEDMOE_CUDA_UNROLL
+    for (int i = 1; i < STAGES; i++) {
+      fetch(place(i - 1));
+      commit_copies();
+    }
+  }
+  // Return the place of the next step, whose copies have arrived, and ask for a later one.
+  template <class Fetch>
+  __device__ __forceinline__ int step(Fetch&& fetch) {
+    wait_copies<STAGES - 2>();
+    // The copies of every thread have arrived, and nobody reads the place that the next ones go to.
+    sync_block();
+    fetch(place(STAGES - 1));
+    commit_copies();
+    const int mine = at;
+    at = place(1);
+    return mine;
+  }
+  // Behind the last step: no copy is on its way, and the block has read all there was.
+  __device__ __forceinline__ void finish() {
+    wait_copies<0>();
+    sync_block();
+  }
+  __device__ __forceinline__ int place(int later) const { return at + later < STAGES ? at + later : at + later - STAGES; }
+};
+
+// The product of one piece by all warps of a block, each of which has M x N fragments of C, rows and columns side by side.
+template <class T, int ROWS, int COLUMNS, int THREADS, Lie A = Lie::along, Lie B = Lie::along, int DEPTH = piece<T>>
+struct Product {
+  static constexpr bool a_across = A == Lie::across, b_across = B == Lie::across, wide = sizeof(T) == 4;
+  using PanelA = Panel<T, a_across ? DEPTH : ROWS, a_across ? ROWS : DEPTH, a_across>;
+  using PanelB = Panel<T, b_across ? DEPTH : COLUMNS, b_across ? COLUMNS : DEPTH, b_across>;
+  static constexpr int threads = THREADS, rows = ROWS, columns = COLUMNS;
+  static constexpr int warps = THREADS / 32, down = ROWS / 16 < 4 ? ROWS / 16 : 4, across = warps / down;
+  static constexpr int M = ROWS / down / 16, N = COLUMNS / across / 8, step = depth<T>;
+  static_assert(M * down * 16 == ROWS && N * across * 8 == COLUMNS && down * across == warps && DEPTH % step == 0);
+
+  struct Sums {
+    float at[M][N][4];
+  };
+
+  // C's row of at[i][..][2 half], and its column of at[..][j][0]; the next column is at[..][..][1].
+  static __device__ __forceinline__ int row(int i, int half) { return (warp() % down * M + i) * 16 + half * 8 + lane() / 4; }
+  static __device__ __forceinline__ int column(int j) { return first_column() + j * 8 + lane() % 4 * 2; }
+  static __device__ __forceinline__ int first_column() { return warp() / down * N * 8; }
+
+  static __device__ __forceinline__ void clear(Sums& c) { visit(c, [](int, int, float& low, float& high) { low = high = 0.0f; }); }
+
+  // f(row, column, low, high) for every two neighbours of C that this thread has.
+  template <class F>
+  static __device__ __forceinline__ void visit(Sums& c, F&& f) {
+    FUSEDMOE_CUDA_UNROLL
+    for (int i = 0; i < M; i++)
+      FUSEDMOE_CUDA_UNROLL
+      for (int half = 0; half < 2; half++)
+        FUSEDMOE_CUDA_UNROLL
+        for (int j = 0; j < N; j++) f(row(i, half), column(j), c.at[i][j][2 * half], c.at[i][j][2 * half + 1]);
+  }
+
+  // C += A B. `once`: products of float with 11 bits of each, else with all; of 16-bit types it means nothing.
+  // NARROW leaves out fragments from column `live` on.
+  template <bool NARROW = false>
+  static __device__ __forceinline__ void multiply(const char* a, const char* b, Sums& c, bool once = false, int live = COLUMNS) {
+    if constexpr (!wide) {
+      add_products<NARROW>(a, b, c, live);
+    } else {
+      // Tensor cores cut where others round: in one chain over all of the reduction errors of one sign would add up.
+      Sums part{};
+      if (once) {
+        add_products<NARROW>(a, b, part, live);
+      } else {
+        Sums cross{};
+        add_split_products<NARROW>(a, b, part, cross, live);
+        // The rest of an infinite number is NaN, and says nothing.
+        each(cross, part, [](float rest, float& to) { to += rest == rest ? rest : 0.0f; });
+      }
+      each(part, c, [](float from, float& to) { to += from; });
+    }
+  }
+
+ private:
+  using A4 = uint32_t[4];
+  using B2 = uint32_t[2];
+
+  template <class F>
+  static __device__ __forceinline__ void each(const Sums& from, Sums& to, F&& f) {
+    FUSEDMOE_CUDA_UNROLL
+    for (int i = 0; i < M; i++)
+      FUSEDMOE_CUDA_UNROLL
+      for (int j = 0; j < N; j++)
+        FUSEDMOE_CUDA_UNROLL
+        for (int n = 0; n < 4; n++) f(from.at[i][j][n], to.at[i][j][n]);
+  }
+
+  // Words of A for rows 16 i.., and of B for columns 8 j.. of this warp, from k on. Transposed matrices are of 16 bits, so floats are picked one by one.
+  static __device__ __forceinline__ void load_a(const char* panel, int i, int k, A4& a) {
+    const int first = (warp() % down * M + i) * 16;
+    if constexpr (!a_across) {
+      load_matrices<4>(a, panel + (first + lane() % 16) * PanelA::pitch + k * PanelA::size + lane() / 16 * 16);
+    } else if constexpr (!wide) {
+      load_matrices<4, true>(a, panel + (k + lane() / 16 * 8 + lane() % 8) * PanelA::pitch + (first + lane() / 8 % 2 * 8) * PanelA::size);
+    } else {
+      FUSEDMOE_CUDA_UNROLL
+      for (int n = 0; n < 4; n++) a[n] = word<PanelA>(panel, k + lane() % 4 + n / 2 * 4, first + lane() / 4 + n % 2 * 8);
+    }
+  }
+  static __device__ __forceinline__ void load_b(const char* panel, int j, int k, B2& b) {
+    const int first = first_column() + j * 8;
+    if constexpr (!b_across) {
+      load_matrices<2>(b, panel + (first + lane() % 8) * PanelB::pitch + k * PanelB::size + lane() / 8 % 2 * 16);
+    } else if constexpr (!wide) {
+      load_matrices<2, true>(b, panel + (k + lane() % 16) * PanelB::pitch + first * PanelB::size);
+    } else {
+      FUSEDMOE_CUDA_UNROLL
+      for (int n = 0; n < 2; n++) b[n] = word<PanelB>(panel, k + lane() % 4 + n * 4, first + lane() / 4);
+    }
+  }
+  // Two of these at once.
+  static __device__ __forceinline__ void load_two(const char* panel, int j, int k, B2& b, B2& next) {
+    const int first = first_column() + j * 8;
+    uint32_t words[4];
+    if constexpr (!b_across) {
+      load_matrices<4>(words, panel + (first + lane() / 16 * 8 + lane() % 8) * PanelB::pitch + k * PanelB::size + lane() / 8 % 2 * 16);
+    } else if constexpr (!wide) {
+      load_matrices<4, true>(words, panel + (k + lane() % 16) * PanelB::pitch + (first + lane() / 16 * 8) * PanelB::size);
+    } else {
+      load_b(panel, j, k, b);
+      load_b(panel, j + 1, k, next);
+      return;
+    }
+    b[0] = words[0], b[1] = words[1], next[0] = words[2], next[1] = words[3];
+  }
+  template <class P>
+  static __device__ __forceinline__ uint32_t word(const char* panel, int row, int column) {
+    return *reinterpret_cast<const uint32_t*>(panel + row * P::pitch + column * P::size);
+  }
+
+  // f(j, B's words of columns 8 j..) for every fragment of this warp that has a column below `live`.
+  template <bool NARROW, class F>
+  static __device__ __forceinline__ void each_b(const char* panel, int k, int live, F&& f) {
+    FUSEDMOE_CUDA_UNROLL
+    for (int j = 0; j < N; j += 2) {
+      if (NARROW && first_column() + j * 8 >= live) return;
+      B2 b[2];
+      if (j + 1 < N) load_two(panel, j, k, b[0], b[1]);
+      else load_b(panel, j, k, b[0]);
+      f(j, b[0]);
+      if (j + 1 < N) f(j + 1, b[1]);
+    }
+  }
+
+  template <bool NARROW>
+  static __device__ __forceinline__ void add_products(const char* a_panel, const char* b_panel, Sums& c, int live) {
+    FUSEDMOE_CUDA_UNROLL
+    for (int k = 0; k < DEPTH; k += step) {
+      A4 a[M];
+      FUSEDMOE_CUDA_UNROLL
+      for (int i = 0; i < M; i++) {
+        load_a(a_panel, i, k, a[i]);
+        if constexpr (wide) round(a[i]);
+      }
+      each_b<NARROW>(b_panel, k, live, [&](int j, B2& b) {
+        if constexpr (wide) round(b);
+        FUSEDMOE_CUDA_UNROLL
+        for (int i = 0; i < M; i++) multiply_add<T>(c.at[i][j], a[i], b);
+      });
+    }
+  }
+
+  // A = its first 11 bits + rest, B alike: the product of the first ones into `c`, those of a first one and a rest into `cross`.
+  template <bool NARROW>
+  static __device__ __forceinline__ void add_split_products(const char* a_panel, const char* b_panel, Sums& c, Sums& cross, int live) {
+    FUSEDMOE_CUDA_UNROLL
+    for (int k = 0; k < DEPTH; k += step) {
+      A4 a[M], a_rest[M];
+      FUSEDMOE_CUDA_UNROLL
+      for (int i = 0; i < M; i++) {
+        load_a(a_panel, i, k, a[i]);
+        split(a[i], a_rest[i]);
+      }
+      each_b<NARROW>(b_panel, k, live, [&](int j, B2& b) {
+        B2 b_rest;
+        split(b, b_rest);
+        FUSEDMOE_CUDA_UNROLL
+        for (int i = 0; i < M; i++) {
+          multiply_add<T>(cross.at[i][j], a_rest[i], b);
+          multiply_add<T>(cross.at[i][j], a[i], b_rest);
+          multiply_add<T>(c.at[i][j], a[i], b);
+        }
+      });
+    }
+  }
+
+  template <int COUNT>
+  static __device__ __forceinline__ void round(uint32_t (&words)[COUNT]) {
+    FUSEDMOE_CUDA_UNROLL
+    for (int n = 0; n < COUNT; n++) words[n] = rounded_tf32(word_as_float(words[n]));
+  }
+  template <int COUNT>
+  static __device__ __forceinline__ void split(uint32_t (&words)[COUNT], uint32_t (&rest)[COUNT]) {
+    FUSEDMOE_CUDA_UNROLL
+    for (int n = 0; n < COUNT; n++) {
+      const float all = word_as_float(words[n]);
+      words[n] = rounded_tf32(all);
+      rest[n] = rounded_tf32(all - word_as_float(words[n]));
+    }
+  }
+};
+
+}  // namespace fusedmoe::cuda
