@@ -55,18 +55,13 @@ __device__ __forceinline__ void copy_panel(char* to, const typename P::Number* f
   }
 }
 
-// Rows of a panel that follow one another at a distance, the first `live` of them.
+// Rows of a panel at a distance, the first `live` of them: one after another, or by a list of their numbers, where a negative one is none.
 struct Rows {
   int live, distance;
-  __device__ __forceinline__ int operator()(int row) const { return row < live ? row * distance : -1; }
-};
-
-// Rows of a panel by a list of their numbers, the first `live` of it; a negative number is none.
-struct Listed {
-  const int* list;
-  int live, distance;
+  const int* list = nullptr;
   __device__ __forceinline__ int operator()(int row) const {
-    const int number = row < live ? load_global(list + row) : -1;
+    if (row >= live) return -1;
+    const int number = list ? load_global(list + row) : row;
     return number < 0 ? -1 : number * distance;
   }
 };
@@ -79,7 +74,7 @@ struct Ring {
   // Ask for the first STAGES - 1 steps; fetch(place) copies one step's panels there, or nothing.
   template <class Fetch>
   __device__ __forceinline__ void start(Fetch&& fetch) {
-    FUSEDMOE_CUDA_UNROLL
+    FUSEDMOE_CUDA_ROLLED
     for (int i = 1; i < STAGES; i++) {
       fetch(place(i - 1));
       commit_copies();
@@ -139,29 +134,37 @@ struct Product {
   }
 
   // C += A B. `once`: products of float with 11 bits of each, else with all; of 16-bit types it means nothing.
-  // NARROW leaves out fragments from column `live` on.
-  template <bool NARROW = false>
+  // Of columns from `live` on what C gets is not said: a warp leaves out what it has of them, in halves.
   static __device__ __forceinline__ void multiply(const char* a, const char* b, Sums& c, bool once = false, int live = COLUMNS) {
+    const int mine = live - first_column();
+    if (mine <= 0) return;
+    if (N > 1 && mine <= N / 2 * 8) multiply_some<(N + 1) / 2>(a, b, c, once);
+    else multiply_some<N>(a, b, c, once);
+  }
+
+ private:
+  using A4 = uint32_t[4];
+  using B2 = uint32_t[2];
+
+  // The first COUNT fragments of each row of fragments.
+  template <int COUNT>
+  static __device__ __forceinline__ void multiply_some(const char* a, const char* b, Sums& c, bool once) {
     if constexpr (!wide) {
-      add_products<NARROW>(a, b, c, live);
+      add_products<COUNT>(a, b, c);
     } else {
       // Tensor cores cut where others round: in one chain over all of the reduction errors of one sign would add up.
       Sums part{};
       if (once) {
-        add_products<NARROW>(a, b, part, live);
+        add_products<COUNT>(a, b, part);
       } else {
         Sums cross{};
-        add_split_products<NARROW>(a, b, part, cross, live);
+        add_split_products<COUNT>(a, b, part, cross);
         // The rest of an infinite number is NaN, and says nothing.
         each(cross, part, [](float rest, float& to) { to += rest == rest ? rest : 0.0f; });
       }
       each(part, c, [](float from, float& to) { to += from; });
     }
   }
-
- private:
-  using A4 = uint32_t[4];
-  using B2 = uint32_t[2];
 
   template <class F>
   static __device__ __forceinline__ void each(const Sums& from, Sums& to, F&& f) {
@@ -198,40 +201,39 @@ struct Product {
   }
   // Two of these at once.
   static __device__ __forceinline__ void load_two(const char* panel, int j, int k, B2& b, B2& next) {
-    const int first = first_column() + j * 8;
-    uint32_t words[4];
-    if constexpr (!b_across) {
-      load_matrices<4>(words, panel + (first + lane() / 16 * 8 + lane() % 8) * PanelB::pitch + k * PanelB::size + lane() / 8 % 2 * 16);
-    } else if constexpr (!wide) {
-      load_matrices<4, true>(words, panel + (k + lane() % 16) * PanelB::pitch + (first + lane() / 16 * 8) * PanelB::size);
-    } else {
+    if constexpr (b_across && wide) {
       load_b(panel, j, k, b);
       load_b(panel, j + 1, k, next);
-      return;
+    } else {
+      const int first = first_column() + j * 8;
+      uint32_t words[4];
+      if constexpr (b_across)
+        load_matrices<4, true>(words, panel + (k + lane() % 16) * PanelB::pitch + (first + lane() / 16 * 8) * PanelB::size);
+      else
+        load_matrices<4>(words, panel + (first + lane() / 16 * 8 + lane() % 8) * PanelB::pitch + k * PanelB::size + lane() / 8 % 2 * 16);
+      b[0] = words[0], b[1] = words[1], next[0] = words[2], next[1] = words[3];
     }
-    b[0] = words[0], b[1] = words[1], next[0] = words[2], next[1] = words[3];
   }
   template <class P>
   static __device__ __forceinline__ uint32_t word(const char* panel, int row, int column) {
     return *reinterpret_cast<const uint32_t*>(panel + row * P::pitch + column * P::size);
   }
 
-  // f(j, B's words of columns 8 j..) for every fragment of this warp that has a column below `live`.
-  template <bool NARROW, class F>
-  static __device__ __forceinline__ void each_b(const char* panel, int k, int live, F&& f) {
+  // f(j, B's words of columns 8 j..) for the first COUNT fragments of this warp.
+  template <int COUNT, class F>
+  static __device__ __forceinline__ void each_b(const char* panel, int k, F&& f) {
     FUSEDMOE_CUDA_UNROLL
-    for (int j = 0; j < N; j += 2) {
-      if (NARROW && first_column() + j * 8 >= live) return;
+    for (int j = 0; j < COUNT; j += 2) {
       B2 b[2];
-      if (j + 1 < N) load_two(panel, j, k, b[0], b[1]);
+      if (j + 1 < COUNT) load_two(panel, j, k, b[0], b[1]);
       else load_b(panel, j, k, b[0]);
       f(j, b[0]);
-      if (j + 1 < N) f(j + 1, b[1]);
+      if (j + 1 < COUNT) f(j + 1, b[1]);
     }
   }
 
-  template <bool NARROW>
-  static __device__ __forceinline__ void add_products(const char* a_panel, const char* b_panel, Sums& c, int live) {
+  template <int COUNT>
+  static __device__ __forceinline__ void add_products(const char* a_panel, const char* b_panel, Sums& c) {
     FUSEDMOE_CUDA_UNROLL
     for (int k = 0; k < DEPTH; k += step) {
       A4 a[M];
@@ -240,7 +242,7 @@ struct Product {
         load_a(a_panel, i, k, a[i]);
         if constexpr (wide) round(a[i]);
       }
-      each_b<NARROW>(b_panel, k, live, [&](int j, B2& b) {
+      each_b<COUNT>(b_panel, k, [&](int j, B2& b) {
         if constexpr (wide) round(b);
         FUSEDMOE_CUDA_UNROLL
         for (int i = 0; i < M; i++) multiply_add<T>(c.at[i][j], a[i], b);
@@ -249,8 +251,8 @@ struct Product {
   }
 
   // A = its first 11 bits + rest, B alike: the product of the first ones into `c`, those of a first one and a rest into `cross`.
-  template <bool NARROW>
-  static __device__ __forceinline__ void add_split_products(const char* a_panel, const char* b_panel, Sums& c, Sums& cross, int live) {
+  template <int COUNT>
+  static __device__ __forceinline__ void add_split_products(const char* a_panel, const char* b_panel, Sums& c, Sums& cross) {
     FUSEDMOE_CUDA_UNROLL
     for (int k = 0; k < DEPTH; k += step) {
       A4 a[M], a_rest[M];
@@ -259,7 +261,7 @@ struct Product {
         load_a(a_panel, i, k, a[i]);
         split(a[i], a_rest[i]);
       }
-      each_b<NARROW>(b_panel, k, live, [&](int j, B2& b) {
+      each_b<COUNT>(b_panel, k, [&](int j, B2& b) {
         B2 b_rest;
         split(b, b_rest);
         FUSEDMOE_CUDA_UNROLL

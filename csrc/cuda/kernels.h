@@ -1,0 +1,49 @@
+// What the host may ask for: one function a kernel. A plan's integers (kernels/plan.py) say what each launch does; PyTorch is not known here.
+#pragma once
+#include <cstdint>
+
+#include "launch.h"
+
+namespace fusedmoe::cuda {
+
+enum class Number { bfloat16, float16, float32 };
+
+// The parameters' addresses travel in a kernel's argument, which may have 4 KB; a table with more of them keeps the rest in an array on the device.
+struct Addresses {
+  static constexpr int count = 448;
+  const void* at[count];
+  const void* const* more;
+};
+
+// Where sources and outputs lie: x [B, S, D] at distances x_row and x_slot, the stages' buffers one behind another, and out [B, width].
+struct Places {
+  void *x, *buffers, *out;
+  int64_t x_row, x_slot;
+};
+
+// A plan and what it speaks of. p: the softmax of every unit [reads, B]; weights: mixing weights [B, mixing], or null; rows: B.
+struct Network {
+  Places places;
+  float* p;
+  void* weights;
+  const int32_t* plan;
+  const float* floats;
+  int64_t rows;
+  int64_t mixing;
+  Addresses parameters;
+};
+
+// How a launch runs, as kernels/tiles.py chose it for the plan. rows, columns: of a tile; units: mixed at a time; keep: columns of a source that are
+// kept for all that read it, or 0; aligned: all that is read begins at multiples of 16 bytes, row by row; stored: so does what is written;
+// inner: some map has one inside; once: products of float32 by 11 bits of each number instead of all.
+struct Tiles {
+  Number number;
+  int rows, columns, units, keep;
+  bool aligned, stored, inner, once;
+};
+
+// Run the tiles whose programs stand at `place` of the plan, for every block of rows.
+// Raises: std::invalid_argument for tiles that no kernel is compiled for; std::runtime_error, as `launch`.
+void forward(const Network& network, const Tiles& tiles, int place, int programs, Stream stream);
+
+}  // namespace fusedmoe::cuda

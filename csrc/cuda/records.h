@@ -1,0 +1,59 @@
+// How kernels read the records of kernels/plan.py; what their numbers mean stands there.
+#pragma once
+#include "device.h"
+#include "kernels.h"
+
+namespace fusedmoe::cuda {
+
+enum SourceKind { from_x, from_buffer, to_output };
+// Numbers of a map before its sources, and of a source.
+constexpr int map_head = 8, source_size = 6;
+// Columns of what stages hand on begin at multiples of so many.
+constexpr int column_step = 16;
+
+// Rows at a distance, by the first number of the first one.
+template <class T>
+struct Row {
+  T* first;
+  int distance;
+};
+
+// What all threads of a block know: the rows from `row` on, `live` of them, of a network.
+template <class T>
+struct Block {
+  const Network& network;
+  int64_t row;
+  int live;
+
+  __device__ __forceinline__ int plan(int at) const { return load_global(network.plan + at); }
+  __device__ __forceinline__ float number(int at) const { return load_global(network.floats + at); }
+
+  __device__ __forceinline__ const T* parameter(int number) const {
+    const Addresses& all = network.parameters;
+    return static_cast<const T*>(number < Addresses::count ? all.at[number] : load_global(all.more + (number - Addresses::count)));
+  }
+  // Where the block's rows of a source stand, or of a unit's four numbers of one. Inside a tile 32 bits reach; what is larger stands in the first.
+  __device__ __forceinline__ Row<T> rows_of(int source, const Places& places) const {
+    const int kind = plan(source);
+    const int64_t column = plan(source + 1), distance = kind == from_x ? places.x_row : plan(source + 2);
+    const int64_t before = plan(source + 3) * network.rows + (kind == from_x ? column * places.x_slot : column);
+    void* base = kind == from_x ? places.x : kind == from_buffer ? places.buffers : places.out;
+    return {static_cast<T*>(base) + before + row * distance, int(distance)};
+  }
+  __device__ __forceinline__ Row<T> rows_of(int source) const { return rows_of(source, network.places); }
+
+  // v of one read: its fixed value, and its element of the learned tensor.
+  __device__ __forceinline__ float static_weight(int unit, int read) const {
+    float v = number(plan(unit + 5) + read);
+    const int tensor = plan(unit + 3);
+    if (tensor >= 0) {
+      const int element = plan(plan(unit + 4) + read);
+      if (element >= 0) v += widened(load_global(parameter(tensor) + element));
+    }
+    return v;
+  }
+  // Row `row` of the softmax scratch from the block's first row on.
+  __device__ __forceinline__ float* softmax(int64_t of) const { return network.p + of * network.rows + row; }
+};
+
+}  // namespace fusedmoe::cuda
