@@ -11,9 +11,14 @@ namespace fusedmoe::cuda {
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 
-__device__ __forceinline__ int thread() { return int(threadIdx.x); }
-__device__ __forceinline__ int warp() { return int(threadIdx.x) / 32; }
-__device__ __forceinline__ int lane() { return int(threadIdx.x) % 32; }
+// Asked for anew wherever it stands: otherwise all that loops make of it is worked out in front of them, and kept, in registers that accumulators need.
+__device__ __forceinline__ int thread() {
+  uint32_t number;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+  return int(number);
+}
+__device__ __forceinline__ int warp() { return int(uint32_t(thread()) / 32); }
+__device__ __forceinline__ int lane() { return int(uint32_t(thread()) % 32); }
 __device__ __forceinline__ int block_x() { return int(blockIdx.x); }
 __device__ __forceinline__ int block_y() { return int(blockIdx.y); }
 __device__ __forceinline__ int blocks_x() { return int(gridDim.x); }

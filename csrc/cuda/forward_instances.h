@@ -1,0 +1,41 @@
+// Which instances of the forward there are, and which one a launch takes.
+#pragma once
+#include "forward.h"
+#include "forward_as.h"
+
+namespace fusedmoe::cuda {
+
+// BLOCKS: of a multiprocessor at a time, for whose registers the kernel is compiled.
+template <class T, int ROWS, int COLUMNS, int UNITS, int THREADS, int BLOCKS, bool INNER>
+void launch_forward(const Network& network, const Tiles& tiles, int place, int programs, Stream stream) {
+  using Where = typename Forward<T, ROWS, COLUMNS, UNITS, THREADS, INNER>::Where;
+  if (tiles.units > UNITS) refuse(tiles);
+  const Call call{network, place, tiles.keep, tiles.units, tiles.aligned, tiles.stored, tiles.once};
+  const Shape shape{unsigned((network.rows + ROWS - 1) / ROWS), unsigned(programs), THREADS, size_t(Where::bytes(Where::panels_for(tiles.keep)))};
+  launch("forward", forward_kernel<T, ROWS, COLUMNS, UNITS, THREADS, BLOCKS, INNER>, shape, stream, call);
+}
+
+// Narrow tiles mix up to eight units, wide ones four; those of 128 rows three. What is narrower than its tile's columns leaves the rest out.
+template <class T, bool INNER>
+void choose_forward(const Network& network, const Tiles& tiles, int place, int programs, Stream stream) {
+  const auto run = [&](auto launch_one) { launch_one(network, tiles, place, programs, stream); };
+  const bool narrow = tiles.columns <= 32;
+  if constexpr (sizeof(T) == 4) {
+    if (!narrow) refuse(tiles);
+  } else {
+    if (!INNER && tiles.rows == 128) return run(launch_forward<T, 128, 64, 3, 256, 1, false>);
+    if (!narrow && tiles.rows == 64) return run(launch_forward<T, 64, 64, 4, 256, 2, INNER>);
+    if (!narrow && tiles.rows == 16) return run(launch_forward<T, 16, 64, 4, 128, 4, INNER>);
+  }
+  if (tiles.rows == 64) return run(launch_forward<T, 64, 32, 8, 256, 2, INNER>);
+  if (tiles.rows == 16) return run(launch_forward<T, 16, 32, 8, 128, 4, INNER>);
+  refuse(tiles);
+}
+
+template <class T>
+void forward_in(const Network& network, const Tiles& tiles, int place, int programs, Stream stream) {
+  if (tiles.inner) choose_forward<T, true>(network, tiles, place, programs, stream);
+  else choose_forward<T, false>(network, tiles, place, programs, stream);
+}
+
+}  // namespace fusedmoe::cuda
