@@ -55,35 +55,47 @@ BARRIERS = {
         "early return: expected every thread at the barrier",
     ),
     "lanes without numbers leave the softmax out": Bug(
-        "    const float y = expf(x - max_lanes(x));", "    if (lane() >= n) continue;\n    const float y = expf(x - max_lanes(x));", "plain", "(early return|divergent warp): expected"
+        "    const float y = expf(x - max_lanes(x));",
+        "    if (lane() >= n) continue;\n    const float y = expf(x - max_lanes(x));",
+        "plain",
+        "(early return|divergent warp): expected",
     ),
-}  # fmt: skip
+}
 
 COPIES = {
     "a wait for one group too few": Bug("wait_copies<STAGES - 2>()", "wait_copies<STAGES - 1>()", "plain", UNWAITED),
     "no wait at all": Bug("    wait_copies<STAGES - 2>();\n", "", "plain", UNWAITED),
     "no commit": Bug("    commit_copies();\n  };", "  };", "plain", "(gemm.*expected copies to be committed|" + WRONG + ")"),
     "no commit of the groups without copies": Bug("    commit_copies();\n  };", "    if (step < steps) commit_copies();\n  };", "plain", UNWAITED),
-    "a stage too few": Bug("shared + step % STAGES * (Of::a_stage + Of::b_stage);\n    const int at", "shared + step % 2 * (Of::a_stage + Of::b_stage);\n    const int at", "plain", WRONG),
+    "a stage too few": Bug(
+        "shared + step % STAGES * (Of::a_stage + Of::b_stage);\n    const int at",
+        "shared + step % 2 * (Of::a_stage + Of::b_stage);\n    const int at",
+        "plain",
+        WRONG,
+    ),
     "no zeros beyond the matrix": Bug("live ? piece : 0", "piece", "plain", WRONG),
-}  # fmt: skip
+}
 
 ADDRESSES = {
     "rows of a tile at odd addresses": Bug("line = 64, pad = 16", "line = 64, pad = 8", "plain", "misaligned (copy_async|load_matrices): expected"),
     "too little shared memory for a copy": Bug(
         "size_t(Tiles<T, STAGES, TURNED>::bytes)", "size_t(Tiles<T, STAGES, TURNED>::bytes - 256)", "plain", "outside: expected copy_async of 16 bytes inside"
     ),
-    "too little shared memory": Bug("threads * sizeof(float)}", "threads * sizeof(float) / 2}", "plain", "expected writes inside the 256 bytes of shared memory"),
+    "too little shared memory": Bug(
+        "threads * sizeof(float)}", "threads * sizeof(float) / 2}", "plain", "expected writes inside the 256 bytes of shared memory"
+    ),
     "too little shared memory, sanitized": Bug("threads * sizeof(float)}", "threads * sizeof(float) / 2}", "sanitized", "AddressSanitizer: use-after-poison"),
     "a row mask lost on a load": Bug("row < live_rows && column", "(row < live_rows || true) && column", "plain", "outside: expected a load inside a tensor"),
     "a row mask lost on a store": Bug("if (row < m && column < n)", "if (column < n)", "plain", "outside: expected a store inside a tensor"),
-    "a column mask lost on a store": Bug("if (row < m && column < n)", "if (row < m)", "plain", "(outside: expected a store inside a tensor|race: expected a store)"),
-    "blocks that write the same columns": Bug("column = first_column + i % tile;", "column = i % tile;", "plain", "race: expected a store to what no other block writes"),
+    "a column mask lost on a store": Bug("if (row < m && column < n)", "if (row < m)", "plain", "(outside: expected a store inside|race: expected a store)"),
+    "blocks that write the same columns": Bug(
+        "column = first_column + i % tile;", "column = i % tile;", "plain", "race: expected a store to what no other block writes"
+    ),
     "lanes of A exchanged": Bug("k * int(sizeof(T)) + lane() / 16 * 16", "k * int(sizeof(T)) + lane() / 8 % 2 * 16", "plain", WRONG),
     "lanes of B exchanged": Bug("k * int(sizeof(T)) + lane() / 8 % 2 * 16", "k * int(sizeof(T)) + lane() % 2 * 16", "plain", WRONG),
     "lanes of C exchanged": Bug("8 * half + lane() / 4,", "8 * half + lane() % 8,", "plain", WRONG),
     "B not transposed": Bug("load_matrices<2, true>", "load_matrices<2>", "plain", WRONG),
-}  # fmt: skip
+}
 
 BUGS = {**BARRIERS, **COPIES, **ADDRESSES}
 # One of each way to find a bug.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -36,6 +37,9 @@ EMULATOR = [HERE / name for name in ("fiber.cpp", "block.cpp", "emulator.cpp")]
 SAMPLES = [HERE / name for name in ("gemm.cu", "operations.cu")]
 TESTS = [HERE / name for name in ("test_samples.cpp", "test_operations.cpp", "misuses.cpp")]
 INCLUDES = [f"-I{path}" for path in (ROOT / "csrc", HERE, ROOT / "tests" / "cpp")]
+
+# What nvcc compiles for ahead of time: every architecture that instructions differ in.
+ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120")
 
 # Seed 0 is the order of the threads; and what arrives when.
 SCHEDULES = [(seed, copies) for seed in range(4) for copies in ("lazy", "eager")]
@@ -121,6 +125,26 @@ def toolkit() -> Path | None:
     nvcc = shutil.which("nvcc")
     places = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and Path(nvcc).resolve().parent.parent]
     return next((Path(place) for place in places if place and Path(place, "bin", "nvcc").exists() and Path(place, "include").exists()), None)
+
+
+def resources(source: Path) -> dict[tuple[str, str], str]:
+    """Compile for every architecture of ARCHS with nvcc; return what the assembler says of registers, stack and spills by (architecture, kernel).
+
+    Raises: SystemExit with nvcc's words if it does not compile.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        targets = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHS]
+        command = [str(toolkit() / "bin" / "nvcc"), "-std=c++20", "-O3", "-Werror=all-warnings", "-Xptxas=-v", *targets, *INCLUDES]
+        result = subprocess.run([*command, "-c", str(source), "-o", str(Path(folder, "object.o"))], capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"{source.name} does not compile with nvcc: {result.stderr}")
+    found, at = {}, None
+    for line in result.stderr.splitlines():
+        if entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            at = (entry[2], entry[1])
+        elif at and re.search(r"bytes stack frame|Used \d+ registers", line):
+            found[at] = f"{found.get(at, '')} {line.strip()}".strip()
+    return found
 
 
 def cutlass() -> Path | None:
