@@ -6,10 +6,21 @@ What takes a minute or more is left to .ci/run: the sanitizers, most planted bug
 import re
 
 import pytest
+import torch
 
-from .cuda_on_cpu import planted, run
+from .cuda_on_cpu import executed, planted, run
 
 NO_NVCC = "cuda_on_cpu: expected nvcc in $CUDA_HOME/bin, /usr/local/cuda/bin or on the path, found none"
+# operation_words of samples.h.
+OPERATION_WORDS = 51
+# Types, as they stand in mangled names, and whether B is [K, N].
+GEMMS = [
+    (torch.bfloat16, "13__nv_bfloat16", False),
+    (torch.bfloat16, "13__nv_bfloat16", True),
+    (torch.float16, "6__half", False),
+    (torch.float16, "6__half", True),
+    (torch.float32, "f", False),
+]
 
 
 def slow_but(names, quick) -> list:
@@ -49,6 +60,61 @@ def test_lane_maps_are_those_of_cutlass():
         pytest.skip("cuda_on_cpu: expected the package nvidia-cutlass, whose headers name the lanes, got none")
     result = run.fragments()
     assert result.returncode == 0 and result.stdout.endswith("places checked\n"), result.stderr
+
+
+@pytest.fixture(scope="module")
+def modules() -> dict[str, str]:
+    """The sample kernels as nvcc's PTX, by what names them."""
+    if not run.toolkit():
+        pytest.skip(NO_NVCC)
+    return {name: module for source in run.SAMPLES for name, module in executed.kernels(source).items()}
+
+
+def module_of(modules: dict[str, str], part: str) -> str:
+    (name,) = [name for name in modules if part in name]
+    return modules[name]
+
+
+def test_operations_in_ptx(modules, tmp_path):
+    """Bit for bit what the emulator's own are held against."""
+    numbers = [0x3C00 + 64 * (i * 5 % 7) | (0xBC00 + 64 * (i * 3 % 8)) << 16 for i in range(256)]
+    words = torch.zeros(32 * OPERATION_WORDS, dtype=torch.int32)
+    tensors = {"from": torch.tensor(numbers, dtype=torch.int64).to(torch.int32), "to": words}
+    counts = executed.execute(module_of(modules, "operations_kernel"), 96 * 4 + 512, (1,), tensors)
+    assert (counts.mmas, counts.barriers) == (3, 1)
+    (tmp_path / "words").write_bytes(words.numpy().tobytes())
+    result = run.under(run.build("plain"), "operations", words=tmp_path / "words")
+    assert result.stdout == f"{OPERATION_WORDS} operations checked\n", result.stderr
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize(("dtype", "name", "turned"), GEMMS, ids=lambda value: str(value))
+def test_gemm_in_ptx(modules, dtype, name, turned, stages):
+    """Numbers, bytes, matrix products and barriers are those of the emulator: the rule of test_samples.cpp, on one of its sizes."""
+    m, n, k, size = 70, 72, 40, dtype.itemsize
+    generator = torch.Generator().manual_seed(stages)
+    a = torch.randn(m, k, generator=generator).to(dtype)
+    b = torch.randn((k, n) if turned else (n, k), generator=generator).to(dtype)
+    c = torch.full((m, n), torch.nan)
+    columns = 64 // size
+    stage = 64 * 80 + (columns * (64 * size + 16) if turned else 64 * 80)
+    module = module_of(modules, f"gemm_kernelI{name}Li{stages}ELb{int(turned)}E")
+    counts = executed.execute(module, max(stages * stage, 64 * 68 * 4), (2, 2), {"a": a, "b": b, "c": c}, (m, n, k))
+    x, y = tf32(a), tf32(b if turned else b.T)
+    truth = x.double() @ y.double()
+    plain = torch.zeros(m, n)
+    for column in range(k):
+        plain += x[:, column : column + 1] * y[column : column + 1]
+    allowed = 2 * (plain - truth).abs().max() + 8 * 2**-24 * truth.abs().max()
+    assert (c - truth).abs().max() <= allowed
+    steps = -(-k // columns)
+    assert (counts.mmas, counts.barriers) == (4 * steps * 64, 4 * (steps + 2))
+    assert (counts.read, counts.written) == ({"a": 2 * a.nbytes, "b": 2 * b.nbytes}, {"c": c.nbytes})
+
+
+def tf32(x: torch.Tensor) -> torch.Tensor:
+    """16-bit numbers as they are, others rounded to tf32, ties away from zero."""
+    return x.float() if x.dtype.itemsize == 2 else (x.view(torch.int32) + 0x1000 & -0x2000).view(torch.float32)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 #include "checks.h"
 
 #include <array>
+#include <span>
 
 #include "cuda/device.h"
 
@@ -113,6 +114,9 @@ const Misuse addresses[] = {
      }},
     {"expected copy_async of 0 to 16 bytes, got 17", {1, 1, 32, 1024},
      [](Numbers from) { copy_async<16>(shared_memory<char>() + 16 * lane(), from, 17); }},
+};
+
+const Misuse global_memory[] = {
     {"misaligned load: expected an address at a multiple of 16 bytes", {1, 1, 32},
      [](Numbers from) { load_global(reinterpret_cast<const Vector<uint32_t, 4>*>(from + lane())); }},
     {"outside: expected a load inside a tensor, got 4 bytes at byte 1024 of numbers, which has 1024", {1, 1, 32},
@@ -132,6 +136,9 @@ const Misuse addresses[] = {
        store_global(sums + block_x(), 1.0f);
        load_global(sums + 1 - block_x());
      }},
+};
+
+const Misuse left_over[] = {
     {"expected copies to be committed before the thread returns", {1, 1, 32, 512},
      [](Numbers from) {
        copy_line(from);
@@ -194,6 +201,15 @@ const Misuse proper[] = {
        wait_copies<0>();
        if (!there(2)) fail({}, "expected the last group");
      }},
+    {"zeros for what a copy does not give", {1, 1, 32, 512},
+     [](Numbers from) {
+       char* to = shared_memory<char>() + 16 * lane();
+       copy_async<16>(to, from + 4 * lane(), lane() % 17);
+       commit_copies();
+       wait_copies<0>();
+       for (int i = 0; i < 16; i++)
+         if (to[i] != (i < lane() % 17 ? reinterpret_cast<const char*>(from + 4 * lane())[i] : 0)) fail({}, "expected zeros behind it");
+     }},
     {"groups without copies count", {1, 1, 32, 512},
      [](Numbers from) {
        copy_line(from);
@@ -242,9 +258,8 @@ int check_misuses() {
   for (uint64_t seed = 0; seed < 4; seed++)
     for (bool eager : {false, true}) {
       settings() = {seed, eager};
-      for (const Misuse& misuse : divergences) check_refused(misuse, numbers.data()), checked++;
-      for (const Misuse& misuse : addresses) check_refused(misuse, numbers.data()), checked++;
-      for (const Misuse& misuse : shapes) check_refused(misuse, numbers.data()), checked++;
+      for (std::span<const Misuse> misuses : std::initializer_list<std::span<const Misuse>>{divergences, addresses, global_memory, left_over, shapes})
+        for (const Misuse& misuse : misuses) check_refused(misuse, numbers.data()), checked++;
       // After so many errors, and among them.
       for (const Misuse& each : proper) run(each, numbers.data()), checked++;
     }

@@ -27,16 +27,17 @@ __device__ __forceinline__ void write_matrices(Writer& out, const uint32_t* shar
   out.words(four);
 }
 
-// The numbers of from are read as pairs of T, and for float as tf32.
+// The numbers of from are read as pairs of T, and for float the upper halves as tf32.
 template <class T>
 __device__ __forceinline__ void write_product(Writer& out, const uint32_t* from) {
+  constexpr uint32_t used = sizeof(T) == 2 ? 0xffffffff : 0xffff0000;
   float c[4];
   uint32_t a[4], b[2];
   for (int i = 0; i < 4; i++) {
     c[i] = float(lane() - 8 * i);
-    a[i] = load_global(from + (32 * i + lane()) % 256);
+    a[i] = load_global(from + (32 * i + lane()) % 256) & used;
   }
-  for (int i = 0; i < 2; i++) b[i] = load_global(from + (32 * i + lane() + 128) % 256);
+  for (int i = 0; i < 2; i++) b[i] = load_global(from + (32 * i + lane() + 128) % 256) & used;
   multiply_add<T>(c, a, b);
   for (int i = 0; i < 4; i++) out.number(c[i]);
 }
@@ -56,9 +57,9 @@ __global__ void __launch_bounds__(32) operations_kernel(const uint32_t* from, ui
   out.word(uint32_t(shuffle_down(-lane(), 1)));
   out.number(sum_lanes<8>(number));
   out.number(max_lanes(number));
-  // Each size of a copy once, the second half of it cut short: at 0, 128 and 384 bytes.
-  copy_async<4>(shared + lane(), from + lane(), lane() % 2 ? 4 : 1);
-  copy_async<8>(shared + 32 + 2 * lane(), from + 2 * lane(), lane() % 2 ? 8 : 3);
+  // Each size of a copy once, cut short in every second lane: at 0, 128 and 384 bytes.
+  copy_async<4>(shared + lane(), from + lane(), lane() % 2 ? 4 : 0);
+  copy_async<8>(shared + 32 + 2 * lane(), from + 2 * lane(), lane() % 2 ? 8 : 4);
   commit_copies();
   copy_async<16>(shared + 96 + 4 * lane(), from + 4 * lane(), lane() % 2 ? 16 : 0);
   commit_copies();

@@ -103,9 +103,10 @@ def build(kind: str, samples: Sequence[Path] = SAMPLES, folder: Path | None = No
     return program
 
 
-def under(program: Path, check: str, seed: int = 0, copies: str = "lazy") -> subprocess.CompletedProcess:
-    """Run one check of a test program under one schedule."""
+def under(program: Path, check: str, seed: int = 0, copies: str = "lazy", words: Path | None = None) -> subprocess.CompletedProcess:
+    """Run one check of a test program under one schedule; that of operations on `words`, if somebody else has computed them."""
     environment = {**os.environ, "FUSEDMOE_CUDA_SEED": str(seed), "FUSEDMOE_CUDA_COPIES": copies, "TSAN_OPTIONS": "halt_on_error=1"}
+    environment |= {"FUSEDMOE_OPERATIONS": str(words)} if words else {}
     return subprocess.run([program, check], env=environment, capture_output=True, text=True)
 
 
