@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <bit>
 #include <cstring>
 #include <new>
 #include <utility>
@@ -30,7 +31,7 @@ char* map(size_t bytes) {
   return static_cast<char*>(memory);
 }
 
-bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
 
 Block* block = nullptr;
 
@@ -156,16 +157,16 @@ int Block::next_thread() {
     for (int i = 0; i < count; i++)
       if (warps_[i].ready && (best < 0 || warps_[i].priority > warps_[best].priority)) best = i;
     if (best < 0) return -1;
-    uint32_t lanes = warps_[best].ready;
-    for (unsigned skip = draws_->below(unsigned(__builtin_popcount(lanes))); skip > 0; skip--) lanes &= lanes - 1;
-    return best * warp_size + __builtin_ctz(lanes);
+    // The first one from a lane that is drawn.
+    const int start = int(draws_->below(warp_size));
+    return best * warp_size + (start + std::countr_zero(std::rotr(warps_[best].ready, start))) % warp_size;
   }
   const int warp = running.thread / warp_size;
   const uint32_t later = ~(bit_of(running.thread) | (bit_of(running.thread) - 1));
-  if (const uint32_t lanes = warps_[warp].ready & later) return warp * warp_size + __builtin_ctz(lanes);
+  if (const uint32_t lanes = warps_[warp].ready & later) return warp * warp_size + std::countr_zero(lanes);
   for (int i = 1; i <= count; i++) {
     const int other = (warp + i) % count;
-    if (const uint32_t lanes = warps_[other].ready) return other * warp_size + __builtin_ctz(lanes);
+    if (const uint32_t lanes = warps_[other].ready) return other * warp_size + std::countr_zero(lanes);
   }
   return -1;
 }
@@ -205,7 +206,7 @@ std::string Block::where(Site site) const {
 
 // The first of these lanes, as a thread.
 std::string Block::names_of(const Warp& warp, uint32_t lanes) const {
-  return "thread " + std::to_string((&warp - warps_.data()) * warp_size + __builtin_ctz(lanes));
+  return "thread " + std::to_string((&warp - warps_.data()) * warp_size + std::countr_zero(lanes));
 }
 
 void Block::sync(Site site) {

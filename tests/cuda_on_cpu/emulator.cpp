@@ -14,13 +14,14 @@ Running running;
 
 namespace {
 
+Counts counted{};
+
 // One launch at a time, whoever asks for it.
 std::mutex launching;
 
-Block& block() {
-  static Block only;
-  return only;
-}
+// Of the launch that runs, which stay as they are until the next one.
+Block* block = nullptr;
+bool eager = false;
 
 Settings from_environment() {
   Settings settings;
@@ -72,10 +73,7 @@ Settings& settings() {
   return now;
 }
 
-Counts& counts() {
-  static Counts now{};
-  return now;
-}
+Counts& counts() { return counted; }
 
 std::vector<Region>& regions() {
   static std::vector<Region> all;
@@ -98,47 +96,50 @@ void run(const char* kernel, Index grid, int threads, size_t shared_bytes, const
   std::iota(order.begin(), order.end(), 0);
   if (drawn)
     for (uint64_t left = blocks; left > 1; left--) std::swap(order[left - 1], order[draws.next() % left]);
+  static Block only;
+  block = &only;
+  eager = settings().eager;
   running.grid = grid;
   counts().launches++;
-  block().set_up(kernel, threads, shared_bytes, body);
+  block->set_up(kernel, threads, shared_bytes, body);
   blocks_before = blocks_begun;
   for (uint64_t i : order) {
     blocks_begun++;
-    block().run({unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)}, drawn ? &draws : nullptr);
+    block->run({unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)}, drawn ? &draws : nullptr);
     counts().blocks++;
   }
 }
 
-void fail(Site site, const std::string& message) { throw Error(block().where(site) + ": " + message); }
+void fail(Site site, const std::string& message) { throw Error(block->where(site) + ": " + message); }
 
-void sync_block(Site site) { block().sync(site); }
+void sync_block(Site site) { block->sync(site); }
 
-void together(const Together& operation, Site site, void* brought) { block().together(operation, site, brought); }
+void together(const Together& operation, Site site, void* brought) { block->together(operation, site, brought); }
 
 void copy_async(void* to, const void* from, int bytes, int given, Site site) {
   check_shared(to, size_t(bytes), "copy_async", site);
   if (given < 0 || given > bytes) fail(site, "expected copy_async of 0 to " + std::to_string(bytes) + " bytes, got " + std::to_string(given));
   check_alignment(from, size_t(bytes), "source of copy_async", site);
   if (given) touch_global(from, size_t(given), 1, false, site);
-  block().switch_point();
+  block->switch_point();
   const Copy copy{to, from, bytes, given};
-  if (settings().eager) arrive(copy);
+  if (eager) arrive(copy);
   const Unwatched books;
-  block().current().copies.push_back(copy);
+  block->current().copies.push_back(copy);
 }
 
 void commit_copies() {
   const Unwatched books;
-  Thread& self = block().current();
+  Thread& self = block->current();
   self.groups.push_back(self.copies.size());
 }
 
 void wait_copies(size_t but) {
-  block().switch_point();
+  block->switch_point();
   std::vector<Copy> due;
   {
     const Unwatched books;
-    Thread& self = block().current();
+    Thread& self = block->current();
     if (self.groups.size() <= but) return;
     const auto last = self.groups.end() - ptrdiff_t(but);
     const size_t count = last[-1];
@@ -147,13 +148,13 @@ void wait_copies(size_t but) {
     self.groups.erase(self.groups.begin(), last);
     for (size_t& end : self.groups) end -= count;
   }
-  if (!settings().eager)
+  if (!eager)
     for (const Copy& copy : due) arrive(copy);
 }
 
 void check_shared(const void* first, size_t bytes, const char* what, Site site) {
   check_alignment(first, bytes, what, site);
-  if (!block().has_shared(first, bytes))
+  if (!block->has_shared(first, bytes))
     fail(site, std::string("outside: expected ") + what + " of " + std::to_string(bytes) + " bytes inside shared memory, got byte " +
                    std::to_string(static_cast<const char*>(first) - running.shared) + " of it");
 }

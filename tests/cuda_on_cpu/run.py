@@ -6,6 +6,7 @@ Sources that nvcc compiles, `.cu`, are C++ here: csrc/cuda/device.h finds the em
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import re
@@ -16,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -30,7 +32,7 @@ SANITIZE = {
     "sanitized": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "threads": ["-fsanitize=thread"],
 }
-OPTIMIZE = {"plain": ["-O2"], "sanitized": ["-O1", "-g", "-DFUSEDMOE_TEST_HEAP"], "threads": ["-O1", "-g"]}
+OPTIMIZE = {"plain": ["-O2"], "sanitized": ["-O2", "-g", "-DFUSEDMOE_TEST_HEAP"], "threads": ["-O2", "-g"]}
 KINDS = tuple(SANITIZE)
 
 EMULATOR = [HERE / name for name in ("fiber.cpp", "block.cpp", "emulator.cpp")]
@@ -78,7 +80,6 @@ def missing(kind: str) -> str | None:
 def compiled(kind: str, sources: Sequence[Path], folder: Path) -> list[Path]:
     """Compile what has changed for the emulator, and return the objects. Raises: SystemExit naming what does not compile."""
     rules = recipe()
-    folder.mkdir(parents=True, exist_ok=True)
     targets, due = [], []
     for source in sources:
         target = folder / f"{source.stem}.o"
@@ -96,11 +97,30 @@ def build(kind: str, samples: Sequence[Path] = SAMPLES, folder: Path | None = No
     """Return the test program with these sample kernels, which `folder` is for. Raises: SystemExit naming what does not compile."""
     common = ROOT / "build" / f"cuda_on_cpu-{kind}"
     folder = folder or common
-    objects = [*compiled(kind, [*EMULATOR, *TESTS], common), *compiled(kind, samples, folder)]
-    program = folder / "test_samples"
+    with alone(common):
+        objects = compiled(kind, [*EMULATOR, *TESTS], common)
+    with alone(folder):
+        objects += compiled(kind, samples, folder)
+        program = folder / "test_samples"
+        link(kind, objects, program)
+    return program
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep the other workers of a parallel test run out of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def link(kind: str, objects: Sequence[Path], program: Path) -> None:
+    """Link what has changed. Raises: SystemExit if it does not link."""
+    if program.exists() and all(target.stat().st_mtime <= program.stat().st_mtime for target in objects):
+        return
     if subprocess.run([*compiler(), *SANITIZE[kind], *map(str, objects), "-pthread", "-o", str(program)]).returncode:
         raise SystemExit(f"the {kind} test of the emulator does not link; the linker's messages stand above.")
-    return program
 
 
 def under(program: Path, check: str, seed: int = 0, copies: str = "lazy", words: Path | None = None) -> subprocess.CompletedProcess:
