@@ -60,7 +60,7 @@ fusedmoe_switch:
 #else
 #include <ucontext.h>
 
-static void fusedmoe_switch(void** from, void* to) {
+FUSEDMOE_UNSEEN static void fusedmoe_switch(void** from, void* to) {
   ucontext_t here;
   *from = &here;
   swapcontext(&here, static_cast<ucontext_t*>(to));

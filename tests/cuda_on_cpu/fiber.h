@@ -49,10 +49,4 @@ class Unwatched {
 void forbid(void* first, size_t bytes);
 void permit(void* first, size_t bytes);
 
-#if defined(__SANITIZE_THREAD__)
-constexpr bool watched_for_races = true;
-#else
-constexpr bool watched_for_races = false;
-#endif
-
 }  // namespace fusedmoe::cuda_on_cpu
