@@ -128,6 +128,19 @@ def test_compiled_by_nvcc_for_every_architecture(source):
     assert spilled == {}
 
 
+@pytest.mark.slow
+def test_operations_on_a_device(tmp_path):
+    """Or CUDA's error by its name, where there is no driver or no device."""
+    if not run.toolkit():
+        pytest.skip(NO_NVCC)
+    result = run.on_device(tmp_path / "words")
+    if result.returncode:
+        assert re.fullmatch(r"cuda: the launch of operations failed with cudaError(InsufficientDriver|NoDevice) \(.+\)\n", result.stderr)
+        return
+    checked = run.under(run.build("plain"), "operations", words=tmp_path / "words")
+    assert checked.stdout == f"{OPERATION_WORDS} operations checked\n", checked.stderr
+
+
 def test_unknown_kind_is_refused():
     with pytest.raises(ValueError, match="kind: expected one of plain, sanitized, threads, got 'fast'"):
         run.missing("fast")

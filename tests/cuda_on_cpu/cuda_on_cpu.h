@@ -1,5 +1,6 @@
 // csrc/cuda/device.h and launch.h for a compiler of the processor: CUDA's words, and every operation as the emulator does it.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <source_location>
@@ -51,8 +52,24 @@ template <int N, bool TRANSPOSED>
 struct Matrices {
   uint16_t row[8];
   uint32_t (&to)[N];
+  uintptr_t at;
+
+  // A matrix comes in one go if its rows, of 16 bytes, lie in different groups of four banks, or are the same.
+  static void count_conflicts(void* const (&brought)[warp_size]) {
+    for (int matrix = 0; matrix < N; matrix++) {
+      int rows[8] = {}, most = 0;
+      for (int row = 0; row < 8; row++) {
+        const auto line = [&](int i) { return static_cast<const Matrices*>(brought[8 * matrix + i])->at / 16; };
+        bool again = false;
+        for (int before = 0; before < row; before++) again |= line(before) == line(row);
+        most = std::max(most, again ? 0 : ++rows[line(row) % 8]);
+      }
+      counts().bank_conflicts += uint64_t(most - 1);
+    }
+  }
 
   static void act(void* const (&brought)[warp_size]) {
+    count_conflicts(brought);
     for (int lane = 0; lane < warp_size; lane++)
       for (int matrix = 0; matrix < N; matrix++) {
         const auto number = [&](int half) {
@@ -175,7 +192,7 @@ inline void load_matrices(uint32_t (&to)[N], const void* row, const Here& here =
   static_assert(N == 1 || N == 2 || N == 4);
   using Matrices = cuda_on_cpu::Matrices<N, TRANSPOSED>;
   static constexpr cuda_on_cpu::Together operation{"load_matrices", Matrices::act};
-  Matrices self{{}, to};
+  Matrices self{{}, to, uintptr_t(row)};
   if (lane() < 8 * N) {
     cuda_on_cpu::check_shared(row, 16, "load_matrices", site(here));
     std::memcpy(self.row, row, 16);

@@ -32,9 +32,10 @@ struct Settings {
 // What the next launch goes by. At first from FUSEDMOE_CUDA_SEED (a number) and FUSEDMOE_CUDA_COPIES (lazy or eager).
 Settings& settings();
 
-// What was done since the program began, or since somebody put it to zero. Bytes are those of global memory.
+// What was done since the program began, or since somebody put it to zero. Bytes are those of global memory; load_matrices waits once more for
+// every row of a matrix that lies in the same banks as another one.
 struct Counts {
-  uint64_t launches, blocks, barriers, matrix_products, bytes_read, bytes_written;
+  uint64_t launches, blocks, barriers, matrix_products, bytes_read, bytes_written, bank_conflicts;
 };
 Counts& counts();
 

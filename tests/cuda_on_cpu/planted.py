@@ -78,6 +78,7 @@ COPIES = {
 
 ADDRESSES = {
     "rows of a tile at odd addresses": Bug("line = 64, pad = 16", "line = 64, pad = 8", "plain", "misaligned (copy_async|load_matrices): expected"),
+    "rows of a tile in the same banks": Bug("line = 64, pad = 16", "line = 64, pad = 0", "plain", "gemm .*bank conflicts: expected"),
     "too little shared memory for a copy": Bug(
         "size_t(Tiles<T, STAGES, TURNED>::bytes)", "size_t(Tiles<T, STAGES, TURNED>::bytes - 256)", "plain", "outside: expected copy_async of 16 bytes inside"
     ),

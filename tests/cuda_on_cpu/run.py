@@ -168,6 +168,18 @@ def resources(source: Path) -> dict[tuple[str, str], str]:
     return found
 
 
+def on_device(words: Path) -> subprocess.CompletedProcess:
+    """Build a program of nvcc's with the operations and run it, which writes what they gave. Raises: SystemExit if it does not compile."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "device")
+        targets = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHS]
+        command = [str(toolkit() / "bin" / "nvcc"), "-std=c++20", "-O3", *targets, *INCLUDES, str(HERE / "device.cu"), str(HERE / "operations.cu")]
+        result = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
+        if result.returncode:
+            raise SystemExit(f"device.cu does not compile with nvcc: {result.stderr}")
+        return subprocess.run([program, words], capture_output=True, text=True)
+
+
 def cutlass() -> Path | None:
     """The folder of CUTLASS's headers, which the package nvidia-cutlass brings."""
     found = importlib.util.find_spec("cutlass_library")

@@ -156,9 +156,8 @@ int check_float16() {
 }  // namespace
 
 int check_operations() {
-  std::vector<uint32_t> from(256), to(32 * cuda::samples::operation_words, 0x7fffffff);
-  // Pairs of numbers that are short in either 16-bit type, signs mixed: the sums of their products are exact in float, whatever their order.
-  for (uint32_t i = 0; i < from.size(); i++) from[i] = (0x3c00 + 64 * (i * 5 % 7)) | (0xbc00 + 64 * (i * 3 % 8)) << 16;
+  const std::vector<uint32_t> from = cuda::samples::operation_input();
+  std::vector<uint32_t> to(32 * cuda::samples::operation_words, 0x7fffffff);
   if (const char* file = std::getenv("FUSEDMOE_OPERATIONS"))
     read(file, to);
   else

@@ -93,6 +93,7 @@ void check_gemm(Gemm call, const std::string& what) {
   check_equal(regions()[2].bytes_written, regions()[2].bytes, what + ", bytes of c");
   check_equal(counts().matrix_products - before.matrix_products, tiles(call.m) * tiles(call.n) * steps * 64, what + ", matrix products");
   check_equal(counts().barriers - before.barriers, tiles(call.m) * tiles(call.n) * (steps + 2), what + ", barriers");
+  check_equal(counts().bank_conflicts, before.bank_conflicts, what + ", bank conflicts");
   regions().clear();
 }
 
