@@ -89,7 +89,8 @@ void run(const char* kernel, Index grid, int threads, size_t shared_bytes, const
     throw Error(std::string(kernel) + ": expected a grid of 1 to 2147483647 by 65535 by 65535 blocks, got " + std::to_string(grid.x) + " by " +
                 std::to_string(grid.y) + " by " + std::to_string(grid.z));
   if (shared_bytes > most_shared_bytes)
-    throw Error(std::string(kernel) + ": expected at most " + std::to_string(most_shared_bytes) + " bytes of shared memory, got " + std::to_string(shared_bytes));
+    throw Error(std::string(kernel) + ": expected at most " + std::to_string(most_shared_bytes) + " bytes of shared memory, got " +
+                std::to_string(shared_bytes));
   Draws draws(settings().seed);
   const bool drawn = settings().seed != 0;
   std::vector<uint64_t> order(blocks);

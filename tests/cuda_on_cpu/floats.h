@@ -39,7 +39,10 @@ inline float16 rounded<float16>(float x) {
   if (rest > 0x7f800000) return {0x7fff};
   if (rest >= std::bit_cast<uint32_t>(65536.0f)) return {uint16_t(sign | 0x7c00)};
   // Beside 0.5 a float's last place is 2^-24: the addition rounds.
-  if (rest < std::bit_cast<uint32_t>(0x1p-14f)) return {uint16_t(sign | (std::bit_cast<uint32_t>(std::bit_cast<float>(rest) + 0.5f) - std::bit_cast<uint32_t>(0.5f)))};
+  if (rest < std::bit_cast<uint32_t>(0x1p-14f)) {
+    const float places = std::bit_cast<float>(rest) + 0.5f;
+    return {uint16_t(sign | (std::bit_cast<uint32_t>(places) - std::bit_cast<uint32_t>(0.5f)))};
+  }
   return {uint16_t(sign | ((rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13))};
 }
 

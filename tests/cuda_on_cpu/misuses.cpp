@@ -218,6 +218,14 @@ const Misuse proper[] = {
        wait_copies<1>();
        if (shared_memory<uint32_t>()[4 * lane()] != uint32_t(4 * lane())) fail({}, "expected what the first group brought");
      }},
+    {"as many threads and as much shared memory as there can be", {2, 1, 1024, 232448},
+     [](Numbers) {
+       char* all = shared_memory<char>();
+       for (int i = thread(); i < 232448; i += 1024) all[i] = char(i / 7);
+       sync_block();
+       for (int i = 1023 - thread(); i < 232448; i += 1024)
+         if (all[i] != char(i / 7)) fail({}, "expected what another thread wrote");
+     }},
     {"what one barrier orders, in both directions", {4, 1, 96, 384},
      [](Numbers) {
        int* all = shared_memory<int>();

@@ -67,7 +67,9 @@ void check_gemm(Gemm call, const std::string& what) {
   call.a = a.data();
   call.b = b.data();
   call.c = c.data();
-  regions() = {{"a", call.a, sizeof(T) * call.m * call.k, false}, {"b", call.b, sizeof(T) * call.n * call.k, false}, {"c", call.c, size_t(4) * call.m * call.n, true}};
+  regions() = {{"a", call.a, sizeof(T) * call.m * call.k, false},
+               {"b", call.b, sizeof(T) * call.n * call.k, false},
+               {"c", call.c, sizeof(float) * call.m * call.n, true}};
   const Counts before = counts();
   cuda::samples::gemm(call, nullptr);
   const auto number_of_b = [&](int k, int column) { return operand(b.data()[call.turned ? k * call.n + column : column * call.k + k]); };
