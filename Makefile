@@ -120,6 +120,8 @@ $(PYTHON):
 $(STAMPS)/requirements: requirements-dev.txt | $(PYTHON)
 	$(call say,installing the development requirements into $(VENV))
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check -r $(if $(VIRTUAL_ENV),<(sed 's/==[^;]*//' requirements-dev.txt),requirements-dev.txt)
+	@# For its headers, which say what lane holds which number; its Python wants much that nobody here needs.
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0
 	@mkdir -p $(@D) && touch $@
 
 $(STAMPS)/extension: $(SOURCES) $(STAMPS)/requirements
