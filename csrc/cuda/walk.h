@@ -32,7 +32,7 @@ struct alignas(16) Piece {
 
 // `panels`: those of sources. keep: a source stays for all maps of its run.
 template <class T, int COLUMNS, bool INNER>
-struct Walk {
+struct alignas(16) Walk {
   int panels;
   bool keep;
   List list;

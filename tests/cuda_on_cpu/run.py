@@ -115,11 +115,12 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def link(kind: str, objects: Sequence[Path], program: Path) -> None:
-    """Link what has changed. Raises: SystemExit if it does not link."""
+def link(kind: str, objects: Sequence[Path], program: Path, shared: bool = False) -> None:
+    """Link what has changed to a program, or to a shared library. Raises: SystemExit if it does not link."""
     if program.exists() and all(target.stat().st_mtime <= program.stat().st_mtime for target in objects):
         return
-    if subprocess.run([*compiler(), *SANITIZE[kind], *map(str, objects), "-pthread", "-o", str(program)]).returncode:
+    command = [*compiler(), *SANITIZE[kind], *(["-shared"] if shared else []), *map(str, objects), "-pthread", "-o", str(program)]
+    if subprocess.run(command).returncode:
         raise SystemExit(f"the {kind} test of the emulator does not link; the linker's messages stand above.")
 
 
