@@ -5,13 +5,13 @@
 
 namespace fusedmoe::cuda {
 
-// BLOCKS: of a multiprocessor at a time, for whose registers the kernel is compiled.
+// BLOCKS: of a multiprocessor at a time, for whose registers the kernel is compiled. Beside four units of 64 x 64 a hidden tile has no place in those of two.
 template <class T, int ROWS, int COLUMNS, int UNITS, int THREADS, int BLOCKS, bool INNER>
 void launch_forward(const Network& network, const Tiles& tiles, int place, int programs, Stream stream) {
-  using Where = typename Forward<T, ROWS, COLUMNS, UNITS, THREADS, INNER>::Where;
+  using Of = Forward<T, ROWS, COLUMNS, UNITS, THREADS, INNER>;
   if (tiles.units > UNITS) refuse(tiles);
   const Call call{network, place, tiles.keep, tiles.units, tiles.aligned, tiles.stored, tiles.once};
-  const Shape shape{unsigned((network.rows + ROWS - 1) / ROWS), unsigned(programs), THREADS, size_t(Where::bytes(Where::panels_for(tiles.keep)))};
+  const Shape shape{unsigned((network.rows + ROWS - 1) / ROWS), unsigned(programs), THREADS, size_t(Of::bytes(tiles.keep))};
   launch("forward", forward_kernel<T, ROWS, COLUMNS, UNITS, THREADS, BLOCKS, INNER>, shape, stream, call);
 }
 
@@ -24,7 +24,7 @@ void choose_forward(const Network& network, const Tiles& tiles, int place, int p
     if (!narrow) refuse(tiles);
   } else {
     if (!INNER && tiles.rows == 128) return run(launch_forward<T, 128, 64, 3, 256, 1, false>);
-    if (!narrow && tiles.rows == 64) return run(launch_forward<T, 64, 64, 4, 256, 2, INNER>);
+    if (!narrow && tiles.rows == 64) return run(launch_forward<T, 64, 64, 4, 256, INNER ? 1 : 2, INNER>);
     if (!narrow && tiles.rows == 16) return run(launch_forward<T, 16, 64, 4, 128, 4, INNER>);
   }
   if (tiles.rows == 64) return run(launch_forward<T, 64, 32, 8, 256, 2, INNER>);

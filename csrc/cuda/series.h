@@ -1,0 +1,198 @@
+// A list of maps under way: the stages of shared memory, what fills them, and z = W h + b of the next map.
+#pragma once
+#include "activation.h"
+#include "walk.h"
+
+namespace fusedmoe::cuda {
+
+struct Call {
+  Network network;
+  int place, keep, units;
+  bool aligned, stored, once;
+};
+
+// What a block has in shared memory: panels of sources in a circle, STAGES of weights, one of hidden outputs, and what is known of the pieces ahead.
+template <class P, class Ahead, int STAGES, bool INNER>
+struct Layout {
+  using T = typename P::PanelA::Number;
+  using A = typename P::PanelA;
+  using B = typename P::PanelB;
+  // The piece that is copied in this step, and the next one.
+  static constexpr int known = 2;
+  int panels;
+
+  // Up to `keep` columns of a source stay while its maps are multiplied. In a circle of STAGES or more, a copy that is STAGES - 1 steps ahead
+  // overwrites nothing that is still read.
+  static __host__ __device__ __forceinline__ int panels_for(int keep) {
+    const int pieces = keep / A::columns;
+    return pieces > STAGES ? pieces : STAGES;
+  }
+  static __host__ __device__ __forceinline__ int bytes(int panels) {
+    return (panels + int(INNER)) * A::bytes + STAGES * B::bytes + known * int(sizeof(Piece<T>)) + int(sizeof(Ahead));
+  }
+
+  __device__ __forceinline__ char* b(int at) const { return shared_memory<char>() + at * B::bytes; }
+  __device__ __forceinline__ char* hidden() const { return b(STAGES); }
+  __device__ __forceinline__ Piece<T>& known_piece(int number) const {
+    return reinterpret_cast<Piece<T>*>(b(STAGES) + int(INNER) * A::bytes)[number % known];
+  }
+  __device__ __forceinline__ Ahead& ahead() const { return *reinterpret_cast<Ahead*>(&known_piece(0) + known); }
+  __device__ __forceinline__ char* a(int at) const { return reinterpret_cast<char*>(&ahead() + 1) + at * A::bytes; }
+  __device__ __forceinline__ int next(int at, int by = 1) const { return at + by < panels ? at + by : at + by - panels; }
+};
+
+// The maps of one list after another, as P multiplies them.
+template <class T, class P_, bool INNER>
+struct Series {
+  using P = P_;
+  static constexpr int stages = 3;
+  using Sums = typename P::Sums;
+  using Ahead = Walk<T, P::columns, INNER>;
+  using Where = Layout<P, Ahead, stages, INNER>;
+
+  const Call& call;
+  const Block<T>& block;
+  const Where layout;
+  Ring<stages> ring{};
+  // Pieces that have been asked for; steps until the first one of them has arrived; where the panels of the source at hand begin.
+  int asked = 0, cold = 0, base = 0;
+
+  __device__ __forceinline__ int plan(int at) const { return block.plan(at); }
+
+  // Begin with a list, where no other is under way.
+  __device__ __forceinline__ void begin(const List& list, const Outputs& outputs) {
+    if (thread() == 0) {
+      Ahead& ahead = layout.ahead();
+      ahead.panels = layout.panels, ahead.keep = call.keep > 0, ahead.list = list, ahead.outputs = outputs;
+      ahead.begin(block);
+      ahead.next(block, layout.known_piece(0));
+    }
+    ring.cool();
+    asked = base = 0;
+    cold = stages - 1;
+  }
+  // Behind the last map.
+  __device__ __forceinline__ void finish() { ring.finish(); }
+  // Behind the maps that read one source, of so many pieces.
+  __device__ __forceinline__ void leave_source(int pieces) {
+    if (call.keep > 0) base = layout.next(base, pieces);
+  }
+
+  // The next step: return the place of its weight. At first, while the ring is cold, there is nothing there.
+  __device__ __forceinline__ int step() {
+    const int place = ring.step([&](int later) { copy(later); });
+    // Who read what stood there has met the block since.
+    if (thread() == 0) layout.ahead().next(block, layout.known_piece(asked));
+    return place;
+  }
+  __device__ __forceinline__ void copy(int place) {
+    const Piece<T> next = layout.known_piece(asked++);
+    if (!next.here) return;
+    if (next.to >= 0) copy_panel<typename P::PanelA, P::threads>(layout.a(next.to), next.a, next.columns, call.aligned, Rows{block.live, next.a_distance});
+    const int* list = next.list < 0 ? nullptr : block.network.plan + next.list;
+    copy_panel<typename P::PanelB, P::threads>(layout.b(place), next.b, next.columns, call.aligned, Rows{next.live, next.b_distance, list});
+  }
+
+  // z += W h of a map without one inside. Return the number of its pieces.
+  __device__ __forceinline__ int multiply(int one, Sums& z, int live) {
+    int pieces = 0;
+    FUSEDMOE_CUDA_ROLLED
+    for (int source = 0; source < plan(one + 7); source++) {
+      int left = plan(one + map_head + source * source_size + 4);
+      FUSEDMOE_CUDA_ROLLED
+      for (;;) {
+        const int place = step();
+        if (cold-- > 0) continue;
+        cold = 0;
+        P::multiply(layout.a(layout.next(base, call.keep > 0 ? pieces : 0)), layout.b(place), z, call.once, live);
+        pieces++;
+        if (call.keep == 0) base = layout.next(base);
+        left -= piece<T>;
+        if (left <= 0) break;
+      }
+    }
+    return pieces;
+  }
+
+  // z = W h + b of the map `one`, the next of the list. Return the number of its source's pieces. Where it has a map inside, that hidden layer goes
+  // through shared memory, as many outputs at a time as the tile has columns.
+  __device__ __forceinline__ int linear(int one, const Outputs& outputs, Sums& z) {
+    P::clear(z);
+    int pieces = 0;
+    if constexpr (INNER) {
+      const int inner = plan(one + 6), reduction = inner < 0 ? 1 : plan(one + 3);
+      FUSEDMOE_CUDA_ROLLED
+      for (int first = 0; first < reduction; first += P::columns) {
+        Sums h;
+        P::clear(h);
+        pieces = multiply(inner < 0 ? one : inner, h, inner < 0 ? outputs.live : P::columns);
+        if (inner < 0) {
+          z = h;
+          continue;
+        }
+        hand_inside(inner, {first, plan(inner + 2) - first, -1}, h);
+        const int place = step();
+        P::multiply(layout.hidden(), layout.b(place), z, call.once, outputs.live);
+      }
+    } else {
+      pieces = multiply(one, z, outputs.live);
+    }
+    add_bias(one, outputs, z);
+    return pieces;
+  }
+
+  __device__ __forceinline__ void add_bias(int one, const Outputs& outputs, Sums& z) const {
+    const int number = plan(one + 1);
+    if (number < 0) return;
+    const T* bias = block.parameter(number) + outputs.first;
+    const auto term = [&](int column) {
+      if (column >= outputs.live) return 0.0f;
+      const int at = outputs.list < 0 ? column : plan(outputs.list + column);
+      return at < 0 ? 0.0f : widened(load_global(bias + at));
+    };
+    FUSEDMOE_CUDA_UNROLL
+    for (int j = 0; j < P::N; j++) {
+      const float low = term(P::column(j)), high = term(P::column(j) + 1);
+      FUSEDMOE_CUDA_UNROLL
+      for (int i = 0; i < P::M; i++) {
+        z.at[i][j][0] += low, z.at[i][j][1] += high;
+        z.at[i][j][2] += low, z.at[i][j][3] += high;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void activate(int one, Sums& z) const {
+    const float parameter = block.number(plan(one + 5));
+    choose(plan(one + 4), [&](auto act) {
+      P::visit(z, [&](int, int, float& low, float& high) {
+        low = act.value(low, parameter);
+        high = act.value(high, parameter);
+      });
+    });
+  }
+
+  // act(z + b) of hidden outputs, in T, to their panel. The next step's barrier stands between this and its readers, and the last step's between
+  // those of the outputs before and this.
+  __device__ __forceinline__ void hand_inside(int inner, const Outputs& outputs, Sums& z) const {
+    add_bias(inner, outputs, z);
+    activate(inner, z);
+    P::visit(z, [&](int row, int column, float low, float high) {
+      // Beyond the layer stands 0 h, which is NaN where h is infinite, and NaN x 0 is NaN.
+      const bool both = column + 1 < outputs.live, one = column < outputs.live;
+      put(layout.hidden() + row * P::PanelA::pitch, column, one ? low : 0.0f, both ? high : 0.0f);
+    });
+  }
+  // Two neighbours of a row in shared memory.
+  static __device__ __forceinline__ void put(char* row, int column, float low, float high) {
+    if constexpr (sizeof(T) == 2) *reinterpret_cast<uint32_t*>(row + column * 2) = rounded_pair<T>(low, high);
+    else *reinterpret_cast<Vector<float, 2>*>(row + column * 4) = {low, high};
+  }
+
+  // Of the panel of hidden outputs a product reads more columns than are ever written.
+  __device__ __forceinline__ void clear_hidden() const {
+    if constexpr (INNER && P::columns < piece<T>)
+      for (int i = thread() * 4; i < P::PanelA::bytes; i += P::threads * 4) *reinterpret_cast<uint32_t*>(layout.hidden() + i) = 0;
+  }
+};
+
+}  // namespace fusedmoe::cuda
