@@ -8,6 +8,8 @@
 //   T shuffle(T x, int lane), shuffle_xor(T x, int mask), shuffle_down(T x, int delta);      float, int and uint32_t; the whole warp
 //
 //   T load_global<T>(const T* from), void store_global(T* to, T x);      one access of sizeof(T) bytes, aligned to them
+//   int arrive(int* counter);                            add 1, and return what it was. Whoever comes later sees what was stored before: by
+//                                                        this thread, or by others in front of a barrier that both have left
 //   void copy_async<BYTES>(void* to, const void* from, int given = BYTES);   to shared memory, 4, 8 or 16 bytes: `given` of them, then zeros
 //   void commit_copies();                                a group of those that were asked for since the last one, maybe none
 //   void wait_copies<N>();                               this thread's own, all but the last N groups; others see them after a sync

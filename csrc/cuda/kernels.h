@@ -22,6 +22,7 @@ struct Places {
 };
 
 // A plan and what it speaks of. p: the softmax of every unit [reads, B]; weights: mixing weights [B, mixing], or null; rows: B.
+// In the backward `weights` are the gradients that mixing weights were given, and they and p are only read.
 struct Network {
   Places places;
   float* p;
@@ -45,5 +46,32 @@ struct Tiles {
 // Run the tiles whose programs stand at `place` of the plan, for every block of rows.
 // Raises: std::invalid_argument for tiles that no kernel is compiled for; std::runtime_error, as `launch`.
 void forward(const Network& network, const Tiles& tiles, int place, int programs, Stream stream);
+
+// What the backward reads and writes beside the network. below: d_x, the buffers' gradients, and the given d_out; dw: parts of the gradients of every
+// read's weight [parts, B]; dz [B, dz_row]; arrived: a number for each of the `tasks` of `gradients`, which every launch of backward_rows makes zero.
+struct Backward {
+  Network network;
+  Places below;
+  float* dw;
+  void* dz;
+  int32_t* arrived;
+  int dz_row, tasks;
+};
+
+// What `gradients` makes: grads [total], by parts [chunks, total] of so many rows each, which nobody needs where there is one chunk.
+struct Gradients {
+  float* parts;
+  void* grads;
+  int64_t total;
+  int chunk;
+};
+
+// Run the tiles of kernels/backward_plan.py whose programs stand at `place`, for every block of rows; `network.floats` are the plan's own too.
+// Raises: as `forward`.
+void backward_rows(const Backward& backward, const Tiles& tiles, int place, int programs, Stream stream);
+
+// Add up the gradients of all parameters, whose tasks stand at `place`. The block that comes last to a task adds its chunks in their order.
+// Raises: as `forward`.
+void gradients(const Backward& backward, const Gradients& gradients, const Tiles& tiles, int place, Stream stream);
 
 }  // namespace fusedmoe::cuda

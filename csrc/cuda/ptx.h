@@ -55,6 +55,14 @@ __device__ __forceinline__ void store_global(T* to, T x) {
   *to = x;
 }
 
+// The first fence hands on what was stored; behind the second one no load finds what L1 had before.
+__device__ __forceinline__ int arrive(int* counter) {
+  __threadfence();
+  const int before = atomicAdd(counter, 1);
+  __threadfence();
+  return before;
+}
+
 // 16 bytes pass L1 by: a tile is read once by a block.
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void* to, const void* from, int given = BYTES) {

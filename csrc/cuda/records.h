@@ -10,6 +10,8 @@ enum SourceKind { from_x, from_buffer, to_output };
 constexpr int map_head = 8, source_size = 6;
 // Columns of what stages hand on begin at multiples of so many.
 constexpr int column_step = 16;
+// A width up to the next column that a map of its own could begin at.
+__host__ __device__ __forceinline__ int padded(int width) { return (width + column_step - 1) / column_step * column_step; }
 
 // Rows at a distance, by the first number of the first one.
 template <class T>

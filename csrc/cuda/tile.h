@@ -102,6 +102,12 @@ struct Ring {
   __device__ __forceinline__ int place(int later) const { return at + later < STAGES ? at + later : at + later - STAGES; }
 };
 
+// What a thread has of C: M x N fragments of a multiply_add.
+template <int M, int N>
+struct Fragments {
+  float at[M][N][4];
+};
+
 // The product of one piece by all warps of a block, each of which has M x N fragments of C, rows and columns side by side.
 template <class T, int ROWS, int COLUMNS, int THREADS, Lie A = Lie::along, Lie B = Lie::along, int DEPTH = piece<T>>
 struct Product {
@@ -113,9 +119,7 @@ struct Product {
   static constexpr int M = ROWS / down / 16, N = COLUMNS / across / 8, step = depth<T>;
   static_assert(M * down * 16 == ROWS && N * across * 8 == COLUMNS && down * across == warps && DEPTH % step == 0);
 
-  struct Sums {
-    float at[M][N][4];
-  };
+  using Sums = Fragments<M, N>;
 
   // C's row of at[i][..][2 half], and its column of at[..][j][0]; the next column is at[..][..][1].
   static __device__ __forceinline__ int row(int i, int half) { return (warp() % down * M + i) * 16 + half * 8 + lane() / 4; }

@@ -175,6 +175,7 @@ inline void store_global(T* to, std::type_identity_t<T> x, const Here& here = He
   cuda_on_cpu::touch_global(to, sizeof(T), sizeof(T), true, site(here));
   *to = x;
 }
+inline int arrive(int* counter, const Here& here = Here::current()) { return cuda_on_cpu::arrive(counter, site(here)); }
 
 template <int BYTES>
 inline void copy_async(void* to, const void* from, int given = BYTES, const Here& here = Here::current()) {

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <numeric>
+#include <set>
 
 #include "block.h"
 
@@ -39,19 +41,22 @@ void arrive(const Copy& copy) {
   std::memset(static_cast<char*>(copy.to) + copy.given, 0, size_t(copy.bytes - copy.given));
 }
 
-// Blocks since the program began, and how many of them there were before this launch.
-uint64_t blocks_begun = 0, blocks_before = 0;
+// Turns since the program began, how many of them there were before this launch, and the first one of the running block.
+uint64_t turns = 0, turns_before = 0, first_turn = 0;
+// The turns of this launch that have arrived at each number; and which of others' turns the running block sees.
+std::map<const int*, std::set<uint64_t>> arrivals;
+std::set<uint64_t> seen;
 
-// Raises: Error if another block of this launch has written there.
+// Raises: Error if another block of this launch has written there, unless its turn is seen.
 void claim(Region& region, size_t offset, size_t bytes, bool write, Site site) {
   if (!region.written_to) return;
   if (region.writers.empty()) region.writers.resize(region.bytes / 2 + 1);
   for (size_t i = offset / 2; i <= (offset + bytes - 1) / 2; i++) {
     uint64_t& writer = region.writers[i];
-    if (writer > blocks_before && writer != blocks_begun)
+    if (writer > turns_before && writer < first_turn && !seen.contains(writer))
       fail(site, std::string("race: expected a ") + (write ? "store to" : "load of") + " what no other block writes, got byte " + std::to_string(offset) +
                      " of " + region.name);
-    if (write) writer = blocks_begun;
+    if (write) writer = turns;
   }
 }
 
@@ -64,6 +69,36 @@ std::string text(const void* address) {
 void check_alignment(const void* first, size_t alignment, const char* what, Site site) {
   if (uintptr_t(first) % alignment)
     fail(site, std::string("misaligned ") + what + ": expected an address at a multiple of " + std::to_string(alignment) + " bytes, got " + text(first));
+}
+
+// `alone`: no other block of the launch may have written there.
+void touch(const void* first, size_t bytes, size_t alignment, bool write, Site site, bool alone) {
+  const Unwatched books;
+  check_alignment(first, alignment, write ? "store" : "load", site);
+  (write ? counts().bytes_written : counts().bytes_read) += bytes;
+  std::vector<Region>& all = regions();
+  if (all.empty()) return;
+  // Mostly it is the region of last time.
+  static size_t recent = 0;
+  const char* at = static_cast<const char*>(first);
+  for (size_t tried = 0; tried < all.size(); tried++) {
+    if (recent >= all.size()) recent = 0;
+    Region& region = all[recent];
+    const char* begin = static_cast<const char*>(region.first);
+    if (at >= begin && at + bytes <= begin + region.bytes) {
+      if (write && !region.written_to) fail(site, "outside: expected no store into " + region.name + ", got one");
+      (write ? region.bytes_written : region.bytes_read) += bytes;
+      if (alone) claim(region, size_t(at - begin), bytes, write, site);
+      return;
+    }
+    recent++;
+  }
+  const auto nearest = std::min_element(all.begin(), all.end(), [&](const Region& a, const Region& b) {
+    const auto distance = [&](const Region& r) { return std::abs(at - (static_cast<const char*>(r.first) + r.bytes)); };
+    return distance(a) < distance(b);
+  });
+  fail(site, std::string("outside: expected a ") + (write ? "store" : "load") + " inside a tensor, got " + std::to_string(bytes) + " bytes at byte " +
+                 std::to_string(at - static_cast<const char*>(nearest->first)) + " of " + nearest->name + ", which has " + std::to_string(nearest->bytes));
 }
 
 }  // namespace
@@ -103,9 +138,11 @@ void run(const char* kernel, Index grid, int threads, size_t shared_bytes, const
   running.grid = grid;
   counts().launches++;
   block->set_up(kernel, threads, shared_bytes, body);
-  blocks_before = blocks_begun;
+  turns_before = turns;
+  arrivals.clear();
   for (uint64_t i : order) {
-    blocks_begun++;
+    first_turn = ++turns;
+    seen.clear();
     block->run({unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)}, drawn ? &draws : nullptr);
     counts().blocks++;
   }
@@ -116,6 +153,19 @@ void fail(Site site, const std::string& message) { throw Error(block->where(site
 void sync_block(Site site) { block->sync(site); }
 
 void together(const Together& operation, Site site, void* brought) { block->together(operation, site, brought); }
+
+int arrive(int* counter, Site site) {
+  touch(counter, sizeof(int), sizeof(int), true, site, false);
+  block->switch_point();
+  const Unwatched books;
+  std::set<uint64_t>& here = arrivals[counter];
+  seen.insert(here.begin(), here.end());
+  // Hand on also what was handed on to this block.
+  here.insert(seen.begin(), seen.end());
+  for (uint64_t turn = first_turn; turn <= turns; turn++) here.insert(turn);
+  turns++;
+  return (*counter)++;
+}
 
 void copy_async(void* to, const void* from, int bytes, int given, Site site) {
   check_shared(to, size_t(bytes), "copy_async", site);
@@ -160,33 +210,6 @@ void check_shared(const void* first, size_t bytes, const char* what, Site site) 
                    std::to_string(static_cast<const char*>(first) - running.shared) + " of it");
 }
 
-void touch_global(const void* first, size_t bytes, size_t alignment, bool write, Site site) {
-  const Unwatched books;
-  check_alignment(first, alignment, write ? "store" : "load", site);
-  (write ? counts().bytes_written : counts().bytes_read) += bytes;
-  std::vector<Region>& all = regions();
-  if (all.empty()) return;
-  // Mostly it is the region of last time.
-  static size_t recent = 0;
-  const char* at = static_cast<const char*>(first);
-  for (size_t tried = 0; tried < all.size(); tried++) {
-    if (recent >= all.size()) recent = 0;
-    Region& region = all[recent];
-    const char* begin = static_cast<const char*>(region.first);
-    if (at >= begin && at + bytes <= begin + region.bytes) {
-      if (write && !region.written_to) fail(site, "outside: expected no store into " + region.name + ", got one");
-      (write ? region.bytes_written : region.bytes_read) += bytes;
-      claim(region, size_t(at - begin), bytes, write, site);
-      return;
-    }
-    recent++;
-  }
-  const auto nearest = std::min_element(all.begin(), all.end(), [&](const Region& a, const Region& b) {
-    const auto distance = [&](const Region& r) { return std::abs(at - (static_cast<const char*>(r.first) + r.bytes)); };
-    return distance(a) < distance(b);
-  });
-  fail(site, std::string("outside: expected a ") + (write ? "store" : "load") + " inside a tensor, got " + std::to_string(bytes) + " bytes at byte " +
-                 std::to_string(at - static_cast<const char*>(nearest->first)) + " of " + nearest->name + ", which has " + std::to_string(nearest->bytes));
-}
+void touch_global(const void* first, size_t bytes, size_t alignment, bool write, Site site) { touch(first, bytes, alignment, write, site, true); }
 
 }  // namespace fusedmoe::cuda_on_cpu

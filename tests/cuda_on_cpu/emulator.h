@@ -40,14 +40,15 @@ struct Counts {
 Counts& counts();
 
 // Global memory that kernels may touch through load_global, store_global and copy_async of csrc/cuda/device.h. As soon as one region is named
-// any access outside of them all is an Error, and so is one to what another block of the launch has written: blocks run in any order.
+// any access outside of them all is an Error, and so is one to what another block of the launch has written: blocks run in any order;
+// one that arrives at a number sees what others stored before they arrived there.
 struct Region {
   std::string name;
   const void* first;
   size_t bytes;
   bool written_to;  // may be
   uint64_t bytes_read = 0, bytes_written = 0;
-  // For every two bytes the block that wrote there last, of all that ever ran.
+  // For every two bytes the turn in which somebody wrote there last. A block's turn ends, and its next one begins, where it arrives at a number.
   std::vector<uint64_t> writers = {};
 };
 std::vector<Region>& regions();
@@ -83,6 +84,9 @@ struct Together {
   bool counts_as_product = false;
 };
 void together(const Together& operation, Site site, void* brought);
+
+// Add 1 and return what it was. What the block has stored so far may be seen by a block that comes to this number later.
+int arrive(int* counter, Site site);
 
 // `given` of `bytes` bytes from global memory, and zeros for the rest.
 void copy_async(void* to, const void* from, int bytes, int given, Site site);

@@ -1,0 +1,283 @@
+// The row-local backward of any stages in one launch. Formulas: fusedmoe/reference/operator.py; its twin in Triton, which reads the same plans:
+// kernels/backward.py.
+//
+// Grid: (row blocks, programs of a block). Each program runs a list of tiles, of two kinds:
+//
+//   expert   some columns of an expert: y again from its sources; dw of every unit that reads it (a part for each such tile);
+//            dz = a'(z) x sum of (p + v) g
+//   source   some columns of a source: the softmax's backward of the gates that read it, then d = sum of W^T dz over what reads it
+#pragma once
+#include "columns.h"
+#include "pieces.h"
+
+namespace fusedmoe::cuda {
+
+struct RowsCall {
+  Backward of;
+  int place, columns;
+  bool aligned, stored, once;
+};
+
+template <class T, int ROWS, int COLUMNS, int THREADS>
+struct RowsBackward {
+  // Numbers of a tile, of a reader, and of a gate that reads a source.
+  static constexpr int tile_size = 3, reader_size = 8, selection_size = 9;
+  static constexpr int stages = 3;
+  using Up = Product<T, ROWS, COLUMNS, THREADS>;
+  using Down = Product<T, ROWS, COLUMNS, THREADS, Lie::along, Lie::across>;
+  // Of gates, for so many reads at a time.
+  static constexpr int reads_step = 16;
+  using Choice = Product<T, ROWS, COLUMNS, THREADS, Lie::along, Lie::across, reads_step>;
+  using Sums = typename Up::Sums;
+  static constexpr int stage = stage_bytes<Up> > stage_bytes<Down> ? stage_bytes<Up> : stage_bytes<Down>;
+  static constexpr int bytes = stages * stage;
+  static_assert(stage_bytes<Choice> <= stage && store_bytes<Up, T> <= bytes && 2 * Up::across * ROWS * int(sizeof(float)) <= bytes);
+
+  const RowsCall& call;
+  const Block<T> block;
+
+  __device__ __forceinline__ int plan(int at) const { return block.plan(at); }
+  static __device__ __forceinline__ char* shared(int at = 0) { return shared_memory<char>() + at * stage; }
+  // The block's rows of dz, and of a row of dw.
+  __device__ __forceinline__ Row<T> dz() const { return {static_cast<T*>(call.of.dz) + block.row * call.of.dz_row, call.of.dz_row}; }
+  __device__ __forceinline__ float* dw(int64_t part) const { return call.of.dw + part * block.network.rows + block.row; }
+  __device__ __forceinline__ Columns columns_of(int first, int width) const {
+    return {first, width - first < call.columns ? width - first : call.columns};
+  }
+
+  // Record: map, column, width, column of dz, number of readers; readers: where g stands (4), row of p, row of dw, unit, place among its reads.
+  __device__ __forceinline__ void expert_tile(int record) const {
+    const int one = plan(record), width = plan(record + 2);
+    const Columns columns = columns_of(plan(record + 1), width);
+    Sums z, dy;
+    Up::clear(z);
+    if (plan(one) >= 0) linear(one, columns, z);
+    else read_tile<Up>(block.rows_of(one + map_head), columns, block.live, call.aligned, z, [](float& low, float& high, float a, float b) { low = a, high = b; });
+    // Beyond the expert's columns stands 0 h, which is NaN where h is infinite.
+    Up::visit(z, [&](int, int column, float& low, float& high) {
+      if (column >= columns.live) low = 0.0f;
+      if (column + 1 >= columns.live) high = 0.0f;
+    });
+    Up::clear(dy);
+    readers(record + 5, plan(record + 4), one, columns, z, dy);
+    slope(one, z, dy);
+    // Of the partial sums, all have been read. Zeros up to the next map's column, so that products over dz need not stop within a vector.
+    sync_block();
+    const Row<T> to = dz();
+    store_tile<Up>(shared(), dy, Row<T>{to.first + plan(record + 3), to.distance}, columns_of(columns.first, padded(width)), block.live, true);
+  }
+
+  __device__ __forceinline__ void linear(int one, const Columns& columns, Sums& z) const {
+    MapPieces<T, Up> pieces{block, one, columns.first, columns.live, call.aligned};
+    Ring<stages> ring;
+    const auto fetch = [&](int at) { pieces(shared(at)); };
+    ring.start(fetch);
+    FUSEDMOE_CUDA_ROLLED
+    for (int source = 0; source < plan(one + 7); source++)
+      FUSEDMOE_CUDA_ROLLED
+      for (int left = plan(one + map_head + source * source_size + 4); left > 0; left -= piece<T>) {
+        const char* a = shared(ring.step(fetch));
+        Up::multiply(a, a + Up::PanelA::bytes, z, call.once, columns.live);
+      }
+    ring.finish();
+    add_bias<Up>(block, one, columns, z);
+  }
+
+  // dy = sum of (p + v) g over the units that read the expert, and each one's part of dw = sum of g y over these columns.
+  __device__ __forceinline__ void readers(int reader, int count, int one, const Columns& columns, const Sums& z, Sums& dy) const {
+    Sums y = z;
+    activate<Up>(block, one, y);
+    FUSEDMOE_CUDA_ROLLED
+    for (int i = 0; i < count; i++, reader += reader_size) {
+      const float* p = block.softmax(plan(reader + 4));
+      const float v = block.static_weight(plan(reader + 6), plan(reader + 7));
+      Sums g;
+      read_tile<Up>(block.rows_of(reader, call.of.below), columns, block.live, call.stored, g, [](float& low, float& high, float a, float b) { low = a, high = b; });
+      // Two of them take turns, so that one barrier stands between the sums of one reader and those of the next but one.
+      float* parts = reinterpret_cast<float*>(shared()) + i % 2 * Up::across * ROWS;
+      FUSEDMOE_CUDA_UNROLL
+      for (int m = 0; m < Up::M; m++)
+        FUSEDMOE_CUDA_UNROLL
+        for (int half = 0; half < 2; half++) {
+          const int row = Up::row(m, half);
+          const float w = row < block.live ? load_global(p + row) + v : 0.0f;
+          float sum = 0.0f;
+          FUSEDMOE_CUDA_UNROLL
+          for (int n = 0; n < Up::N * 2; n++) {
+            const float each = g.at[m][n / 2][2 * half + n % 2];
+            sum += each * y.at[m][n / 2][2 * half + n % 2];
+            dy.at[m][n / 2][2 * half + n % 2] += w * each;
+          }
+          sum = sum_lanes<4>(sum);
+          if (lane() % 4 == 0) parts[warp() / Up::down * ROWS + row] = sum;
+        }
+      sync_block();
+      if (thread() < block.live) {
+        float sum = 0.0f;
+        FUSEDMOE_CUDA_UNROLL
+        for (int part = 0; part < Up::across; part++) sum += parts[part * ROWS + thread()];
+        store_global(dw(plan(reader + 5)) + thread(), sum);
+      }
+    }
+  }
+
+  // dy x a'(z).
+  __device__ __forceinline__ void slope(int one, const Sums& z, Sums& dy) const {
+    const float parameter = block.number(plan(one + 5));
+    const bool relu = Act(plan(one + 4)) == Act::relu;
+    choose(plan(one + 4), [&](auto act) {
+      FUSEDMOE_CUDA_UNROLL
+      for (int m = 0; m < Up::M; m++)
+        FUSEDMOE_CUDA_UNROLL
+        for (int n = 0; n < Up::N; n++)
+          FUSEDMOE_CUDA_UNROLL
+          for (int k = 0; k < 4; k++) {
+            const float at = z.at[m][n][k];
+            // Chosen, not multiplied: an infinite dy must not turn into NaN where a ReLU is off.
+            dy.at[m][n][k] = relu && at <= 0.0f ? 0.0f : dy.at[m][n][k] * act.slope(at, parameter);
+          }
+    });
+  }
+
+  // Record: where d stands (4), column, width, whether to add to it, numbers of uses and of selections; uses; selections: unit, weight, K, column
+  // of dz, row of p, first row of dw, tiles of dw, rows from tile to tile, whether to store dz.
+  __device__ __forceinline__ void source_tile(int record) const {
+    const Columns columns = columns_of(plan(record + 4), plan(record + 5));
+    const int uses = record + 9, count = plan(record + 7);
+    Sums d;
+    Up::clear(d);
+    add_uses(uses, count, columns, d);
+    add_gates(uses + count * UsePieces<T, Down>::size, plan(record + 8), columns, d);
+    const Row<T> to = block.rows_of(record, call.of.below);
+    if (plan(record + 6) != 0) add_tile(to, columns, d);
+    // Of the stages, all have been read.
+    sync_block();
+    store_tile<Up>(shared(), d, to, columns, block.live, call.aligned);
+  }
+
+  __device__ __forceinline__ void add_tile(const Row<T>& from, const Columns& columns, Sums& d) const {
+    read_tile<Up>(from, columns, block.live, call.aligned, d, [](float& low, float& high, float a, float b) { low += a, high += b; });
+  }
+
+  // d += sum of W^T dz over maps, and of dz over copies.
+  __device__ __forceinline__ void add_uses(int use, int count, const Columns& columns, Sums& d) const {
+    UsePieces<T, Down> pieces{block, dz(), columns.first, columns.live, call.aligned, use, count};
+    Ring<stages> ring;
+    const auto fetch = [&](int at) { pieces(shared(at)); };
+    ring.start(fetch);
+    FUSEDMOE_CUDA_ROLLED
+    for (int i = 0; i < count; i++, use += UsePieces<T, Down>::size) {
+      if (plan(use) < 0) {
+        const Row<T> of = dz();
+        add_tile({of.first + plan(use + 4), of.distance}, columns, d);
+        continue;
+      }
+      FUSEDMOE_CUDA_ROLLED
+      for (int left = plan(use + 1); left > 0; left -= piece<T>) {
+        const char* a = shared(ring.step(fetch));
+        Down::multiply(a, a + Down::PanelA::bytes, d, call.once, columns.live);
+      }
+    }
+    ring.finish();
+  }
+
+  // d += sum of G^T dz over gates, so many reads at a time. Two stages take turns: while one is multiplied the rows of G for the other are on their way.
+  __device__ __forceinline__ void add_gates(int selection, int count, const Columns& columns, Sums& d) const {
+    Softmax of{};
+    int read = 0, to = 0, from = -1;
+    while (count > 0 || from >= 0) {
+      const bool some = count > 0;
+      if (some) {
+        if (read == 0) of = softmax_of(selection);
+        char* a = shared(to);
+        store_logits_gradient(selection, of, read, a, columns.first == 0);
+        copy_gate(selection, read, columns, a + Choice::PanelA::bytes);
+        read += reads_step;
+        if (read >= plan(plan(selection) + 1)) read = 0, count--, selection += selection_size;
+      }
+      commit_copies();
+      if (from >= 0) Choice::multiply(shared(from), shared(from) + Choice::PanelA::bytes, d, call.once, columns.live);
+      wait_copies<0>();
+      sync_block();
+      from = some ? to : -1;
+      to = 1 - to;
+    }
+  }
+
+  // Rows of G in the order of the unit's reads; one that is not seen is zero.
+  __device__ __forceinline__ void copy_gate(int selection, int read, const Columns& columns, char* to) const {
+    const int unit = plan(selection);
+    const Rows rows{plan(unit + 1) - read, plan(selection + 2), block.network.plan + plan(unit + 2) + read};
+    copy_panel<typename Choice::PanelB, THREADS>(to, block.parameter(plan(selection + 1)) + columns.first, columns.live, call.aligned, rows);
+  }
+
+  // What the softmax's backward of a gate takes off the d of its row: the largest, which cancels, and its rounding with it; and the sum of p d.
+  struct Softmax {
+    float largest, sum;
+  };
+  // Each row has a few neighbouring lanes, of which each has every lanes-th read.
+  static constexpr int lanes = THREADS / ROWS;
+  __device__ __forceinline__ int my_row() const { return thread() / lanes; }
+  __device__ __forceinline__ float probability(int selection, int read) const { return load_global(block.softmax(plan(selection + 4) + read) + my_row()); }
+  __device__ __forceinline__ float weight_gradient(int selection, int read) const {
+    float d = 0.0f;
+    FUSEDMOE_CUDA_ROLLED
+    for (int tile = 0; tile < plan(selection + 6); tile++) d += load_global(dw(plan(selection + 5) + tile * plan(selection + 7) + read) + my_row());
+    const int columns = call.of.network.weights ? plan(plan(selection) + 10) : -1;
+    if (columns >= 0) {
+      const T* given = static_cast<const T*>(call.of.network.weights) + (block.row + my_row()) * block.network.mixing;
+      d += widened(load_global(given + plan(columns + read)));
+    }
+    return d;
+  }
+  __device__ __forceinline__ Softmax softmax_of(int selection) const {
+    const int reads = my_row() < block.live ? plan(plan(selection) + 1) : 0;
+    Softmax of{-INFINITY, 0.0f};
+    // What is not seen has p = 0, and may have a d that is not finite.
+    FUSEDMOE_CUDA_ROLLED
+    for (int read = thread() % lanes; read < reads; read += lanes)
+      if (probability(selection, read) != 0.0f) of.largest = fmaxf(of.largest, weight_gradient(selection, read));
+    of.largest = max_lanes<lanes>(of.largest);
+    FUSEDMOE_CUDA_ROLLED
+    for (int read = thread() % lanes; read < reads; read += lanes)
+      if (const float p = probability(selection, read); p != 0.0f) of.sum += p * (weight_gradient(selection, read) - of.largest);
+    of.sum = sum_lanes<lanes>(of.sum);
+    return of;
+  }
+  // dz of a gate from one of its reads on: [ROWS, reads_step] to shared memory, and to dz where this tile is the one to store it.
+  __device__ __forceinline__ void store_logits_gradient(int selection, const Softmax& of, int first, char* panel, bool storing) const {
+    const int unit = plan(selection), reads = my_row() < block.live ? plan(unit + 1) - first : 0;
+    FUSEDMOE_CUDA_ROLLED
+    for (int i = thread() % lanes; i < reads_step; i += lanes) {
+      T d_z = rounded<T>(0.0f);
+      if (i < reads) {
+        const float p = probability(selection, first + i);
+        if (p != 0.0f) d_z = rounded<T>(p * (weight_gradient(selection, first + i) - of.largest - of.sum));
+        const int seen = plan(plan(unit + 2) + first + i);
+        if (storing && seen >= 0 && plan(selection + 8) != 0) store_global(dz().first + my_row() * call.of.dz_row + plan(selection + 3) + seen, d_z);
+      }
+      *reinterpret_cast<T*>(panel + my_row() * Choice::PanelA::pitch + i * int(sizeof(T))) = d_z;
+    }
+  }
+
+  __device__ __forceinline__ void run() const {
+    if (block_x() == 0 && block_y() == 0)
+      for (int i = thread(); i < call.of.tasks; i += THREADS) store_global(call.of.arrived + i, 0);
+    const int program = call.place + 2 * block_y(), first = plan(program), end = plan(program + 1);
+    FUSEDMOE_CUDA_ROLLED
+    for (int tile = first; tile < end; tile += tile_size) {
+      // The block has read its shared memory, and sees what the tiles before wrote.
+      if (tile != first) sync_block();
+      if (plan(tile) == 0) expert_tile(plan(tile + 1));
+      else source_tile(plan(tile + 1));
+    }
+  }
+};
+
+template <class T, int ROWS, int COLUMNS, int THREADS, int BLOCKS>
+__global__ void __launch_bounds__(THREADS, BLOCKS) backward_rows_kernel(const __grid_constant__ RowsCall call) {
+  const int64_t row = int64_t(block_x()) * ROWS, left = call.of.network.rows - row;
+  RowsBackward<T, ROWS, COLUMNS, THREADS>{call, {call.of.network, row, int(left < ROWS ? left : ROWS)}}.run();
+}
+
+}  // namespace fusedmoe::cuda

@@ -1,0 +1,183 @@
+// The gradients of all parameters in one launch; its twin in Triton, which reads the same plans: kernels/backward.py.
+//
+// Grid: (tasks, chunks of rows). A task is a tile of dW = dz^T h, with db = sum of dz where its columns are W's first; or one element of a learned
+// static weight. Each block adds up its rows; with several chunks it stores float parts, and the block that comes last to a task adds them, chunk by
+// chunk, so that no sum depends on who that is.
+#pragma once
+#include "columns.h"
+
+namespace fusedmoe::cuda {
+
+struct GradientsCall {
+  Backward of;
+  Gradients to;
+  int place, columns;
+  bool aligned, once;
+};
+
+template <class T, int OUTPUTS, int COLUMNS, int THREADS>
+struct ParameterGradients {
+  static constexpr int term_size = 4, stages = 3;
+  using P = Product<T, OUTPUTS, COLUMNS, THREADS, Lie::across, Lie::across>;
+  using Sums = typename P::Sums;
+  static constexpr int stage = P::PanelA::bytes + P::PanelB::bytes, bytes = stages * stage;
+  static_assert(THREADS % OUTPUTS == 0 && THREADS * int(sizeof(float)) <= bytes);
+
+  const GradientsCall& call;
+  // The rows of a chunk.
+  const Block<T> block;
+
+  __device__ __forceinline__ int plan(int at) const { return block.plan(at); }
+  static __device__ __forceinline__ char* shared(int at = 0) { return shared_memory<char>() + at * stage; }
+  __device__ __forceinline__ bool alone() const { return blocks_y() == 1; }
+  __device__ __forceinline__ float* part() const { return call.to.parts + block_y() * call.to.total; }
+
+  // Number `at` of the gradients, or of this chunk's part of them.
+  __device__ __forceinline__ void store(int64_t at, float value) const {
+    if (alone()) store_global(static_cast<T*>(call.to.grads) + at, rounded<T>(value));
+    else store_global(part() + at, value);
+  }
+
+  // The rows and columns of a dW that a task makes. Record: 0, where dW begins among the gradients, where db does (-1: not here), N, K, column of
+  // dz, row and column of the tile, a source.
+  struct Matrix {
+    int64_t first;
+    int distance, rows, columns, bias;
+  };
+  __device__ __forceinline__ Matrix matrix_of(int record) const {
+    const int n = plan(record + 6), k = plan(record + 7), source = record + 8, bias = plan(record + 2);
+    const int rows = plan(record + 3) - n, columns = plan(source + 4) - k, distance = plan(record + 4);
+    return {plan(record + 1) + plan(source + 5) + int64_t(n) * distance + k, distance, rows < OUTPUTS ? rows : OUTPUTS,
+            columns < call.columns ? columns : call.columns, bias < 0 ? -1 : bias + n};
+  }
+
+  __device__ __forceinline__ void matrix_tile(int record) const {
+    const Matrix to = matrix_of(record);
+    const int n = plan(record + 6), k = plan(record + 7), dz_row = call.of.dz_row;
+    const T* a = static_cast<const T*>(call.of.dz) + block.row * dz_row + plan(record + 5) + n;
+    Row<T> b = block.rows_of(record + 8);
+    b.first += k;
+    int left = block.live;
+    // What stands between a map's dz and the next one's goes into sums that are not stored.
+    const auto fetch = [&](int at) {
+      if (left <= 0) return;
+      copy_panel<typename P::PanelA, THREADS>(shared(at), a, padded(to.rows), true, Rows{left, dz_row});
+      copy_panel<typename P::PanelB, THREADS>(shared(at) + P::PanelA::bytes, b.first, to.columns, call.aligned, Rows{left, b.distance});
+      a += int64_t(piece<T>) * dz_row;
+      b.first += int64_t(piece<T>) * b.distance;
+      left -= piece<T>;
+    };
+    Sums sums;
+    P::clear(sums);
+    float bias = 0.0f;
+    Ring<stages> ring;
+    ring.start(fetch);
+    FUSEDMOE_CUDA_ROLLED
+    for (int row = 0; row < block.live; row += piece<T>) {
+      const char* at = shared(ring.step(fetch));
+      P::multiply(at, at + P::PanelA::bytes, sums, call.once, to.columns);
+      if (to.bias >= 0) bias += rows_of_bias(at);
+    }
+    ring.finish();
+    store_matrix(to, sums);
+    if (to.bias >= 0) store_bias(to, bias);
+    if (arrives_last()) add_matrix(to);
+  }
+  // Of a panel of dz every thread adds up some rows of one column.
+  static __device__ __forceinline__ float rows_of_bias(const char* panel) {
+    float sum = 0.0f;
+    FUSEDMOE_CUDA_UNROLL
+    for (int row = thread() / OUTPUTS; row < piece<T>; row += THREADS / OUTPUTS)
+      sum += widened(*reinterpret_cast<const T*>(panel + row * P::PanelA::pitch + thread() % OUTPUTS * int(sizeof(T))));
+    return sum;
+  }
+  __device__ __forceinline__ void store_matrix(const Matrix& to, Sums& sums) const {
+    const bool pairs = ((to.first | to.distance | (alone() ? 0 : call.to.total)) & 1) == 0;
+    const auto each = [&](auto* first) {
+      P::visit(sums, [&](int row, int column, float low, float high) {
+        const bool live = row < to.rows;
+        store_two(first + to.first + int64_t(row) * to.distance + column, pairs, live && column < to.columns, live && column + 1 < to.columns, low, high);
+      });
+    };
+    if (alone()) each(static_cast<T*>(call.to.grads));
+    else each(part());
+  }
+  __device__ __forceinline__ void store_bias(const Matrix& to, float bias) const {
+    float* sums = shared_memory<float>();
+    sums[thread()] = bias;
+    sync_block();
+    if (thread() >= to.rows) return;
+    for (int other = thread() + OUTPUTS; other < THREADS; other += OUTPUTS) bias += sums[other];
+    store(to.bias + thread(), bias);
+  }
+
+  // Whether this block is the last one to come to its task, of several, so that it sees the parts of all.
+  __device__ __forceinline__ bool arrives_last() const {
+    if (alone()) return false;
+    int* flag = shared_memory<int>();
+    // All threads have stored their numbers, and read what stands where the flag does.
+    sync_block();
+    if (thread() == 0) {
+      *flag = arrive(call.of.arrived + block_x()) == blocks_y() - 1;
+    }
+    sync_block();
+    return *flag != 0;
+  }
+  // Number `at` of the gradients: of every chunk, in their order.
+  __device__ __forceinline__ void add_chunks(int64_t at) const {
+    float sum = 0.0f;
+    FUSEDMOE_CUDA_ROLLED
+    for (int chunk = 0; chunk < blocks_y(); chunk++) sum += load_global(call.to.parts + chunk * call.to.total + at);
+    store_global(static_cast<T*>(call.to.grads) + at, rounded<T>(sum));
+  }
+  __device__ __forceinline__ void add_matrix(const Matrix& to) const {
+    FUSEDMOE_CUDA_ROLLED
+    for (int i = thread(); i < OUTPUTS * COLUMNS; i += THREADS) {
+      const int row = i / COLUMNS, column = i % COLUMNS;
+      if (row < to.rows && column < to.columns) add_chunks(to.first + int64_t(row) * to.distance + column);
+    }
+    if (to.bias >= 0 && thread() < to.rows) add_chunks(to.bias + thread());
+  }
+
+  // dv of one element: the sum of its dw over the rows. Record: 1, its place among the gradients, number of terms; terms: first row of dw, tiles,
+  // rows from tile to tile, column of its mixing weight.
+  __device__ __forceinline__ void static_element(int record) const {
+    float value = 0.0f;
+    FUSEDMOE_CUDA_ROLLED
+    for (int i = 0; i < plan(record + 2); i++) value += term(record + 3 + i * term_size);
+    value = sum_lanes(value);
+    float* sums = shared_memory<float>();
+    if (lane() == 0) sums[warp()] = value;
+    sync_block();
+    if (thread() == 0) {
+      for (int other = 1; other < THREADS / 32; other++) value += sums[other];
+      store(plan(record + 1), value);
+    }
+    if (arrives_last() && thread() == 0) add_chunks(plan(record + 1));
+  }
+  __device__ __forceinline__ float term(int term) const {
+    const int64_t first = plan(term), distance = plan(term + 2);
+    const int tiles = plan(term + 1), column = call.of.network.weights ? plan(term + 3) : -1;
+    float value = 0.0f;
+    FUSEDMOE_CUDA_ROLLED
+    for (int64_t row = block.row + thread(); row < block.row + block.live; row += THREADS) {
+      for (int tile = 0; tile < tiles; tile++) value += load_global(call.of.dw + (first + tile * distance) * block.network.rows + row);
+      if (column >= 0) value += widened(load_global(static_cast<const T*>(call.of.network.weights) + row * block.network.mixing + column));
+    }
+    return value;
+  }
+
+  __device__ __forceinline__ void run() const {
+    const int record = plan(call.place + block_x());
+    if (plan(record) == 0) matrix_tile(record);
+    else static_element(record);
+  }
+};
+
+template <class T, int OUTPUTS, int COLUMNS, int THREADS, int BLOCKS>
+__global__ void __launch_bounds__(THREADS, BLOCKS) gradients_kernel(const __grid_constant__ GradientsCall call) {
+  const int64_t row = int64_t(block_y()) * call.to.chunk, left = call.of.network.rows - row;
+  ParameterGradients<T, OUTPUTS, COLUMNS, THREADS>{call, {call.of.network, row, int(left < call.to.chunk ? left : call.to.chunk)}}.run();
+}
+
+}  // namespace fusedmoe::cuda
