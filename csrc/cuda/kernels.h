@@ -62,8 +62,7 @@ struct Backward {
 struct Gradients {
   float* parts;
   void* grads;
-  int64_t total;
-  int chunk;
+  int64_t total, chunk;
 };
 
 // Run the tiles of kernels/backward_plan.py whose programs stand at `place`, for every block of rows; `network.floats` are the plan's own too.

@@ -55,7 +55,7 @@ def build(kind: str = "plain") -> Path:
     folder = run.ROOT / "build" / f"cuda_on_cpu-{kind}"
     kernels = sorted((run.ROOT / "csrc" / "cuda").glob("*.cu"))
     with run.alone(folder):
-        objects = run.compiled(kind, [*run.EMULATOR, run.HERE / "library.cpp", *kernels], folder)
+        objects = run.compiled(kind, [*run.EMULATOR, *sorted(run.HERE.glob("library*.cpp")), *kernels], folder)
         program = folder / "libfusedmoe_emulated.so"
         run.link(kind, [*objects], program, shared=True)
     return program
