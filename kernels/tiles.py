@@ -99,7 +99,7 @@ def _kept(program: Program, most: int) -> int:
     """Columns of a source that are kept, if there are maps, each reads one source, and the widest fits."""
     if not program.maps or any(len(one.read) != 1 for one in program.maps):
         return 0
-    columns = power_of_two(max(one.read[0].width for one in program.maps), KEPT_PIECE)
+    columns = power_of_two(max((one.read[0].width for one in program.maps), default=0), KEPT_PIECE)
     return columns if columns <= most else 0
 
 
