@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 
-from fusedmoe.testing import Case, Problem, assert_close, build, cases, evaluate, expectation, problem, smoothed
+from fusedmoe.testing import Case, Problem, assert_close, bound, build, cases, eager, error, evaluate, expectation, problem, smoothed
 
 pytest.importorskip("triton", reason="cuda_on_cpu: expected the package triton, whose launches the kernels stand in for, got none")
 
@@ -26,6 +26,9 @@ TABLES = {
     "ple": build("ple", 24, [[20], [12]], 2, 2),
     "mmoe": build("mmoe", 40, [[24]], 2, 3, towers=(1,)),
     "adatt_sp, whole vectors": build("adatt_sp", 96, [[80], [32]], 2, 2),
+    "ragged columns": build("adatt_sp", 70, [[67], [9]], 2, 2, towers=(5, 1)),
+    "reads of two pieces": build("mmoe", 24, [[16]], 2, 20),
+    "units for narrow tiles": build("mmoe", 48, [[40]], 6, 3),
 }
 ROWS = 19
 QUICK = ("every_feature", "adatt-empty_gate", "ple-ragged", "cross_stitch-tiny", "customized_sharing-odd")
@@ -67,10 +70,13 @@ def network(x, params, table):
     return for_tasks(out, table), by_level(weights, table)
 
 
+def lent(one: Problem) -> list[tuple[str, torch.Tensor]]:
+    return [(parameter.name, tensor) for parameter, tensor in zip(one.table.parameters, one.params, strict=True)]
+
+
 def run(one: Problem, schedule: library.Schedule = library.Schedule()) -> tuple[dict[str, torch.Tensor | None], list[str]]:
     """Outputs and gradients by name, and the backward's launches."""
-    lent = [(parameter.name, tensor) for parameter, tensor in zip(one.table.parameters, one.params, strict=True)]
-    with backward.emulated(lent, schedule) as ran:
+    with backward.emulated(lent(one), schedule) as ran:
         values = evaluate(network, one)
     return values, ran.launches
 
@@ -107,6 +113,61 @@ def test_schedules(dtype, seed, eager, monkeypatch):
     take("one launch", monkeypatch, 16)
     values, _ = run(given("adatt_sp", dtype), library.Schedule(seed, eager))
     assert_close(values, expected("adatt_sp", dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_gradients_of_mixing_weights(dtype):
+    one = given("adatt_sp", dtype)
+    one = one._replace(d_weights=tuple(map(torch.zeros_like, one.d_weights)))
+    wanted = {name: value for name, value in expectation(one).items() if not name.startswith("weights")}
+
+    def alone(x, params, table):
+        return for_tasks(operator.run(x, params, table, False)[0], table), ()
+
+    with backward.emulated(lent(one)):
+        assert_close(evaluate(alone, one), wanted)
+
+
+def test_more_parameters_than_an_argument_holds():
+    one = drawn(Case(build("mmoe", 8, [[8]], 1, 230), 3), torch.float32)
+    assert len(one.params) > backward.ADDRESSES
+    assert_close(run(one)[0], expectation(one))
+
+
+def test_parameters_at_odd_addresses():
+    """Views into one buffer, as flattened parameters are: no vector of 16 bytes begins where they do."""
+    one = given("adatt_sp, whole vectors", torch.bfloat16)
+    odd = one._replace(params=tuple(p.new_empty(p.numel() + 1)[1:].view(p.shape).copy_(p) for p in one.params))
+    assert any(p.data_ptr() % 16 for p in odd.params)
+    assert_close(run(odd)[0], expected("adatt_sp, whole vectors", torch.bfloat16))
+
+
+def test_tf32_where_the_user_allows_it():
+    """One product instead of three."""
+    one = given("adatt_sp, whole vectors", torch.float32)
+    before = torch.get_float32_matmul_precision()
+    products = []
+    for allowed in ("highest", "high"):
+        torch.set_float32_matmul_precision(allowed)
+        try:
+            library.take_counts()
+            values, _ = run(one)
+        finally:
+            torch.set_float32_matmul_precision(before)
+        products.append(library.take_counts().products)
+        truth, _ = expected("adatt_sp, whole vectors", torch.float32)["d_x"]
+        assert error(values["d_x"], truth) <= bound(0.0, truth, torch.float32 if allowed == "highest" else torch.float16)
+    assert products[0] == 3 * products[1]
+
+
+def test_an_infinite_gradient_stops_where_a_relu_is_off():
+    one = given("mmoe", torch.float32)
+    d_out = one.d_out.clone()
+    d_out[3] = float("inf")
+    one = one._replace(d_out=d_out)
+    truth = evaluate(eager, one)
+    for name, value in run(one)[0].items():
+        assert value is None or torch.equal(value.isfinite(), truth[name].isfinite()), name
 
 
 @pytest.mark.parametrize("form", FORMS)
