@@ -1,13 +1,15 @@
-"""Build of fusedmoe: one extension, `fusedmoe._C`, out of csrc/.
+"""Build of fusedmoe: the extension `fusedmoe._C` out of csrc/, and with FUSEDMOE_BUILD=cuda `fusedmoe._cuda` out of csrc/cuda.
 
 csrc/cpu/isa.cpp is compiled once per instruction set and every other file once; the library picks among them at run time, so a
 wheel runs on any CPU of its architecture. Objects are rebuilt when a file that they include, or their command, has changed.
+The CUDA kernels are an extension of their own: without them a wheel is what it always was, and where one of the two does not load the other does.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -41,8 +43,19 @@ FLAGS += ["-ffp-contract=fast"]
 # The oldest torch whose stable ABI the binary asks for: one build serves every later version.
 FLAGS += [f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"]
 
+BUILDS = ("cpu", "cuda")
+# The first that knows sm_100 and sm_120.
+OLDEST_NVCC = (12, 8)
+# Code for each, and PTX of the oldest, from which a driver compiles for whatever is not here: 10.3, 11.0 and what is yet to come.
+CUDA_ARCHS, PTX_ARCH = ("80", "90a", "100a", "120"), "80"
+CPU_ONLY = "the CPU alone; FUSEDMOE_BUILD=cuda adds the CUDA kernels"
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-math-errno,-Wall,-Wextra"]
+NVCC_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+NVCC_FLAGS += [f"-gencode=arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}"]
+
 PROBE = "#include <concepts>\n#include <span>\nint probe(std::span<int> s) { return static_cast<int>(s.size()); }\n"
 INSTALL = "install one (Debian and Ubuntu: `apt-get install g++`, version 11 or later) or name one in CXX"
+INSTALL_NVCC = "install CUDA's toolkit, or `pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl`, or name one in NVCC"
 
 
 def compiler() -> list[str]:
@@ -67,6 +80,44 @@ def compiler() -> list[str]:
     if fault:
         raise SystemExit(f"fusedmoe: building needs a C++20 compiler, and {named!r} does not compile a three-line program ({fault}); {INSTALL}.")
     return command
+
+
+def with_cuda() -> bool:
+    """Whether FUSEDMOE_BUILD asks for the CUDA kernels. Raises: SystemExit with one sentence for a value that it does not know."""
+    named = os.environ.get("FUSEDMOE_BUILD") or "cpu"
+    if named not in BUILDS:
+        raise SystemExit(f"fusedmoe: building needs FUSEDMOE_BUILD to be {' or '.join(BUILDS)}, found {named!r}.")
+    return named == "cuda"
+
+
+def nvcc() -> list[str]:
+    """Return the command of CUDA's compiler: $NVCC, else that in $CUDA_HOME, on the path, of NVIDIA's packages on PyPI, in /usr/local/cuda.
+
+    Raises: SystemExit with one sentence that tells what to install.
+    """
+    home, found = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
+    named = os.environ.get("NVCC") or (home and str(Path(home, "bin", "nvcc"))) or found
+    if not named:
+        folders = [Path(sysconfig.get_path("purelib"), "nvidia", name) for name in ("cu13", "cuda_nvcc")]
+        named = next((str(path) for folder in (*folders, Path("/usr/local/cuda")) if (path := folder / "bin" / "nvcc").exists()), None)
+    wanted = f"FUSEDMOE_BUILD=cuda nvcc {'.'.join(map(str, OLDEST_NVCC))} or later"
+    if not named:
+        raise SystemExit(f"fusedmoe: building needs for {wanted}, found none in $CUDA_HOME, on the path or in /usr/local/cuda; {INSTALL_NVCC}.")
+    command = shlex.split(named)
+    try:
+        said = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        said = error.strerror
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if not release or tuple(map(int, release.groups())) < OLDEST_NVCC:
+        got = f"release {release[1]}.{release[2]}" if release else (said.strip().splitlines() or ["one that says nothing"])[0]
+        raise SystemExit(f"fusedmoe: building needs for {wanted}, and {named!r} is none ({got}); {INSTALL_NVCC}.")
+    return command
+
+
+def host_compiler(cxx: list[str]) -> list[str]:
+    """What tells nvcc which compiler compiles the host's half, for a command that may have something in front (ccache) and flags behind."""
+    return ["-ccbin", next((word for word in reversed(cxx) if not word.startswith("-")), cxx[0])]
 
 
 def torch_folders() -> tuple[list[str], list[str]]:
@@ -105,12 +156,19 @@ def objects(folder: Path) -> list[tuple[Path, Path, list[str]]]:
     return result
 
 
+def cuda_objects(folder: Path) -> list[tuple[Path, Path, list[str]]]:
+    """Return (source, object, extra flags) of every compilation of the CUDA extension; nvcc has those that end in .cu."""
+    sources = sorted([*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/cuda/*.cpp")])
+    return [(source, folder / f"cuda-{source.name.replace('.', '-')}.o", []) for source in sources]
+
+
 def stale(target: Path, command: list[str]) -> bool:
     """Whether `target` is missing, was made by another command, or is older than a file that went into it."""
     made_by, depends = target.with_suffix(".command"), target.with_suffix(".d")
     if not (target.exists() and made_by.exists() and depends.exists()) or made_by.read_text() != shlex.join(command):
         return True
-    inputs = shlex.split(depends.read_text().replace("\\\n", " "))[1:]
+    # nvcc puts a space in front of the colon.
+    inputs = shlex.split(depends.read_text().replace("\\\n", " ").partition(": ")[2])
     return any(not Path(path).exists() or Path(path).stat().st_mtime > target.stat().st_mtime for path in inputs)
 
 
@@ -128,34 +186,49 @@ def compile_object(source: Path, target: Path, command: list[str]) -> None:
 class Build(build_ext):
     """Compile csrc/ with flags per object, two at a time (`--parallel` changes that), and link."""
 
+    def run(self) -> None:
+        cuda = with_cuda()
+        # Before anything is compiled: what is missing is told at once.
+        self.cxx, self.nvcc = compiler(), nvcc() if cuda else []
+        print(f"fusedmoe: building for {'the CPU and for ' + ', '.join('sm_' + arch for arch in CUDA_ARCHS) if cuda else CPU_ONLY}", flush=True)
+        if not cuda:
+            # Of an earlier build: its kernels may be others than those of this source, and a wheel takes whatever stands in its folder.
+            for extension in Path(self.get_ext_fullpath("fusedmoe._cuda")), Path(self.build_lib, self.get_ext_filename("fusedmoe._cuda")):
+                extension.unlink(missing_ok=True)
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         # Not `self.build_temp`: pip gives a fresh one each time, and every installation would compile everything again.
         folder = ROOT / "build" / f"objects-{sys.implementation.cache_tag}-{self.plat_name}"
         folder.mkdir(parents=True, exist_ok=True)
-        includes, libraries = torch_folders()
+        cuda = ext.name == "fusedmoe._cuda"
+        headers, libraries = torch_folders()
         # System folders: a warning inside torch's headers is not ours to mend.
-        includes = [word for path in [*includes, *python_folders()] for word in ("-isystem", path)]
-        cxx = compiler()
+        includes = [word for path in [*headers, *python_folders()] for word in ("-isystem", path)]
         jobs = []
-        for source, target, flags in objects(folder):
-            depends = target.with_suffix(".d")
-            jobs.append(
-                (source, target, [*cxx, *FLAGS, *flags, f"-I{ROOT / 'csrc'}", *includes, "-MMD", "-MF", str(depends), "-c", str(source), "-o", str(target)])
-            )
+        for source, target, flags in cuda_objects(folder) if cuda else objects(folder):
+            outputs = ["-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(target)]
+            # What nvcc compiles knows no torch.
+            command = [*self.nvcc, *host_compiler(self.cxx), *NVCC_FLAGS] if source.suffix == ".cu" else [*self.cxx, *FLAGS, *flags, *includes]
+            jobs.append((source, target, [*command, f"-I{ROOT / 'csrc'}", *outputs]))
         if not jobs:
             raise SystemExit(f"fusedmoe: building needs the sources in {ROOT / 'csrc'}, found none; take the whole repository or source archive.")
         due = [job for job in jobs if stale(job[1], job[2])]
         print(f"fusedmoe: compiling {len(due)} of {len(jobs)} objects", flush=True)
+        # nvcc's first: each takes as long as many of the others.
+        due.sort(key=lambda job: job[0].suffix != ".cu")
         with ThreadPoolExecutor(self.parallel or 2) as pool:
             list(pool.map(lambda job: compile_object(*job), due))
-        self.link(cxx, [target for _, target, _ in jobs], Path(self.get_ext_fullpath(ext.name)), libraries)
+        # CUDA's runtime is linked in: a machine has the driver, but need not have the runtime, nor the same one.
+        linker = [*self.nvcc, *host_compiler(self.cxx), "-cudart=static", "-Xlinker=--exclude-libs=ALL"] if cuda else self.cxx
+        self.link(linker, [target for _, target, _ in jobs], Path(self.get_ext_fullpath(ext.name)), libraries)
 
-    def link(self, cxx: list[str], targets: list[Path], library: Path, folders: list[str]) -> None:
+    def link(self, linker: list[str], targets: list[Path], library: Path, folders: list[str]) -> None:
         """Link the objects to torch. No run path: `fusedmoe` imports torch first, and the loader takes the library already there."""
         library.parent.mkdir(parents=True, exist_ok=True)
         if library.exists() and all(target.stat().st_mtime <= library.stat().st_mtime for target in targets):
             return
-        command = [*cxx, "-shared", *map(str, targets), "-o", str(library), *(f"-L{path}" for path in folders), "-ltorch_cpu"]
+        command = [*linker, "-shared", *map(str, targets), "-o", str(library), *(f"-L{path}" for path in folders), "-ltorch_cpu"]
         if subprocess.run(command).returncode:
             raise SystemExit("fusedmoe: the extension does not link to torch; the linker's messages stand above.")
 
@@ -167,6 +240,6 @@ setup(
     package_dir={"fusedmoe": "fusedmoe", "fusedmoe.kernels": "kernels"},
     packages=[*find_packages(include=["fusedmoe", "fusedmoe.*"]), "fusedmoe.kernels"],
     package_data={"fusedmoe": ["data/*"]},
-    ext_modules=[Extension("fusedmoe._C", sources=[])],
+    ext_modules=[Extension(f"fusedmoe.{name}", sources=[]) for name in ("_C", *(["_cuda"] if with_cuda() else []))],
     cmdclass={"build_ext": Build},
 )

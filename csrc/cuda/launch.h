@@ -5,12 +5,9 @@
 #include <string>
 #include <type_traits>
 
-// cudaStream_t, without CUDA's headers.
-struct CUstream_st;
+#include "runtime.h"
 
 namespace fusedmoe::cuda {
-
-using Stream = CUstream_st*;
 
 struct Shape {
   unsigned blocks_x = 1, blocks_y = 1;
