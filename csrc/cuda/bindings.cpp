@@ -4,22 +4,15 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <utility>
+#include <vector>
 
 #include "kernels.h"
-#include "runtime.h"
 
 namespace py = pybind11;
 
 namespace {
 
 using namespace fusedmoe::cuda;
-
-template <size_t N>
-using Addresses = std::array<uintptr_t, N>;
-template <size_t N>
-using Numbers = std::array<int64_t, N>;
-using Grid = std::pair<unsigned, unsigned>;
 
 // An address of whatever type stands in its place.
 struct Address {
@@ -30,47 +23,61 @@ struct Address {
   }
 };
 
-// A struct of the kernels', whose pointers come first, in the order of kernels/*.py.
-template <class Of, size_t N, size_t M, size_t... I, size_t... J>
-Of filled(const Addresses<N>& a, const Numbers<M>& n, std::index_sequence<I...>, std::index_sequence<J...>) {
-  return Of{Address{a[I]}..., int32_t(n[0]), n[J + 1]...};
+template <size_t N>
+using Tensors = std::array<uintptr_t, N>;
+template <size_t N>
+using Numbers = std::array<int64_t, N>;
+
+// The addresses of the parameters, and whether all are multiples of 16. `table`: the address of an array of them all on the device, or 0 where they
+// are at most `Addresses::count`.
+struct Parameters {
+  Addresses all{};
+  bool even = true;
+
+  Parameters(const std::vector<uintptr_t>& addresses, uintptr_t table) {
+    for (size_t i = 0; i < addresses.size(); i++) {
+      if (i < Addresses::count) all.at[i] = Address{addresses[i]};
+      even = even && addresses[i] % 16 == 0;
+    }
+    if (addresses.size() <= Addresses::count) return;
+    if (!table) throw py::value_error("cuda: expected a table of " + std::to_string(addresses.size()) + " addresses on the device, got none");
+    all.more = static_cast<const void* const*>(Address{table}) + Addresses::count;
+  }
+};
+
+// Tensors: x, buffers, out, p, weights, plan, floats. Numbers: place, programs, rows, x_row, x_slot, mixing.
+void launch_forward(const Tiles& tiles, int device, const Parameters& parameters, const Tensors<7>& t, const Numbers<6>& n) {
+  const auto at = [&](size_t i) { return Address{t[i]}; };
+  const Places places{at(0), at(1), at(2), n[3], n[4]};
+  const Network network{places, at(3), at(4), at(5), at(6), n[2], n[5], parameters.all};
+  use_device(device);
+  forward(network, tiles, int(n[0]), int(n[1]), current_stream(device));
 }
 
-// launch(form, device, grid, addresses, numbers): on PyTorch's current stream of the device.
-template <class Of, size_t N, size_t M>
-void bind(py::module_& m, const char* name, void (*launch)(const Of&, const Form&, Blocks, Stream)) {
-  m.def(name, [launch](const Form& form, int device, const Grid& grid, const Addresses<N>& addresses, const Numbers<M>& numbers) {
-    const Of of = filled<Of>(addresses, numbers, std::make_index_sequence<N>(), std::make_index_sequence<M - 1>());
-    use_device(device);
-    launch(of, form, {grid.first, grid.second}, current_stream(device));
-  }, py::arg("form"), py::arg("device"), py::arg("grid"), py::arg("addresses"), py::arg("numbers"));
+void bind_tiles(py::module_& m) {
+  py::enum_<Number>(m, "Number").value("float32", Number::float32).value("bfloat16", Number::bfloat16).value("float16", Number::float16);
+  py::class_<Tiles>(m, "Tiles", "How a launch runs.")
+      .def(py::init<>())
+      .def_readwrite("number", &Tiles::number)
+      .def_readwrite("rows", &Tiles::rows)
+      .def_readwrite("columns", &Tiles::columns)
+      .def_readwrite("units", &Tiles::units)
+      .def_readwrite("keep", &Tiles::keep)
+      .def_readwrite("aligned", &Tiles::aligned)
+      .def_readwrite("stored", &Tiles::stored)
+      .def_readwrite("inner", &Tiles::inner)
+      .def_readwrite("once", &Tiles::once);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels of fusedmoe, launched on PyTorch's current stream.";
-  py::enum_<Number>(m, "Number").value("float32", Number::float32).value("bfloat16", Number::bfloat16).value("float16", Number::float16);
-  py::class_<Form>(m, "Form", "What the code that a launch runs is chosen by.")
-      .def(py::init<>())
-      .def_readwrite("number", &Form::number)
-      .def_readwrite("tf32", &Form::tf32)
-      .def_readwrite("align", &Form::align)
-      .def_readwrite("store", &Form::store)
-      .def_readwrite("rows", &Form::rows)
-      .def_readwrite("columns", &Form::columns)
-      .def_readwrite("reduction", &Form::reduction)
-      .def_readwrite("outputs", &Form::outputs)
-      .def_readwrite("warps", &Form::warps)
-      .def_readwrite("stages", &Form::stages)
-      .def_readwrite("units", &Form::units)
-      .def_readwrite("reads", &Form::reads)
-      .def_readwrite("keep", &Form::keep)
-      .def_readwrite("weights", &Form::weights)
-      .def_readwrite("inner", &Form::inner)
-      .def_readwrite("copies", &Form::copies);
+  m.doc() = "CUDA kernels of fusedmoe, launched on PyTorch's current stream of a device.";
+  bind_tiles(m);
+  py::class_<Parameters>(m, "Parameters", "The addresses of the parameters, as launches take them.")
+      .def(py::init<const std::vector<uintptr_t>&, uintptr_t>(), py::arg("addresses"), py::arg("table") = 0)
+      .def_readonly("even", &Parameters::even);
+  m.attr("MOST_PARAMETERS") = int(Addresses::count);
   m.def("missing", &missing, "CUDA's name for what is missing on this machine, and its words; nothing where a device can be used.");
-  bind<Forward, 8, 5>(m, "forward", &forward);
-  bind<BackwardRows, 13, 8>(m, "backward_rows", &backward_rows);
-  bind<Gradients, 10, 7>(m, "gradients", &gradients);
+  m.def("forward", &launch_forward, py::arg("tiles"), py::arg("device"), py::arg("parameters"), py::arg("tensors"), py::arg("numbers"));
 }
