@@ -16,7 +16,7 @@ from roofline import traffic
 
 from fusedmoe.kernels import backward as kernels
 from fusedmoe.kernels.backward_plan import EXPERT, TILE, BackwardPlan, backward_plan_of
-from fusedmoe.kernels.network import ADD_BLOCK
+from fusedmoe.kernels.launch_triton import ADD_BLOCK
 from fusedmoe.kernels.plan import FROM_X, plan_of
 from fusedmoe.kernels.program import COLUMN, NOTHING, Map, Program, X, rounded_up
 from fusedmoe.kernels.records import MAP_HEAD, SOURCE

@@ -68,7 +68,7 @@ def _driverless() -> str | None:
 
 @functools.cache
 def _too_old(device: torch.device) -> str | None:
-    """Return why Triton's kernels cannot run on a device, or None."""
+    """Return why the kernels of the GPU backends cannot run on a device, or None."""
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     found = torch.cuda.get_device_capability(device)
@@ -77,18 +77,40 @@ def _too_old(device: torch.device) -> str | None:
     return "expected a GPU of sm_{}{} or later, got sm_{}{}".format(*OLDEST_CAPABILITY, *found)
 
 
+@functools.cache
+def _looked_for_cuda() -> str | None:
+    try:
+        extension = importlib.import_module("fusedmoe._cuda")
+    except ModuleNotFoundError:
+        return "expected the extension fusedmoe._cuda, got none; `FUSEDMOE_BUILD=cuda pip install --no-build-isolation .` builds it, with nvcc"
+    except ImportError as error:
+        return f"the extension fusedmoe._cuda cannot be loaded ({error}); build it again with FUSEDMOE_BUILD=cuda"
+    if torch.version.hip is not None:
+        return "expected a GPU of NVIDIA's, got a build of torch for AMD's"
+    # Its own runtime's question: that one may want a later driver than torch's does.
+    missing = extension.missing()
+    if missing:
+        return f"expected a GPU and its driver, got {missing}"
+    return None if torch.cuda.is_available() else f"expected a build of torch that finds the GPU, got {torch.__version__}"
+
+
+def _no_cuda() -> str | None:
+    """Return why the CUDA kernels cannot run on this machine, or None."""
+    return _looked_for_cuda()
+
+
 def _no_triton() -> str | None:
     """Return why Triton's kernels cannot run on this machine, or None. Triton itself is imported by the first call that needs it."""
     return _looked_for_triton()
 
 
 def _no_kernels_for(device: torch.device) -> str | None:
-    """Return why Triton's kernels cannot run on this device, or None."""
+    """Return why the kernels of the GPU backends cannot run on this device, or None."""
     return _too_old(device)
 
 
 # What torch.compile's `assume_constant_result` sets, without importing it: the functions are called and not traced.
-_no_triton._dynamo_marked_constant = _no_kernels_for._dynamo_marked_constant = True
+_no_triton._dynamo_marked_constant = _no_cuda._dynamo_marked_constant = _no_kernels_for._dynamo_marked_constant = True
 
 
 def transforming() -> bool:
@@ -139,6 +161,7 @@ BACKENDS: tuple[Backend, ...] = (
         lowers=("bfloat16", "float16"),
         lacking=_no_kernels_for,
     ),
+    Backend("cuda", _no_cuda, ("cuda",), ("float32", "bfloat16", "float16"), lowers=("bfloat16", "float16"), lacking=_no_kernels_for),
     Backend("reference", lambda: None, None, tuple(dtypes.DTYPES), transforms=True),
 )
 

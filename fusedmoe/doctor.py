@@ -14,6 +14,8 @@ import torch
 
 import fusedmoe
 from fusedmoe.backends import backends
+from fusedmoe.kernels import trial
+from fusedmoe.kernels.launchers import LAUNCHERS
 
 
 def processor(text: str) -> str | None:
@@ -60,12 +62,9 @@ def gpus() -> list[tuple[str, str]]:
 
 
 def described(index: int) -> str:
-    """The name and architecture of a device, and whether the Triton kernels have been run on such a one."""
-    try:
-        from fusedmoe.kernels import trial
-    except ImportError:
-        return torch.cuda.get_device_name(index)
-    return trial.name_of(torch.device("cuda", index))
+    """The name and architecture of a device, and whether the kernels of each GPU backend have been run on such a one."""
+    device = torch.device("cuda", index)
+    return f"{trial.name_of(device)} ({'; '.join(f'{backend} {trial.history(device, backend)}' for backend in LAUNCHERS)})"
 
 
 def sections() -> dict[str, list[tuple[str, str]]]:

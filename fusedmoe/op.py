@@ -226,23 +226,28 @@ def _run_reference(x: Tensor, params: list[Tensor], table: Table, mixing: bool, 
     return out, tuple(weights)
 
 
-def _run_triton(x: Tensor, params: list[Tensor], table: Table, mixing: bool, recompute: bool):
+def _run_kernels(backend: str, x: Tensor, params: list[Tensor], table: Table, mixing: bool, recompute: bool):
     # Here, because `import fusedmoe` is to cost nothing on machines that never call it.
     if torch.compiler.is_compiling():
         from fusedmoe.kernels import registered
 
         text = codec.encode(table)
-        out, weights, *_ = registered.forward(x, params, text, _needs_gradient(x, params), mixing)
+        out, weights, *_ = registered.forward(x, params, text, _needs_gradient(x, params), mixing, backend)
         return out, reference.by_level(weights, table) if mixing else ()
     from fusedmoe.kernels import operator as kernels
 
     if not kernels.fits(x, params, table):
         check(x, params, table)
-    out, weights = kernels.run(x, params, table, mixing)
+    out, weights = kernels.run(backend, x, params, table, mixing)
     return out, reference.by_level(weights, table) if mixing else ()
 
 
-RUN = {"cpu": _run_cpu, "triton": _run_triton, "reference": _run_reference}
+RUN = {
+    "cpu": _run_cpu,
+    "triton": functools.partial(_run_kernels, "triton"),
+    "cuda": functools.partial(_run_kernels, "cuda"),
+    "reference": _run_reference,
+}
 
 
 def _register() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from fusedmoe.adapters import FusedForward, Match, Unfusable, recognise, register_adapter
 from fusedmoe.backends import candidates, choose, require
+from fusedmoe.kernels.launchers import LAUNCHERS
 from fusedmoe.nn.binding import Binding
 from fusedmoe.nn.fused import Fused
 from fusedmoe.nn.words import describe_table
@@ -134,8 +135,8 @@ def unfuse(model: nn.Module) -> None:
 
 def describe(model: nn.Module) -> str:
     """Return the wiring of every layer found in `model`, fused or not: experts, slots, units, what they see, gates, static
-    weights, widths, parameters and FLOPs; and the backend of those that are fused, and whether they are frozen. Where that is triton, or would
-    be, what it launches, and whether its kernels have ever run on the device's architecture. The model is not changed.
+    weights, widths, parameters and FLOPs; and the backend of those that are fused, and whether they are frozen. Where that is triton or cuda, or
+    would be, what it launches, and whether its kernels have ever run on the device's architecture. The model is not changed.
 
     Raises: TypeError if `model` is no module.
     """
@@ -150,19 +151,19 @@ def describe(model: nn.Module) -> str:
 
 
 def _launches(finding: Finding, table: Table) -> list[str]:
-    """What Triton's kernels launch for a module that they run, or would once it is fused."""
+    """What the kernels of a GPU backend launch for a module that they run, or would once it is fused."""
     parameter = next(finding.module.parameters())
     try:
         chosen = choose(finding.entry.backend if finding.binding else "auto", parameter.device, parameter.dtype)
     except RuntimeError:
         return []
-    if chosen != "triton":
+    if chosen not in LAUNCHERS:
         return []
-    # Here, because it imports Triton.
+    # Here, because it may import Triton.
     from fusedmoe.kernels.words import describe_launches
 
     try:
-        return describe_launches(table, parameter.dtype, parameter.device).splitlines()
+        return describe_launches(table, parameter.dtype, parameter.device, chosen).splitlines()
     except ValueError as error:
         return [str(error)]
 

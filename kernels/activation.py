@@ -3,11 +3,8 @@
 import triton
 import triton.language as tl
 
-from fusedmoe.activation import DEFAULT_PARAMETER
+from fusedmoe.kernels.plan import CODES
 from fusedmoe.reference import activation as reference
-
-# The number by which a plan names an activation.
-CODES = {name: code for code, name in enumerate(DEFAULT_PARAMETER)}
 
 RELU, SIGMOID, TANH, SILU, GELU, GELU_TANH, LEAKY_RELU, ELU, SOFTPLUS = (
     tl.constexpr(CODES[name]) for name in ("relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "leaky_relu", "elu", "softplus")

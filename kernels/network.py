@@ -1,29 +1,22 @@
-"""A network's forward and backward in Triton: tensors in, tensors out, and which launches run between."""
+"""A network's forward and backward on a GPU: tensors in, tensors out, and which launches run between, whoever launches (`launchers.py`)."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusedmoe.kernels import device
-from fusedmoe.kernels.activation import CODES
-from fusedmoe.kernels.backward import add_chunks, backward_rows, gradients
 from fusedmoe.kernels.backward_plan import BackwardPlan, backward_plan_of
-from fusedmoe.kernels.forward import forward as forward_kernel
-from fusedmoe.kernels.plan import Plan, plan_of
+from fusedmoe.kernels.launchers import launcher
+from fusedmoe.kernels.plan import CODES, Plan, plan_of
 from fusedmoe.kernels.program import Program, fused, lower, of_one_slot
 from fusedmoe.kernels.tiles import CHUNK, Tiles, aligned, choose
 from fusedmoe.table import Table
-
-ADD_BLOCK = 1024
-# By name: Triton 3.9 warns where a launch does not say whether to fuse multiplications and additions, and 3.10 will not fuse then.
-OPTIONS = {"enable_fp_fusion": True}
-# Without it ptxas spills a few numbers to let a third program share the multiprocessor, which shared memory forbids.
-REGISTERS = {"maxnreg": 255}
 
 
 class Saved(NamedTuple):
@@ -36,33 +29,18 @@ class Saved(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """One call's tensors, what was chosen for it, and the constants that all its launches share."""
+    """One call's tensors, who launches, what was chosen for it, and the constants that all its launches share."""
 
+    kernels: ModuleType
     program: Program
     tiles: Tiles
     x: Tensor
-    addresses: Tensor
+    addresses: object
     align: int
     constants: dict[str, object]
 
     def grid(self, programs: int) -> tuple[int, int]:
         return -(-len(self.x) // self.tiles.rows), programs
-
-
-@functools.lru_cache(maxsize=1024)
-def _constants(tiles: Tiles, align: int, precise: str, arch: str) -> dict[str, object]:
-    """What every launch of a call is compiled with. The dictionary is everybody's: launches unpack it."""
-    return {
-        "ALIGN": align,
-        "BLOCK_B": tiles.rows,
-        "BLOCK_H": tiles.columns,
-        "BLOCK_K": tiles.reduction,
-        "STAGES": tiles.stages,
-        "PRECISION": precise,
-        "num_warps": tiles.warps,
-        **OPTIONS,
-        **({} if arch.startswith("gfx") else REGISTERS),
-    }
 
 
 @functools.lru_cache(maxsize=1024)
@@ -104,19 +82,22 @@ def alignment(x: Tensor, even: bool, program: Program) -> int:
     return lanes if whole else 1
 
 
-def _prepare(x: Tensor, params: Sequence[Tensor], program: Program, tiles: Tiles | None) -> _Call:
+def _prepare(x: Tensor, params: Sequence[Tensor], program: Program, tiles: Tiles | None, backend: str) -> _Call:
+    kernels = launcher(backend)
     arch = device.architecture(x.device)
     tiles = tiles or choose(program, x.dtype, len(x), arch)
-    addresses, even = device.addresses(params, x.device)
+    addresses, even = kernels.addresses(params, x.device)
     align = alignment(x, even, program)
-    return _Call(program, tiles, x, addresses, align, _constants(tiles, align, precision(x.dtype, arch), arch))
+    return _Call(kernels, program, tiles, x, addresses, align, kernels.constants(tiles, align, precision(x.dtype, arch), arch))
 
 
 def _plan(program: Program, tiles: Tiles) -> Plan:
     return plan_of(program, tiles.whole, tiles.units, tiles.columns)
 
 
-def forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool, tiles: Tiles | None = None) -> tuple[Tensor, Tensor, Saved]:
+def forward(
+    x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool, tiles: Tiles | None = None, backend: str = "triton"
+) -> tuple[Tensor, Tensor, Saved]:
     """Run the network: `fusion_network`'s mathematics.
 
     Args:
@@ -126,10 +107,11 @@ def forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, tra
         mixing: return the mixing weights.
         training: keep what `backward` needs; without it hidden layers stay on the chip where a level has one stage of them.
         tiles: None: the shipped ones.
+        backend: whose kernels.
 
     Returns: out [B, *table.output], weights [B, table.mixing] (or [B, 0]), and what `backward` takes.
     """
-    call = _prepare(x, params, program_of(x, table, training), tiles)
+    call = _prepare(x, params, program_of(x, table, training), tiles, backend)
     plan = _plan(call.program, call.tiles)
     rows = len(x)
     out = x.new_empty(rows, *table.output)
@@ -137,8 +119,9 @@ def forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, tra
     saved = Saved(x.new_empty(rows * call.program.kept), x.new_empty(plan.softmax, rows, dtype=torch.float32), call.tiles)
     ints, floats = device.written(plan, x.device)
     for launch in plan.launches if rows else ():
-        forward_kernel[call.grid(launch.programs)](
-            x, saved.buffers, out, saved.softmax, weights, call.addresses, ints, floats, launch.place, rows, x.stride(0), x.stride(1), table.mixing,
+        call.kernels.forward(
+            call.grid(launch.programs), x, saved.buffers, out, saved.softmax, weights, call.addresses, ints, floats, launch.place, rows,
+            x.stride(0), x.stride(1), table.mixing,
             UNITS=plan.units, READS=call.tiles.reads, ACTS=_codes(call.program.activations), WEIGHTS=mixing, INNER=call.program.inner,
             COPIES=call.program.copies, KEEP=call.tiles.keep, AHEAD=call.tiles.ahead, STORE=_store(call.program, launch.stages, call.align), **call.constants,
         )  # fmt: skip
@@ -146,7 +129,14 @@ def forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, tra
 
 
 def flat_backward(
-    d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: Saved, table: Table, tiles: Tiles | None = None
+    d_out: Tensor,
+    d_weights: Tensor | None,
+    x: Tensor,
+    params: Sequence[Tensor],
+    saved: Saved,
+    table: Table,
+    tiles: Tiles | None = None,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
     """Return d_x [B, S, D] and the gradients of the live parameters, one after another.
 
@@ -156,9 +146,10 @@ def flat_backward(
         x, params, table: as `forward` had them.
         saved: what it returned.
         tiles: of the backward, whatever those of the forward were; None: the shipped ones.
+        backend: whose kernels.
     """
     shipped = choose(lower(table), x.dtype, len(x), device.architecture(x.device))
-    call = _prepare(x, params, lower(table), tiles or shipped.backward)
+    call = _prepare(x, params, lower(table), tiles or shipped.backward, backend)
     rows = len(x)
     before = _plan(call.program, saved.tiles or shipped)
     plan = backward_plan_of(before, call.tiles.whole, call.tiles.columns, call.tiles.outputs)
@@ -192,10 +183,17 @@ def _places(program: Program) -> tuple[tuple[tuple[int, ...], tuple[int, ...], i
 
 
 def backward(
-    d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: Saved, table: Table, tiles: Tiles | None = None
+    d_out: Tensor,
+    d_weights: Tensor | None,
+    x: Tensor,
+    params: Sequence[Tensor],
+    saved: Saved,
+    table: Table,
+    tiles: Tiles | None = None,
+    backend: str = "triton",
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return d_x and one gradient a parameter: `flat_backward`, split."""
-    d_x, flat = flat_backward(d_out, d_weights, x, params, saved, table, tiles)
+    d_x, flat = flat_backward(d_out, d_weights, x, params, saved, table, tiles, backend)
     return d_x, split(flat, lower(table))
 
 
@@ -205,9 +203,10 @@ def _rows(call: _Call, plan: BackwardPlan, d_out: Tensor, d_weights: Tensor | No
     d_buffers = torch.empty_like(saved.buffers)
     given = d_weights is not None
     for launch in plan.launches:
-        backward_rows[call.grid(launch.programs)](
-            x, saved.buffers, d_out, saved.softmax, dw, d_x, d_buffers, d_out, d_weights if given else d_out, dz, call.addresses, ints, floats, launch.place,
-            len(x), x.stride(0), x.stride(1), d_x.stride(0), d_x.stride(1), plan.columns, call.program.table.mixing, READS=call.tiles.reads,
+        call.kernels.backward_rows(
+            call.grid(launch.programs), x, saved.buffers, d_out, saved.softmax, dw, d_x, d_buffers, d_out, d_weights if given else d_out, dz,
+            call.addresses, ints, floats, launch.place, len(x), x.stride(0), x.stride(1), d_x.stride(0), d_x.stride(1), plan.columns,
+            call.program.table.mixing, READS=call.tiles.reads,
             ACTS=_codes(call.program.activations), WEIGHTS=given, STORE=_store(call.program, launch.stages, call.align), **call.constants,
         )  # fmt: skip
 
@@ -218,9 +217,7 @@ def _parameters(call: _Call, plan: BackwardPlan, d_out: Tensor, d_weights: Tenso
     chunks = -(-len(x) // CHUNK)
     parts = x.new_empty(chunks, total, dtype=torch.float32)
     given = d_weights is not None
-    constants = {name: value for name, value in call.constants.items() if name != "BLOCK_B"}
-    gradients[plan.tasks, chunks](
-        x, saved.buffers, d_out, dw, d_weights if given else d_out, dz, parts, ints, plan.place, len(x), x.stride(0), x.stride(1), plan.columns,
-        call.program.table.mixing, total, WEIGHTS=given, CHUNK=CHUNK, BLOCK_N=call.tiles.outputs, **constants,
+    call.kernels.gradients(
+        (plan.tasks, chunks), x, saved.buffers, d_out, dw, d_weights if given else d_out, dz, parts, flat, ints, plan.place, len(x),
+        x.stride(0), x.stride(1), plan.columns, call.program.table.mixing, total, WEIGHTS=given, CHUNK=CHUNK, BLOCK_N=call.tiles.outputs, **call.constants,
     )  # fmt: skip
-    add_chunks[(-(-total // ADD_BLOCK),)](parts, flat, total, chunks, BLOCK=ADD_BLOCK, num_warps=4, **OPTIONS)

@@ -1,4 +1,4 @@
-"""The operator on Triton: one differentiable call over `network.forward` and `network.backward`."""
+"""The operator on a GPU: one differentiable call over `network.forward` and `network.backward`, with the kernels of the backend that it is told."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from fusedmoe.kernels import network, trial, tuning
+from fusedmoe.kernels import network, trial
+from fusedmoe.kernels.launchers import launcher
 from fusedmoe.kernels.tiles import CHUNK
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
@@ -36,26 +37,26 @@ def there(x: Tensor):
 
 
 @contextmanager
-def launching(x: Tensor) -> Iterator[None]:
+def launching(x: Tensor, backend: str) -> Iterator[None]:
     """A block that launches: the device has passed its trial and is current. Raises: RuntimeError if the kernels err on it (`trial.py`)."""
     with there(x):
         if x.is_cuda:
             with torch.no_grad():
-                trial.once(x.device, x.dtype)
+                trial.once(x.device, x.dtype, backend)
         yield
 
 
-def _forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool) -> tuple[Tensor, Tensor, network.Saved]:
+def _forward(backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool) -> tuple[Tensor, Tensor, network.Saved]:
     arguments = inner(x), [p.contiguous() for p in params], table, mixing, training
-    return network.forward(*arguments, tuning.of_forward(*arguments))
+    with launching(x, backend):
+        return network.forward(*arguments, launcher(backend).tiles_of_forward(*arguments), backend)
 
 
 class _Network(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table: Table, mixing: bool, x: Tensor, *params: Tensor):
-        with launching(x):
-            out, weights, saved = _forward(x, params, table, mixing, training=True)
-        ctx.table = table
+    def forward(ctx, backend: str, table: Table, mixing: bool, x: Tensor, *params: Tensor):
+        out, weights, saved = _forward(backend, x, params, table, mixing, training=True)
+        ctx.backend, ctx.table = backend, table
         ctx.tiles = saved.tiles
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, saved.buffers, saved.softmax, *params)
@@ -70,19 +71,20 @@ class _Network(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Gradients that are to be differentiated again are plain PyTorch's.
             d_x, d_params = reference.backward(x, params, table, d_out, reference.by_level(d_weights, table))
-            return None, None, d_x, *d_params
+            return None, None, None, d_x, *d_params
         with there(x):
             given = None if d_weights is None else d_weights.contiguous()
             arguments = d_out.contiguous(), given, inner(x), [p.contiguous() for p in params], network.Saved(buffers, softmax, ctx.tiles), table
-            d_x, d_params = network.backward(*arguments, tuning.of_backward(*arguments))
-        wanted = ctx.needs_input_grad[2:]
-        return None, None, *(d if need else None for d, need in zip((d_x, *d_params), wanted, strict=True))
+            d_x, d_params = network.backward(*arguments, launcher(ctx.backend).tiles_of_backward(*arguments), ctx.backend)
+        wanted = ctx.needs_input_grad[3:]
+        return None, None, None, *(d if need else None for d, need in zip((d_x, *d_params), wanted, strict=True))
 
 
-def run(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool) -> tuple[Tensor, Tensor]:
+def run(backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool) -> tuple[Tensor, Tensor]:
     """Return out [B, *table.output] and the mixing weights [B, table.mixing] (or [B, 0]).
 
     Args:
+        backend: whose kernels.
         x: [B, S, D], any strides; float32, bfloat16 or float16.
         params: one per `table.parameters`, of x's dtype and device (`fits`).
         table: the network.
@@ -91,7 +93,6 @@ def run(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool) -> tupl
     Raises: ValueError for a table that is too wide (`program.lower`); RuntimeError if the kernels err on this device (`trial.py`).
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
-        return _Network.apply(table, mixing, x, *params)
-    with launching(x):
-        out, weights, _ = _forward(x, params, table, mixing, training=False)
+        return _Network.apply(backend, table, mixing, x, *params)
+    out, weights, _ = _forward(backend, x, params, table, mixing, training=False)
     return out, weights

@@ -19,9 +19,11 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fusedmoe.kernels.activation import CODES
+from fusedmoe.activation import DEFAULT_PARAMETER
 from fusedmoe.kernels.program import NOTHING, Map, Mix, Program, Source, Stage, X
 
+# The number by which a plan names an activation.
+CODES = {name: code for code, name in enumerate(DEFAULT_PARAMETER)}
 # Kinds of a source: input slot, buffer of a stage, the output.
 FROM_X, FROM_BUFFER, TO_OUTPUT = range(3)
 # Numbers of a tile, of a map before its sources, of a source, and of a group before its units.

@@ -219,7 +219,7 @@ def _lowered(text: str) -> Program:
     for parameter in table.parameters:
         if max(parameter.shape, default=0) > MOST_COLUMNS and parameter.name.endswith("weight"):
             raise ValueError(
-                f"{parameter.name}: the triton backend expects at most {MOST_COLUMNS} columns, got {max(parameter.shape)}; "
+                f"{parameter.name}: the GPU backends expect at most {MOST_COLUMNS} columns, got {max(parameter.shape)}; "
                 'use backend="reference" for this network'
             )
     return Program(table, tuple(_Lowering(table).stages()))

@@ -18,16 +18,16 @@ def _program(table: str, training: bool) -> Program:
     return (lower if training else fused)(codec.decode(table))
 
 
-@library.custom_op("fusedmoe::network_triton", mutates_args=())
-def forward(x: Tensor, params: list[Tensor], table: str, training: bool, mixing: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@library.custom_op("fusedmoe::network_kernels", mutates_args=())
+def forward(x: Tensor, params: list[Tensor], table: str, training: bool, mixing: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return out, weights, and what backward takes: `network.forward`."""
-    with launching(x):
-        out, weights, saved = network.forward(inner(x), [p.contiguous() for p in params], codec.decode(table), mixing, training)
+    with launching(x, backend):
+        out, weights, saved = network.forward(inner(x), [p.contiguous() for p in params], codec.decode(table), mixing, training, backend=backend)
     return out, weights, saved.buffers, saved.softmax
 
 
 @forward.register_fake
-def _(x, params, table, training, mixing):
+def _(x, params, table, training, mixing, backend):
     program = _program(table, training)
     rows = x.shape[0]
     tiles = choose(program, x.dtype, rows, architecture(x.device))
@@ -36,38 +36,39 @@ def _(x, params, table, training, mixing):
     return x.new_empty(rows, *program.table.output), weights, x.new_empty(rows * program.kept), x.new_empty(plan.softmax, rows, dtype=torch.float32)
 
 
-@library.custom_op("fusedmoe::network_triton_backward", mutates_args=())
+@library.custom_op("fusedmoe::network_kernels_backward", mutates_args=())
 def backward(
-    d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: list[Tensor], buffers: Tensor, softmax: Tensor, table: str
+    d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: list[Tensor], buffers: Tensor, softmax: Tensor, table: str, backend: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return d_x, and the gradients of all live parameters one after another: an operator's results must not share memory."""
     given = None if d_weights is None else d_weights.contiguous()
     saved = network.Saved(buffers, softmax)
-    with launching(x):
-        d_x, flat = network.flat_backward(d_out.contiguous(), given, inner(x), [p.contiguous() for p in params], saved, codec.decode(table))
+    with launching(x, backend):
+        tensors = d_out.contiguous(), given, inner(x), [p.contiguous() for p in params]
+        d_x, flat = network.flat_backward(*tensors, saved, codec.decode(table), backend=backend)
     return d_x, flat
 
 
 @backward.register_fake
-def _(d_out, d_weights, x, params, buffers, softmax, table):
+def _(d_out, d_weights, x, params, buffers, softmax, table, backend):
     return x.new_empty(x.shape), x.new_empty(_program(table, True).gradients[1])
 
 
 def _save(ctx, inputs, output) -> None:
-    x, params, table, _, _ = inputs
+    x, params, table, _, _, backend = inputs
     _, _, buffers, softmax = output
     ctx.mark_non_differentiable(buffers, softmax)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, buffers, softmax, *params)
-    ctx.table = table
+    ctx.table, ctx.backend = table, backend
 
 
 def _gradients(ctx, d_out, d_weights, _, __):
     x, buffers, softmax, *params = ctx.saved_tensors
     if d_out is None:
         d_out = x.new_zeros(x.shape[0], *codec.decode(ctx.table).output)
-    d_x, flat = backward(d_out, d_weights, x, params, buffers, softmax, ctx.table)
-    return d_x, network.split(flat, _program(ctx.table, True)), None, None, None
+    d_x, flat = backward(d_out, d_weights, x, params, buffers, softmax, ctx.table, ctx.backend)
+    return d_x, network.split(flat, _program(ctx.table, True)), None, None, None, None
 
 
 forward.register_autograd(_gradients, setup_context=_save)

@@ -19,8 +19,8 @@ from fusedmoe.kernels.tiles import MANY_ROWS, WHOLE_ROWS
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
-# Architectures on which someone has run `make gpu` and sent the result: name of the architecture -> where it stands. None so far.
-KNOWN: dict[str, str] = {}
+# What someone has run with `make gpu` and sent the result of: (backend, name of the architecture) -> where it stands. None so far.
+KNOWN: dict[tuple[str, str], str] = {}
 # One launch for all stages, a launch a level, and tiles of the most rows.
 ROWS = (40, WHOLE_ROWS + 44, MANY_ROWS)
 
@@ -39,10 +39,10 @@ def results(x: Tensor, params: list[Tensor], d_out: Tensor, table: Table, comput
     return [t.double().cpu() for t in (out, d_x, *(d for d in d_params if d is not None))]
 
 
-def ours(x: Tensor, params: list[Tensor], d_out: Tensor, table: Table):
-    """Return out, d_x and the parameters' gradients by the kernels."""
-    out, _, saved = network.forward(x, params, table, mixing=False, training=True)
-    return out, *network.backward(d_out, None, x, params, saved, table)
+def ours(x: Tensor, params: list[Tensor], d_out: Tensor, table: Table, backend: str):
+    """Return out, d_x and the parameters' gradients by the kernels of a backend."""
+    out, _, saved = network.forward(x, params, table, mixing=False, training=True, backend=backend)
+    return out, *network.backward(d_out, None, x, params, saved, table, backend=backend)
 
 
 def plain(x: Tensor, params: list[Tensor], d_out: Tensor, table: Table):
@@ -51,7 +51,7 @@ def plain(x: Tensor, params: list[Tensor], d_out: Tensor, table: Table):
     return out, *reference.backward(x, params, table, d_out, (None,) * len(table.levels))
 
 
-def worst(device: torch.device, dtype: torch.dtype, table: Table, rows: int) -> float:
+def worst(device: torch.device, dtype: torch.dtype, table: Table, rows: int, backend: str) -> float:
     """Return the largest error of the kernels over the allowed one: 2 x that of plain PyTorch on the same device + 8 roundoffs of the largest number."""
     generator = torch.Generator().manual_seed(0)
 
@@ -62,7 +62,7 @@ def worst(device: torch.device, dtype: torch.dtype, table: Table, rows: int) -> 
     params = [draw(*p.shape) / max(p.shape[-1:] or (1,)) ** 0.5 for p in table.parameters]
     there = [x.to(device), [p.to(device) for p in params], d_out.to(device)]
     truth = results(x.double(), [p.double() for p in params], d_out.double(), table, plain)
-    values, simple = results(*there, table, ours), results(*there, table, plain)
+    values, simple = results(*there, table, functools.partial(ours, backend=backend)), results(*there, table, plain)
     ratios = []
     for value, other, exact in zip(values, simple, truth, strict=True):
         allowed = 2 * (other - exact).abs().max() + 8 * row(dtype).roundoff * exact.abs().max()
@@ -72,23 +72,28 @@ def worst(device: torch.device, dtype: torch.dtype, table: Table, rows: int) -> 
 
 
 @functools.cache
-def once(device: torch.device, dtype: torch.dtype) -> None:
-    """Check the kernels on a device and dtype, the first time that they are asked for in this process.
+def once(device: torch.device, dtype: torch.dtype, backend: str) -> None:
+    """Check the kernels of a backend on a device and dtype, the first time that they are asked for in this process.
 
     Raises: RuntimeError if they differ from the reference by more than rounding.
     """
     if os.environ.get("FUSEDMOE_TRIAL") == "0":
         return
-    found = max(worst(device, dtype, table, rows) for table in tables() for rows in ROWS)
+    found = max(worst(device, dtype, table, rows, backend) for table in tables() for rows in ROWS)
     if found > 1.0:
         raise RuntimeError(
-            f"backend triton on {name_of(device)}, {dtype}: expected the reference's output and gradients up to rounding, got {found:.3g} times the error "
-            'allowed; use backend="reference", and please report it (FUSEDMOE_TRIAL=0 turns this check off)'
+            f"backend {backend} on {name_of(device)} ({history(device, backend)}), {dtype}: expected the reference's output and gradients up to rounding, "
+            f'got {found:.3g} times the error allowed; use backend="reference", and please report it (FUSEDMOE_TRIAL=0 turns this check off)'
         )
 
 
 def name_of(device: torch.device) -> str:
-    """The device's name and architecture, and whether these kernels have been run on such a one."""
+    """The device's name and architecture."""
     arch = architecture(device)
-    said = f"run before: {KNOWN[arch]}" if arch in KNOWN else "never run on this architecture before"
-    return f"{torch.cuda.get_device_name(device)}, {arch} ({said})" if device.type == "cuda" else f"{arch} ({said})"
+    return f"{torch.cuda.get_device_name(device)}, {arch}" if device.type == "cuda" else arch
+
+
+def history(device: torch.device, backend: str) -> str:
+    """Whether the kernels of a backend have been run on a device's architecture."""
+    known = KNOWN.get((backend, architecture(device)))
+    return f"run before: {known}" if known else "never run on this architecture before"

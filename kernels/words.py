@@ -7,33 +7,31 @@ import torch
 from fusedmoe.kernels import tiles
 from fusedmoe.kernels.backward_plan import backward_plan_of
 from fusedmoe.kernels.device import architecture
+from fusedmoe.kernels.launchers import launcher
 from fusedmoe.kernels.plan import plan_of
 from fusedmoe.kernels.program import Program, fused, lower
-from fusedmoe.kernels.trial import name_of
+from fusedmoe.kernels.trial import history, name_of
 from fusedmoe.table import Table
 
-# `gradients` and `add_chunks`, for the parameters of the whole network.
-FOR_PARAMETERS = 2
 
-
-def describe_launches(table: Table, dtype: torch.dtype, device: torch.device) -> str:
+def describe_launches(table: Table, dtype: torch.dtype, device: torch.device, backend: str) -> str:
     """Return lines: the device, and whether these kernels have run on its architecture; launches forward and backward; stages through memory."""
     program = lower(table)
-    lines = [f"triton on {name_of(device)}"]
+    lines = [f"{backend} on {name_of(device)} ({history(device, backend)})"]
     for rows, batch in ((tiles.WHOLE_ROWS, f"up to {tiles.WHOLE_ROWS} rows"), (tiles.WHOLE_ROWS + 1, "more rows")):
-        forward, backward = launches(program, dtype, rows, architecture(device))
+        forward, backward = launches(program, dtype, rows, architecture(device), backend)
         lines.append(f"  {batch}: launches forward {forward}, backward {backward}")
     lines += [f"  stages of their own, handed on in memory, {when}: {_stages(one)}" for when, one in (("training", program), ("inference", fused(table)))]
     return "\n".join(lines)
 
 
-def launches(program: Program, dtype: torch.dtype, rows: int, arch: str) -> tuple[int, int]:
+def launches(program: Program, dtype: torch.dtype, rows: int, arch: str, backend: str) -> tuple[int, int]:
     """How many launches the forward and the backward of a call of so many rows are."""
     chosen = tiles.choose(program, dtype, rows, arch)
     forward = plan_of(program, chosen.whole, chosen.units, chosen.columns)
     chosen = chosen.backward
     backward = backward_plan_of(forward, chosen.whole, chosen.columns, chosen.outputs)
-    return len(forward.launches), len(backward.launches) + FOR_PARAMETERS * bool(program.gradients[1])
+    return len(forward.launches), len(backward.launches) + launcher(backend).FOR_PARAMETERS * bool(program.gradients[1])
 
 
 def _stages(program: Program) -> str:

@@ -175,7 +175,7 @@ def test_a_backend_that_cannot_run_says_why(x, message):
 def test_the_cpu_backend_is_built():
     """Without it every test of the cpu backend would fail with a reason; here is the reason."""
     found = backends()
-    assert list(found) == ["cpu", "triton", "reference"] and found["cpu"] is found["reference"] is None
+    assert list(found) == ["cpu", "triton", "cuda", "reference"] and found["cpu"] is found["reference"] is None
 
 
 def test_triton_without_a_gpu_says_so():

@@ -67,7 +67,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
         ("--batch 1", "--batch: expected with --layer, --family or --model, got the grid quick"),
         ("--family mmoe --experts 5,4", "experts: expected the layers of one level for mmoe, joined by hyphens (5-4), got 5,4"),
         ("--family ple --threads 4096", "threads: expected at most"),
-        ("--family ple --backend fast", "backend: expected auto, cpu, triton, reference, got 'fast'"),
+        ("--family ple --backend fast", "backend: expected auto, cpu, triton, cuda, reference, got 'fast'"),
         ("--family ple --resume", "--resume: expected --json FILE, got none"),
         ("--model nothing", "--model: expected package.module:factory"),
         ("--model no_such_package:f", "No module named 'no_such_package'"),

@@ -1,4 +1,4 @@
-"""The network's kernels as compiled PTX, executed on CPU tensors: stand-ins for the jitted kernels that `kernels/network.py` launches.
+"""The network's kernels as compiled PTX, executed on CPU tensors: stand-ins for the jitted kernels that `kernels/launch_triton.py` launches.
 
 Must run where TRITON_INTERPRET is not set.
 """

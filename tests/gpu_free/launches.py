@@ -1,4 +1,4 @@
-"""What the network's launches compile: stand-ins for the jitted kernels that `kernels/network.py` launches, and Triton's own specialization.
+"""What the network's launches compile: stand-ins for the jitted kernels that `kernels/launch_triton.py` launches, and Triton's own specialization.
 
 Must run where TRITON_INTERPRET is not set.
 """
@@ -15,12 +15,12 @@ import torch
 from triton._C.libtriton import native_specialize_impl
 from triton.compiler import make_backend
 
-from fusedmoe.kernels import device, network
+from fusedmoe.kernels import device, launch_triton, network
 from fusedmoe.table import Table
 
 from .compiled import target_of
 
-KERNELS = ("forward_kernel", "backward_rows", "gradients", "add_chunks")
+KERNELS = ("forward_kernel", "backward_rows_kernel", "gradients_kernel", "add_chunks")
 
 
 class Variant(NamedTuple):
@@ -37,7 +37,7 @@ def arguments_of(kernel, values: Sequence[object], named: dict[str, object]) -> 
 
     Raises: TypeError where the launch does not give each argument.
     """
-    named = {name: value for name, value in named.items() if name not in network.OPTIONS and name not in network.REGISTERS}
+    named = {name: value for name, value in named.items() if name not in launch_triton.OPTIONS and name not in launch_triton.REGISTERS}
     given = {**dict(zip(kernel.arg_names, values, strict=False)), **named}
     if given.keys() != set(kernel.arg_names):
         raise TypeError(f"{kernel.__name__}: expected the arguments {', '.join(kernel.arg_names)}, got {', '.join(given)}")
@@ -48,16 +48,16 @@ def arguments_of(kernel, values: Sequence[object], named: dict[str, object]) -> 
 
 @contextmanager
 def standing_in(stand_in: Callable[[object], object]) -> Iterator[dict[str, object]]:
-    """Let `network` launch stand_in(kernel) in place of each kernel; yields these by name."""
-    jitted = {name: getattr(network, name) for name in KERNELS}
+    """Let `launch_triton` launch stand_in(kernel) in place of each kernel; yields these by name."""
+    jitted = {name: getattr(launch_triton, name) for name in KERNELS}
     standing = {name: stand_in(kernel) for name, kernel in jitted.items()}
     try:
         for name, kernel in standing.items():
-            setattr(network, name, kernel)
+            setattr(launch_triton, name, kernel)
         yield standing
     finally:
         for name, kernel in jitted.items():
-            setattr(network, name, kernel)
+            setattr(launch_triton, name, kernel)
 
 
 class _Recorder:
@@ -97,4 +97,4 @@ def variants(table: Table, dtype: torch.dtype, rows: int, training: bool, arch: 
 
 def kernel_of(variant: Variant):
     """The jitted kernel of a variant."""
-    return next(kernel for name in KERNELS if (kernel := getattr(network, name)).__name__ == variant.kernel)
+    return next(kernel for name in KERNELS if (kernel := getattr(launch_triton, name)).__name__ == variant.kernel)

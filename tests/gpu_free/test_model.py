@@ -16,6 +16,7 @@ from fusedmoe.kernels import network, tiles
 from fusedmoe.kernels.program import fused, lower
 
 from .executed import executed
+from .launches import KERNELS
 from .ptx import Counts
 
 # Programs of bench/ import each other by name, as their folder's.
@@ -86,7 +87,7 @@ def test_a_training_step_moves_the_bytes_of_its_plan(monkeypatch, most, rows):
     with executed(lent) as kernels:
         out, _, saved = network.forward(x, params, table, False, True)
         network.backward(torch.ones_like(out), None, x, params, saved, table)
-    got: list[Counts] = [counts for name in ("forward_kernel", "backward_rows", "gradients", "add_chunks") for counts in kernels[name].launches]
+    got: list[Counts] = [counts for name in KERNELS for counts in kernels[name].launches]
     chosen = tiles.choose(program, BF16, rows, "sm_80")
     expected = gpu_launches.forward(program, chosen, rows, 2) + gpu_launches.backward(program, chosen.backward, rows, 2)
     for counts, one in zip(got, expected, strict=True):

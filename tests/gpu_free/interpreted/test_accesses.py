@@ -112,7 +112,7 @@ def test_rows_too_far_apart_for_a_tile_are_brought_together():
 def test_a_table_that_is_too_wide_is_refused():
     table = build("mmoe", 70000, [[4]], 2, 2)
     x, params = torch.zeros(1, 1, 70000), [torch.zeros(p.shape) for p in table.parameters]
-    with pytest.raises(ValueError, match=r"levels\.0\.experts\.0\.0\.weight: the triton backend expects at most 65536 columns, got 70000; use backend"):
+    with pytest.raises(ValueError, match=r"levels\.0\.experts\.0\.0\.weight: the GPU backends expect at most 65536 columns, got 70000; use backend"):
         fusion_network(x, params, table, "triton")
 
 

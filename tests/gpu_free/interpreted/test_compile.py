@@ -19,7 +19,7 @@ def test_the_operators_are_registered_for_it(mixing):
     x, params = given.x.requires_grad_(), [p.requires_grad_() for p in given.params]
     # Without its run under AOT dispatch, which compares the buffers' padding too, and nobody writes that; the tests below run it.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    library.opcheck(registered.forward, (x, params, encode(TABLE), True, mixing), test_utils=checks)
+    library.opcheck(registered.forward, (x, params, encode(TABLE), True, mixing, "triton"), test_utils=checks)
 
 
 def test_a_compiled_layer_is_one_graph():

@@ -19,7 +19,7 @@ def afresh(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_right_kernels_pass(dtype):
-    trial.once(CPU, dtype)
+    trial.once(CPU, dtype, "triton")
 
 
 @pytest.mark.parametrize("part", ["output", "gradients", "NaN"])
@@ -30,22 +30,22 @@ def test_wrong_kernels_raise(part, monkeypatch):
         out, *rest = real_forward(*args, **kwargs)
         return out * (1.001 if part == "output" else 1.0), *rest
 
-    def backward(*args):
-        d_x, grads = real_backward(*args)
+    def backward(*args, **kwargs):
+        d_x, grads = real_backward(*args, **kwargs)
         factor = {"output": 1.0, "gradients": 1.001, "NaN": float("nan")}[part]
         return d_x, [None if d is None else d * factor for d in grads]
 
     monkeypatch.setattr(network, "forward", forward)
     monkeypatch.setattr(network, "backward", backward)
     with pytest.raises(RuntimeError, match=r"backend triton on cpu .never run .*: expected the reference's output and gradients up to rounding, got \S+ times"):
-        trial.once(CPU, torch.float32)
+        trial.once(CPU, torch.float32, "triton")
     monkeypatch.setenv("FUSEDMOE_TRIAL", "0")
-    trial.once(CPU, torch.float32)
+    trial.once(CPU, torch.float32, "triton")
 
 
 def test_it_runs_once(monkeypatch):
     calls = []
     monkeypatch.setattr(trial, "worst", lambda *args: calls.append(args) or 0.0)
     for _ in range(3):
-        trial.once(CPU, torch.float32)
+        trial.once(CPU, torch.float32, "triton")
     assert len(calls) == len(trial.tables())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fusedmoe.kernels import device, network, tiles, tuning
+from fusedmoe.kernels import device, launch_triton, tiles, tuning
 from fusedmoe.kernels.program import lower
 from fusedmoe.op import fusion_network
 from fusedmoe.table import Table
@@ -260,7 +260,7 @@ ERRORS = [OutOfResources(300_000, 232_448, "shared memory"), RuntimeError("PassM
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_what_does_not_fit_the_device_is_left_out(error, clock, monkeypatch):
-    monkeypatch.setattr(network, "forward_kernel", _Refusing(network.forward_kernel, error))
+    monkeypatch.setattr(launch_triton, "forward_kernel", _Refusing(launch_triton.forward_kernel, error))
     several = candidates_of(TABLE, torch.float32, ROWS, False)
     clock.calls = True
     out = infer(given_of())
@@ -270,7 +270,7 @@ def test_what_does_not_fit_the_device_is_left_out(error, clock, monkeypatch):
 
 
 def test_shipped_tiles_that_do_not_fit_raise(clock, monkeypatch):
-    monkeypatch.setattr(network, "forward_kernel", _Refusing(network.forward_kernel, ERRORS[0]))
+    monkeypatch.setattr(launch_triton, "forward_kernel", _Refusing(launch_triton.forward_kernel, ERRORS[0]))
     several = [one for one in candidates_of(TABLE, torch.float32, ROWS, False) if one.rows == 32]
     monkeypatch.setattr(tuning, "candidates", lambda *_: several)
     clock.calls = True

@@ -78,18 +78,18 @@ def test_only_where_triton_runs_the_layer():
     assert "triton on cpu (never run on this architecture before)" in describe(fused_nn.MMoE(4, [3], [], 2, 2, backend="triton"))
 
 
-@pytest.mark.parametrize("known", [{}, {"sm_90": "a report"}])
+@pytest.mark.parametrize("known", [{}, {("triton", "sm_90"): "a report"}])
 def test_an_architecture_and_whether_it_has_been_run(known, monkeypatch):
     """As on a machine that has the device."""
     monkeypatch.setattr(trial, "KNOWN", known)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=9, minor=0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
-    line = describe_launches(build("mmoe", 4, [[3]], 2, 2), torch.bfloat16, torch.device("cuda", 0)).splitlines()[0]
+    line = describe_launches(build("mmoe", 4, [[3]], 2, 2), torch.bfloat16, torch.device("cuda", 0), "triton").splitlines()[0]
     assert line == f"triton on H100, sm_90 ({'run before: a report' if known else 'never run on this architecture before'})"
 
 
 def test_every_feature_can_be_said():
-    lines = describe_launches(every_feature(), torch.float32, torch.device("cpu")).splitlines()
+    lines = describe_launches(every_feature(), torch.float32, torch.device("cpu"), "triton").splitlines()
     assert lines[1].strip() == "up to 256 rows: launches forward 1, backward 3"
     assert all("level 0, hidden 2" in line for line in lines[3:])
 

@@ -1,0 +1,65 @@
+"""Launches of the CUDA kernels of csrc/cuda; the names are those of `launchers.py`. They come compiled: nothing is tuned, and nothing compiled at run time."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fusedmoe.kernels import device
+from fusedmoe.kernels.tiles import Tiles
+
+# The last block of each tile's adds up its parts.
+FOR_PARAMETERS = 1
+
+
+@functools.cache
+def _extension():
+    return importlib.import_module("fusedmoe._cuda")
+
+
+def addresses(params: Sequence[Tensor], place: torch.device) -> tuple[object, bool]:
+    """The parameters' addresses, which travel with every launch, and whether all are multiples of 16. A table of very many lies on the device."""
+    extension = _extension()
+    table = device.addresses(params, place)[0].data_ptr() if len(params) > extension.MOST_PARAMETERS else 0
+    found = extension.Parameters([p.data_ptr() for p in params], table)
+    return found, found.even
+
+
+@functools.lru_cache(maxsize=1024)
+def constants(tiles: Tiles, align: int, precision: str, arch: str) -> dict[str, object]:
+    """What the code of every launch of a call is chosen by."""
+    return {"rows": tiles.rows, "columns": tiles.columns, "aligned": align > 1, "once": precision == "tf32"}
+
+
+def tiles_of_forward(*arguments: object) -> Tiles | None:
+    """The shipped ones: others are not compiled."""
+    return None
+
+
+tiles_of_backward = tiles_of_forward
+
+
+@functools.lru_cache(maxsize=1024)
+def _tiles(dtype: torch.dtype, *sizes: tuple[str, int]):
+    """The extension's record of how a launch runs."""
+    extension = _extension()
+    found = extension.Tiles()
+    found.number = getattr(extension.Number, str(dtype).removeprefix("torch."))
+    for name, value in sizes:
+        setattr(found, name, value)
+    return found
+
+
+def forward(grid: tuple[int, int], *arguments: object, **constants: object) -> None:
+    """Launch forward.cu's kernel."""
+    x, buffers, out, p, weights, parameters, plan, floats, place, *numbers = arguments
+    chosen = {name: constants[name] for name in ("rows", "columns", "aligned", "once")}
+    tiles = _tiles(
+        x.dtype, *chosen.items(), ("units", constants["UNITS"]), ("keep", constants["KEEP"]), ("inner", constants["INNER"]), ("stored", constants["STORE"] > 1)
+    )
+    tensors = [tensor.data_ptr() for tensor in (x, buffers, out, p, weights, plan, floats)]
+    _extension().forward(tiles, x.get_device(), parameters, tensors, (place, grid[1], *numbers))
