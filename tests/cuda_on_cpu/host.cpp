@@ -1,0 +1,27 @@
+// What csrc/cuda/runtime.h asks for where the emulator is the device; and the emulator's own words, for the tests that have loaded the library.
+#include "cuda/runtime.h"
+
+#include "emulator.h"
+
+namespace fusedmoe::cuda {
+
+std::string missing() { return ""; }
+void use_device(int) {}
+Stream current_stream(int) { return nullptr; }
+
+}  // namespace fusedmoe::cuda
+
+#define FOR_TESTS extern "C" __attribute__((visibility("default")))
+
+using namespace fusedmoe::cuda_on_cpu;
+
+// Every launch from now on goes by these.
+FOR_TESTS void fusedmoe_schedule(uint64_t seed, bool eager) { settings() = {seed, eager}; }
+
+FOR_TESTS uint64_t fusedmoe_launches() { return counts().launches; }
+
+// Global memory that kernels may touch, as soon as there is any.
+FOR_TESTS void fusedmoe_lend(const char* name, const void* first, uint64_t bytes, bool written_to) { regions().push_back({name, first, bytes, written_to}); }
+FOR_TESTS void fusedmoe_take_back() { regions().clear(); }
+FOR_TESTS uint64_t fusedmoe_bytes_read(uint64_t region) { return regions().at(region).bytes_read; }
+FOR_TESTS uint64_t fusedmoe_bytes_written(uint64_t region) { return regions().at(region).bytes_written; }
