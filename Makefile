@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted gpu lint bench bench-all report model build wheel clean
+.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda gpu lint bench bench-all report model build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -13,9 +13,13 @@ endif
 PYTHON := $(VENV)/bin/python
 # Stamps belong to one environment and one checkout.
 STAMPS := build/stamps$(subst /,-,$(VENV))
-SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.*)
+SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+# What is built: FUSEDMOE_BUILD=cuda, in the environment or behind make, adds the CUDA kernels.
+EXTENSION := $(STAMPS)/extension-$(or $(FUSEDMOE_BUILD),cpu)
 # Tests of kernels that Triton's interpreter runs: it decides at import, so they have a process of their own.
 INTERPRETED := tests/gpu_free/interpreted tests/test_parity.py tests/test_half.py::test_parity tests/test_half.py::test_parity_in_the_norm
+# Tests of the CUDA kernels on the emulator, which takes the place of the extension for a whole process.
+EMULATED := tests/cuda_on_cpu/emulated tests/test_parity.py tests/test_half.py::test_parity
 say = @echo "==> $(1)"
 
 help:
@@ -28,13 +32,14 @@ help:
 	@echo "make test-cpp-all        both of these, as tests of pytest"
 	@echo "make test-gpu-free       the GPU kernels' slow tests that need no device: compiled for every architecture, executed, planted bugs"
 	@echo "make test-interpreted    every case in Triton's interpreter, of which make test has some"
-	@echo "make gpu     run the GPU backends' tests on a device and time them, where there is one"
+	@echo "make test-cuda           the CUDA kernels on the tests' emulator of a device: the parity tests, modules, swap"
+	@echo "make gpu     run the GPU backends' tests on a device and time them, where there is one; FUSEDMOE_BUILD=cuda for the CUDA kernels too"
 	@echo "make lint    run ruff"
 	@echo "make bench   time what the backend's floors name, ten minutes to an hour by machine; save bench/results/cpu.json"
 	@echo "make bench-all  the whole grid, hours; goes on where an earlier run of the same commit stopped"
 	@echo "make report  write README's tables of speeds, docs/speed.md and the pictures from that JSON"
 	@echo "make model   write docs/gpu.md's tables of times modelled from the kernels' plans; no GPU is needed"
-	@echo "make build   set up and build the extension only"
+	@echo "make build   set up and build the extension only; FUSEDMOE_BUILD=cuda adds the CUDA kernels, here and wherever make builds"
 	@echo "make wheel   build a wheel, install it elsewhere and run it there"
 	@echo "make clean   remove what make built, .venv included"
 
@@ -51,6 +56,8 @@ test: build
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark
 	$(call say,running the Triton kernels in the interpreter)
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTHON) -m pytest -n 2 -p no:benchmark $(INTERPRETED)
+	$(call say,running the CUDA kernels on an emulated device)
+	@OMP_NUM_THREADS=1 FUSEDMOE_CUDA_ON_CPU=plain $(PYTHON) -m pytest -n 2 -p no:benchmark $(EMULATED)
 
 test-cpp: $(STAMPS)/requirements
 	$(call say,testing the kernels in C++)
@@ -77,6 +84,10 @@ test-interpreted: build
 	$(call say,running the Triton kernels on every case in the interpreter)
 	@OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow $(INTERPRETED)
 
+test-cuda: build
+	$(call say,running the CUDA kernels on an emulated device)
+	@OMP_NUM_THREADS=1 FUSEDMOE_CUDA_ON_CPU=plain $(PYTHON) -m pytest -n 2 -p no:benchmark $(EMULATED)
+
 gpu: build
 	$(call say,running the GPU backends on this machine's device)
 	@$(PYTHON) -m pytest -p no:benchmark tests/gpu
@@ -101,14 +112,14 @@ report: $(STAMPS)/requirements
 model: build
 	@$(PYTHON) bench/gpu_model.py --write
 
-build: $(STAMPS)/extension $(STAMPS)/installed
+build: $(EXTENSION) $(STAMPS)/installed
 
 wheel: build
 	$(call say,building a wheel and running it from another folder)
 	@PYTHON=$(PYTHON) bash .ci/wheel
 
 clean:
-	rm -rf build dist .venv fusedmoe.egg-info fusedmoe/_C.*.so
+	rm -rf build dist .venv fusedmoe.egg-info fusedmoe/_C.*.so fusedmoe/_cuda.*.so
 
 $(PYTHON):
 	$(call say,creating a virtual environment in $(VENV))
@@ -124,12 +135,14 @@ $(STAMPS)/requirements: requirements-dev.txt | $(PYTHON)
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0
 	@mkdir -p $(@D) && touch $@
 
-$(STAMPS)/extension: $(SOURCES) $(STAMPS)/requirements
+$(EXTENSION): $(SOURCES) $(STAMPS)/requirements
 	$(call say,building the extension)
 	@$(PYTHON) setup.py --quiet build_ext --inplace
+	@# A build without the CUDA kernels takes away those of an earlier one.
+	@rm -f $(STAMPS)/extension-*
 	@touch $@
 
-$(STAMPS)/installed: pyproject.toml setup.py $(STAMPS)/extension
+$(STAMPS)/installed: pyproject.toml setup.py $(EXTENSION)
 	@if [ ! -e $@ ] || [ pyproject.toml -nt $@ ] || [ setup.py -nt $@ ]; then \
 	  echo "==> installing fusedmoe into $(VENV), as a link to this folder"; \
 	  $(PYTHON) -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps --editable .; \

@@ -13,8 +13,10 @@ from fusedmoe.families import ple, single_task
 from fusedmoe.op import fusion_network
 from fusedmoe.testing import NEIGHBOURS, Case, assert_close, bound, cases, eager, error, evaluate, expectation, neighbour, problem, smoothed
 
+from .cuda_on_cpu.extension import KIND
+
 CASES = cases()
-BACKENDS = ("triton",) if INTERPRETED else ("cpu", "reference")
+BACKENDS = ("triton",) if INTERPRETED else ("cuda",) if KIND else ("cpu", "reference")
 HALF, SINGLE = torch.float16, torch.float32
 FORWARD, BACKWARD = torch.ops.fusedmoe.network_cpu, torch.ops.fusedmoe.network_cpu_backward
 fused = partial(fusion_network, return_mixing_weights=True)

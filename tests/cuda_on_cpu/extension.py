@@ -14,6 +14,7 @@ import importlib.util
 import os
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -61,6 +62,11 @@ def register(kind: str) -> None:
     backends.BACKENDS = tuple(rows)
 
 
+@cache
 def control() -> ctypes.CDLL:
     """The functions of host.cpp."""
-    return ctypes.CDLL(sys.modules[NAME].__file__)
+    found = ctypes.CDLL(sys.modules[NAME].__file__)
+    found.fusedmoe_schedule.argtypes = [ctypes.c_uint64, ctypes.c_bool]
+    found.fusedmoe_lend.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_bool]
+    found.fusedmoe_launches.restype = ctypes.c_uint64
+    return found

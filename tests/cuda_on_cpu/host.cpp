@@ -23,5 +23,3 @@ FOR_TESTS uint64_t fusedmoe_launches() { return counts().launches; }
 // Global memory that kernels may touch, as soon as there is any.
 FOR_TESTS void fusedmoe_lend(const char* name, const void* first, uint64_t bytes, bool written_to) { regions().push_back({name, first, bytes, written_to}); }
 FOR_TESTS void fusedmoe_take_back() { regions().clear(); }
-FOR_TESTS uint64_t fusedmoe_bytes_read(uint64_t region) { return regions().at(region).bytes_read; }
-FOR_TESTS uint64_t fusedmoe_bytes_written(uint64_t region) { return regions().at(region).bytes_written; }
