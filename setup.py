@@ -100,9 +100,9 @@ def nvcc() -> list[str]:
     if not named:
         folders = [Path(sysconfig.get_path("purelib"), "nvidia", name) for name in ("cu13", "cuda_nvcc")]
         named = next((str(path) for folder in (*folders, Path("/usr/local/cuda")) if (path := folder / "bin" / "nvcc").exists()), None)
-    wanted = f"FUSEDMOE_BUILD=cuda nvcc {'.'.join(map(str, OLDEST_NVCC))} or later"
+    wanted = f"nvcc {'.'.join(map(str, OLDEST_NVCC))} or later for FUSEDMOE_BUILD=cuda"
     if not named:
-        raise SystemExit(f"fusedmoe: building needs for {wanted}, found none in $CUDA_HOME, on the path or in /usr/local/cuda; {INSTALL_NVCC}.")
+        raise SystemExit(f"fusedmoe: building needs {wanted}, found none in $CUDA_HOME, on the path or in /usr/local/cuda; {INSTALL_NVCC}.")
     command = shlex.split(named)
     try:
         said = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
@@ -111,7 +111,7 @@ def nvcc() -> list[str]:
     release = re.search(r"release (\d+)\.(\d+)", said)
     if not release or tuple(map(int, release.groups())) < OLDEST_NVCC:
         got = f"release {release[1]}.{release[2]}" if release else (said.strip().splitlines() or ["one that says nothing"])[0]
-        raise SystemExit(f"fusedmoe: building needs for {wanted}, and {named!r} is none ({got}); {INSTALL_NVCC}.")
+        raise SystemExit(f"fusedmoe: building needs {wanted}, and {named!r} is none ({got}); {INSTALL_NVCC}.")
     return command
 
 

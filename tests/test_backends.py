@@ -1,4 +1,4 @@
-"""Why Triton's kernels cannot serve a call: one error with the reason and what would, and `auto` takes that; as on machines that have a device."""
+"""Why the kernels for GPUs cannot serve a call: one error with the reason and what would, and `auto` takes that; as on machines that have a device."""
 
 import importlib
 import importlib.metadata
@@ -41,6 +41,7 @@ def machine(monkeypatch):
 
 def forget() -> None:
     backends._looked_for_triton.cache_clear()
+    backends._looked_for_cuda.cache_clear()
     backends._too_old.cache_clear()
 
 
@@ -109,3 +110,69 @@ def test_importing_the_library_does_not_import_triton():
     script = "import sys, torch; torch.cuda.is_available = lambda: True; import fusedmoe; print('triton' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.stdout == "False\n", result.stdout + result.stderr
+
+
+def extension(missing: str = "") -> SimpleNamespace:
+    return SimpleNamespace(missing=lambda: missing)
+
+
+@pytest.fixture
+def built(machine):
+    """A machine that has the CUDA kernels too, and no Triton."""
+    machine.setitem(sys.modules, "fusedmoe._cuda", extension())
+    machine.setattr(importlib.metadata, "version", no_package)
+    return machine
+
+
+def broken(name: str):
+    raise ImportError("libc.so.7: cannot open shared object file")
+
+
+CUDA_LACKS = {
+    "the extension": (
+        lambda patch: patch.setitem(sys.modules, "fusedmoe._cuda", None),
+        "expected the extension fusedmoe._cuda, got none; `FUSEDMOE_BUILD=cuda pip install --no-build-isolation .` builds it, with nvcc",
+    ),
+    "a library that loads": (
+        lambda patch: patch.setattr(importlib, "import_module", broken),
+        "the extension fusedmoe._cuda cannot be loaded (libc.so.7: cannot open shared object file); build it again with FUSEDMOE_BUILD=cuda",
+    ),
+    "a driver": (
+        lambda patch: patch.setitem(sys.modules, "fusedmoe._cuda", extension("cudaErrorInsufficientDriver (CUDA driver version is ...)")),
+        "expected a GPU and its driver, got cudaErrorInsufficientDriver (CUDA driver version is ...)",
+    ),
+    "a device of NVIDIA's": (lambda patch: patch.setattr(torch.version, "hip", "6.0"), "expected a GPU of NVIDIA's, got a build of torch for AMD's"),
+    "a torch that finds it": (
+        lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False),
+        f"expected a build of torch that finds the GPU, got {torch.__version__}",
+    ),
+    "a later architecture": (
+        lambda patch: patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5)),
+        "expected a GPU of sm_80 or later, got sm_75",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CUDA_LACKS)
+def test_a_tensor_on_cuda_without_what_the_cuda_kernels_need(name, built):
+    take, reason = CUDA_LACKS[name]
+    take(built)
+    with pytest.raises(RuntimeError) as caught:
+        choose("cuda", CUDA, torch.bfloat16)
+    assert str(caught.value) == f'backend cuda: {reason}; backend="auto" would take reference'
+    assert choose("auto", CUDA, torch.bfloat16) == "reference"
+
+
+def test_auto_takes_triton_then_cuda_then_the_reference(machine):
+    machine.setitem(sys.modules, "fusedmoe._cuda", extension())
+    assert choose("auto", CUDA, torch.float32) == "triton" and choose("cuda", CUDA, torch.float32) == "cuda"
+    machine.setattr(importlib.metadata, "version", no_package)
+    forget()
+    assert choose("auto", CUDA, torch.float32) == "cuda"
+    assert choose("auto", CUDA, torch.float64) == "reference"
+
+
+def test_the_cuda_kernels_refuse_the_cpu(built):
+    """Only tests register an emulated device, in a process of their own."""
+    with pytest.raises(RuntimeError, match=r'backend cuda: expected a tensor on cuda, got one on cpu; backend="auto" would take cpu'):
+        choose("cuda", CPU, torch.float32)

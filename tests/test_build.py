@@ -4,6 +4,7 @@ import os
 import runpy
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,41 @@ def test_setuptools_too_old(tmp_path):
     assert "setuptools 77 or later, found 65.0" in refused(build(tmp_path, before="import setuptools; setuptools.__version__ = '65.0'"))
 
 
+def test_an_unknown_kind_of_build(tmp_path):
+    assert "FUSEDMOE_BUILD to be cpu or cuda, found 'tpu'" in refused(build(tmp_path, FUSEDMOE_BUILD="tpu"))
+
+
+@pytest.mark.parametrize("variable", ["NVCC", "CUDA_HOME"])
+def test_nvcc_that_does_not_exist(tmp_path, variable):
+    message = refused(build(tmp_path, before="os = __import__('os'); os.environ.pop('NVCC', None)", FUSEDMOE_BUILD="cuda", **{variable: "/nonexistent"}))
+    assert (
+        "nvcc 12.8 or later for FUSEDMOE_BUILD=cuda, and '/nonexistent" in message and "No such file" in message and "pip install nvidia-cuda-nvcc" in message
+    )
+
+
+def test_nvcc_too_old(tmp_path):
+    nvcc = script(tmp_path / "nvcc", "echo Cuda compilation tools, release 12.4, V12.4.131")
+    assert "is none (release 12.4)" in refused(build(tmp_path, FUSEDMOE_BUILD="cuda", NVCC=nvcc))
+
+
+def test_no_nvcc_at_all(tmp_path):
+    before = "import os, pathlib, shutil; which, exists = shutil.which, pathlib.Path.exists; [os.environ.pop(name, None) for name in ('NVCC', 'CUDA_HOME')]"
+    before += "; shutil.which = lambda name: None if name == 'nvcc' else which(name)"
+    before += "; pathlib.Path.exists = lambda path: path.name != 'nvcc' and exists(path)"
+    message = refused(build(tmp_path, before=before, FUSEDMOE_BUILD="cuda"))
+    assert "found none in $CUDA_HOME, on the path or in /usr/local/cuda" in message and "pip install nvidia-cuda-nvcc" in message
+
+
+def test_a_build_for_the_cpu_says_so_and_drops_the_cuda_kernels_of_an_earlier_one(tmp_path):
+    left = tmp_path / "fusedmoe" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    left.parent.mkdir()
+    left.touch()
+    result = build(tmp_path, FUSEDMOE_BUILD="")
+    assert result.returncode == 0, result.stderr
+    assert "fusedmoe: building for the CPU alone; FUSEDMOE_BUILD=cuda adds the CUDA kernels" in result.stdout
+    assert [path.name.split(".")[0] for path in left.parent.iterdir()] == ["_C"]
+
+
 @pytest.fixture
 def recipe(monkeypatch):
     """What setup.py defines, without running it."""
@@ -90,6 +126,9 @@ def test_an_object_is_stale_when_its_inputs_or_its_command_change(recipe, tmp_pa
     os.utime(header, (after, after))
     assert stale(target, command)
     recipe["compile_object"](source, target, command)
+    # nvcc's list of inputs has a space in front of its colon.
+    target.with_suffix(".d").write_text(f"{target} : {str(source).replace(' ', chr(92) + ' ')} \\\n    {header}\n")
+    assert not stale(target, command)
     header.unlink()
     assert stale(target, command)
 
@@ -98,6 +137,20 @@ def test_every_isa_has_an_object(recipe, tmp_path):
     names = [target.stem for _, target, _ in recipe["objects"](tmp_path)]
     assert len(names) == len(set(names))
     assert {f"cpu-isa-{isa}" for isa in recipe["ISAS"]} <= set(names) and "cpu-isa" not in names
+
+
+def test_every_source_of_the_cuda_kernels_has_an_object(recipe, tmp_path):
+    jobs = recipe["cuda_objects"](tmp_path)
+    assert len({target for _, target, _ in jobs}) == len(jobs)
+    assert {source.suffix for source, _, _ in jobs} == {".cu", ".cpp"}
+    # What nvcc compiles knows no PyTorch, and what the compiler of the host does no CUDA.
+    assert all("torch/" not in source.read_text() for source, _, _ in jobs if source.suffix == ".cu")
+    assert all("cuda_runtime" not in source.read_text() for source, _, _ in jobs if source.suffix == ".cpp")
+
+
+@pytest.mark.parametrize(("cxx", "host"), [("g++", "g++"), ("ccache clang++ -stdlib=libc++", "clang++")])
+def test_the_hosts_compiler_of_nvcc(recipe, cxx, host):
+    assert recipe["host_compiler"](cxx.split()) == ["-ccbin", host]
 
 
 def recipe_of(target: str) -> str:
