@@ -43,6 +43,11 @@ def tiles_of_forward(*arguments: object) -> Tiles | None:
 tiles_of_backward = tiles_of_forward
 
 
+def scratch(tasks: int, x: Tensor) -> dict[str, object]:
+    """How many blocks have come to each task's end, which `backward_rows` makes zero and `gradients` counts in."""
+    return {"arrived": x.new_empty(tasks, dtype=torch.int32)}
+
+
 @functools.lru_cache(maxsize=1024)
 def _tiles(dtype: torch.dtype, *sizes: tuple[str, int]):
     """The extension's record of how a launch runs."""
@@ -54,12 +59,37 @@ def _tiles(dtype: torch.dtype, *sizes: tuple[str, int]):
     return found
 
 
+def _chosen(x: Tensor, constants: dict[str, object], *more: tuple[str, int]):
+    """The record for a launch: what all launches of the call share, and `more`."""
+    return _tiles(x.dtype, *((name, constants[name]) for name in ("rows", "columns", "aligned", "once")), *more)
+
+
 def forward(grid: tuple[int, int], *arguments: object, **constants: object) -> None:
     """Launch forward.cu's kernel."""
     x, buffers, out, p, weights, parameters, plan, floats, place, *numbers = arguments
-    chosen = {name: constants[name] for name in ("rows", "columns", "aligned", "once")}
-    tiles = _tiles(
-        x.dtype, *chosen.items(), ("units", constants["UNITS"]), ("keep", constants["KEEP"]), ("inner", constants["INNER"]), ("stored", constants["STORE"] > 1)
-    )
+    more = ("units", constants["UNITS"]), ("keep", constants["KEEP"]), ("inner", constants["INNER"]), ("stored", constants["STORE"] > 1)
     tensors = [tensor.data_ptr() for tensor in (x, buffers, out, p, weights, plan, floats)]
-    _extension().forward(tiles, x.get_device(), parameters, tensors, (place, grid[1], *numbers))
+    _extension().forward(_chosen(x, constants, *more), x.get_device(), parameters, tensors, (place, grid[1], *numbers))
+
+
+def backward_rows(grid: tuple[int, int], *arguments: object, **constants: object) -> None:
+    """Launch backward.cu's kernel for rows."""
+    x, buffers, out, p, dw, d_x, d_buffers, d_out, d_weights, dz, parameters, plan, floats, place, rows, x_row, x_slot, d_row, d_slot, dz_row, mixing = (
+        arguments
+    )
+    arrived = constants["arrived"]
+    tensors = [tensor.data_ptr() for tensor in (x, buffers, out, p, d_weights, plan, floats, d_x, d_buffers, d_out, dw, dz, arrived)]
+    if not constants["WEIGHTS"]:
+        tensors[4] = 0
+    numbers = place, grid[1], rows, x_row, x_slot, mixing, d_row, d_slot, dz_row, len(arrived)
+    _extension().backward_rows(_chosen(x, constants, ("stored", constants["STORE"] > 1)), x.get_device(), parameters, tensors, numbers)
+
+
+def gradients(grid: tuple[int, int], *arguments: object, **constants: object) -> None:
+    """Launch backward.cu's kernel for the parameters, which adds up its chunks too."""
+    x, buffers, out, dw, d_weights, dz, parts, flat, plan, *numbers = arguments
+    arrived = constants["arrived"]
+    tensors = [tensor.data_ptr() for tensor in (x, buffers, out, d_weights, plan, dw, dz, arrived, parts, flat)]
+    if not constants["WEIGHTS"]:
+        tensors[3] = 0
+    _extension().gradients(_chosen(x, constants), x.get_device(), tensors, (*numbers, grid[0], constants["CHUNK"]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 
+from torch import Tensor
+
 from fusedmoe.kernels import device, tuning
 from fusedmoe.kernels.backward import add_chunks
 from fusedmoe.kernels.backward import backward_rows as backward_rows_kernel
@@ -36,6 +38,11 @@ def constants(tiles: Tiles, align: int, precision: str, arch: str) -> dict[str, 
         **OPTIONS,
         **({} if arch.startswith("gfx") else REGISTERS),
     }
+
+
+def scratch(tasks: int, x: Tensor) -> dict[str, object]:
+    """Nothing: the parts are added by a launch of their own."""
+    return {}
 
 
 def tiles_of_forward(*arguments: object) -> Tiles | None:

@@ -1,9 +1,10 @@
-"""Who launches a network's kernels: a module for each backend, all with the same names, so that `network.py` is one for all of them.
+"""Who launches a network's kernels: a module for each backend, all with the same names, so that `network.py` is one for all of them:
 
 forward, backward_rows   (grid, *arguments, **constants): one launch. The arguments are those of the kernels of `forward.py` and `backward.py`
 gradients                the same, with `flat` behind `parts`: the parameters' gradients by chunks of rows, and the ordered sum of these in `flat`
 FOR_PARAMETERS           how many launches `gradients` is
 constants                (tiles, align, precision, arch): what all launches of a call share, besides what `network.py` names at each
+scratch                  (tasks, x): what more the launches of a backward with so many tasks of `gradients` share
 addresses                (params, device): what stands among the arguments for the parameters' addresses, and whether all are multiples of 16
 tiles_of_forward, tiles_of_backward   (the arguments of `network.forward`, `network.flat_backward`): tiles; None: the shipped ones
 """

@@ -161,6 +161,7 @@ def flat_backward(
     d_x = x.new_empty(x.shape)
     flat = x.new_empty(total) if rows else x.new_zeros(total)
     if rows:
+        call = call._replace(constants={**call.constants, **call.kernels.scratch(plan.tasks, x)})
         dw = x.new_empty(plan.rows, rows, dtype=torch.float32)
         dz = x.new_empty(rows, plan.columns)
         _rows(call, plan, d_out, d_weights, saved, d_x, dw, dz)

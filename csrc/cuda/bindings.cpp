@@ -45,13 +45,37 @@ struct Parameters {
   }
 };
 
+// Launch on PyTorch's current stream of the device.
+template <class F>
+void on_stream(int device, F&& launch) {
+  use_device(device);
+  launch(current_stream(device));
+}
+
 // Tensors: x, buffers, out, p, weights, plan, floats. Numbers: place, programs, rows, x_row, x_slot, mixing.
 void launch_forward(const Tiles& tiles, int device, const Parameters& parameters, const Tensors<7>& t, const Numbers<6>& n) {
   const auto at = [&](size_t i) { return Address{t[i]}; };
   const Places places{at(0), at(1), at(2), n[3], n[4]};
   const Network network{places, at(3), at(4), at(5), at(6), n[2], n[5], parameters.all};
-  use_device(device);
-  forward(network, tiles, int(n[0]), int(n[1]), current_stream(device));
+  on_stream(device, [&](Stream stream) { forward(network, tiles, int(n[0]), int(n[1]), stream); });
+}
+
+// Tensors: those of the forward, d_x, d_buffers, d_out, dw, dz, arrived. Numbers: those of the forward, d_row, d_slot, dz_row, tasks.
+void launch_backward_rows(const Tiles& tiles, int device, const Parameters& parameters, const Tensors<13>& t, const Numbers<10>& n) {
+  const auto at = [&](size_t i) { return Address{t[i]}; };
+  const Places places{at(0), at(1), at(2), n[3], n[4]}, below{at(7), at(8), at(9), n[6], n[7]};
+  const Network network{places, at(3), at(4), at(5), at(6), n[2], n[5], parameters.all};
+  const Backward backward{network, below, at(10), at(11), at(12), int(n[8]), int(n[9])};
+  on_stream(device, [&](Stream stream) { backward_rows(backward, tiles, int(n[0]), int(n[1]), stream); });
+}
+
+// Tensors: x, buffers, out, weights, plan, dw, dz, arrived, parts, grads. Numbers: place, rows, x_row, x_slot, dz_row, mixing, total, tasks, chunk.
+void launch_gradients(const Tiles& tiles, int device, const Tensors<10>& t, const Numbers<9>& n) {
+  const auto at = [&](size_t i) { return Address{t[i]}; };
+  const Network network{{at(0), at(1), at(2), n[2], n[3]}, nullptr, at(3), at(4), nullptr, n[1], n[5], {}};
+  const Backward backward{network, {}, at(5), at(6), at(7), int(n[4]), int(n[7])};
+  const Gradients of{at(8), at(9), n[6], n[8]};
+  on_stream(device, [&](Stream stream) { gradients(backward, of, tiles, int(n[0]), stream); });
 }
 
 void bind_tiles(py::module_& m) {
@@ -80,4 +104,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("MOST_PARAMETERS") = int(Addresses::count);
   m.def("missing", &missing, "CUDA's name for what is missing on this machine, and its words; nothing where a device can be used.");
   m.def("forward", &launch_forward, py::arg("tiles"), py::arg("device"), py::arg("parameters"), py::arg("tensors"), py::arg("numbers"));
+  m.def("backward_rows", &launch_backward_rows, py::arg("tiles"), py::arg("device"), py::arg("parameters"), py::arg("tensors"), py::arg("numbers"));
+  m.def("gradients", &launch_gradients, py::arg("tiles"), py::arg("device"), py::arg("tensors"), py::arg("numbers"));
 }

@@ -27,7 +27,7 @@ def watched(lent: Iterable[tuple[str, Tensor]]) -> Iterator[list[str]]:
 
     def launch(name: str, kernel, grid, *arguments, **constants):
         control.fusedmoe_take_back()
-        for at, tensor in enumerate(arguments):
+        for at, tensor in enumerate((*arguments, *constants.values())):
             if isinstance(tensor, Tensor):
                 lend(control, f"{name}, argument {at}", tensor, True)
         for label, tensor in lent:
