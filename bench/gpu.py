@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fusedmoe
 from fusedmoe.kernels import trial
+from fusedmoe.kernels.launchers import LAUNCHERS
 from fusedmoe.speed.parity import allowed_in_norm, norm_error
 from fusedmoe.speed.subjects import MAIN, SUBJECTS, Called, build
 
@@ -87,16 +88,24 @@ def launches(call: Call) -> int:
     return sum(event.count for event in seen.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
 
 
+def ours() -> list[str]:
+    """The backends for GPUs that can run here."""
+    return [name for name, reason in fusedmoe.backends().items() if name in LAUNCHERS and reason is None]
+
+
 def arms_of(name: str, mode: str, rows: int, dtype: torch.dtype) -> dict[str, Call]:
-    """Return the arms of one case by name: eager, its CUDA graph, `torch.compile`, ours and its CUDA graph."""
+    """Return the arms of one case by name: eager, its CUDA graph, `torch.compile`, and ours on each backend for GPUs that can run here, and its CUDA graph."""
     layer = build(SUBJECTS[name], dtype)
     network = Called(layer.module, layer.slots).cuda().train(mode != "inference")
     x = torch.randn(rows, layer.table.width, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
-    fused = copy.deepcopy(network)
-    fusedmoe.fuse(fused, backend="triton")
-    eager, ours = call_of(network, mode, x), call_of(fused, mode, x)
-    compiled = call_of(torch.compile(copy.deepcopy(network)), mode, x)
-    return {"eager": eager, "eager, CUDA graph": graph_of(eager), "torch.compile": compiled, "fused": ours, "fused, CUDA graph": graph_of(ours)}
+    eager = call_of(network, mode, x)
+    arms = {"eager": eager, "eager, CUDA graph": graph_of(eager), "torch.compile": call_of(torch.compile(copy.deepcopy(network)), mode, x)}
+    for backend in ours():
+        fused = copy.deepcopy(network)
+        fusedmoe.fuse(fused, backend=backend)
+        call = call_of(fused, mode, x)
+        arms |= {backend: call, f"{backend}, CUDA graph": graph_of(call)}
+    return arms
 
 
 def check(arms: dict[str, Call], dtype: str) -> None:
@@ -117,7 +126,7 @@ def measure(name: str, mode: str, rows: int, dtype: str) -> dict[str, object]:
         for arm, call in arms.items():
             times[arm].append(milliseconds(call))
     medians = {arm: statistics.median(values) for arm, values in times.items()}
-    counts = {arm: launches(arms[arm]) for arm in ("eager", "torch.compile", "fused")}
+    counts = {arm: launches(arms[arm]) for arm in ("eager", "torch.compile", *ours())}
     return {"layer": name, "mode": mode, "batch": rows, "dtype": dtype, "milliseconds": medians, "launches": counts}
 
 
@@ -129,7 +138,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu: expected a device, got a machine without one; nothing was timed")
         return 0
-    device = trial.name_of(torch.device("cuda", torch.cuda.current_device()))
+    current = torch.device("cuda", torch.cuda.current_device())
+    device = f"{trial.name_of(current)} ({'; '.join(f'{backend} {trial.history(current, backend)}' for backend in ours())})"
     records = []
     for dtype in DTYPES:
         for name in MAIN:
