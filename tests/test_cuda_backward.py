@@ -66,7 +66,7 @@ def expected(name: str, dtype: torch.dtype, rows: int = ROWS):
 
 
 def network(x, params, table):
-    out, weights = operator.run(x, params, table, True)
+    out, weights = operator.run("triton", x, params, table, True)
     return for_tasks(out, table), by_level(weights, table)
 
 
@@ -122,7 +122,7 @@ def test_without_gradients_of_mixing_weights(dtype):
     wanted = {name: value for name, value in expectation(one).items() if not name.startswith("weights")}
 
     def alone(x, params, table):
-        return for_tasks(operator.run(x, params, table, False)[0], table), ()
+        return for_tasks(operator.run("triton", x, params, table, False)[0], table), ()
 
     with backward.emulated(lent(one)):
         assert_close(evaluate(alone, one), wanted)

@@ -61,7 +61,7 @@ def check(name: str, dtype: torch.dtype, form: str, training: bool, monkeypatch,
     lent = [(parameter.name, tensor) for parameter, tensor in zip(one.table.parameters, one.params, strict=True)]
     with emulated(lent, schedule) as kernel, torch.set_grad_enabled(training):
         x = one.x.clone().requires_grad_(training)
-        out, weights = operator.run(x, one.params, one.table, True)
+        out, weights = operator.run("triton", x, one.params, one.table, True)
     out, weights = for_tasks(out.detach(), one.table), by_level(weights.detach(), one.table)
     assert_close({"out": out, **{f"weights.{i}": w for i, w in enumerate(weights)}}, expected(name, dtype))
     return kernel.launches

@@ -57,7 +57,7 @@ def given(name: str, dtype: torch.dtype) -> Problem:
 
 
 def network(x, params, table):
-    out, weights = operator.run(x, params, table, True)
+    out, weights = operator.run("triton", x, params, table, True)
     return for_tasks(out, table), by_level(weights, table)
 
 
