@@ -24,51 +24,46 @@ struct Forward {
   static __host__ __device__ __forceinline__ int bytes(int keep) { return Where::bytes(Where::panels_for(keep)) + 2 * UNITS * ROWS * int(sizeof(float)); }
 
   const Call& call;
-  const Block<T>& block;
   const Where layout;
 
-  __device__ __forceinline__ int plan(int at) const { return block.plan(at); }
+  __device__ __forceinline__ Block<T> block() const { return block_of<T, ROWS>(call); }
+  __device__ __forceinline__ int plan(int at) const { return load_global(call.network.plan + at); }
 
-  // A group's units, and the rows of their softmax from the group's first one on.
-  __device__ __forceinline__ int unit(int group, int u) const { return plan(group + group_head + u); }
-  __device__ __forceinline__ float* softmax(int group, int u, int64_t first) const {
-    return block.softmax(first + plan(group + group_head + call.units + u));
+  // What the plan says of a tile is read where it is needed, each time: accumulators need the registers. Its group's units, and the rows of
+  // their softmax, or of one of their reads.
+  __device__ __forceinline__ int unit(int tile, int u) const { return plan(plan(tile) + group_head + u); }
+  __device__ __forceinline__ float* softmax(int tile, int u, int read = 0) const {
+    return block().softmax(plan(tile + 2) + plan(plan(tile) + group_head + call.units + u) + read);
   }
 
   // A tile: the logits of its gates and what its units mix come from one loop over maps, so that its code is there once.
   __device__ __forceinline__ void run(int tile) const {
-    const int group = plan(tile), column = plan(tile + 1), what = plan(tile + 3), units = group + group_head;
-    const int64_t first = plan(tile + 2);
-    const Outputs columns{column, plan(group + 1) - column, -1};
     Sums mixed[UNITS];
-    Maps maps{call, block, layout};
+    Maps maps{call, layout};
     int record = 0, parity = 0;
     FUSEDMOE_CUDA_ROLLED
-    for (bool gates = what >= write_softmax;; gates = false) {
-      const int list = plan(group + 4), runs = gates ? plan(list) : plan(group + 2), stride = gates ? 2 : 1 + call.units;
-      record = gates ? list + 1 : units + 2 * call.units;
+    for (bool gates = plan(tile + 3) >= write_softmax;; gates = false) {
       if (!gates)
         FUSEDMOE_CUDA_UNROLL
         for (int u = 0; u < UNITS; u++) P::clear(mixed[u]);
-      maps.begin({record, runs, stride, gates}, columns);
+      record = gates ? plan(plan(tile) + 4) + 1 : plan(tile) + group_head + 2 * call.units;
+      int runs = plan(gates ? record - 1 : plan(tile) + 2);
+      maps.begin({record, runs, gates ? 2 : 1 + call.units, gates}, columns(tile));
       FUSEDMOE_CUDA_ROLLED
-      for (int run = 0; run < runs; run++) {
+      for (; runs > 0; runs--) {
         int pieces = 0, count = plan(record + source_size);
         record += source_size + 1;
         FUSEDMOE_CUDA_ROLLED
-        for (; count > 0; count--, record += stride) {
-          const int named = plan(record), one = gates ? plan(named) : named;
-          // A unit without a gate reads nothing, as all others of its run.
-          if (one < 0) continue;
-          Outputs outputs = gates ? Outputs{0, plan(named + 1), plan(named + 2)} : columns;
-          int64_t row = gates ? first + plan(record + 1) : 0;
-          if (!gates) weigh(units, record, first, parity ^= 1);
+        for (; count > 0; count--, record += gates ? 2 : 1 + call.units) {
+          Outputs outputs = gates ? reads(plan(record)) : columns(tile);
+          if (!gates) weigh(tile, record, parity ^= 1);
           FUSEDMOE_CUDA_ROLLED
-          for (; outputs.live > 0; outputs.live -= COLUMNS, outputs.list += COLUMNS, row += COLUMNS) {
+          for (; outputs.live > 0; outputs.live -= COLUMNS, outputs.list += COLUMNS) {
             Sums z;
+            const int one = gates ? plan(plan(record)) : plan(record);
             pieces = maps.linear(one, outputs, z);
             if (gates) {
-              store_logits(outputs, block.softmax(row), z);
+              store_logits(tile, record, outputs, z);
               continue;
             }
             maps.activate(one, z);
@@ -80,45 +75,50 @@ struct Forward {
       }
       maps.finish();
       if (!gates) break;
-      normalize(group, first);
-      if (what == write_weights) store_weights(group, first);
+      normalize(tile);
+      if (plan(tile + 3) == write_weights) store_weights(tile);
     }
     FUSEDMOE_CUDA_ROLLED
-    for (int i = plan(group + 3); i > 0; i--, record += 1 + call.units) {
+    for (int i = plan(plan(tile) + 3); i > 0; i--, record += 1 + call.units) {
       Sums z;
-      weigh(units, record, first, parity ^= 1);
+      weigh(tile, record, parity ^= 1);
       sync_block();
-      read_copy(plan(record), columns, z);
+      read_copy(plan(record), columns(tile), z);
       add(record, parity, z, mixed);
     }
     FUSEDMOE_CUDA_UNROLL
     for (int u = 0; u < UNITS; u++)
-      if (u < call.units && plan(units + u) >= 0) store(plan(units + u), columns, mixed[u]);
+      if (u < call.units && unit(tile, u) >= 0) store(unit(tile, u), columns(tile), mixed[u]);
   }
 
-  __device__ __forceinline__ void store_logits(const Outputs& outputs, float* p, Sums& z) const {
+  __device__ __forceinline__ Outputs columns(int tile) const { return {plan(tile + 1), plan(plan(tile) + 1) - plan(tile + 1), -1}; }
+  // The rows of a unit's gate in the order of its reads; none without a gate.
+  __device__ __forceinline__ Outputs reads(int unit) const { return {0, plan(unit) < 0 ? 0 : plan(unit + 1), plan(unit + 2)}; }
+  __device__ __forceinline__ void store_logits(int tile, int record, const Outputs& outputs, Sums& z) const {
+    const int first = plan(tile + 2) + plan(record + 1) + outputs.list - plan(plan(record) + 2);
+    float* p = block().softmax(first);
     P::visit(z, [&](int row, int column, float low, float high) {
       const auto store = [&](int read, float value) {
-        if (row < block.live && read < outputs.live)
-          store_global(p + read * block.network.rows + row, plan(outputs.list + read) < 0 ? -INFINITY : value);
+        if (row < block().live && read < outputs.live)
+          store_global(p + read * call.network.rows + row, plan(outputs.list + read) < 0 ? -INFINITY : value);
       };
       store(column, low);
       store(column + 1, high);
     });
   }
-  // p of every unit of a group, from the logits that the block has stored.
-  __device__ __forceinline__ void normalize(int group, int64_t first) const {
+  // p of every unit, from the logits that the block has stored.
+  __device__ __forceinline__ void normalize(int tile) const {
     FUSEDMOE_CUDA_ROLLED
-    for (int u = 0; u < plan(group); u++) normalize(unit(group, u), softmax(group, u, first));
+    for (int u = 0; u < plan(plan(tile)); u++) normalize(unit(tile, u), softmax(tile, u));
     sync_block();
   }
   // exp(z) / sum of exp(z) over a unit's reads, each row by a few neighbouring lanes; 0 without a gate.
   __device__ __forceinline__ void normalize(int unit, float* p) const {
     constexpr int lanes = THREADS / ROWS;
     const int row = thread() / lanes, begin = thread() % lanes;
-    const bool live = row < block.live, gated = plan(unit) >= 0;
+    const bool live = row < block().live, gated = plan(unit) >= 0;
     const int reads = live ? plan(unit + 1) : 0;
-    const auto at = [&](int read) { return p + read * block.network.rows + row; };
+    const auto at = [&](int read) { return p + read * call.network.rows + row; };
     float largest = -INFINITY, sum = 0.0f;
     if (gated)
       for (int read = begin; read < reads; read += lanes) largest = fmaxf(largest, load_global(at(read)));
@@ -130,31 +130,30 @@ struct Forward {
   }
 
   // weights[row, column of a read] = p + v, if somebody asked for them.
-  __device__ __forceinline__ void store_weights(int group, int64_t first) const {
+  __device__ __forceinline__ void store_weights(int tile) const {
     FUSEDMOE_CUDA_ROLLED
-    for (int u = 0; call.network.weights && u < plan(group); u++) store_weights(unit(group, u), softmax(group, u, first));
+    for (int u = 0; call.network.weights && u < plan(plan(tile)); u++) store_weights(unit(tile, u), softmax(tile, u));
   }
   __device__ __forceinline__ void store_weights(int unit, const float* p) const {
     const int columns = plan(unit + 10), reads = columns < 0 ? 0 : plan(unit + 1);
     FUSEDMOE_CUDA_ROLLED
     for (int i = thread(); i < reads * ROWS; i += THREADS) {
       const int row = i % ROWS, read = i / ROWS;
-      if (row >= block.live) continue;
-      T* weights = static_cast<T*>(block.network.weights) + (block.row + row) * block.network.mixing + plan(columns + read);
-      store_global(weights, rounded<T>(load_global(p + read * block.network.rows + row) + block.static_weight(unit, read)));
+      if (row >= block().live) continue;
+      T* weights = static_cast<T*>(call.network.weights) + (block().row + row) * call.network.mixing + plan(columns + read);
+      store_global(weights, rounded<T>(load_global(p + read * call.network.rows + row) + block().static_weight(unit, read)));
     }
   }
 
   // w [UNITS, ROWS] = p + v of one expert in every unit that reads it, to shared memory, where the next barrier lets others see it. What was there is
   // of the expert before the last one: it is not read any more. Asked for in front of the expert's product, which hides the way of one number
   // of the plan to the next.
-  __device__ __forceinline__ void weigh(int units, int record, int64_t first, int parity) const {
+  __device__ __forceinline__ void weigh(int tile, int record, int parity) const {
     FUSEDMOE_CUDA_ROLLED
     for (int i = thread(); i < call.units * ROWS; i += THREADS) {
       const int u = i / ROWS, row = i % ROWS, read = plan(record + 1 + u);
-      if (read < 0 || row >= block.live) continue;
-      const float* p = block.softmax(first + plan(units + call.units + u) + read);
-      weights(parity)[i] = load_global(p + row) + block.static_weight(plan(units + u), read);
+      if (read < 0 || row >= block().live) continue;
+      weights(parity)[i] = load_global(softmax(tile, u, read) + row) + block().static_weight(unit(tile, u), read);
     }
   }
   __device__ __forceinline__ float* weights(int parity) const { return reinterpret_cast<float*>(layout.a(layout.panels)) + parity * UNITS * ROWS; }
@@ -180,11 +179,11 @@ struct Forward {
 
   // z = the columns of a map that is a copy of its source.
   __device__ __forceinline__ void read_copy(int one, const Outputs& outputs, Sums& z) const {
-    const Row<T> h = block.rows_of(one + map_head);
+    const Row<T> h = block().rows_of(one + map_head);
     P::visit(z, [&](int row, int column, float& low, float& high) {
       const T* at = h.first + row * h.distance + outputs.first + column;
-      low = row < block.live && column < outputs.live ? widened(load_global(at)) : 0.0f;
-      high = row < block.live && column + 1 < outputs.live ? widened(load_global(at + 1)) : 0.0f;
+      low = row < block().live && column < outputs.live ? widened(load_global(at)) : 0.0f;
+      high = row < block().live && column + 1 < outputs.live ? widened(load_global(at + 1)) : 0.0f;
     });
   }
 
@@ -198,13 +197,13 @@ struct Forward {
     sync_warp();
     P::visit(from, [&](int row, int column, float low, float high) { Maps::put(part + (row - first_row) * pitch, column - first_column, low, high); });
     sync_warp();
-    const Row<T> to = block.rows_of(unit + 6);
+    const Row<T> to = block().rows_of(unit + 6);
     const auto each = [&](auto number, int across) {
       using Stored = decltype(number);
       FUSEDMOE_CUDA_ROLLED
       for (int i = lane(); i < rows * across; i += 32) {
         const int row = i / across, column = i % across * (columns / across);
-        if (first_row + row >= block.live || first_column + column >= outputs.live) continue;
+        if (first_row + row >= block().live || first_column + column >= outputs.live) continue;
         T* at = to.first + (first_row + row) * to.distance + outputs.first + first_column + column;
         store_global(reinterpret_cast<Stored*>(at), *reinterpret_cast<const Stored*>(part + row * pitch + column * int(sizeof(T))));
       }
@@ -217,16 +216,14 @@ struct Forward {
 template <class T, int ROWS, int COLUMNS, int UNITS, int THREADS, int BLOCKS, bool INNER>
 __global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(const __grid_constant__ Call call) {
   using Of = Forward<T, ROWS, COLUMNS, UNITS, THREADS, INNER>;
-  const int64_t row = int64_t(block_x()) * ROWS, left = call.network.rows - row;
-  const Block<T> block{call.network, row, int(left < ROWS ? left : ROWS)};
-  const Of of{call, block, {Of::Where::panels_for(call.keep)}};
-  const int program = call.place + 2 * block_y(), first = block.plan(program), end = block.plan(program + 1);
-  typename Of::Maps{call, block, of.layout}.clear_hidden();
+  const Of of{call, {call.panels}};
+  const int program = call.place + 2 * block_y();
+  typename Of::Maps{call, of.layout}.clear_hidden();
   FUSEDMOE_CUDA_ROLLED
-  for (int tile = first; tile < end; tile += tile_size) {
-    // The block has read its shared memory, and sees what the tiles before wrote.
-    if (tile != first) sync_block();
+  for (int tile = of.plan(program); tile < of.plan(program + 1); tile += tile_size) {
     of.run(tile);
+    // The block has read its shared memory, and will see what this tile wrote.
+    sync_block();
   }
 }
 

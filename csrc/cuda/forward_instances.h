@@ -5,29 +5,36 @@
 
 namespace fusedmoe::cuda {
 
-// BLOCKS: of a multiprocessor at a time, for whose registers the kernel is compiled. Beside four units of 64 x 64 a hidden tile has no place in those of two.
+// BLOCKS: of a multiprocessor at a time, for whose registers the kernel is compiled.
 template <class T, int ROWS, int COLUMNS, int UNITS, int THREADS, int BLOCKS, bool INNER>
 void launch_forward(const Network& network, const Tiles& tiles, int place, int programs, Stream stream) {
   using Of = Forward<T, ROWS, COLUMNS, UNITS, THREADS, INNER>;
   if (tiles.units > UNITS) refuse(tiles);
-  const Call call{network, place, tiles.keep, tiles.units, tiles.aligned, tiles.stored, tiles.once};
+  const Call call{network, place, tiles.keep, Of::Where::panels_for(tiles.keep), tiles.units, tiles.aligned, tiles.stored, tiles.once};
   const Shape shape{unsigned((network.rows + ROWS - 1) / ROWS), unsigned(programs), THREADS, size_t(Of::bytes(tiles.keep))};
   launch("forward", forward_kernel<T, ROWS, COLUMNS, UNITS, THREADS, BLOCKS, INNER>, shape, stream, call);
 }
 
-// Narrow tiles mix up to eight units, wide ones four; those of 128 rows three. What is narrower than its tile's columns leaves the rest out.
+// Narrow tiles mix up to eight units, wide ones four, those of 128 rows three. Two blocks of eight warps have 128 registers a thread, which accumulators
+// of 64 numbers and what stands beside them fill: of more, or beside a hidden tile, a multiprocessor runs one. What is narrower than a tile leaves
+// the rest of it out.
 template <class T, bool INNER>
 void choose_forward(const Network& network, const Tiles& tiles, int place, int programs, Stream stream) {
   const auto run = [&](auto launch_one) { launch_one(network, tiles, place, programs, stream); };
-  const bool narrow = tiles.columns <= 32;
+  const bool wide = tiles.columns > 32;
   if constexpr (sizeof(T) == 4) {
-    if (!narrow) refuse(tiles);
+    if (wide) refuse(tiles);
+    if constexpr (!INNER)
+      if (tiles.rows == 64 && tiles.units <= 4) return run(launch_forward<T, 64, 32, 4, 256, 2, false>);
   } else {
-    if (!INNER && tiles.rows == 128) return run(launch_forward<T, 128, 64, 3, 256, 1, false>);
-    if (!narrow && tiles.rows == 64) return run(launch_forward<T, 64, 64, 4, 256, INNER ? 1 : 2, INNER>);
-    if (!narrow && tiles.rows == 16) return run(launch_forward<T, 16, 64, 4, 128, 4, INNER>);
+    if constexpr (!INNER) {
+      if (tiles.rows == 128) return run(launch_forward<T, 128, 64, 3, 256, 1, false>);
+      if (wide && tiles.rows == 64 && tiles.units <= 3) return run(launch_forward<T, 64, 64, 3, 256, 2, false>);
+    }
+    if (wide && tiles.rows == 64) return run(launch_forward<T, 64, 64, 4, 256, 1, INNER>);
+    if (wide && tiles.rows == 16) return run(launch_forward<T, 16, 64, 4, 128, 4, INNER>);
   }
-  if (tiles.rows == 64) return run(launch_forward<T, 64, 32, 8, 256, 2, INNER>);
+  if (tiles.rows == 64) return run(launch_forward<T, 64, 32, 8, 256, INNER || sizeof(T) == 4 ? 1 : 2, INNER>);
   if (tiles.rows == 16) return run(launch_forward<T, 16, 32, 8, 128, 4, INNER>);
   refuse(tiles);
 }

@@ -19,7 +19,11 @@ __device__ __forceinline__ int thread() {
 }
 __device__ __forceinline__ int warp() { return int(uint32_t(thread()) / 32); }
 __device__ __forceinline__ int lane() { return int(uint32_t(thread()) % 32); }
-__device__ __forceinline__ int block_x() { return int(blockIdx.x); }
+__device__ __forceinline__ int block_x() {
+  uint32_t number;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(number));
+  return int(number);
+}
 __device__ __forceinline__ int block_y() { return int(blockIdx.y); }
 __device__ __forceinline__ int blocks_x() { return int(gridDim.x); }
 __device__ __forceinline__ int blocks_y() { return int(gridDim.y); }

@@ -7,9 +7,15 @@ namespace fusedmoe::cuda {
 
 struct Call {
   Network network;
-  int place, keep, units;
+  int place, keep, panels, units;
   bool aligned, stored, once;
 };
+
+template <class T, int ROWS>
+__device__ __forceinline__ Block<T> block_of(const Call& call) {
+  const int64_t row = int64_t(block_x()) * ROWS, left = call.network.rows - row;
+  return {call.network, row, int(left < ROWS ? left : ROWS)};
+}
 
 // What a block has in shared memory: panels of sources in a circle, STAGES of weights, one of hidden outputs, and what is known of the pieces ahead.
 template <class P, class Ahead, int STAGES, bool INNER>
@@ -51,45 +57,46 @@ struct Series {
   using Where = Layout<P, Ahead, stages, INNER>;
 
   const Call& call;
-  const Block<T>& block;
   const Where layout;
-  Ring<stages> ring{};
-  // Pieces that have been asked for; steps until the first one of them has arrived; where the panels of the source at hand begin.
-  int asked = 0, cold = 0, base = 0;
+  // Pieces that have been asked for, and where the panels of the source at hand begin.
+  int asked = 0, base = 0;
 
-  __device__ __forceinline__ int plan(int at) const { return block.plan(at); }
+  // Worked out wherever it is needed, from the number of the block: accumulators need the registers.
+  __device__ __forceinline__ Block<T> block() const { return block_of<T, P::rows>(call); }
+  __device__ __forceinline__ int plan(int at) const { return load_global(call.network.plan + at); }
 
   // Begin with a list, where no other is under way.
   __device__ __forceinline__ void begin(const List& list, const Outputs& outputs) {
     if (thread() == 0) {
       Ahead& ahead = layout.ahead();
       ahead.panels = layout.panels, ahead.keep = call.keep > 0, ahead.list = list, ahead.outputs = outputs;
-      ahead.begin(block);
-      ahead.next(block, layout.known_piece(0));
+      ahead.begin(block());
+      ahead.next(block(), layout.known_piece(0));
     }
-    ring.cool();
     asked = base = 0;
-    cold = stages - 1;
   }
   // Behind the last map.
-  __device__ __forceinline__ void finish() { ring.finish(); }
+  __device__ __forceinline__ void finish() const { Ring<stages>{}.finish(); }
   // Behind the maps that read one source, of so many pieces.
   __device__ __forceinline__ void leave_source(int pieces) {
     if (call.keep > 0) base = layout.next(base, pieces);
   }
 
-  // The next step: return the place of its weight. At first, while the ring is cold, there is nothing there.
+  // The next step: return the place of its weight. Until as many pieces have been asked for as there are stages, nothing has arrived.
   __device__ __forceinline__ int step() {
+    // How many have been asked for says whose turn it is, too.
+    Ring<stages> ring{int(unsigned(asked + 1) % stages)};
     const int place = ring.step([&](int later) { copy(later); });
     // Who read what stood there has met the block since.
-    if (thread() == 0) layout.ahead().next(block, layout.known_piece(asked));
+    if (thread() == 0) layout.ahead().next(block(), layout.known_piece(asked));
     return place;
   }
   __device__ __forceinline__ void copy(int place) {
     const Piece<T> next = layout.known_piece(asked++);
     if (!next.here) return;
-    if (next.to >= 0) copy_panel<typename P::PanelA, P::threads>(layout.a(next.to), next.a, next.columns, call.aligned, Rows{block.live, next.a_distance});
-    const int* list = next.list < 0 ? nullptr : block.network.plan + next.list;
+    const int to = call.keep > 0 ? next.to : place;
+    if (next.to >= 0) copy_panel<typename P::PanelA, P::threads>(layout.a(to), next.a, next.columns, call.aligned, Rows{block().live, next.a_distance});
+    const int* list = next.list < 0 ? nullptr : call.network.plan + next.list;
     copy_panel<typename P::PanelB, P::threads>(layout.b(place), next.b, next.columns, call.aligned, Rows{next.live, next.b_distance, list});
   }
 
@@ -102,11 +109,10 @@ struct Series {
       FUSEDMOE_CUDA_ROLLED
       for (;;) {
         const int place = step();
-        if (cold-- > 0) continue;
-        cold = 0;
-        P::multiply(layout.a(layout.next(base, call.keep > 0 ? pieces : 0)), layout.b(place), z, call.once, live);
+        if (asked < stages) continue;
+        // Panels of a source that does not stay come in the same turn as those of weights.
+        P::multiply(layout.a(call.keep > 0 ? layout.next(base, pieces) : place), layout.b(place), z, call.once, live);
         pieces++;
-        if (call.keep == 0) base = layout.next(base);
         left -= piece<T>;
         if (left <= 0) break;
       }
@@ -144,7 +150,7 @@ struct Series {
   __device__ __forceinline__ void add_bias(int one, const Outputs& outputs, Sums& z) const {
     const int number = plan(one + 1);
     if (number < 0) return;
-    const T* bias = block.parameter(number) + outputs.first;
+    const T* bias = block().parameter(number) + outputs.first;
     const auto term = [&](int column) {
       if (column >= outputs.live) return 0.0f;
       const int at = outputs.list < 0 ? column : plan(outputs.list + column);
@@ -162,7 +168,7 @@ struct Series {
   }
 
   __device__ __forceinline__ void activate(int one, Sums& z) const {
-    const float parameter = block.number(plan(one + 5));
+    const float parameter = block().number(plan(one + 5));
     choose(plan(one + 4), [&](auto act) {
       P::visit(z, [&](int, int, float& low, float& high) {
         low = act.value(low, parameter);

@@ -71,8 +71,6 @@ template <int STAGES>
 struct Ring {
   int at = 0;
 
-  // Let the next STAGES - 1 steps ask for what comes first, and bring nothing: the place that they return is empty.
-  __device__ __forceinline__ void cool() { at = 1; }
   // Ask for the first STAGES - 1 steps; fetch(place) copies one step's panels there, or nothing.
   template <class Fetch>
   __device__ __forceinline__ void start(Fetch&& fetch) {
