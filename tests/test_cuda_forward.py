@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusedmoe.backends import INTERPRETED
-from fusedmoe.testing import Case, Problem, assert_close, build, cases, expectation, problem, smoothed
+from fusedmoe.testing import Case, Problem, assert_close, bound, build, cases, error, expectation, problem, smoothed
 
 pytest.importorskip("triton", reason="cuda: expected the package triton, whose plans the CUDA kernels read, got none")
 if INTERPRETED:
@@ -16,7 +16,7 @@ from fusedmoe.kernels import operator, tiles
 from fusedmoe.op import for_tasks
 from fusedmoe.reference.operator import by_level
 
-from .cuda_on_cpu.library import Schedule, emulated
+from .cuda_on_cpu.library import Schedule, emulated, take_counts
 
 CASES = cases()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -50,21 +50,26 @@ def given(name: str, dtype: torch.dtype) -> Problem:
 
 @cache
 def expected(name: str, dtype: torch.dtype) -> dict:
-    return {key: value for key, value in expectation(given(name, dtype)).items() if not key.startswith("d_")}
+    return truth_of(given(name, dtype))
 
 
-def check(name: str, dtype: torch.dtype, form: str, training: bool, monkeypatch, schedule: Schedule = Schedule()) -> int:
-    """Compare every output with its truth; return the number of launches."""
+def truth_of(one: Problem) -> dict:
+    return {key: value for key, value in expectation(one).items() if not key.startswith("d_")}
+
+
+def outputs(one: Problem, form: str, monkeypatch, training: bool = False, schedule: Schedule = Schedule()) -> dict[str, torch.Tensor]:
+    """The output and the mixing weights of each level, by name."""
     monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form][0])
     monkeypatch.setattr(tiles, "MANY_ROWS", FORMS[form][1])
-    one = given(name, dtype)
     lent = [(parameter.name, tensor) for parameter, tensor in zip(one.table.parameters, one.params, strict=True)]
     with emulated(lent, schedule) as kernel, torch.set_grad_enabled(training):
-        x = one.x.clone().requires_grad_(training)
-        out, weights = operator.run("triton", x, one.params, one.table, True)
-    out, weights = for_tasks(out.detach(), one.table), by_level(weights.detach(), one.table)
-    assert_close({"out": out, **{f"weights.{i}": w for i, w in enumerate(weights)}}, expected(name, dtype))
-    return kernel.launches
+        out, weights = operator.run("triton", one.x.clone().requires_grad_(training), one.params, one.table, True)
+    assert kernel.launches
+    return {"out": for_tasks(out.detach(), one.table), **{f"weights.{i}": w for i, w in enumerate(by_level(weights.detach(), one.table))}}
+
+
+def check(name: str, dtype: torch.dtype, form: str, training: bool, monkeypatch, schedule: Schedule = Schedule()) -> None:
+    assert_close(outputs(given(name, dtype), form, monkeypatch, training, schedule), expected(name, dtype))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
@@ -72,7 +77,7 @@ def check(name: str, dtype: torch.dtype, form: str, training: bool, monkeypatch,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", TABLES)
 def test_parity(name, dtype, form, training, monkeypatch):
-    assert check(name, dtype, form, training, monkeypatch)
+    check(name, dtype, form, training, monkeypatch)
 
 
 @pytest.mark.slow
@@ -89,3 +94,68 @@ def test_parity_of_every_case(name, dtype, form, training, monkeypatch):
 @pytest.mark.parametrize("name", ["every_feature", "whole vectors"])
 def test_any_schedule(name, form, schedule, monkeypatch):
     check(name, torch.bfloat16, form, False, monkeypatch, schedule)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parameters_at_odd_addresses(dtype, monkeypatch):
+    """Views into one buffer, as flattened parameters are: nothing is copied 16 bytes at a time."""
+    one = given("whole vectors", dtype)
+    odd = one._replace(params=tuple(p.new_empty(p.numel() + 1)[1:].view(p.shape).copy_(p) for p in one.params))
+    assert any(p.data_ptr() % 16 for p in odd.params)
+    assert_close(outputs(odd, "a launch a level", monkeypatch), expected("whole vectors", dtype))
+
+
+@pytest.mark.parametrize("form", ["a launch a level", "one launch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_reads_and_parameters_than_a_tile_and_an_argument_have(dtype, form, monkeypatch):
+    """A softmax over 300 experts is computed as many columns at a time as a tile has; addresses beyond 448 stand in memory."""
+    one = problem(Case(smoothed(build("mmoe", 8, [[8]], 2, 300)), 21), dtype)
+    assert len(one.params) > 448
+    assert_close(outputs(one, form, monkeypatch), truth_of(one))
+
+
+def test_a_wide_product_of_float32(monkeypatch):
+    """K = 512: partial sums are added outside of the tensor cores."""
+    one = problem(Case(build("mmoe", 512, [[32]], 2, 2), 19), torch.float32)
+    assert_close(outputs(one, "a launch a level", monkeypatch), truth_of(one))
+
+
+def test_tf32_where_the_user_allows_it(monkeypatch):
+    """One product instead of three: the error of 11 bits, which float32's own bound does not take."""
+    one = given("whole vectors", torch.float32)
+    take_counts()
+    precise, many = outputs(one, "a launch a level", monkeypatch), take_counts().products
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        rough, few = outputs(one, "a launch a level", monkeypatch), take_counts().products
+    finally:
+        torch.set_float32_matmul_precision(before)
+    truth, allowed = expected("whole vectors", torch.float32)["out"]
+    assert error(precise["out"], truth) <= allowed < error(rough["out"], truth) <= bound(0.0, truth, torch.float16)
+    assert many == 3 * few
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinity_and_nan_stay_in_their_rows(dtype, monkeypatch):
+    """And where plain torch has infinity, so has the kernel, whatever the rests of split numbers are."""
+    table = build("mmoe", 24, [[16]], 2, 2, activation="identity")
+    one = problem(Case(table, 20), dtype)
+    one.x[3, 0, 5], one.x[7, 0, 1] = float("inf"), float("nan")
+    one = one._replace(params=tuple(p.abs() if p.dim() > 1 and p.shape[0] == 16 else p * 0 if p.shape[0] == 2 else p for p in one.params))
+    out = outputs(one, "a launch a level", monkeypatch)["out"]
+    odd = torch.zeros(len(out), dtype=torch.bool).index_fill(0, torch.tensor([3, 7]), True)
+    assert out[~odd].isfinite().all() and out[7].isnan().all() and not out[3].isfinite().any()
+
+
+def test_every_weight_is_read_once_by_each_block(monkeypatch):
+    """In one launch a block streams all weights, in whole, and every row of x once for what reads it."""
+    one = given("whole vectors", torch.bfloat16)
+    take_counts()
+    outputs(one, "one launch", monkeypatch)
+    counts = take_counts()
+    blocks = -(-len(one.x) // 16)
+    weights = sum(p.nbytes for p in one.params if p.dim() == 2)
+    assert counts.launches == 1 and counts.blocks == blocks
+    assert counts.bytes_read > blocks * weights
+    assert counts.bank_conflicts == 0
