@@ -32,8 +32,9 @@ struct alignas(16) Piece {
 
 // `panels`: those of sources. keep: a source stays for all maps of its run.
 template <class T, int COLUMNS, bool INNER>
-struct alignas(16) Walk {
-  int panels;
+struct Walk {
+  // Copies of 16 bytes go behind it.
+  alignas(16) int panels;
   bool keep;
   List list;
   Outputs outputs;

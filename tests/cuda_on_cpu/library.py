@@ -50,6 +50,9 @@ class Schedule(NamedTuple):
     eager: bool = False
 
 
+IN_ORDER = Schedule()
+
+
 def build(kind: str = "plain") -> Path:
     """Return the library, compiled where something has changed. Raises: SystemExit naming what does not compile."""
     folder = run.ROOT / "build" / f"cuda_on_cpu-{kind}"
@@ -120,7 +123,7 @@ class Emulated:
 
 
 @contextmanager
-def emulated(lent: Iterable[tuple[str, Tensor]], schedule: Schedule = Schedule()) -> Iterator[Emulated]:
+def emulated(lent: Iterable[tuple[str, Tensor]], schedule: Schedule = IN_ORDER) -> Iterator[Emulated]:
     """Run `network.forward` on the emulator; yields its stand-in. The backward stays what it is.
 
     Args:
