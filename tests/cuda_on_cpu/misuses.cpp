@@ -15,6 +15,7 @@ using Numbers = const uint32_t*;
 
 // And what they may write to.
 float sums[8];
+int arrived[2];
 
 struct Misuse {
   const char* words;  // of the error
@@ -136,6 +137,14 @@ const Misuse global_memory[] = {
        store_global(sums + block_x(), 1.0f);
        load_global(sums + 1 - block_x());
      }},
+    {"race: expected a load of what no other block writes, got byte", {2, 1, 32},
+     [](Numbers) {
+       if (lane() > 0) return;
+       // Too late for whoever comes next.
+       const bool last = arrive(arrived) % 2 == 1;
+       store_global(sums + block_x(), 1.0f);
+       if (last) load_global(sums + 1 - block_x());
+     }},
 };
 
 const Misuse left_over[] = {
@@ -218,6 +227,14 @@ const Misuse proper[] = {
        wait_copies<1>();
        if (shared_memory<uint32_t>()[4 * lane()] != uint32_t(4 * lane())) fail({}, "expected what the first group brought");
      }},
+    {"who comes last sees what was stored before", {8, 1, 32},
+     [](Numbers) {
+       if (lane() > 0) return;
+       store_global(sums + block_x(), float(block_x()));
+       if (arrive(arrived + 1) % 8 < 7) return;
+       for (int i = 0; i < 8; i++)
+         if (load_global(sums + i) != float(i)) fail({}, "expected what each block stored");
+     }},
     {"as many threads and as much shared memory as there can be", {2, 1, 1024, 232448},
      [](Numbers) {
        char* all = shared_memory<char>();
@@ -261,7 +278,7 @@ int check_misuses() {
   alignas(16) std::array<uint32_t, 256> numbers;
   for (uint32_t i = 0; i < numbers.size(); i++) numbers[i] = i;
   int checked = 0;
-  regions() = {{"numbers", numbers.data(), sizeof numbers, false}, {"sums", sums, sizeof sums, true}};
+  regions() = {{"numbers", numbers.data(), sizeof numbers, false}, {"sums", sums, sizeof sums, true}, {"arrived", arrived, sizeof arrived, true}};
   const Settings before = settings();
   for (uint64_t seed = 0; seed < 4; seed++)
     for (bool eager : {false, true}) {
