@@ -34,9 +34,12 @@ struct Panel {
 template <class P, int THREADS, class Row>
 __device__ __forceinline__ void copy_panel(char* to, const typename P::Number* from, int columns, bool aligned, Row row) {
   if (aligned) {
-    constexpr int numbers = 16 / P::size, vectors = P::columns / numbers;
+    constexpr int numbers = 16 / P::size, vectors = P::columns / numbers, all = P::rows * vectors;
+    // By a number of turns that the compiler knows.
     FUSEDMOE_CUDA_UNROLL
-    for (int i = thread(); i < P::rows * vectors; i += THREADS) {
+    for (int turn = 0; turn < all; turn += THREADS) {
+      const int i = turn + thread();
+      if (all % THREADS != 0 && i >= all) break;
       const int column = i % vectors * numbers, offset = row(i / vectors);
       const bool live = offset >= 0 && column < columns;
       copy_async<16>(to + i / vectors * P::pitch + column * P::size, live ? from + offset + column : from, live ? 16 : 0);
