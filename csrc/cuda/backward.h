@@ -52,7 +52,7 @@ struct RowsBackward {
     Sums z, dy;
     Up::clear(z);
     if (plan(one) >= 0) linear(one, columns, z);
-    else read_tile<Up>(block.rows_of(one + map_head), columns, block.live, call.aligned, z, [](float& low, float& high, float a, float b) { low = a, high = b; });
+    else add_tile<Up>(block.rows_of(one + map_head), columns, block.live, call.aligned, z);
     // Beyond the expert's columns stands 0 h, which is NaN where h is infinite.
     Up::visit(z, [&](int, int column, float& low, float& high) {
       if (column >= columns.live) low = 0.0f;
@@ -92,7 +92,8 @@ struct RowsBackward {
       const float* p = block.softmax(plan(reader + 4));
       const float v = block.static_weight(plan(reader + 6), plan(reader + 7));
       Sums g;
-      read_tile<Up>(block.rows_of(reader, call.of.below), columns, block.live, call.stored, g, [](float& low, float& high, float a, float b) { low = a, high = b; });
+      Up::clear(g);
+      add_tile<Up>(block.rows_of(reader, call.of.below), columns, block.live, call.stored, g);
       // Two of them take turns, so that one barrier stands between the sums of one reader and those of the next but one.
       float* parts = reinterpret_cast<float*>(shared()) + i % 2 * Up::across * ROWS;
       FUSEDMOE_CUDA_UNROLL
@@ -149,14 +150,9 @@ struct RowsBackward {
     add_uses(uses, count, columns, d);
     add_gates(uses + count * UsePieces<T, Down>::size, plan(record + 8), columns, d);
     const Row<T> to = block.rows_of(record, call.of.below);
-    if (plan(record + 6) != 0) add_tile(to, columns, d);
-    // Of the stages, all have been read.
-    sync_block();
+    if (plan(record + 6) != 0) add_tile<Up>(to, columns, block.live, call.aligned, d);
+    // Behind both products the block has read its stages.
     store_tile<Up>(shared(), d, to, columns, block.live, call.aligned);
-  }
-
-  __device__ __forceinline__ void add_tile(const Row<T>& from, const Columns& columns, Sums& d) const {
-    read_tile<Up>(from, columns, block.live, call.aligned, d, [](float& low, float& high, float a, float b) { low += a, high += b; });
   }
 
   // d += sum of W^T dz over maps, and of dz over copies.
@@ -169,7 +165,7 @@ struct RowsBackward {
     for (int i = 0; i < count; i++, use += UsePieces<T, Down>::size) {
       if (plan(use) < 0) {
         const Row<T> of = dz();
-        add_tile({of.first + plan(use + 4), of.distance}, columns, d);
+        add_tile<Up>(Row<T>{of.first + plan(use + 4), of.distance}, columns, block.live, call.aligned, d);
         continue;
       }
       FUSEDMOE_CUDA_ROLLED

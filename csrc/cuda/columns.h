@@ -32,14 +32,14 @@ __device__ __forceinline__ void store_two(T* at, bool pair, bool one, bool both,
   }
 }
 
-// f(low, high, the two numbers of `from` in their place), zeros where there are none. `pairs`: columns and rows begin at even numbers.
-template <class P, class T, class F>
-__device__ __forceinline__ void read_tile(const Row<T>& from, const Columns& columns, int rows, bool pairs, typename P::Sums& sums, F&& f) {
+// sums += the numbers of `from` in their place, zeros where there are none. `pairs`: columns and rows begin at even numbers.
+template <class P, class T>
+__device__ __forceinline__ void add_tile(const Row<T>& from, const Columns& columns, int rows, bool pairs, typename P::Sums& sums) {
   P::visit(sums, [&](int row, int column, float& low, float& high) {
     const bool one = row < rows && column < columns.live, both = row < rows && column + 1 < columns.live;
     float first, second;
     load_two(from.first + int64_t(row) * from.distance + columns.first + column, pairs, one, both, first, second);
-    f(low, high, first, second);
+    low += first, high += second;
   });
 }
 
