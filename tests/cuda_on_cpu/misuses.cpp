@@ -227,14 +227,6 @@ const Misuse proper[] = {
        wait_copies<1>();
        if (shared_memory<uint32_t>()[4 * lane()] != uint32_t(4 * lane())) fail({}, "expected what the first group brought");
      }},
-    {"who comes last sees what was stored before", {8, 1, 32},
-     [](Numbers) {
-       if (lane() > 0) return;
-       store_global(sums + block_x(), float(block_x()));
-       if (arrive(arrived + 1) % 8 < 7) return;
-       for (int i = 0; i < 8; i++)
-         if (load_global(sums + i) != float(i)) fail({}, "expected what each block stored");
-     }},
     {"as many threads and as much shared memory as there can be", {2, 1, 1024, 232448},
      [](Numbers) {
        char* all = shared_memory<char>();
@@ -242,6 +234,18 @@ const Misuse proper[] = {
        sync_block();
        for (int i = 1023 - thread(); i < 232448; i += 1024)
          if (all[i] != char(i / 7)) fail({}, "expected what another thread wrote");
+     }},
+};
+
+// And of what orders memory.
+const Misuse ordered[] = {
+    {"who comes last sees what was stored before", {8, 1, 32},
+     [](Numbers) {
+       if (lane() > 0) return;
+       store_global(sums + block_x(), float(block_x()));
+       if (arrive(arrived + 1) % 8 < 7) return;
+       for (int i = 0; i < 8; i++)
+         if (load_global(sums + i) != float(i)) fail({}, "expected what each block stored");
      }},
     {"what one barrier orders, in both directions", {4, 1, 96, 384},
      [](Numbers) {
@@ -286,7 +290,8 @@ int check_misuses() {
       for (std::span<const Misuse> misuses : std::initializer_list<std::span<const Misuse>>{divergences, addresses, global_memory, left_over, shapes})
         for (const Misuse& misuse : misuses) check_refused(misuse, numbers.data()), checked++;
       // After so many errors, and among them.
-      for (const Misuse& each : proper) run(each, numbers.data()), checked++;
+      for (std::span<const Misuse> kernels : std::initializer_list<std::span<const Misuse>>{proper, ordered})
+        for (const Misuse& each : kernels) run(each, numbers.data()), checked++;
     }
   settings() = before;
   regions().clear();
