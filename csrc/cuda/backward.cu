@@ -5,6 +5,7 @@
 #include <string>
 
 #include "gradients.h"
+#include "launch.h"
 
 namespace fusedmoe::cuda {
 namespace {

@@ -2,6 +2,7 @@
 #pragma once
 #include "forward.h"
 #include "forward_as.h"
+#include "launch.h"
 
 namespace fusedmoe::cuda {
 

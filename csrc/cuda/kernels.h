@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "launch.h"
+#include "runtime.h"
 
 namespace fusedmoe::cuda {
 
