@@ -1,9 +1,7 @@
 """The CUDA extension as the emulator runs it: csrc/cuda compiled for the processor, and registered as backend "cuda" for CPU tensors.
 
 A run of the tests with FUSEDMOE_CUDA_ON_CPU=plain does so (tests/conftest.py), and tests that backend instead of the others. The schedule is that of
-FUSEDMOE_CUDA_SEED and FUSEDMOE_CUDA_COPIES. FUSEDMOE_CUDA_ON_CPU=sanitized wants the sanitizer's own library in front of Python:
-
-    LD_PRELOAD=$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 FUSEDMOE_CUDA_ON_CPU=sanitized python -m pytest tests/test_parity.py
+FUSEDMOE_CUDA_SEED and FUSEDMOE_CUDA_COPIES. The sanitizers want their own library in front of Python's, which `environment` names.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import ctypes
 import importlib
 import importlib.util
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
@@ -21,6 +20,8 @@ from types import ModuleType
 from . import run
 
 KIND = os.environ.get("FUSEDMOE_CUDA_ON_CPU")
+# Built elsewhere, to be taken instead of what the sources say.
+LIBRARY = os.environ.get("FUSEDMOE_CUDA_LIBRARY")
 NAME = "fusedmoe._cuda"
 
 
@@ -55,7 +56,7 @@ def load(library: Path) -> ModuleType:
 
 def register(kind: str) -> None:
     """Let backend "cuda" serve CPU tensors in this process, by the emulated library."""
-    sys.modules[NAME] = load(build(kind))
+    sys.modules[NAME] = load(Path(LIBRARY) if LIBRARY else build(kind))
     # The package has a function of this name.
     backends = importlib.import_module("fusedmoe.backends")
     rows = (replace(row, unavailable=lambda: None, devices=("cuda", "cpu")) if row.name == "cuda" else row for row in backends.BACKENDS)
@@ -70,3 +71,23 @@ def control() -> ctypes.CDLL:
     found.fusedmoe_lend.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_bool]
     found.fusedmoe_launches.restype = ctypes.c_uint64
     return found
+
+
+# What a program that was not built by the sanitizer must have in front of its own libraries.
+PRELOADED = {"sanitized": "libasan.so", "threads": "libtsan.so"}
+OPTIONS = {
+    # Python leaves memory to the system at its end; and PyTorch's threads are their own matter.
+    "ASAN_OPTIONS": "detect_leaks=0",
+    "TSAN_OPTIONS": "halt_on_error=1 ignore_noninstrumented_modules=1 report_signal_unsafe=0",
+}
+
+
+def environment(kind: str, seed: int = 0, copies: str = "lazy", library: Path | None = None) -> dict[str, str]:
+    """What a process wants that tests the kernels of a kind under a schedule, those of a library if there is one."""
+    result = {**os.environ, **OPTIONS, "FUSEDMOE_CUDA_ON_CPU": kind, "FUSEDMOE_CUDA_SEED": str(seed), "FUSEDMOE_CUDA_COPIES": copies, "OMP_NUM_THREADS": "1"}
+    if library:
+        result["FUSEDMOE_CUDA_LIBRARY"] = str(library)
+    if kind in PRELOADED:
+        command = [*run.compiler(), f"-print-file-name={PRELOADED[kind]}"]
+        result["LD_PRELOAD"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return result

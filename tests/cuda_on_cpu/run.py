@@ -77,13 +77,16 @@ def missing(kind: str) -> str | None:
     return None
 
 
-def compiled(kind: str, sources: Sequence[Path], folder: Path, more: Sequence[str] = ()) -> list[Path]:
-    """Compile what has changed for the emulator, with `more` words, and return the objects. Raises: SystemExit naming what does not compile."""
+def compiled(kind: str, sources: Sequence[Path], folder: Path, more: Sequence[str] = (), csrc: Path = ROOT / "csrc") -> list[Path]:
+    """Compile what has changed for the emulator, with `more` words, and return the objects. Raises: SystemExit naming what does not compile.
+
+    csrc: where the sources' headers are.
+    """
     rules = recipe()
     targets, due = [], []
     for source in sources:
         target = folder / f"{source.stem}.o"
-        command = [*compiler(), *rules["FLAGS"], *OPTIMIZE[kind], *SANITIZE[kind], *INCLUDES, *more]
+        command = [*compiler(), *rules["FLAGS"], *OPTIMIZE[kind], *SANITIZE[kind], f"-I{csrc}", *INCLUDES[1:], *more]
         command += ["-MMD", "-MF", str(target.with_suffix(".d")), "-x", "c++", "-c", str(source), "-o", str(target)]
         targets.append(target)
         if rules["stale"](target, command):

@@ -95,8 +95,8 @@ def figures(case: Case, arch: str) -> dict[str, object]:
 
 
 def worse(case: str, arch: str, budget: Mapping[str, object], got: Mapping[str, object]) -> list[str]:
-    """Say which figures got worse: more registers, stack or shared memory, fewer warps at a time, other instructions."""
-    bad = {name: got[name] > budget[name] for name in ("registers", "stack", "shared")}
+    """Say which figures got worse: more registers, stack, spills or shared memory, fewer warps at a time, other instructions."""
+    bad = {name: got[name] > budget[name] for name in ("registers", "stack", "spills", "shared") if name in budget}
     bad |= {"mma": got["mma"] != budget["mma"], "occupancy": got["occupancy"] < budget["occupancy"]}
     return [f"{case}, {arch}: {name}: budget {budget[name]}, got {got[name]}" for name, is_bad in bad.items() if is_bad]
 
@@ -111,13 +111,13 @@ def written_by() -> str:
     return json.loads(PATH.read_text())["triton"]
 
 
-def written(values: Mapping[str, Mapping[str, Mapping[str, object]]]) -> str:
-    """As JSON, an architecture a line."""
+def written(compiler: str, version: str, values: Mapping[str, Mapping[str, Mapping[str, object]]], archs: Iterable[str]) -> str:
+    """As JSON, an architecture a line, behind the compiler's version."""
     kernels = []
     for case, by_arch in values.items():
-        lines = ",\n".join(f"      {json.dumps(arch)}: {json.dumps(by_arch[arch])}" for arch in ARCHS if arch in by_arch)
+        lines = ",\n".join(f"      {json.dumps(arch)}: {json.dumps(by_arch[arch])}" for arch in archs if arch in by_arch)
         kernels.append(f"    {json.dumps(case)}: {{\n{lines}\n    }}")
-    return f'{{\n  "triton": {json.dumps(triton.__version__)},\n  "cases": {{\n' + ",\n".join(kernels) + "\n  }\n}\n"
+    return f'{{\n  {json.dumps(compiler)}: {json.dumps(version)},\n  "cases": {{\n' + ",\n".join(kernels) + "\n  }\n}\n"
 
 
 def measured(archs: Iterable[str]) -> dict[str, dict[str, dict[str, object]]]:
@@ -140,7 +140,7 @@ def main() -> None:
     kept = budgets() if PATH.exists() else {}
     if chosen.write:
         others = {case: {arch: one for arch, one in of.items() if arch not in chosen.arch} for case, of in kept.items()}
-        PATH.write_text(written({case: {**others.get(case, {}), **of} for case, of in got.items()}))
+        PATH.write_text(written("triton", triton.__version__, {case: {**others.get(case, {}), **of} for case, of in got.items()}, ARCHS))
         return
     faults = [fault for case, of in got.items() for arch, one in of.items() for fault in worse(case, arch, kept[case][arch], one)]
     print("\n".join(faults) or "nothing got worse")

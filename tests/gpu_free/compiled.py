@@ -74,6 +74,11 @@ def occupancy(arch: str, registers: int, shared: int, warps: int) -> float:
     return min(by_registers, by_shared, limits.warps // warps, limits.blocks) * warps / limits.warps
 
 
+def mma_of(code: str) -> str:
+    """The best instructions of MMA that a listing of machine code has."""
+    return next((name for name, pattern in MMA.items() if re.search(rf"\b{pattern}\b", code)), "none")
+
+
 def target_of(arch: str) -> GPUTarget:
     """Triton's name of an architecture."""
     return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
@@ -99,9 +104,8 @@ def compile_for(kernel, signature: Mapping[str, str], constants: Mapping[str, ob
         usage = subprocess.run([NVIDIA / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
         code = subprocess.run([NVIDIA / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    mma = next((name for name, pattern in MMA.items() if re.search(rf"\b{pattern}\b", code)), "none")
     shared = result.metadata.shared
-    return Compiled(registers, stack + local, shared, mma, occupancy(arch, registers, shared, warps), warps, result.asm["ptx"])
+    return Compiled(registers, stack + local, shared, mma_of(code), occupancy(arch, registers, shared, warps), warps, result.asm["ptx"])
 
 
 def ptx_for(kernel, signature: Mapping[str, str], constants: Mapping[str, object], arch: str, warps: int) -> tuple[str, int]:

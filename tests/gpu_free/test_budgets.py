@@ -80,7 +80,7 @@ def test_a_better_figure_is_none():
 
 
 def test_figures_are_written_as_they_are_read():
-    assert json.loads(budgets.written(KEPT))["cases"] == KEPT
+    assert json.loads(budgets.written("triton", budgets.written_by(), KEPT, ARCHS))["cases"] == KEPT
 
 
 TABLES = {

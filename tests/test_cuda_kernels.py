@@ -1,0 +1,50 @@
+"""The CUDA kernels on the emulated device under the sanitizers, and with planted bugs, each of which an ordinary test finds.
+
+Every run is a process of its own: the emulated extension, and a sanitizer's library, take their place at its start.
+"""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from .cuda_on_cpu import extension, planted_kernels, run
+
+MATRIX = "tests/cuda_on_cpu/emulated/test_matrix.py::test_matrix"
+BUGS = planted_kernels.BUGS
+
+
+def tested(test: str, environment: dict[str, str], *more: str) -> subprocess.CompletedProcess:
+    """Run a test, slow or not."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:benchmark", "-p", "no:cacheprovider", "-m", "", test, *more]
+    return subprocess.run(command, cwd=run.ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [(0, "eager"), (1, "lazy")], ids=str)
+@pytest.mark.parametrize("kind", ["sanitized", "threads"])
+def test_sanitizers_find_nothing(kind, schedule):
+    if reason := run.missing(kind):
+        pytest.skip(reason)
+    extension.build(kind)
+    result = tested(MATRIX, extension.environment(kind, *schedule))
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_has_one_place(name):
+    assert (run.ROOT / "csrc" / "cuda" / BUGS[name].file).read_text().count(BUGS[name].text) == 1
+
+
+@pytest.mark.parametrize("name", [name if name in planted_kernels.QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUGS])
+def test_a_planted_bug_is_found(name, tmp_path):
+    bug = BUGS[name]
+    if reason := run.missing(bug.kind):
+        pytest.skip(reason)
+    library = planted_kernels.built(bug, tmp_path)
+    result = tested(bug.test, extension.environment(bug.kind, *bug.schedule, library))
+    said = result.stdout + result.stderr
+    # A process that a wild access ends has a negative status; one that pytest cannot run, or that finds no test, has 2, 4 or 5.
+    assert result.returncode not in (0, 2, 4, 5), said
+    assert re.search(bug.finds, said), said
