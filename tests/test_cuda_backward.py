@@ -74,7 +74,7 @@ def lent(one: Problem) -> list[tuple[str, torch.Tensor]]:
     return [(parameter.name, tensor) for parameter, tensor in zip(one.table.parameters, one.params, strict=True)]
 
 
-def run(one: Problem, schedule: library.Schedule = library.Schedule()) -> tuple[dict[str, torch.Tensor | None], list[str]]:
+def run(one: Problem, schedule: library.Schedule = library.IN_ORDER) -> tuple[dict[str, torch.Tensor | None], list[str]]:
     """Outputs and gradients by name, and the backward's launches."""
     with backward.emulated(lent(one), schedule) as ran:
         values = evaluate(network, one)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..gpu_free.launches import arguments_of, standing_in
-from .library import NUMBERS, Emulated, Schedule, library, name_regions
+from .library import IN_ORDER, NUMBERS, Emulated, Schedule, library, name_regions
 
 # Addresses in the argument of a kernel.
 ADDRESSES = 448
@@ -118,7 +118,7 @@ class _Launch:
 
 
 @contextmanager
-def emulated(lent: Iterable[tuple[str, Tensor]], schedule: Schedule = Schedule()) -> Iterator[EmulatedBackward]:
+def emulated(lent: Iterable[tuple[str, Tensor]], schedule: Schedule = IN_ORDER) -> Iterator[EmulatedBackward]:
     """Run `network.forward` and `network.backward` on the emulator; yields what ran the backward's launches.
 
     Args:

@@ -124,7 +124,9 @@ FORMULAS = {
     "an expert's rows of W from the first on": Bug(
         "walk.h", "+ int64_t(row) * b_distance + column", "+ column", _FLOAT32, "plain", _matrix("whole vectors", "float32", "a launch a level"), WRONG
     ),
-    "the softmax of another unit": Bug("forward.h", "+ group_head + call.units + u) + read)", "+ group_head + call.units) + read)", _BFLOAT16, "plain", _WHOLE, NUMBERS),
+    "the softmax of another unit": Bug(
+        "forward.h", "+ group_head + call.units + u) + read)", "+ group_head + call.units) + read)", _BFLOAT16, "plain", _WHOLE, NUMBERS
+    ),
     "static weights left out": Bug(
         "forward.h", " + row) + block().static_weight(unit(tile, u), read);", " + row);", _FLOAT32, "plain", _FEATURES, WRONG
     ),
@@ -134,7 +136,9 @@ FORMULAS = {
         _BACKWARD, "plain", _WHOLE, WRONG,
     ),
     "a derivative left out": Bug("backward.h", "dy.at[m][n][k] * act.slope(at, parameter)", "dy.at[m][n][k]", _BACKWARD, "plain", _WHOLE, WRONG),
-    "a source's gradient not added to what is there": Bug("backward.h", "if (plan(record + 6) != 0) add_tile", "if (false) add_tile", _BACKWARD, "plain", _FEATURES, WRONG),
+    "a source's gradient not added to what is there": Bug(
+        "backward.h", "if (plan(record + 6) != 0) add_tile", "if (false) add_tile", _BACKWARD, "plain", _FEATURES, WRONG
+    ),
     "the last chunk not added": Bug("gradients.h", "chunk < blocks_y(); chunk++", "chunk < blocks_y() - 1; chunk++", _BACKWARD, "plain", _ODD, WRONG),
     "a gradient of another expert's columns": Bug(
         "gradients.h", "dz_row + plan(record + 5) + n;", "dz_row + n;", _BACKWARD, "plain", _WHOLE, WRONG

@@ -4,6 +4,5 @@ The planted bugs start both."""
 
 from fusedmoe.backends import INTERPRETED
 
-collect_ignore = (
-    ["test_budgets.py", "test_cuda_budgets.py", "test_cuda_extension.py", "test_executed.py", "test_model.py", "test_planted.py", "test_traffic.py"] if INTERPRETED else ["interpreted"]
-)
+COMPILED = ("budgets", "cuda_budgets", "cuda_extension", "executed", "model", "planted", "traffic")
+collect_ignore = [f"test_{name}.py" for name in COMPILED] if INTERPRETED else ["interpreted"]

@@ -1,6 +1,6 @@
 """What nvcc makes of every CUDA kernel that a launch can choose, for every architecture: `cuda_budgets.json`, written and read.
 
-    python tests/gpu_free/cuda_budgets.py --write
+python tests/gpu_free/cuda_budgets.py --write
 """
 
 from __future__ import annotations

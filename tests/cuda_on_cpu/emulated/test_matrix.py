@@ -42,6 +42,7 @@ def check(name: str, dtype: torch.dtype, form: str, monkeypatch) -> None:
     monkeypatch.setattr(tiles, "WHOLE_ROWS", whole)
     monkeypatch.setattr(launches, "CHUNK", chunk)
     given, wanted = expected(name, dtype)
+
     # `evaluate` takes copies of the parameters: lend those that a call gets.
     def network(x, params, table):
         watching.enter_context(watched([(parameter.name, tensor) for parameter, tensor in zip(table.parameters, params, strict=True)]))
