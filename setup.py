@@ -50,8 +50,6 @@ OLDEST_NVCC = (12, 8)
 CUDA_ARCHS, PTX_ARCH = ("80", "90a", "100a", "120"), "80"
 CPU_ONLY = "the CPU alone; FUSEDMOE_BUILD=cuda adds the CUDA kernels"
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-math-errno,-Wall,-Wextra"]
-NVCC_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
-NVCC_FLAGS += [f"-gencode=arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}"]
 
 PROBE = "#include <concepts>\n#include <span>\nint probe(std::span<int> s) { return static_cast<int>(s.size()); }\n"
 INSTALL = "install one (Debian and Ubuntu: `apt-get install g++`, version 11 or later) or name one in CXX"
@@ -156,6 +154,22 @@ def objects(folder: Path) -> list[tuple[Path, Path, list[str]]]:
     return result
 
 
+def cuda_archs() -> tuple[str, ...]:
+    """Return the architectures to compile CUDA for: those that FUSEDMOE_CUDA_ARCHS names ("90a 120"), else all. Raises: SystemExit for any other."""
+    named = os.environ.get("FUSEDMOE_CUDA_ARCHS", "").split() or CUDA_ARCHS
+    if not set(named) <= set(CUDA_ARCHS):
+        raise SystemExit(f"fusedmoe: building needs FUSEDMOE_CUDA_ARCHS to be some of {' '.join(CUDA_ARCHS)}, found {' '.join(named)!r}.")
+    return tuple(named)
+
+
+def gencode() -> list[str]:
+    """Return nvcc's flags for the architectures."""
+    return [
+        *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in cuda_archs()),
+        f"-gencode=arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}",
+    ]
+
+
 def cuda_objects(folder: Path) -> list[tuple[Path, Path, list[str]]]:
     """Return (source, object, extra flags) of every compilation of the CUDA extension; nvcc has those that end in .cu."""
     sources = sorted([*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/cuda/*.cpp")])
@@ -189,8 +203,9 @@ class Build(build_ext):
     def run(self) -> None:
         cuda = with_cuda()
         # Before anything is compiled: what is missing is told at once.
+        archs = cuda_archs() if cuda else ()
         self.cxx, self.nvcc = compiler(), nvcc() if cuda else []
-        print(f"fusedmoe: building for {'the CPU and for ' + ', '.join('sm_' + arch for arch in CUDA_ARCHS) if cuda else CPU_ONLY}", flush=True)
+        print(f"fusedmoe: building for {'the CPU and for ' + ', '.join('sm_' + arch for arch in archs) if cuda else CPU_ONLY}", flush=True)
         if not cuda:
             # Of an earlier build: its kernels may be others than those of this source, and a wheel takes whatever stands in its folder.
             for extension in Path(self.get_ext_fullpath("fusedmoe._cuda")), Path(self.build_lib, self.get_ext_filename("fusedmoe._cuda")):
@@ -209,7 +224,7 @@ class Build(build_ext):
         for source, target, flags in cuda_objects(folder) if cuda else objects(folder):
             outputs = ["-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(target)]
             # What nvcc compiles knows no torch.
-            command = [*self.nvcc, *host_compiler(self.cxx), *NVCC_FLAGS] if source.suffix == ".cu" else [*self.cxx, *FLAGS, *flags, *includes]
+            command = [*self.nvcc, *host_compiler(self.cxx), *NVCC_FLAGS, *gencode()] if source.suffix == ".cu" else [*self.cxx, *FLAGS, *flags, *includes]
             jobs.append((source, target, [*command, f"-I{ROOT / 'csrc'}", *outputs]))
         if not jobs:
             raise SystemExit(f"fusedmoe: building needs the sources in {ROOT / 'csrc'}, found none; take the whole repository or source archive.")

@@ -71,6 +71,11 @@ def test_an_unknown_kind_of_build(tmp_path):
     assert "FUSEDMOE_BUILD to be cpu or cuda, found 'tpu'" in refused(build(tmp_path, FUSEDMOE_BUILD="tpu"))
 
 
+def test_an_unknown_architecture(tmp_path):
+    message = refused(build(tmp_path, FUSEDMOE_BUILD="cuda", FUSEDMOE_CUDA_ARCHS="90a 75"))
+    assert "FUSEDMOE_CUDA_ARCHS to be some of 80 90a 100a 120, found '90a 75'" in message
+
+
 @pytest.mark.parametrize("variable", ["NVCC", "CUDA_HOME"])
 def test_nvcc_that_does_not_exist(tmp_path, variable):
     message = refused(build(tmp_path, **{"FUSEDMOE_BUILD": "cuda", "NVCC": "", variable: "/nonexistent"}))
