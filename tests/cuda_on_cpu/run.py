@@ -32,7 +32,7 @@ SANITIZE = {
     "sanitized": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "threads": ["-fsanitize=thread"],
 }
-OPTIMIZE = {"plain": ["-O2"], "sanitized": ["-O2", "-g", "-DFUSEDMOE_TEST_HEAP"], "threads": ["-O2", "-g"]}
+OPTIMIZE = {"plain": ["-O2"], "sanitized": ["-O1", "-g", "-DFUSEDMOE_TEST_HEAP"], "threads": ["-O1", "-g"]}
 KINDS = tuple(SANITIZE)
 
 EMULATOR = [HERE / name for name in ("fiber.cpp", "block.cpp", "emulator.cpp")]
