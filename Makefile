@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda gpu lint bench bench-all report model build wheel clean
+.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda test-cuda-all gpu lint bench bench-all report model build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -33,6 +33,7 @@ help:
 	@echo "make test-gpu-free       the GPU kernels' slow tests that need no device: compiled for every architecture, executed, planted bugs"
 	@echo "make test-interpreted    every case in Triton's interpreter, of which make test has some"
 	@echo "make test-cuda           the CUDA kernels on the tests' emulator of a device: the parity tests, modules, swap"
+	@echo "make test-cuda-all       the same under every schedule and the sanitizers, with planted bugs; and the emulator's own slow tests"
 	@echo "make gpu     run the GPU backends' tests on a device and time them, where there is one; FUSEDMOE_BUILD=cuda for the CUDA kernels too"
 	@echo "make lint    run ruff"
 	@echo "make bench   time what the backend's floors name, ten minutes to an hour by machine; save bench/results/cpu.json"
@@ -87,6 +88,12 @@ test-interpreted: build
 test-cuda: build
 	$(call say,running the CUDA kernels on an emulated device)
 	@OMP_NUM_THREADS=1 FUSEDMOE_CUDA_ON_CPU=plain $(PYTHON) -m pytest -n 2 -p no:benchmark $(EMULATED)
+
+test-cuda-all: build
+	$(call say,running the CUDA kernels under every schedule of the emulated device)
+	@OMP_NUM_THREADS=1 FUSEDMOE_CUDA_ON_CPU=plain $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/cuda_on_cpu/emulated
+	$(call say,running the CUDA kernels and the emulator under the sanitizers and with planted bugs)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_cuda_on_cpu.py tests/test_cuda_kernels.py
 
 gpu: build
 	$(call say,running the GPU backends on this machine's device)

@@ -69,7 +69,8 @@ def control() -> ctypes.CDLL:
     found = ctypes.CDLL(sys.modules[NAME].__file__)
     found.fusedmoe_schedule.argtypes = [ctypes.c_uint64, ctypes.c_bool]
     found.fusedmoe_lend.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_bool]
-    found.fusedmoe_launches.restype = ctypes.c_uint64
+    found.fusedmoe_bytes.argtypes = [ctypes.c_uint64, ctypes.c_bool]
+    found.fusedmoe_launches.restype = found.fusedmoe_bytes.restype = ctypes.c_uint64
     return found
 
 

@@ -22,4 +22,6 @@ FOR_TESTS uint64_t fusedmoe_launches() { return counts().launches; }
 
 // Global memory that kernels may touch, as soon as there is any.
 FOR_TESTS void fusedmoe_lend(const char* name, const void* first, uint64_t bytes, bool written_to) { regions().push_back({name, first, bytes, written_to}); }
+// What was read of the memory that was lent in this place, or written there.
+FOR_TESTS uint64_t fusedmoe_bytes(uint64_t place, bool written) { return written ? regions()[place].bytes_written : regions()[place].bytes_read; }
 FOR_TESTS void fusedmoe_take_back() { regions().clear(); }
