@@ -16,8 +16,8 @@ BUGS = planted_kernels.BUGS
 
 
 def tested(test: str, environment: dict[str, str], *more: str) -> subprocess.CompletedProcess:
-    """Run a test, slow or not."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=short", "-p", "no:benchmark", "-p", "no:cacheprovider", "-m", "", test, *more]
+    """Run a test, slow or not. What a sanitizer says at the end of the process is not captured."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "--tb=short", "-p", "no:benchmark", "-p", "no:cacheprovider", "-m", "", test, *more]
     return subprocess.run(command, cwd=run.ROOT, env=environment, capture_output=True, text=True)
 
 
