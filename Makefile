@@ -79,7 +79,7 @@ test-cpp-all: $(STAMPS)/requirements
 test-gpu-free: build
 	$(call say,compiling the Triton kernels for every architecture and executing what was compiled)
 	@# Of executed networks those in bfloat16, in which the interpreter is weakest: a third of all.
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow -k "not every_case or bfloat16" tests/gpu_free
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow -k "(not every_case or bfloat16) and not cuda" tests/gpu_free
 
 test-interpreted: build
 	$(call say,running the Triton kernels on every case in the interpreter)
@@ -94,6 +94,8 @@ test-cuda-all: build
 	@OMP_NUM_THREADS=1 FUSEDMOE_CUDA_ON_CPU=plain $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/cuda_on_cpu/emulated
 	$(call say,running the CUDA kernels and the emulator under the sanitizers and with planted bugs)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_cuda_on_cpu.py tests/test_cuda_kernels.py
+	$(call say,building the CUDA kernels for every architecture)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/gpu_free/test_cuda_budgets.py tests/gpu_free/test_cuda_extension.py
 
 gpu: build
 	$(call say,running the GPU backends on this machine's device)
