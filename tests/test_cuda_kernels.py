@@ -15,7 +15,7 @@ MATRIX = "tests/cuda_on_cpu/emulated/test_matrix.py::test_matrix"
 BUGS = planted_kernels.BUGS
 
 
-def tested(test: str, environment: dict[str, str], *more: str) -> subprocess.CompletedProcess:
+def result_of(test: str, environment: dict[str, str], *more: str) -> subprocess.CompletedProcess:
     """Run a test, slow or not. What a sanitizer says at the end of the process is not captured."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "--tb=short", "-p", "no:benchmark", "-p", "no:cacheprovider", "-m", "", test, *more]
     return subprocess.run(command, cwd=run.ROOT, env=environment, capture_output=True, text=True)
@@ -28,7 +28,7 @@ def test_sanitizers_find_nothing(kind, schedule):
     if reason := run.missing(kind):
         pytest.skip(reason)
     extension.build(kind)
-    result = tested(MATRIX, extension.environment(kind, *schedule))
+    result = result_of(MATRIX, extension.environment(kind, *schedule))
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
 
 
@@ -43,7 +43,7 @@ def test_a_planted_bug_is_found(name, tmp_path):
     if reason := run.missing(bug.kind):
         pytest.skip(reason)
     library = planted_kernels.built(bug, tmp_path)
-    result = tested(bug.test, extension.environment(bug.kind, *bug.schedule, library))
+    result = result_of(bug.test, extension.environment(bug.kind, *bug.schedule, library))
     said = result.stdout + result.stderr
     # A process that a wild access ends has a negative status; one that pytest cannot run, or that finds no test, has 2, 4 or 5.
     assert result.returncode not in (0, 2, 4, 5), said

@@ -249,6 +249,24 @@ def extract_bits(scope: Scope, one: Instruction) -> Step:
     return assigned(scope.destination(one.operands[0], kind.bits), compute)
 
 
+@instruction("bfi")
+def insert_bits(scope: Scope, one: Instruction) -> Step:
+    """b with the lowest `length` bits of a in place of its own from `first` on; what would stand beyond the end is left out."""
+    modifiers(one)
+    if kinds(one)[0].bits != 32:
+        raise PtxError("expected bfi of b32")
+    a, b, first, length = (scope.source(operand, 32) for operand in one.operands[1:5])
+
+    def compute(lanes: Lanes) -> np.ndarray:
+        # Of 64 bits, where nothing falls off: both counts are at most 32.
+        start, count = (np.minimum(lanes[slot] & np.uint32(255), np.uint32(32)).astype(np.uint64) for slot in (first, length))
+        mask = (np.uint64(1) << count) - np.uint64(1)
+        placed, hole = (lanes[a] & mask) << start, mask << start
+        return (placed | lanes[b] & ~hole).astype(np.uint32)
+
+    return assigned(scope.destination(one.operands[0], 32), compute)
+
+
 @instruction("prmt")
 def permute_bytes(scope: Scope, one: Instruction) -> Step:
     """Four of the eight bytes in (b, a): nibble i of the selector names byte i; its top bit asks for the byte's sign, eight times."""

@@ -89,6 +89,8 @@ INTEGERS = {
     "shf.l.wrap.b32 {x}, {a}, {b}, {c};": (U32, (U32, U32, U32), lambda a, b, by: (b << 32 | a) << by % 32 >> 32),
     "shf.r.wrap.b32 {x}, {a}, {b}, {c};": (U32, (U32, U32, U32), lambda a, b, by: (b << 32 | a) >> by % 32),
     "bfe.u32 {x}, {a}, {b}, {c};": (U32, (U32, U32, U32), bits_of),
+    "bfi.b32 {x}, {a}, {b}, 5, 27;": (U32, (U32, U32), lambda a, b: (a << 5 & 0xFFFFFFE0) | (b & 31)),
+    "bfi.b32 {x}, {a}, {b}, 28, 9;": (U32, (U32, U32), lambda a, b: (a << 28 & 0xF0000000) | (b & 0x0FFFFFFF)),
     "bfe.s32 {x}, {a}, 4, 8;": (S32, (S32,), lambda a: (a >> 4 & 255) - (a >> 4 & 128) * 2),
     "prmt.b32 {x}, {a}, {b}, {c};": (U32, (U32, U32, U32), permuted),
     "cvt.u32.u16 {x}, {a};": (U32, (U16,), lambda a: a),
