@@ -14,7 +14,7 @@ from fusedmoe.kernels import operator, tiles
 from fusedmoe.op import for_tasks
 from fusedmoe.reference.operator import by_level
 
-from .cuda_on_cpu import backward, library
+from .cuda_on_cpu import backward, standing
 
 CASES = cases()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -74,7 +74,7 @@ def lent(one: Problem) -> list[tuple[str, torch.Tensor]]:
     return [(parameter.name, tensor) for parameter, tensor in zip(one.table.parameters, one.params, strict=True)]
 
 
-def run(one: Problem, schedule: library.Schedule = library.IN_ORDER) -> tuple[dict[str, torch.Tensor | None], list[str]]:
+def run(one: Problem, schedule: standing.Schedule = standing.IN_ORDER) -> tuple[dict[str, torch.Tensor | None], list[str]]:
     """Outputs and gradients by name, and the backward's launches."""
     with backward.emulated(lent(one), schedule) as ran:
         values = evaluate(network, one)
@@ -102,7 +102,7 @@ def test_chunks(chunk, dtype, form, monkeypatch):
     one, wanted = given("adatt_sp, whole vectors", dtype, 83), expected("adatt_sp, whole vectors", dtype, 83)
     first, _ = run(one)
     assert_close(first, wanted)
-    second, _ = run(one, library.Schedule(seed=5, eager=True))
+    second, _ = run(one, standing.Schedule(seed=5, eager=True))
     assert all(torch.equal(first[name], second[name]) for name in wanted if first[name] is not None)
 
 
@@ -111,7 +111,7 @@ def test_chunks(chunk, dtype, form, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_schedules(dtype, seed, eager, monkeypatch):
     take("one launch", monkeypatch, 16)
-    values, _ = run(given("adatt_sp", dtype), library.Schedule(seed, eager))
+    values, _ = run(given("adatt_sp", dtype), standing.Schedule(seed, eager))
     assert_close(values, expected("adatt_sp", dtype))
 
 
@@ -150,11 +150,11 @@ def test_tf32_where_the_user_allows_it():
     for allowed in ("highest", "high"):
         torch.set_float32_matmul_precision(allowed)
         try:
-            library.take_counts()
+            standing.take_counts()
             values, _ = run(one)
         finally:
             torch.set_float32_matmul_precision(before)
-        products.append(library.take_counts().products)
+        products.append(standing.take_counts().products)
         truth, _ = expected("adatt_sp, whole vectors", torch.float32)["d_x"]
         assert error(values["d_x"], truth) <= bound(0.0, truth, torch.float32 if allowed == "highest" else torch.float16)
     assert products[0] == 3 * products[1]

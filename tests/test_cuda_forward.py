@@ -16,7 +16,7 @@ from fusedmoe.kernels import operator, tiles
 from fusedmoe.op import for_tasks
 from fusedmoe.reference.operator import by_level
 
-from .cuda_on_cpu.library import IN_ORDER, Schedule, emulated, take_counts
+from .cuda_on_cpu.standing import IN_ORDER, Schedule, emulated, take_counts
 
 CASES = cases()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..gpu_free.launches import arguments_of, standing_in
-from .library import IN_ORDER, NUMBERS, Emulated, Schedule, library, name_regions
+from .standing import IN_ORDER, NUMBERS, Emulated, Schedule, library, name_regions
 
 # Addresses in the argument of a kernel.
 ADDRESSES = 448

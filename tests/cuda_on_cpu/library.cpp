@@ -1,4 +1,4 @@
-// The kernels of csrc/cuda on the emulator as a shared library, for ctypes (library.py): a call, and what came of it in words.
+// The kernels of csrc/cuda on the emulator as a shared library, for ctypes (standing.py): a call, and what came of it in words.
 #include <cstring>
 #include <string>
 
@@ -11,7 +11,7 @@ using namespace fusedmoe;
 
 #define FUSEDMOE_SHOWN extern "C" __attribute__((visibility("default")))
 
-// What library.py passes: cuda::Network, its parameters as a list, cuda::Tiles, and the launch.
+// What standing.py passes: cuda::Network, its parameters as a list, cuda::Tiles, and the launch.
 struct ForwardCall {
   void *x, *buffers, *out, *p, *weights;
   const void *plan, *floats;
