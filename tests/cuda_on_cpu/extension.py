@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 from . import run
 
@@ -70,8 +71,26 @@ def control() -> ctypes.CDLL:
     found.fusedmoe_schedule.argtypes = [ctypes.c_uint64, ctypes.c_bool]
     found.fusedmoe_lend.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_bool]
     found.fusedmoe_bytes.argtypes = [ctypes.c_uint64, ctypes.c_bool]
-    found.fusedmoe_launches.restype = found.fusedmoe_bytes.restype = ctypes.c_uint64
+    found.fusedmoe_bytes.restype = ctypes.c_uint64
     return found
+
+
+class Counts(NamedTuple):
+    """What launches have done so far, as in emulator.h."""
+
+    launches: int
+    blocks: int
+    barriers: int
+    products: int
+    bytes_read: int
+    bytes_written: int
+    bank_conflicts: int
+
+
+def counts() -> Counts:
+    numbers = (ctypes.c_uint64 * len(Counts._fields))()
+    control().fusedmoe_counts(numbers)
+    return Counts(*numbers)
 
 
 # What a program that was not built by the sanitizer must have in front of its own libraries.

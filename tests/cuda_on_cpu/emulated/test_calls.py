@@ -1,5 +1,6 @@
 """Calls of the CUDA kernels on the emulated device: schedules, memory that they may touch, launches, autocast, torch.compile, the trial, errors."""
 
+from contextlib import ExitStack
 from functools import cache, partial
 
 import pytest
@@ -13,7 +14,7 @@ from fusedmoe.nn import AdaTTSp
 from fusedmoe.op import fusion_network
 from fusedmoe.testing import Case, Problem, assert_close, build, cases, evaluate, expectation, problem, smoothed
 
-from ..extension import control
+from ..extension import control, counts
 from ..watched import watched
 
 CASES = cases()
@@ -58,8 +59,6 @@ def test_only_what_was_given_is_touched(name, form, monkeypatch):
         watching.enter_context(watched(lent))
         return NETWORK(x, params, table)
 
-    from contextlib import ExitStack
-
     with ExitStack() as watching:
         assert_close(evaluate(network, given), wanted)
 
@@ -70,15 +69,15 @@ def test_launches(levels, towers, monkeypatch):
     """AdaTT of L levels: L forward, 2 L backward and one for all parameters; one more each way for towers; one launch in the small form."""
     table = build("adatt_sp", 8, [[8]] * levels, 2, 2, towers=towers)
     given = problem(Case(table, 20), torch.float32)
-    for most, count in ((0, levels + bool(towers)), (1 << 30, 1)):
+    for most, forward in ((0, levels + bool(towers)), (1 << 30, 1)):
         monkeypatch.setattr(tiles, "WHOLE_ROWS", most)
         x, params = given.x.clone().requires_grad_(), [p.clone().requires_grad_() for p in given.params]
-        before = control().fusedmoe_launches()
+        before = counts().launches
         out = fusion_network(x, params, table, "cuda")
-        assert control().fusedmoe_launches() - before == count
+        assert counts().launches - before == forward
         torch.autograd.grad(out, [x, *params], given.d_out)
         backward = 1 if most else 2 * levels + bool(towers)
-        assert control().fusedmoe_launches() - before == count + backward + launcher("cuda").FOR_PARAMETERS
+        assert counts().launches - before == forward + backward + launcher("cuda").FOR_PARAMETERS
 
 
 def test_more_parameters_than_travel_with_a_launch():
