@@ -91,7 +91,7 @@ test-cuda: build
 
 test-cuda-all: build
 	$(call say,running the CUDA kernels under every schedule of the emulated device)
-	@OMP_NUM_THREADS=1 FUSEDMOE_CUDA_ON_CPU=plain $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/cuda_on_cpu/emulated
+	@OMP_NUM_THREADS=1 FUSEDMOE_CUDA_ON_CPU=plain $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow $(EMULATED)
 	$(call say,running the CUDA kernels and the emulator under the sanitizers and with planted bugs)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_cuda_on_cpu.py tests/test_cuda_kernels.py
 	$(call say,building the CUDA kernels for every architecture)
