@@ -17,7 +17,7 @@ import triton.language as tl
 
 from fusedmoe.kernels import backward_plan
 from fusedmoe.kernels.activation import RELU, derivative
-from fusedmoe.kernels.records import COLUMN, NEVER, Block, Shape, activated, aligned, expert, padded, pointer, rows_of, static_weight
+from fusedmoe.kernels.records import COLUMN, Block, Shape, activated, aligned, expert, padded, pointer, rows_of, static_weight
 
 EXPERT_TILE, MATRIX = tl.constexpr(backward_plan.EXPERT), tl.constexpr(backward_plan.MATRIX)
 TILE, READER, USE, SELECTION, TERM = (
@@ -88,11 +88,12 @@ def logits_gradient(block, of, selection, WEIGHTS: tl.constexpr, READS: tl.const
             column = tl.load(block.plan + columns + reads, mask=inside, other=0)
             given = of.d_weights + block.row * of.mixing + block.rows[:, None] * of.mixing + column[None, :]
             d += tl.load(given, mask=live, other=0.0).to(tl.float32)
-    # What is not seen has p = 0, and may have a d that is not finite. The largest d is taken off all: it cancels, and its rounding with it.
-    seen_d = tl.where(soft == 0.0, NEVER, d)
-    d = tl.where(soft == 0.0, 0.0, d - tl.max(seen_d, 1)[:, None])
-    term = soft * d
-    d_z = tl.where(soft == 0.0, 0.0, soft * (d - tl.sum(term, 1)[:, None])).to(of.dz.dtype.element_ty)
+    # What is not seen has p = 0, and may have a d that is not finite. The mean under p is taken off first, then what its rounding left of it: what is
+    # nearly the mean keeps its digits.
+    d = tl.where(soft == 0.0, 0.0, d)
+    d -= tl.sum(soft * d, 1)[:, None]
+    rest = tl.sum(soft * d, 1)[:, None]
+    d_z = tl.where(soft == 0.0, 0.0, soft * (d - rest)).to(of.dz.dtype.element_ty)
     seen = tl.load(block.plan + tl.load(block.plan + unit + 2) + reads, mask=inside, other=-1)
     if tl.load(block.plan + selection + 8) != 0:
         to = of.dz + block.row * of.dz_row + tl.load(block.plan + selection + 3) + block.rows[:, None] * of.dz_row + seen[None, :]

@@ -113,3 +113,23 @@ def test_parity_of_every_kind_of_width(width, backend):
     """Widths around the tiles of the kernels, as input, hidden and output width."""
     given = problem(Case(build("mmoe", width, [[width, width]], 2, 3, activation="tanh", gate_widths=(width,)), 21), torch.float32)
     assert_close(evaluate(fused(backend), given), expectation(given))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("widths", [[13], [20, 13]], ids=["one layer", "a hidden layer"])
+def test_what_is_infinite_stays_where_it_reaches(widths, backend):
+    """One task's x has an infinite number, which its experts' sigmoids end: the other task, which reads them too, has numbers, and so has its gate's gradient.
+
+    Kernels add 0 times what stands beside a map's columns, which is NaN beside infinity.
+    """
+    given = problem(Case(build("adatt", 24, [widths], 2, 2, activation="sigmoid"), 19), torch.float32)
+    given.x[3, 0, 5] = float("inf")
+    given = given._replace(params=tuple(p.abs() for p in given.params))
+    ours, plain = evaluate(fused(backend), given), evaluate(eager, given)
+    assert plain["out"][3, 1].isfinite().all() and not plain["out"][3, 0].isfinite().any() and plain["d_levels.0.gates.1.weight"].isfinite().all()
+    assert [name for name, value in plain.items() if value is not None and not torch.equal(ours[name].isfinite(), value.isfinite())] == []
+    for name in ("out", "d_levels.0.gates.1.weight"):
+        torch.testing.assert_close(ours[name].nan_to_num(), plain[name].nan_to_num())
+    # Without gradients hidden layers need no memory of their own, and take another way.
+    with torch.no_grad():
+        assert torch.equal(fused(backend)(*given[1:3], given.table)[0].isfinite(), plain["out"].isfinite())

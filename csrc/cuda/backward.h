@@ -207,9 +207,10 @@ struct RowsBackward {
     copy_panel<typename Choice::PanelB, THREADS>(to, block.parameter(plan(selection + 1)) + columns.first, columns.live, call.aligned, rows);
   }
 
-  // What the softmax's backward of a gate takes off the d of its row: the largest, which cancels, and its rounding with it; and the sum of p d.
+  // What the softmax's backward of a gate takes off the d of its row: their mean under p, and what its rounding left of it, the mean of what remains.
+  // With the mean off first, what is nearly the mean keeps its digits.
   struct Softmax {
-    float largest, sum;
+    float mean, rest;
   };
   // Each row has a few neighbouring lanes, of which each has every lanes-th read.
   static constexpr int lanes = THREADS / ROWS;
@@ -227,18 +228,19 @@ struct RowsBackward {
     return d;
   }
   __device__ __forceinline__ Softmax softmax_of(int selection) const {
-    const int reads = my_row() < block.live ? plan(plan(selection) + 1) : 0;
-    Softmax of{-INFINITY, 0.0f};
-    // What is not seen has p = 0, and may have a d that is not finite.
-    FUSEDMOE_CUDA_ROLLED
-    for (int read = thread() % lanes; read < reads; read += lanes)
-      if (probability(selection, read) != 0.0f) of.largest = fmaxf(of.largest, weight_gradient(selection, read));
-    of.largest = max_lanes<lanes>(of.largest);
-    FUSEDMOE_CUDA_ROLLED
-    for (int read = thread() % lanes; read < reads; read += lanes)
-      if (const float p = probability(selection, read); p != 0.0f) of.sum += p * (weight_gradient(selection, read) - of.largest);
-    of.sum = sum_lanes<lanes>(of.sum);
+    Softmax of{};
+    of.mean = mean_gradient(selection, 0.0f);
+    of.rest = mean_gradient(selection, of.mean);
     return of;
+  }
+  // The mean under p of d - off. What is not seen has p = 0, and may have a d that is not finite.
+  __device__ __forceinline__ float mean_gradient(int selection, float off) const {
+    const int reads = my_row() < block.live ? plan(plan(selection) + 1) : 0;
+    float sum = 0.0f;
+    FUSEDMOE_CUDA_ROLLED
+    for (int read = thread() % lanes; read < reads; read += lanes)
+      if (const float p = probability(selection, read); p != 0.0f) sum += p * (weight_gradient(selection, read) - off);
+    return sum_lanes<lanes>(sum);
   }
   // dz of a gate from one of its reads on: [ROWS, reads_step] to shared memory, and to dz where this tile is the one to store it.
   __device__ __forceinline__ void store_logits_gradient(int selection, const Softmax& of, int first, char* panel, bool storing) const {
@@ -248,7 +250,7 @@ struct RowsBackward {
       T d_z = rounded<T>(0.0f);
       if (i < reads) {
         const float p = probability(selection, first + i);
-        if (p != 0.0f) d_z = rounded<T>(p * (weight_gradient(selection, first + i) - of.largest - of.sum));
+        if (p != 0.0f) d_z = rounded<T>(p * (weight_gradient(selection, first + i) - of.mean - of.rest));
         const int seen = plan(plan(unit + 2) + first + i);
         if (storing && seen >= 0 && plan(selection + 8) != 0) store_global(dz().first + my_row() * call.of.dz_row + plan(selection + 3) + seen, d_z);
       }

@@ -1,4 +1,4 @@
-// What is done to the numbers that a thread has of a tile: some columns of a map, `live` of them from `first` on.
+// What is done to the numbers that a thread has of a tile: some columns of a map.
 #pragma once
 #include "activation.h"
 #include "records.h"
@@ -6,8 +6,9 @@
 
 namespace fusedmoe::cuda {
 
+// `live` columns of a map, or outputs, from `first` on; or by their numbers in a list of the plan, where `list` is not negative.
 struct Columns {
-  int first, live;
+  int first, live, list = -1;
 };
 
 // Two neighbours of a row, read as one where `pair` says that they begin at a multiple of both.
@@ -49,11 +50,14 @@ __device__ __forceinline__ void add_bias(const Block<T>& block, int one, const C
   const int number = block.plan(one + 1);
   if (number < 0) return;
   const T* bias = block.parameter(number) + columns.first;
+  const auto term = [&](int column) {
+    if (column >= columns.live) return 0.0f;
+    const int at = columns.list < 0 ? column : block.plan(columns.list + column);
+    return at < 0 ? 0.0f : widened(load_global(bias + at));
+  };
   FUSEDMOE_CUDA_UNROLL
   for (int j = 0; j < P::N; j++) {
-    const int column = P::column(j);
-    const float low = column < columns.live ? widened(load_global(bias + column)) : 0.0f;
-    const float high = column + 1 < columns.live ? widened(load_global(bias + column + 1)) : 0.0f;
+    const float low = term(P::column(j)), high = term(P::column(j) + 1);
     FUSEDMOE_CUDA_UNROLL
     for (int i = 0; i < P::M; i++) {
       z.at[i][j][0] += low, z.at[i][j][1] += high;
@@ -74,6 +78,13 @@ __device__ __forceinline__ void activate(const Block<T>& block, int one, typenam
   });
 }
 
+// Two neighbours of a row in shared memory.
+template <class T>
+__device__ __forceinline__ void put(char* row, int column, float low, float high) {
+  if constexpr (sizeof(T) == 2) *reinterpret_cast<uint32_t*>(row + column * 2) = rounded_pair<T>(low, high);
+  else *reinterpret_cast<Vector<float, 2>*>(row + column * 4) = {low, high};
+}
+
 // A tile to where it goes. Every warp passes its part through `scratch` in shared memory, which nobody else reads, so that 16 bytes are written at a
 // time where `vectors` says that they may be.
 template <class P, class T>
@@ -81,10 +92,9 @@ __device__ __forceinline__ void store_tile(char* scratch, typename P::Sums& from
   constexpr int across = P::N * 8, down = P::M * 16, pitch = across * int(sizeof(T)) + 16, numbers = 16 / int(sizeof(T));
   char* part = scratch + warp() * down * pitch;
   const int first_row = warp() % P::down * down, first_column = P::first_column();
-  P::visit(from, [&](int row, int column, float low, float high) {
-    char* at = part + (row - first_row) * pitch + (column - first_column) * int(sizeof(T));
-    *reinterpret_cast<Vector<T, 2>*>(at) = {rounded<T>(low), rounded<T>(high)};
-  });
+  // Of the tile before, all have been read.
+  sync_warp();
+  P::visit(from, [&](int row, int column, float low, float high) { put<T>(part + (row - first_row) * pitch, column - first_column, low, high); });
   sync_warp();
   const auto each = [&](auto number, int count) {
     using Stored = decltype(number);

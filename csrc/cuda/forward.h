@@ -20,6 +20,7 @@ struct Forward {
   using Sums = typename P::Sums;
   using Maps = Series<T, P, INNER>;
   using Where = typename Maps::Where;
+  static_assert(store_bytes<P, T> <= Maps::stages * P::PanelA::bytes);
   // Shared memory of a launch: that of the maps, and the weights w [UNITS, ROWS] of this expert and of the next one.
   static __host__ __device__ __forceinline__ int bytes(int keep) { return Where::bytes(Where::panels_for(keep)) + 2 * UNITS * ROWS * int(sizeof(float)); }
 
@@ -55,7 +56,7 @@ struct Forward {
         record += source_size + 1;
         FUSEDMOE_CUDA_ROLLED
         for (; count > 0; count--, record += gates ? 2 : 1 + call.units) {
-          Outputs outputs = gates ? reads(plan(record)) : columns(tile);
+          Columns outputs = gates ? reads(plan(record)) : columns(tile);
           if (!gates) weigh(tile, record, parity ^= 1);
           FUSEDMOE_CUDA_ROLLED
           for (; outputs.live > 0; outputs.live -= COLUMNS, outputs.list += COLUMNS) {
@@ -66,7 +67,7 @@ struct Forward {
               store_logits(tile, record, outputs, z);
               continue;
             }
-            maps.activate(one, z);
+            activate<P>(block(), one, z);
             add(record, parity, z, mixed);
             break;
           }
@@ -83,18 +84,20 @@ struct Forward {
       Sums z;
       weigh(tile, record, parity ^= 1);
       sync_block();
-      read_copy(plan(record), columns(tile), z);
+      P::clear(z);
+      add_tile<P>(block().rows_of(plan(record) + map_head), columns(tile), block().live, call.aligned, z);
       add(record, parity, z, mixed);
     }
     FUSEDMOE_CUDA_UNROLL
     for (int u = 0; u < UNITS; u++)
-      if (u < call.units && unit(tile, u) >= 0) store(unit(tile, u), columns(tile), mixed[u]);
+      if (u < call.units && unit(tile, u) >= 0)
+        store_tile<P>(layout.a(0), mixed[u], block().rows_of(unit(tile, u) + 6), columns(tile), block().live, call.stored);
   }
 
-  __device__ __forceinline__ Outputs columns(int tile) const { return {plan(tile + 1), plan(plan(tile) + 1) - plan(tile + 1), -1}; }
+  __device__ __forceinline__ Columns columns(int tile) const { return {plan(tile + 1), plan(plan(tile) + 1) - plan(tile + 1), -1}; }
   // The rows of a unit's gate in the order of its reads; none without a gate.
-  __device__ __forceinline__ Outputs reads(int unit) const { return {0, plan(unit) < 0 ? 0 : plan(unit + 1), plan(unit + 2)}; }
-  __device__ __forceinline__ void store_logits(int tile, int record, const Outputs& outputs, Sums& z) const {
+  __device__ __forceinline__ Columns reads(int unit) const { return {0, plan(unit) < 0 ? 0 : plan(unit + 1), plan(unit + 2)}; }
+  __device__ __forceinline__ void store_logits(int tile, int record, const Columns& outputs, Sums& z) const {
     const int first = plan(tile + 2) + plan(record + 1) + outputs.list - plan(plan(record) + 2);
     float* p = block().softmax(first);
     P::visit(z, [&](int row, int column, float low, float high) {
@@ -175,41 +178,6 @@ struct Forward {
           }
         }
     }
-  }
-
-  // z = the columns of a map that is a copy of its source.
-  __device__ __forceinline__ void read_copy(int one, const Outputs& outputs, Sums& z) const {
-    const Row<T> h = block().rows_of(one + map_head);
-    P::visit(z, [&](int row, int column, float& low, float& high) {
-      const T* at = h.first + row * h.distance + outputs.first + column;
-      low = row < block().live && column < outputs.live ? widened(load_global(at)) : 0.0f;
-      high = row < block().live && column + 1 < outputs.live ? widened(load_global(at + 1)) : 0.0f;
-    });
-  }
-
-  // A unit's columns, rounded, to where it goes. A warp's part passes through shared memory, so that 16 bytes are written at a time.
-  __device__ __forceinline__ void store(int unit, const Outputs& outputs, Sums& from) const {
-    constexpr int columns = P::N * 8, rows = P::M * 16, pitch = columns * int(sizeof(T)) + 16, numbers = 16 / int(sizeof(T)), vectors = columns / numbers;
-    static_assert(rows * pitch * P::warps <= Maps::stages * P::PanelA::bytes);
-    char* part = layout.a(0) + warp() * rows * pitch;
-    const int first_row = warp() % P::down * rows, first_column = P::first_column();
-    // Of the unit before, all have been read.
-    sync_warp();
-    P::visit(from, [&](int row, int column, float low, float high) { Maps::put(part + (row - first_row) * pitch, column - first_column, low, high); });
-    sync_warp();
-    const Row<T> to = block().rows_of(unit + 6);
-    const auto each = [&](auto number, int across) {
-      using Stored = decltype(number);
-      FUSEDMOE_CUDA_ROLLED
-      for (int i = lane(); i < rows * across; i += 32) {
-        const int row = i / across, column = i % across * (columns / across);
-        if (first_row + row >= block().live || first_column + column >= outputs.live) continue;
-        T* at = to.first + (first_row + row) * to.distance + outputs.first + first_column + column;
-        store_global(reinterpret_cast<Stored*>(at), *reinterpret_cast<const Stored*>(part + row * pitch + column * int(sizeof(T))));
-      }
-    };
-    if (call.stored) each(Vector<T, numbers>{}, vectors);
-    else each(T{}, columns);
   }
 };
 

@@ -1,6 +1,5 @@
 // A list of maps under way: the stages of shared memory, what fills them, and z = W h + b of the next map.
 #pragma once
-#include "activation.h"
 #include "walk.h"
 
 namespace fusedmoe::cuda {
@@ -66,7 +65,7 @@ struct Series {
   __device__ __forceinline__ int plan(int at) const { return load_global(call.network.plan + at); }
 
   // Begin with a list, where no other is under way.
-  __device__ __forceinline__ void begin(const List& list, const Outputs& outputs) {
+  __device__ __forceinline__ void begin(const List& list, const Columns& outputs) {
     if (thread() == 0) {
       Ahead& ahead = layout.ahead();
       ahead.panels = layout.panels, ahead.keep = call.keep > 0, ahead.list = list, ahead.outputs = outputs;
@@ -122,7 +121,7 @@ struct Series {
 
   // z = W h + b of the map `one`, the next of the list. Return the number of its source's pieces. Where it has a map inside, that hidden layer goes
   // through shared memory, as many outputs at a time as the tile has columns.
-  __device__ __forceinline__ int linear(int one, const Outputs& outputs, Sums& z) {
+  __device__ __forceinline__ int linear(int one, const Columns& outputs, Sums& z) {
     P::clear(z);
     int pieces = 0;
     if constexpr (INNER) {
@@ -143,55 +142,20 @@ struct Series {
     } else {
       pieces = multiply(one, z, outputs.live);
     }
-    add_bias(one, outputs, z);
+    add_bias<P>(block(), one, outputs, z);
     return pieces;
-  }
-
-  __device__ __forceinline__ void add_bias(int one, const Outputs& outputs, Sums& z) const {
-    const int number = plan(one + 1);
-    if (number < 0) return;
-    const T* bias = block().parameter(number) + outputs.first;
-    const auto term = [&](int column) {
-      if (column >= outputs.live) return 0.0f;
-      const int at = outputs.list < 0 ? column : plan(outputs.list + column);
-      return at < 0 ? 0.0f : widened(load_global(bias + at));
-    };
-    FUSEDMOE_CUDA_UNROLL
-    for (int j = 0; j < P::N; j++) {
-      const float low = term(P::column(j)), high = term(P::column(j) + 1);
-      FUSEDMOE_CUDA_UNROLL
-      for (int i = 0; i < P::M; i++) {
-        z.at[i][j][0] += low, z.at[i][j][1] += high;
-        z.at[i][j][2] += low, z.at[i][j][3] += high;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void activate(int one, Sums& z) const {
-    const float parameter = block().number(plan(one + 5));
-    choose(plan(one + 4), [&](auto act) {
-      P::visit(z, [&](int, int, float& low, float& high) {
-        low = act.value(low, parameter);
-        high = act.value(high, parameter);
-      });
-    });
   }
 
   // act(z + b) of hidden outputs, in T, to their panel. The next step's barrier stands between this and its readers, and the last step's between
   // those of the outputs before and this.
-  __device__ __forceinline__ void hand_inside(int inner, const Outputs& outputs, Sums& z) const {
-    add_bias(inner, outputs, z);
-    activate(inner, z);
+  __device__ __forceinline__ void hand_inside(int inner, const Columns& outputs, Sums& z) const {
+    add_bias<P>(block(), inner, outputs, z);
+    activate<P>(block(), inner, z);
     P::visit(z, [&](int row, int column, float low, float high) {
       // Beyond the layer stands 0 h, which is NaN where h is infinite, and NaN x 0 is NaN.
       const bool both = column + 1 < outputs.live, one = column < outputs.live;
-      put(layout.hidden() + row * P::PanelA::pitch, column, one ? low : 0.0f, both ? high : 0.0f);
+      put<T>(layout.hidden() + row * P::PanelA::pitch, column, one ? low : 0.0f, both ? high : 0.0f);
     });
-  }
-  // Two neighbours of a row in shared memory.
-  static __device__ __forceinline__ void put(char* row, int column, float low, float high) {
-    if constexpr (sizeof(T) == 2) *reinterpret_cast<uint32_t*>(row + column * 2) = rounded_pair<T>(low, high);
-    else *reinterpret_cast<Vector<float, 2>*>(row + column * 4) = {low, high};
   }
 
   // Of the panel of hidden outputs a product reads more columns than are ever written.

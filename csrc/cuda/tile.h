@@ -156,31 +156,9 @@ struct Product {
   // The first COUNT fragments of each row of fragments.
   template <int COUNT>
   static __device__ __forceinline__ void multiply_some(const char* a, const char* b, Sums& c, bool once) {
-    if constexpr (!wide) {
-      add_products<COUNT>(a, b, c);
-    } else {
-      // Tensor cores cut where others round: in one chain over all of the reduction errors of one sign would add up.
-      Sums part{};
-      if (once) {
-        add_products<COUNT>(a, b, part);
-      } else {
-        Sums cross{};
-        add_split_products<COUNT>(a, b, part, cross);
-        // The rest of an infinite number is NaN, and says nothing.
-        each(cross, part, [](float rest, float& to) { to += rest == rest ? rest : 0.0f; });
-      }
-      each(part, c, [](float from, float& to) { to += from; });
-    }
-  }
-
-  template <class F>
-  static __device__ __forceinline__ void each(const Sums& from, Sums& to, F&& f) {
-    FUSEDMOE_CUDA_UNROLL
-    for (int i = 0; i < M; i++)
-      FUSEDMOE_CUDA_UNROLL
-      for (int j = 0; j < N; j++)
-        FUSEDMOE_CUDA_UNROLL
-        for (int n = 0; n < 4; n++) f(from.at[i][j][n], to.at[i][j][n]);
+    if constexpr (wide)
+      if (!once) return add_split_products<COUNT>(a, b, c);
+    add_products<COUNT>(a, b, c);
   }
 
   // Words of A for rows 16 i.., and of B for columns 8 j.. of this warp, from k on. Transposed matrices are of 16 bits, so floats are picked one by one.
@@ -257,9 +235,11 @@ struct Product {
     }
   }
 
-  // A = its first 11 bits + rest, B alike: the product of the first ones into `c`, those of a first one and a rest into `cross`.
+  // A = its first 11 bits + rest, B alike: adds the product of the first ones, and those of a first one and a rest. Tensor cores cut where others
+  // round: in one chain over all of the reduction errors of one sign would add up, so each piece has a chain of its own, whose sum is rounded.
   template <int COUNT>
-  static __device__ __forceinline__ void add_split_products(const char* a_panel, const char* b_panel, Sums& c, Sums& cross) {
+  static __device__ __forceinline__ void add_split_products(const char* a_panel, const char* b_panel, Sums& c) {
+    Sums first{}, cross{};
     FUSEDMOE_CUDA_UNROLL
     for (int k = 0; k < DEPTH; k += step) {
       A4 a[M], a_rest[M];
@@ -275,10 +255,20 @@ struct Product {
         for (int i = 0; i < M; i++) {
           multiply_add<T>(cross.at[i][j], a_rest[i], b);
           multiply_add<T>(cross.at[i][j], a[i], b_rest);
-          multiply_add<T>(c.at[i][j], a[i], b);
+          multiply_add<T>(first.at[i][j], a[i], b);
         }
       });
     }
+    FUSEDMOE_CUDA_UNROLL
+    for (int i = 0; i < M; i++)
+      FUSEDMOE_CUDA_UNROLL
+      for (int j = 0; j < COUNT; j++)
+        FUSEDMOE_CUDA_UNROLL
+        for (int n = 0; n < 4; n++) {
+          // The rest of an infinite number is NaN, and says nothing.
+          const float rest = cross.at[i][j][n];
+          c.at[i][j][n] += first.at[i][j][n] + (rest == rest ? rest : 0.0f);
+        }
   }
 
   template <int COUNT>

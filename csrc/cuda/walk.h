@@ -4,15 +4,9 @@
 // sources; of a map with one inside, for every COLUMNS hidden outputs, those of the inner map, and then one that brings the outer weight alone.
 // One thread walks, and leaves word of each piece in shared memory: what it must remember would cost every thread as many registers.
 #pragma once
-#include "records.h"
-#include "tile.h"
+#include "columns.h"
 
 namespace fusedmoe::cuda {
-
-// Outputs of a map that make a tile's columns: from `first` on, or by their numbers in a list of the plan, where `list` is not negative.
-struct Outputs {
-  int first, live, list;
-};
 
 // A list: the place of its first run, their number, and what stands in it for each map: the map and `stride` - 1 more numbers, or, of
 // gates, the unit, whose rows are taken COLUMNS at a time.
@@ -37,7 +31,7 @@ struct Walk {
   alignas(16) int panels;
   bool keep;
   List list;
-  Outputs outputs;
+  Columns outputs;
   // Maps left in the run; the map whose sources are read, and which of these; the numbers left of that one.
   int maps, map, source, left;
   // The place of the next panel of a source.

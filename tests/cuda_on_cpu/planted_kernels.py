@@ -10,6 +10,8 @@ from . import extension, run
 # How a test, the emulator or a sanitizer says what it found.
 WRONG = r"\d+ of \d+ differ, the worst in"
 NUMBERS = rf"{WRONG}|race: expected"
+# A list of what differs.
+LIST = r"assert \['"
 # An address that nobody has written yet.
 UNKNOWN = r"misaligned source of copy_async: expected an address at a multiple of 16 bytes, got 0xf+"
 RACE = r"ThreadSanitizer: data race"
@@ -43,6 +45,7 @@ def _matrix(name: str, dtype: str, form: str) -> str:
     return f"{_FOLDER}test_matrix.py::test_matrix[{name}-torch.{dtype}-{form}]"
 
 
+_INFINITE = "tests/test_parity.py::test_what_is_infinite_stays_where_it_reaches[{}-cuda]"
 _BFLOAT16, _FLOAT32, _BACKWARD = "forward_bfloat16", "forward_float32", "backward"
 _WHOLE, _LEVELS = _matrix("whole vectors", "bfloat16", "one launch"), _matrix("whole vectors", "bfloat16", "a launch a level")
 _ODD, _FEATURES = _matrix("odd", "float32", "a launch a level"), _matrix("every feature", "float32", "a launch a level")
@@ -50,8 +53,8 @@ _ODD, _FEATURES = _matrix("odd", "float32", "a launch a level"), _matrix("every 
 _STEP = ("tile.h", "    sync_block();\n    fetch(place(STAGES - 1));\n", "    fetch(place(STAGES - 1));\n")
 _FINISH = ("tile.h", "    wait_copies<0>();\n    sync_block();\n  }", "    wait_copies<0>();\n  }")
 _SUMS = ("backward.h", "= sum;\n        }\n      sync_block();\n", "= sum;\n        }\n")
-_UNIT = ("forward.h", "    // Of the unit before, all have been read.\n    sync_warp();\n", "")
-_PART = ("forward.h", "low, high); });\n    sync_warp();\n    const Row<T> to", "low, high); });\n    const Row<T> to")
+_UNIT = ("columns.h", "  // Of the tile before, all have been read.\n  sync_warp();\n", "")
+_PART = ("columns.h", "low, high); });\n  sync_warp();\n", "low, high); });\n")
 
 BARRIERS = {
     "no barrier between a copy and its readers": Bug(*_STEP, _BFLOAT16, "plain", _WHOLE, UNKNOWN, (1, "lazy")),
@@ -101,9 +104,9 @@ ADDRESSES = {
         "AddressSanitizer: use-after-poison",
     ),
     "a row mask lost on a load": Bug("tile.h", "    if (row >= live) return -1;\n", "", _BFLOAT16, "plain", _WHOLE, OUTSIDE),
-    "a row mask lost on a store": Bug("forward.h", "first_row + row >= block().live || ", "", _BFLOAT16, "plain", _WHOLE, rf"{OUTSIDE}|race: expected a store"),
+    "a row mask lost on a store": Bug("columns.h", "first_row + row >= rows || ", "", _BFLOAT16, "plain", _WHOLE, rf"{OUTSIDE}|race: expected a store"),
     "a column mask lost on a store": Bug(
-        "forward.h", " || first_column + column >= outputs.live) continue;", ") continue;", _FLOAT32, "plain", _ODD, rf"{OUTSIDE}|{NUMBERS}"
+        "columns.h", " || first_column + column >= columns.live) continue;", ") continue;", _FLOAT32, "plain", _ODD, rf"{OUTSIDE}|{NUMBERS}"
     ),
     "a row mask lost on a store of the backward": Bug(
         "columns.h", "first_row + row >= rows || ", "", _BACKWARD, "plain", _WHOLE, rf"{OUTSIDE}|race: expected a store"
@@ -136,12 +139,19 @@ FORMULAS = {
     ),
     "what is not seen has weight": Bug("forward.h", "plan(outputs.list + read) < 0 ? -INFINITY : value", "value", _FLOAT32, "plain", _FEATURES, WRONG),
     "terms of the softmax's gradient exchanged": Bug(
-        "backward.h", "weight_gradient(selection, first + i) - of.largest - of.sum", "of.largest + of.sum - weight_gradient(selection, first + i)",
+        "backward.h", "weight_gradient(selection, first + i) - of.mean - of.rest", "of.mean + of.rest - weight_gradient(selection, first + i)",
         _BACKWARD, "plain", _WHOLE, WRONG,
     ),
     "a derivative left out": Bug("backward.h", "dy.at[m][n][k] * act.slope(at, parameter)", "dy.at[m][n][k]", _BACKWARD, "plain", _WHOLE, WRONG),
     "a source's gradient not added to what is there": Bug(
         "backward.h", "if (plan(record + 6) != 0) add_tile", "if (false) add_tile", _BACKWARD, "plain", _FEATURES, WRONG
+    ),
+    "what is beside hidden outputs handed on": Bug(
+        "series.h", "one ? low : 0.0f, both ? high : 0.0f);", "one ? low : low, both ? high : high);", _FLOAT32, "plain",
+        _INFINITE.format("a hidden layer"), "assert False",
+    ),
+    "what is beside an expert's columns in its weights' gradient": Bug(
+        "backward.h", "if (column >= columns.live) low = 0.0f;", "", _BACKWARD, "plain", _INFINITE.format("one layer"), LIST
     ),
     "the last chunk not added": Bug("gradients.h", "chunk < blocks_y(); chunk++", "chunk < blocks_y() - 1; chunk++", _BACKWARD, "plain", _ODD, WRONG),
     "a gradient of another expert's columns": Bug(

@@ -155,7 +155,7 @@ FORWARD = {
 
 BACKWARD = {
     "terms of the softmax's gradient exchanged": Bug(
-        "backward.py", "(d - tl.sum(term, 1)[:, None])", "(tl.sum(term, 1)[:, None] - d)", INTERPRETED, _parity("adatt-empty_gate"), WRONG
+        "backward.py", "soft * (d - rest)", "soft * (rest - d)", INTERPRETED, _parity("adatt-empty_gate"), WRONG
     ),
     "a derivative left out": Bug("backward.py", "0.0, dy * slope)", "0.0, dy)", INTERPRETED, _of_width(17), WRONG),
     "a static weight left out of dy": Bug(
