@@ -6,6 +6,7 @@ from functools import cache, partial
 import pytest
 import torch
 from torch import library
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedmoe.codec import encode
 from fusedmoe.kernels import launch_cuda, registered, tiles, trial
@@ -154,6 +155,46 @@ def test_a_launch_that_fails_leaves_nothing_behind(monkeypatch):
     finally:
         control().fusedmoe_take_back()
     assert torch.equal(fusion_network(given.x, given.params, TABLE, "cuda"), before)
+
+
+class OutOfMemory(TorchDispatchMode):
+    """Lets so many allocations pass; the next one fails."""
+
+    def __init__(self, left: int):
+        super().__init__()
+        self.left = left
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        if function.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_strided):
+            self.left -= 1
+            if self.left == -1:
+                raise torch.OutOfMemoryError("no memory is left")
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_allocation_that_fails_leaves_nothing_behind(form, monkeypatch):
+    """Whichever of a training step's it is: PyTorch's own error comes up, and the next step is as if it had not been."""
+    monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form])
+    given = problem(Case(TABLE, 5), torch.float32)
+
+    def step() -> list[torch.Tensor]:
+        x, *params = (t.clone().requires_grad_() for t in (given.x, *given.params))
+        out = fusion_network(x, params, TABLE, "cuda")
+        return [out, *torch.autograd.grad(out, [x, *params], given.d_out)]
+
+    before, failed, left = step(), 0, 0
+    while failed == left:
+        try:
+            with OutOfMemory(left):
+                step()
+        except torch.OutOfMemoryError as error:
+            assert str(error) == "no memory is left"
+            failed += 1
+        assert all(map(torch.equal, step(), before))
+        left += 1
+    # Outputs, buffers, the softmax; dw, dz, counters, gradients.
+    assert failed > 6
 
 
 def test_an_empty_batch():
