@@ -88,12 +88,18 @@ def logits_gradient(block, of, selection, WEIGHTS: tl.constexpr, READS: tl.const
             column = tl.load(block.plan + columns + reads, mask=inside, other=0)
             given = of.d_weights + block.row * of.mixing + block.rows[:, None] * of.mixing + column[None, :]
             d += tl.load(given, mask=live, other=0.0).to(tl.float32)
-    # What is not seen has p = 0, and may have a d that is not finite. The mean under p is taken off first, then what its rounding left of it: what is
-    # nearly the mean keeps its digits.
-    d = tl.where(soft == 0.0, 0.0, d)
-    d -= tl.sum(soft * d, 1)[:, None]
-    rest = tl.sum(soft * d, 1)[:, None]
-    d_z = tl.where(soft == 0.0, 0.0, soft * (d - rest)).to(of.dz.dtype.element_ty)
+    d_z = tl.zeros((BLOCK_B, READS), of.dz.dtype.element_ty)
+    # Once. The compiler computes what is cheap again for every layout that wants it, sums with another last bit among them, and then the rest of a
+    # split number may be that of another one: an error of 11 bits. It computes nothing again that a while loop gave.
+    times = 0
+    while times < 1:
+        # What is not seen has p = 0, and may have a d that is not finite. The mean under p is taken off first, then what its rounding left of it: what
+        # is nearly the mean keeps its digits.
+        d = tl.where(soft == 0.0, 0.0, d)
+        d -= tl.sum(soft * d, 1)[:, None]
+        rest = tl.sum(soft * d, 1)[:, None]
+        d_z = tl.where(soft == 0.0, 0.0, soft * (d - rest)).to(of.dz.dtype.element_ty)
+        times += 1
     seen = tl.load(block.plan + tl.load(block.plan + unit + 2) + reads, mask=inside, other=-1)
     if tl.load(block.plan + selection + 8) != 0:
         to = of.dz + block.row * of.dz_row + tl.load(block.plan + selection + 3) + block.rows[:, None] * of.dz_row + seen[None, :]

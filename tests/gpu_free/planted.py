@@ -157,6 +157,10 @@ BACKWARD = {
     "terms of the softmax's gradient exchanged": Bug(
         "backward.py", "soft * (d - rest)", "soft * (rest - d)", INTERPRETED, _parity("adatt-empty_gate"), WRONG
     ),
+    "a sum computed again in another layout": Bug(
+        "backward.py", "    while times < 1:\n", "    if times < 1:\n", EXECUTED,
+        "tests/gpu_free/test_executed.py::test_split_numbers_are_those_of_one_sum", WRONG,
+    ),
     "a derivative left out": Bug("backward.py", "0.0, dy * slope)", "0.0, dy)", INTERPRETED, _of_width(17), WRONG),
     "a static weight left out of dy": Bug(
         "backward.py", "        w += static_weight(block, tl.load(block.plan + reader + 6), tl.load(block.plan + reader + 7))\n", "",

@@ -109,6 +109,13 @@ def test_parity_of_every_case(name, dtype, form, monkeypatch):
     assert_close(run(one)[0], expectation(one))
 
 
+def test_split_numbers_are_those_of_one_sum(monkeypatch):
+    """A gate's gradient lies beside where its first 11 bits change: another last bit of its sum, in another layout, would go with the rest of another."""
+    take("one launch", monkeypatch)
+    one = drawn(CASES["adatt-odd"], torch.float32)
+    assert_close(run(one)[0], expectation(one))
+
+
 def test_a_wide_product_of_float32():
     """Tensor cores cut instead of rounding: in one chain of MMAs over all of K, errors of one sign would add up beyond the bound."""
     one = drawn(Case(build("mmoe", 512, [[32]], 2, 2), ROWS), torch.float32)
