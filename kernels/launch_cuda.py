@@ -14,6 +14,8 @@ from fusedmoe.kernels.tiles import Tiles
 
 # The last block of each tile's adds up its parts.
 FOR_PARAMETERS = 1
+# In shared memory.
+BESIDE_HIDDEN = True
 
 
 @functools.cache

@@ -15,6 +15,8 @@ from fusedmoe.kernels.tiles import Tiles
 
 # `gradients` and `add_chunks`.
 FOR_PARAMETERS = 2
+# In registers, which such tiles leave none of.
+BESIDE_HIDDEN = False
 ADD_BLOCK = 1024
 # By name: Triton 3.9 warns where a launch does not say whether to fuse multiplications and additions, and 3.10 will not fuse then.
 OPTIONS = {"enable_fp_fusion": True}

@@ -3,6 +3,7 @@
 forward, backward_rows   (grid, *arguments, **constants): one launch. The arguments are those of the kernels of `forward.py` and `backward.py`
 gradients                the same, with `flat` behind `parts`: the parameters' gradients by chunks of rows, and the ordered sum of these in `flat`
 FOR_PARAMETERS           how many launches `gradients` is
+BESIDE_HIDDEN            whether a source is kept beside hidden layers in tiles of 64 rows
 constants                (tiles, align, precision, arch): what all launches of a call share, besides what `network.py` names at each
 scratch                  (tasks, x): what more the launches of a backward with so many tasks of `gradients` share
 addresses                (params, device): what stands among the arguments for the parameters' addresses, and whether all are multiples of 16

@@ -85,7 +85,7 @@ def alignment(x: Tensor, even: bool, program: Program) -> int:
 def _prepare(x: Tensor, params: Sequence[Tensor], program: Program, tiles: Tiles | None, backend: str) -> _Call:
     kernels = launcher(backend)
     arch = device.architecture(x.device)
-    tiles = tiles or choose(program, x.dtype, len(x), arch)
+    tiles = tiles or choose(program, x.dtype, len(x), arch, kernels.BESIDE_HIDDEN)
     addresses, even = kernels.addresses(params, x.device)
     align = alignment(x, even, program)
     return _Call(kernels, program, tiles, x, addresses, align, kernels.constants(tiles, align, precision(x.dtype, arch), arch))

@@ -19,7 +19,8 @@ CHUNK = 1024
 MANY_ROWS = 4096
 # The architectures that do so: on the others three units' accumulators and the pipeline's addresses do not fit into a program's registers.
 LARGE = ("sm_80", "sm_90", "sm_100", "cpu")
-# The most columns of a source that a program keeps for all that read it, by whether it runs all stages: more go to local memory.
+# The most columns of a source that a program keeps for all that read it, by whether it runs all stages. Triton keeps them in registers, and more go to
+# local memory; CUDA's kernels in shared memory, of which two blocks of an A100's multiprocessor could not have more.
 MOST_KEPT = {True: 512, False: 256}
 # Columns of the tiles that it is kept in: BLOCK_K of every dtype that keeps one.
 KEPT_PIECE = 64
@@ -58,27 +59,28 @@ def power_of_two(n: int, least: int = 1) -> int:
     return max(least, 1 << max(0, n - 1).bit_length())
 
 
-def choose(program: Program, dtype: torch.dtype, rows: int, arch: str) -> Tiles:
-    """Return the tiles for a call of so many rows on an architecture.
+def choose(program: Program, dtype: torch.dtype, rows: int, arch: str, beside_hidden: bool = False) -> Tiles:
+    """Return the tiles for a call of so many rows on an architecture. beside_hidden: what launchers say of it (launchers.py).
 
     The accumulators of U units and one expert are (U + 1) x BLOCK_B x BLOCK_H numbers, which eight warps hold 64 to 128 of a thread:
     128 x 64 for up to three units, 64 x 64 for four, 64 x 32 for eight. Four warps hold those of 16 x 64. A source is kept where that leaves no
-    number in local memory (tests/gpu_free/budgets.json): not beside a hidden layer of 64 rows, not by AMD's compiler, which keeps it in registers,
+    number in local memory (tests/gpu_free/budgets.json): by Triton not beside a hidden layer of 64 rows, not by AMD's compiler, which keeps it in registers,
     and not in float32, whose three products want the registers, and whose sums want to be rounded: tensor cores cut, and one chain of MMAs over
     K = 512 errs beyond the bound (tests/gpu_free/test_executed.py).
     """
     # Bools, also of the symbolic number of rows that torch.compile traces with.
-    return _chosen(program, dtype, bool(rows <= WHOLE_ROWS), bool(rows >= MANY_ROWS), arch)
+    return _chosen(program, dtype, bool(rows <= WHOLE_ROWS), bool(rows >= MANY_ROWS), arch, beside_hidden)
 
 
 @functools.lru_cache(maxsize=1024)
-def _chosen(program: Program, dtype: torch.dtype, whole: bool, many: bool, arch: str) -> Tiles:
+def _chosen(program: Program, dtype: torch.dtype, whole: bool, many: bool, arch: str, beside_hidden: bool) -> Tiles:
     wide = dtype == torch.float32
     most = max(len(stage.units) for stage in program.stages)
     units = next((size for size in GROUPS if size >= most), GROUPS[-1])
     widest = max(unit.width for stage in program.stages for unit in stage.units)
-    keep = 0 if wide or (not whole and (program.inner or arch.startswith("gfx"))) else _kept(program, MOST_KEPT[whole])
-    large = keep > 0 and units <= 3 and arch in LARGE and many
+    hidden = program.inner and not beside_hidden
+    keep = 0 if wide or (not whole and (hidden or arch.startswith("gfx"))) else _kept(program, MOST_KEPT[whole])
+    large = keep > 0 and not program.inner and units <= 3 and arch in LARGE and many
     columns = min(64 if units <= 4 and not wide else 32, power_of_two(widest, 16))
     return Tiles(
         whole=whole,

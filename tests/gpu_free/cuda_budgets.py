@@ -72,7 +72,7 @@ class Instance(NamedTuple):
     def keep(self) -> int:
         """The most columns of a source that kernels/tiles.py keeps for it."""
         rows = dict(self.sizes).get("rows")
-        if self.kernel != "forward" or self.number == "float" or (rows != 16 and self.inner):
+        if self.kernel != "forward" or self.number == "float":
             return 0
         return tiles.MOST_KEPT[rows == 16]
 
