@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +14,14 @@ from torch import Tensor
 from fusedmoe.kernels.backward_plan import BackwardPlan
 from fusedmoe.kernels.plan import Plan
 
-# Tables of addresses that stay on each device: of the models of a process that take turns, and of one model's replicas.
+Made = TypeVar("Made")
+Key = tuple[torch.device, tuple[int, ...]]
+
+# Tables that stay on each device: of the models of a process that take turns, and of one model's replicas. By the parameters' addresses, where None
+# stands for what was seen once; and by their distances from the first one.
 TABLES = 256
-_ADDRESSES: OrderedDict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, bool]] = OrderedDict()
+_ADDRESSES: OrderedDict[Key, tuple[Tensor, bool] | None] = OrderedDict()
+_DISTANCES: OrderedDict[Key, Tensor] = OrderedDict()
 
 
 @functools.cache
@@ -26,38 +33,70 @@ def architecture(device: torch.device) -> str:
     return getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
-@functools.lru_cache(maxsize=1024)
-def written(plan: Plan | BackwardPlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the integers and the floats of a plan on a device."""
-    return torch.tensor(plan.ints, dtype=torch.int32, device=device), torch.tensor(plan.floats or (0.0,), dtype=torch.float32, device=device)
-
-
 def capturing(device: torch.device) -> bool:
     """Whether the current stream's work goes into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-@functools.lru_cache(maxsize=TABLES)
-def _distances(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
+def before_capture(device: torch.device) -> None:
+    """Raise RuntimeError in the capture of a CUDA graph, which would not have what is about to be copied to the device, and be spoilt by the attempt."""
+    if capturing(device):
+        raise RuntimeError("a CUDA graph is being captured: expected a call with this network, dtype and number of rows before it, got the first one")
+
+
+@functools.cache
+def _uploader() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "fusedmoe-upload")
+
+
+def kept(device: torch.device, make: Callable[[], Made]) -> Made:
+    """Make tensors that outlive the call, by blocking copies, so that any stream may read them.
+
+    On a GPU in a thread of its own: torch.compile's CUDA graphs lend the calling thread a pool of memory, and refuse what stays in it.
+    """
+    before_capture(device)
+    return _uploader().submit(make).result() if device.type == "cuda" else make()
+
+
+@functools.lru_cache(maxsize=1024)
+def written(plan: Plan | BackwardPlan, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the integers and the floats of a plan on a device. Raises: RuntimeError, as `before_capture`."""
+    ints, floats = (plan.ints, torch.int32), (plan.floats or (0.0,), torch.float32)
+    return kept(device, lambda: tuple(torch.tensor(numbers, dtype=dtype, device=device) for numbers, dtype in (ints, floats)))
+
+
+def _remember(tables: OrderedDict[Key, Made], key: Key, one: Made) -> Made:
+    """Keep one of the last TABLES that were asked for."""
+    tables.pop(key, None)
+    while len(tables) >= TABLES:
+        tables.popitem(last=False)
+    tables[key] = one
+    return one
 
 
 def addresses(params: Sequence[Tensor], device: torch.device) -> tuple[Tensor, bool]:
     """Return the addresses of the parameters, int64 [P], on their device, and whether all are multiples of 16.
 
-    Uploaded only for distances between them that have not been seen: the table holds no values, so it cannot go stale. Parameters that autocast
-    casts lie in new memory at every call, but in one piece.
+    A table holds no values, so it cannot go stale. Parameters that autocast casts lie in new memory at every call, but in one piece: where only the
+    first address is new, the device works the others out, in the order of the caller's stream, and the table is the caller's alone. Addresses that come
+    again are uploaded, and stay.
+
+    Raises: RuntimeError, as `before_capture`, for distances that are new.
     """
-    key = (device, tuple(p.data_ptr() for p in params))
-    found = _ADDRESSES.pop(key, None)
+
+    def uploaded(numbers: tuple[int, ...]) -> Tensor:
+        return kept(device, lambda: torch.tensor(numbers, dtype=torch.int64, device=device))
+
+    numbers = tuple(p.data_ptr() for p in params) or (0,)
+    key = device, numbers
+    seen, found = key in _ADDRESSES, _ADDRESSES.get(key)
     if found is None:
-        first = key[1][0] if key[1] else 0
-        table = _distances(tuple(address - first for address in key[1]) or (0,), device) + first
-        found = table, not any(address % 16 for address in key[1])
-        if capturing(device):
-            # It is written when the graph is replayed, not now.
-            return found
-        while len(_ADDRESSES) >= TABLES:
-            _ADDRESSES.popitem(last=False)
-    _ADDRESSES[key] = found
-    return found
+        even = not any(address % 16 for address in numbers)
+        between = device, tuple(address - numbers[0] for address in numbers)
+        distances = _DISTANCES.get(between)
+        if distances is not None and (not seen or capturing(device)):
+            _remember(_ADDRESSES, key, None)
+            return distances + numbers[0], even
+        _remember(_DISTANCES, between, uploaded(between[1]) if distances is None else distances)
+        found = uploaded(numbers), even
+    return _remember(_ADDRESSES, key, found)

@@ -26,8 +26,10 @@ def _extension():
 def addresses(params: Sequence[Tensor], place: torch.device) -> tuple[object, bool]:
     """The parameters' addresses, which travel with every launch, and whether all are multiples of 16. A table of very many lies on the device."""
     extension = _extension()
-    table = device.addresses(params, place)[0].data_ptr() if len(params) > extension.MOST_PARAMETERS else 0
-    found = extension.Parameters([p.data_ptr() for p in params], table)
+    table = device.addresses(params, place)[0] if len(params) > extension.MOST_PARAMETERS else None
+    found = extension.Parameters([p.data_ptr() for p in params], 0 if table is None else table.data_ptr())
+    # What launches read of it must not be somebody else's memory before the last of them.
+    found.table = table
     return found, found.even
 
 

@@ -18,6 +18,9 @@ from fusedmoe.kernels.program import Program, fused, lower, of_one_slot
 from fusedmoe.kernels.tiles import CHUNK, Tiles, aligned, choose
 from fusedmoe.table import Table
 
+# Of chunks in the second dimension of a grid.
+MOST_CHUNKS = 65535
+
 
 class Saved(NamedTuple):
     """What the forward leaves for the backward: the stages' buffers [B x kept], the softmax of every unit [rows, B] in float32, and the tiles that
@@ -80,6 +83,11 @@ def alignment(x: Tensor, even: bool, program: Program) -> int:
     lanes = 16 // x.element_size()
     whole = even and x.data_ptr() % 16 == 0 and x.stride(0) % lanes == 0 and x.stride(1) % lanes == 0 and _reached(program, lanes)
     return lanes if whole else 1
+
+
+def chunk_of(rows: int) -> int:
+    """Rows of one part of a parameter's gradient: CHUNK, or as many as a grid can be made of."""
+    return CHUNK * max(1, -(-rows // (CHUNK * MOST_CHUNKS)))
 
 
 def _prepare(x: Tensor, params: Sequence[Tensor], program: Program, tiles: Tiles | None, backend: str) -> _Call:
@@ -215,10 +223,11 @@ def _rows(call: _Call, plan: BackwardPlan, d_out: Tensor, d_weights: Tensor | No
 def _parameters(call: _Call, plan: BackwardPlan, d_out: Tensor, d_weights: Tensor | None, saved: Saved, dw: Tensor, dz: Tensor, flat: Tensor) -> None:
     x, total = call.x, len(flat)
     ints, _ = device.written(plan, x.device)
-    chunks = -(-len(x) // CHUNK)
+    chunk = chunk_of(len(x))
+    chunks = -(-len(x) // chunk)
     parts = x.new_empty(chunks, total, dtype=torch.float32)
     given = d_weights is not None
     call.kernels.gradients(
         (plan.tasks, chunks), x, saved.buffers, d_out, dw, d_weights if given else d_out, dz, parts, flat, ints, plan.place, len(x),
-        x.stride(0), x.stride(1), plan.columns, call.program.table.mixing, total, WEIGHTS=given, CHUNK=CHUNK, BLOCK_N=call.tiles.outputs, **call.constants,
+        x.stride(0), x.stride(1), plan.columns, call.program.table.mixing, total, WEIGHTS=given, CHUNK=chunk, BLOCK_N=call.tiles.outputs, **call.constants,
     )  # fmt: skip

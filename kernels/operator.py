@@ -10,12 +10,8 @@ from torch import Tensor
 
 from fusedmoe.kernels import network, trial
 from fusedmoe.kernels.launchers import launcher
-from fusedmoe.kernels.tiles import CHUNK
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
-
-# Numbers from row to row: the rows of a chunk, which are more than those of a tile, span less than 2^31 numbers.
-MOST_DISTANCE = 2**31 // CHUNK
 
 
 def fits(x: Tensor, params: Sequence[Tensor], table: Table) -> bool:
@@ -27,8 +23,8 @@ def fits(x: Tensor, params: Sequence[Tensor], table: Table) -> bool:
 
 
 def inner(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, and rows so near that 32 bits reach over those of a chunk."""
-    return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(0) < MOST_DISTANCE else x.contiguous()
+    """x with its last dimension contiguous, and rows so near that 32 bits reach over those of a chunk, which are more than a tile's."""
+    return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(0) * network.chunk_of(len(x)) < 2**31 else x.contiguous()
 
 
 def there(x: Tensor):

@@ -14,7 +14,7 @@ from torch import Tensor
 from fusedmoe.dtype import row
 from fusedmoe.families import adatt_sp, mmoe
 from fusedmoe.kernels import network
-from fusedmoe.kernels.device import architecture
+from fusedmoe.kernels.device import architecture, before_capture
 from fusedmoe.kernels.tiles import MANY_ROWS, WHOLE_ROWS
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
@@ -78,10 +78,11 @@ def worst(device: torch.device, dtype: torch.dtype, table: Table, rows: int, bac
 def once(device: torch.device, dtype: torch.dtype, backend: str) -> None:
     """Check the kernels of a backend on a device and dtype, the first time that they are asked for in this process.
 
-    Raises: RuntimeError if they differ from the reference by more than rounding.
+    Raises: RuntimeError if they differ from the reference by more than rounding, or in the capture of a CUDA graph.
     """
     if os.environ.get("FUSEDMOE_TRIAL") == "0":
         return
+    before_capture(device)
     found = max(worst(device, dtype, table, rows, backend) for table in tables() for rows in ROWS)
     if found > 1.0:
         raise RuntimeError(

@@ -42,7 +42,8 @@ void run_rows(const RowsCall& call, const Tiles& tiles, int programs, Stream str
 
 template <class T, int COLUMNS>
 void run_gradients(const GradientsCall& call, Stream stream) {
-  constexpr int outputs = sizeof(T) == 2 ? 64 : 32, threads = sizeof(T) == 2 ? 256 : 128, blocks = 512 / threads;
+  // Three blocks of eight warps a multiprocessor, where its shared memory lets them, have 80 registers a thread.
+  constexpr int outputs = sizeof(T) == 2 ? 64 : 32, threads = sizeof(T) == 2 ? 256 : 128, blocks = sizeof(T) == 2 ? 3 : 4;
   using Of = ParameterGradients<T, outputs, COLUMNS, threads>;
   const unsigned chunks = unsigned((call.of.network.rows + call.to.chunk - 1) / call.to.chunk);
   launch("gradients", gradients_kernel<T, outputs, COLUMNS, threads, blocks>, {unsigned(call.of.tasks), chunks, threads, size_t(Of::bytes)}, stream, call);

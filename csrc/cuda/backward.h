@@ -192,6 +192,8 @@ struct RowsBackward {
         if (read >= plan(plan(selection) + 1)) read = 0, count--, selection += selection_size;
       }
       commit_copies();
+      // A product wants the whole warp, whose lanes have each gone their way.
+      sync_warp();
       if (from >= 0) Choice::multiply(shared(from), shared(from) + Choice::PanelA::bytes, d, call.once, columns.live);
       wait_copies<0>();
       sync_block();
@@ -218,8 +220,10 @@ struct RowsBackward {
   __device__ __forceinline__ float probability(int selection, int read) const { return load_global(block.softmax(plan(selection + 4) + read) + my_row()); }
   __device__ __forceinline__ float weight_gradient(int selection, int read) const {
     float d = 0.0f;
-    FUSEDMOE_CUDA_ROLLED
-    for (int tile = 0; tile < plan(selection + 6); tile++) d += load_global(dw(plan(selection + 5) + tile * plan(selection + 7) + read) + my_row());
+    const int tiles = plan(selection + 6), first = plan(selection + 5) + read, distance = plan(selection + 7);
+    // Several on their way at a time.
+    FUSEDMOE_CUDA_UNROLL_SOME
+    for (int tile = 0; tile < tiles; tile++) d += load_global(dw(first + tile * distance) + my_row());
     const int columns = call.of.network.weights ? plan(plan(selection) + 10) : -1;
     if (columns >= 0) {
       const T* given = static_cast<const T*>(call.of.network.weights) + (block.row + my_row()) * block.network.mixing;
@@ -238,8 +242,11 @@ struct RowsBackward {
     const int reads = my_row() < block.live ? plan(plan(selection) + 1) : 0;
     float sum = 0.0f;
     FUSEDMOE_CUDA_ROLLED
-    for (int read = thread() % lanes; read < reads; read += lanes)
-      if (const float p = probability(selection, read); p != 0.0f) sum += p * (weight_gradient(selection, read) - off);
+    for (int read = thread() % lanes; read < reads; read += lanes) {
+      // Neither waits for the other.
+      const float p = probability(selection, read), d = weight_gradient(selection, read);
+      sum += p != 0.0f ? p * (d - off) : 0.0f;
+    }
     return sum_lanes<lanes>(sum);
   }
   // dz of a gate from one of its reads on: [ROWS, reads_step] to shared memory, and to dz where this tile is the one to store it.

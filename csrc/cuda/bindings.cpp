@@ -98,7 +98,7 @@ void bind_tiles(py::module_& m) {
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of fusedmoe, launched on PyTorch's current stream of a device.";
   bind_tiles(m);
-  py::class_<Parameters>(m, "Parameters", "The addresses of the parameters, as launches take them.")
+  py::class_<Parameters>(m, "Parameters", py::dynamic_attr(), "The addresses of the parameters, as launches take them; whose table Python keeps here.")
       .def(py::init<const std::vector<uintptr_t>&, uintptr_t>(), py::arg("addresses"), py::arg("table") = 0)
       .def_readonly("even", &Parameters::even);
   m.attr("MOST_PARAMETERS") = int(Addresses::count);

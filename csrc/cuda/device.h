@@ -38,11 +38,13 @@
 #include "ptx.h"
 #define FUSEDMOE_CUDA_UNROLL _Pragma("unroll")
 #define FUSEDMOE_CUDA_ROLLED _Pragma("unroll 1")
+#define FUSEDMOE_CUDA_UNROLL_SOME _Pragma("unroll 4")
 #else
 // On the path of tests alone.
 #include "cuda_on_cpu.h"
 #define FUSEDMOE_CUDA_UNROLL
 #define FUSEDMOE_CUDA_ROLLED
+#define FUSEDMOE_CUDA_UNROLL_SOME
 #endif
 
 namespace fusedmoe::cuda {

@@ -123,20 +123,32 @@ struct ParameterGradients {
     sync_block();
     return *flag != 0;
   }
-  // Number `at` of the gradients: of every chunk, in their order.
-  __device__ __forceinline__ void add_chunks(int64_t at) const {
-    float sum = 0.0f;
+  // COUNT numbers of the gradients, `place(n)` or none where that is negative: of every chunk, in their order. One chunk's are on their way at a time.
+  template <int COUNT, class Place>
+  __device__ __forceinline__ void add_chunks(Place&& place) const {
+    float sums[COUNT] = {};
     FUSEDMOE_CUDA_ROLLED
-    for (int chunk = 0; chunk < blocks_y(); chunk++) sum += load_global(call.to.parts + chunk * call.to.total + at);
-    store_global(static_cast<T*>(call.to.grads) + at, rounded<T>(sum));
+    for (int chunk = 0; chunk < blocks_y(); chunk++) {
+      const float* part = call.to.parts + chunk * call.to.total;
+      FUSEDMOE_CUDA_UNROLL
+      for (int n = 0; n < COUNT; n++)
+        if (const int64_t at = place(n); at >= 0) sums[n] += load_global(part + at);
+    }
+    FUSEDMOE_CUDA_UNROLL
+    for (int n = 0; n < COUNT; n++)
+      if (const int64_t at = place(n); at >= 0) store_global(static_cast<T*>(call.to.grads) + at, rounded<T>(sums[n]));
   }
   __device__ __forceinline__ void add_matrix(const Matrix& to) const {
+    constexpr int all = OUTPUTS * COLUMNS / THREADS, some = all < 8 ? all : 8;
+    static_assert(OUTPUTS * COLUMNS % THREADS == 0 && THREADS % COLUMNS == 0 && all % some == 0);
+    const int column = thread() % COLUMNS;
     FUSEDMOE_CUDA_ROLLED
-    for (int i = thread(); i < OUTPUTS * COLUMNS; i += THREADS) {
-      const int row = i / COLUMNS, column = i % COLUMNS;
-      if (row < to.rows && column < to.columns) add_chunks(to.first + int64_t(row) * to.distance + column);
-    }
-    if (to.bias >= 0 && thread() < to.rows) add_chunks(to.bias + thread());
+    for (int done = 0; done < all; done += some)
+      add_chunks<some>([&](int n) {
+        const int row = thread() / COLUMNS + (done + n) * (THREADS / COLUMNS);
+        return row < to.rows && column < to.columns ? to.first + int64_t(row) * to.distance + column : int64_t(-1);
+      });
+    if (to.bias >= 0 && thread() < to.rows) add_chunks<1>([&](int) { return int64_t(to.bias) + thread(); });
   }
 
   // dv of one element: the sum of its dw over the rows. Record: 1, its place among the gradients, number of terms; terms: first row of dw, tiles,
@@ -153,7 +165,7 @@ struct ParameterGradients {
       for (int other = 1; other < THREADS / 32; other++) value += sums[other];
       store(plan(record + 1), value);
     }
-    if (arrives_last() && thread() == 0) add_chunks(plan(record + 1));
+    if (arrives_last() && thread() == 0) add_chunks<1>([&](int) { return int64_t(plan(record + 1)); });
   }
   __device__ __forceinline__ float term(int term) const {
     const int64_t first = plan(term), distance = plan(term + 2);

@@ -88,6 +88,8 @@ struct Series {
     const int place = ring.step([&](int later) { copy(later); });
     // Who read what stood there has met the block since.
     if (thread() == 0) layout.ahead().next(block(), layout.known_piece(asked));
+    // A product wants the whole warp, which this thread has kept waiting.
+    sync_warp();
     return place;
   }
   __device__ __forceinline__ void copy(int place) {

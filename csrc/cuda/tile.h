@@ -46,15 +46,24 @@ __device__ __forceinline__ void copy_panel(char* to, const typename P::Number* f
     }
     return;
   }
+  constexpr int all = P::rows * P::columns, some = all % (2 * THREADS) == 0 ? 2 : 1;
   FUSEDMOE_CUDA_ROLLED
-  for (int i = thread(); i < P::rows * P::columns; i += THREADS) {
-    const int column = i % P::columns, offset = row(i / P::columns);
-    const bool live = offset >= 0 && column < columns;
-    char* at = to + i / P::columns * P::pitch + column * P::size;
-    if constexpr (P::size == 4)
-      copy_async<4>(at, live ? from + offset + column : from, live ? 4 : 0);
-    else
-      *reinterpret_cast<uint16_t*>(at) = live ? load_global(reinterpret_cast<const uint16_t*>(from + offset + column)) : uint16_t(0);
+  for (int first = thread(); first < all; first += some * THREADS) {
+    // Numbers of 16 bits, which are too few for a copy, pass through registers: several on their way at a time.
+    uint16_t numbers[some];
+    FUSEDMOE_CUDA_UNROLL
+    for (int n = 0; n < some; n++) {
+      const int i = first + n * THREADS, column = i % P::columns, offset = row(i / P::columns);
+      const bool live = offset >= 0 && column < columns;
+      if constexpr (P::size == 4) copy_async<4>(to + i / P::columns * P::pitch + column * P::size, live ? from + offset + column : from, live ? 4 : 0);
+      else numbers[n] = live ? load_global(reinterpret_cast<const uint16_t*>(from + offset + column)) : uint16_t(0);
+    }
+    if constexpr (P::size == 2)
+      FUSEDMOE_CUDA_UNROLL
+      for (int n = 0; n < some; n++) {
+        const int i = first + n * THREADS;
+        *reinterpret_cast<uint16_t*>(to + i / P::columns * P::pitch + i % P::columns * P::size) = numbers[n];
+      }
   }
 }
 

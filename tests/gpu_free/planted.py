@@ -77,7 +77,7 @@ MEMORY = {
         INTERPRETED, f"{_ACCESSES}::test_rows_beyond_32_bits", WILD,
     ),
     "rows too far apart for a chunk": Bug(
-        "operator.py", "2**31 // CHUNK", "2**31 // 64", INTERPRETED, f"{_ACCESSES}::test_rows_of_a_chunk_beyond_32_bits", WILD
+        "operator.py", "network.chunk_of(len(x)) < 2**31", "64 < 2**31", INTERPRETED, f"{_ACCESSES}::test_rows_of_a_chunk_beyond_32_bits", WILD
     ),
     "two programs at one row of softmax": Bug(
         "plan.py", "rows if len(stages) == 1 or column + columns >=", "rows if column + columns >=", INTERPRETED, _TILES, SHARED

@@ -40,9 +40,9 @@ def test_no_stack_and_no_spills():
 
 
 def test_registers_suffice_for_the_blocks_that_are_planned():
-    """128 for two blocks of eight warps a multiprocessor, or four of four."""
+    """128 for two blocks of eight warps a multiprocessor, or four of four; 85 for three of eight."""
     assert [name for name, figures in BY_NAME.items() if figures["registers"] > figures["most"]] == []
-    assert {figures["most"] for figures in BY_NAME.values()} == {128, 256}
+    assert {figures["most"] for figures in BY_NAME.values()} == {85, 128, 256}
     assert all("1 blocks" in name for (name, _), figures in BY_NAME.items() if figures["most"] > 128)
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusedmoe.casting import lowered
 from fusedmoe.codec import encode
-from fusedmoe.kernels import launch_cuda, registered, tiles, trial
+from fusedmoe.kernels import device, launch_cuda, registered, tiles, trial
 from fusedmoe.kernels.launchers import launcher
 from fusedmoe.nn import AdaTTSp
 from fusedmoe.op import fusion_network
@@ -88,6 +89,15 @@ def test_more_parameters_than_travel_with_a_launch():
     out, weights = NETWORK(given.x, given.params, table)
     wanted = expectation(given)
     assert_close({"out": out, "weights.0": weights[0]}, {name: wanted[name] for name in ("out", "weights.0")})
+
+
+def test_a_table_that_a_graph_writes_stays_as_long_as_the_call(monkeypatch):
+    """It is kept by nobody else: of a captured call what it leaves would be the next buffer's."""
+    params = [torch.randn(4) for _ in range(500)]
+    first, second = (lowered(params, torch.bfloat16) for _ in range(2))
+    launch_cuda.addresses(first, torch.device("cpu"))
+    monkeypatch.setattr(device, "capturing", lambda _: True)
+    assert launch_cuda.addresses(second, torch.device("cpu"))[0].table.tolist() == [one.data_ptr() for one in second]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -76,6 +76,15 @@ def test_chunks(chunk, dtype, form, take):
     assert all(torch.equal(first[name], second[name]) for name in wanted if first[name] is not None)
 
 
+def test_no_more_chunks_than_a_grid_takes(take, monkeypatch):
+    """They get as many rows as that needs: here 71 rows at 16 a chunk, in a grid of two."""
+    take("a launch a level", 16)
+    monkeypatch.setattr(launches, "MOST_CHUNKS", 2)
+    assert [launches.chunk_of(rows) for rows in (0, 16, 32, 33, ROWS)] == [16, 16, 16, 32, 48]
+    given, wanted = expected("whole vectors", torch.float32)
+    assert_close(evaluate(NETWORK, given), wanted)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parameters_at_odd_addresses(dtype, take):
     """Views into one buffer, as flattened parameters are: nothing is copied 16 bytes at a time."""

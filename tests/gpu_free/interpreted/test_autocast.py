@@ -1,11 +1,17 @@
 """Autocast on Triton: the call computes in autocast's dtype, as eager's linear maps do, and gradients come back in float32."""
 
+import threading
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
 
 from fusedmoe.casting import lowered
-from fusedmoe.kernels import device
+from fusedmoe.families import mmoe
+from fusedmoe.kernels import device, trial
+from fusedmoe.kernels.plan import plan_of
+from fusedmoe.kernels.program import lower
 from fusedmoe.nn import AdaTTSp
 from fusedmoe.op import fusion_network
 from fusedmoe.swap import fuse
@@ -90,21 +96,52 @@ def test_parameters_are_cast_in_one_piece(dtype):
     assert torch.equal(second, torch.ones_like(second))
 
 
-def test_new_memory_of_a_known_layout_is_not_uploaded():
-    """What a CUDA graph may not: the addresses of cast parameters are computed from the distances between them, which stay."""
+@pytest.fixture
+def no_tables(monkeypatch):
+    """As in a new process."""
+    monkeypatch.setattr(device, "_ADDRESSES", OrderedDict())
+    monkeypatch.setattr(device, "_DISTANCES", OrderedDict())
+
+
+def test_new_memory_of_a_known_layout_is_not_uploaded(no_tables):
+    """What a CUDA graph may not: the addresses of cast parameters are computed from the distances between them, which stay. What comes again is."""
     params = [torch.randn(3, 5), torch.randn(3)]
-    device.addresses(lowered(params, torch.bfloat16), params[0].device)
-    cast = lowered(params, torch.bfloat16)
-    device._ADDRESSES.clear()
-    with Operators() as operators:
-        table, even = device.addresses(cast, params[0].device)
-    assert operators.names == ["add"] and even
-    assert table.tolist() == [one.data_ptr() for one in cast]
+    casts = [lowered(params, torch.bfloat16) for _ in range(2)]
+    said = []
+    for cast in (casts[0], *[casts[1]] * 3):
+        with Operators() as operators:
+            table, even = device.addresses(cast, params[0].device)
+        assert table.tolist() == [one.data_ptr() for one in cast] and even
+        said.append(operators.names)
+    # `torch.tensor` makes one from numbers, and lifts it.
+    assert said == [["lift_fresh"] * 2, ["add"], ["lift_fresh"], []]
 
 
-def test_a_table_that_a_graph_will_write_is_not_kept(monkeypatch):
+def test_a_table_that_a_graph_will_write_is_not_kept(no_tables, monkeypatch):
+    params = [torch.randn(3, 5), torch.randn(3)]
+    first, second = (lowered(params, torch.bfloat16) for _ in range(2))
+    device.addresses(first, params[0].device)
     monkeypatch.setattr(device, "capturing", lambda _: True)
-    params = [torch.randn(3, 5), torch.randn(3)]
-    count = len(device._ADDRESSES)
-    assert device.addresses(params, params[0].device)[0].tolist() == [one.data_ptr() for one in params]
-    assert len(device._ADDRESSES) == count
+    for _ in range(2):
+        with Operators() as operators:
+            assert device.addresses(second, params[0].device)[0].tolist() == [one.data_ptr() for one in second]
+        assert operators.names == ["add"]
+
+
+def test_what_a_graph_cannot_have_is_refused(no_tables, monkeypatch):
+    """Copies from the host: the caller is told to make a call before the capture."""
+    monkeypatch.setattr(device, "capturing", lambda _: True)
+    for call in (
+        lambda: device.addresses([torch.randn(3, 5)], torch.device("cpu")),
+        lambda: device.written(plan_of(lower(mmoe(5, [[3]], 2, 7)), True, 2, 16), torch.device("cpu")),
+        lambda: trial.once(torch.device("cpu"), torch.float64, "triton"),
+    ):
+        with pytest.raises(RuntimeError, match="a CUDA graph is being captured: expected a call with this network"):
+            call()
+
+
+def test_what_stays_on_a_gpu_is_made_by_another_thread(monkeypatch):
+    """Of the memory pool that torch.compile lends to the calling one for its CUDA graphs nothing may stay."""
+    monkeypatch.setattr(device, "capturing", lambda _: False)
+    there, here = (device.kept(torch.device(name), threading.get_ident) for name in ("cuda", "cpu"))
+    assert there != threading.get_ident() == here

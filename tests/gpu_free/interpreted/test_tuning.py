@@ -280,14 +280,18 @@ def test_shipped_tiles_that_do_not_fit_raise(clock, monkeypatch):
 
 def test_a_graph_that_is_captured_takes_what_is_known(clock, monkeypatch):
     """The warm-up's choice, or the shipped one, and never the clock."""
+    given = given_of()
+    with monkeypatch.context() as shipped:
+        shipped.setattr(tuning, "enabled", lambda: False)
+        infer(given)
     monkeypatch.setattr(device, "capturing", lambda _: True)
-    infer(given_of())
+    infer(given)
     assert clock.timed == [] and tuning._CHOSEN == {}
     monkeypatch.setattr(device, "capturing", lambda _: False)
-    infer(given_of())
+    infer(given)
     monkeypatch.setattr(device, "capturing", lambda _: True)
     count = len(clock.timed)
-    infer(given_of())
+    infer(given)
     assert count > 0 and len(clock.timed) == count
 
 
