@@ -87,13 +87,15 @@ struct RowsBackward {
   __device__ __forceinline__ void readers(int reader, int count, int one, const Columns& columns, const Sums& z, Sums& dy) const {
     Sums y = z;
     activate<Up>(block, one, y);
+    Sums g;
+    load_gradient(reader, count, columns, g);
     FUSEDMOE_CUDA_ROLLED
     for (int i = 0; i < count; i++, reader += reader_size) {
       const float* p = block.softmax(plan(reader + 4));
       const float v = block.static_weight(plan(reader + 6), plan(reader + 7));
-      Sums g;
-      Up::clear(g);
-      add_tile<Up>(block.rows_of(reader, call.of.below), columns, block.live, call.stored, g);
+      // On its way while this one is added up.
+      Sums next;
+      load_gradient(reader + reader_size, count - 1 - i, columns, next);
       // Two of them take turns, so that one barrier stands between the sums of one reader and those of the next but one.
       float* parts = reinterpret_cast<float*>(shared()) + i % 2 * Up::across * ROWS;
       FUSEDMOE_CUDA_UNROLL
@@ -119,7 +121,13 @@ struct RowsBackward {
         for (int part = 0; part < Up::across; part++) sum += parts[part * ROWS + thread()];
         store_global(dw(plan(reader + 5)) + thread(), sum);
       }
+      g = next;
     }
+  }
+  // g of the first of `count` readers, or zeros of none.
+  __device__ __forceinline__ void load_gradient(int reader, int count, const Columns& columns, Sums& g) const {
+    Up::clear(g);
+    if (count > 0) add_tile<Up>(block.rows_of(reader, call.of.below), columns, block.live, call.stored, g);
   }
 
   // dy x a'(z).
