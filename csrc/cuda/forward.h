@@ -50,6 +50,7 @@ struct Forward {
       record = gates ? plan(plan(tile) + 4) + 1 : plan(tile) + group_head + 2 * call.units;
       int runs = plan(gates ? record - 1 : plan(tile) + 2);
       maps.begin({record, runs, gates ? 2 : 1 + call.units, gates}, columns(tile));
+      if (!gates && runs > 0) put_weights(parity ^= 1, weights_of(tile, record + source_size + 1));
       FUSEDMOE_CUDA_ROLLED
       for (; runs > 0; runs--) {
         int pieces = 0, count = plan(record + source_size);
@@ -57,7 +58,10 @@ struct Forward {
         FUSEDMOE_CUDA_ROLLED
         for (; count > 0; count--, record += gates ? 2 : 1 + call.units) {
           Columns outputs = gates ? reads(plan(record)) : columns(tile);
-          if (!gates) weigh(tile, record, parity ^= 1);
+          // The expert behind this one, whose weights are on their way while this one is multiplied.
+          const int after = gates ? -1 : count > 1 ? record + 1 + call.units : runs > 1 ? record + 2 + call.units + source_size : -1;
+          Part next;
+          if (after >= 0) next = weights_of(tile, after);
           FUSEDMOE_CUDA_ROLLED
           for (; outputs.live > 0; outputs.live -= COLUMNS, outputs.list += COLUMNS) {
             Sums z;
@@ -69,6 +73,7 @@ struct Forward {
             }
             activate<P>(block(), one, z);
             add(record, parity, z, mixed);
+            if (after >= 0) put_weights(parity ^= 1, next);
             break;
           }
         }
@@ -82,7 +87,7 @@ struct Forward {
     FUSEDMOE_CUDA_ROLLED
     for (int i = plan(plan(tile) + 3); i > 0; i--, record += 1 + call.units) {
       Sums z;
-      weigh(tile, record, parity ^= 1);
+      put_weights(parity ^= 1, weights_of(tile, record));
       sync_block();
       P::clear(z);
       add_tile<P>(block().rows_of(plan(record) + map_head), columns(tile), block().live, call.aligned, z);
@@ -148,16 +153,28 @@ struct Forward {
     }
   }
 
-  // w [UNITS, ROWS] = p + v of one expert in every unit that reads it, to shared memory, where the next barrier lets others see it. What was there is
-  // of the expert before the last one: it is not read any more. Asked for in front of the expert's product, which hides the way of one number
-  // of the plan to the next.
-  __device__ __forceinline__ void weigh(int tile, int record, int parity) const {
-    FUSEDMOE_CUDA_ROLLED
-    for (int i = thread(); i < call.units * ROWS; i += THREADS) {
-      const int u = i / ROWS, row = i % ROWS, read = plan(record + 1 + u);
+  // w [UNITS, ROWS] = p + v of one expert in every unit that reads it: what each thread brings of it. Added later: who adds must wait for both.
+  static constexpr int turns = (UNITS * ROWS + THREADS - 1) / THREADS;
+  struct Part {
+    float p[turns], v[turns];
+  };
+  __device__ __forceinline__ Part weights_of(int tile, int record) const {
+    Part part;
+    FUSEDMOE_CUDA_UNROLL
+    for (int turn = 0; turn < turns; turn++) {
+      const int i = turn * THREADS + thread(), u = i / ROWS, row = i % ROWS, read = u < call.units ? plan(record + 1 + u) : -1;
+      part.p[turn] = part.v[turn] = 0.0f;
       if (read < 0 || row >= block().live) continue;
-      weights(parity)[i] = load_global(softmax(tile, u, read) + row) + block().static_weight(unit(tile, u), read);
+      part.p[turn] = load_global(softmax(tile, u, read) + row);
+      part.v[turn] = block().static_weight(unit(tile, u), read);
     }
+    return part;
+  }
+  // To shared memory, where the next barrier lets others see it. What was there is of the expert before the last one: it is not read any more.
+  __device__ __forceinline__ void put_weights(int parity, const Part& part) const {
+    FUSEDMOE_CUDA_UNROLL
+    for (int turn = 0; turn < turns; turn++)
+      if (const int i = turn * THREADS + thread(); i < UNITS * ROWS) weights(parity)[i] = part.p[turn] + part.v[turn];
   }
   __device__ __forceinline__ float* weights(int parity) const { return reinterpret_cast<float*>(layout.a(layout.panels)) + parity * UNITS * ROWS; }
 

@@ -135,7 +135,7 @@ FORMULAS = {
         "forward.h", "+ group_head + call.units + u) + read)", "+ group_head + call.units) + read)", _BFLOAT16, "plain", _WHOLE, NUMBERS
     ),
     "static weights left out": Bug(
-        "forward.h", " + row) + block().static_weight(unit(tile, u), read);", " + row);", _FLOAT32, "plain", _FEATURES, WRONG
+        "forward.h", "part.p[turn] + part.v[turn]", "part.p[turn]", _FLOAT32, "plain", _FEATURES, WRONG
     ),
     "what is not seen has weight": Bug("forward.h", "plan(outputs.list + read) < 0 ? -INFINITY : value", "value", _FLOAT32, "plain", _FEATURES, WRONG),
     "terms of the softmax's gradient exchanged": Bug(
