@@ -9,17 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent.parent
+from ..cuda_on_cpu import run
+
 NO_DRIVER = r"cudaError(InsufficientDriver|NoDevice) \(.+\)"
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> Path:
-    """The folder of the extension, for one architecture, whose code PTX shares: all four take minutes."""
-    folder = tmp_path_factory.mktemp("cuda")
+def built() -> Path:
+    """The folder of the extension, for one architecture, whose code PTX shares: all four take minutes. Workers share its objects, so one builds it."""
+    folder = run.ROOT / "build" / "cuda-extension"
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(folder)]
-    result = subprocess.run(command, cwd=ROOT, env={**os.environ, "FUSEDMOE_BUILD": "cuda", "FUSEDMOE_CUDA_ARCHS": "80"}, capture_output=True, text=True)
+    with run.alone(folder):
+        environment = {**os.environ, "FUSEDMOE_BUILD": "cuda", "FUSEDMOE_CUDA_ARCHS": "80"}
+        result = subprocess.run(command, cwd=run.ROOT, env=environment, capture_output=True, text=True)
     if "building needs nvcc" in result.stderr:
         pytest.skip("cuda: expected nvcc, found none")
     assert result.returncode == 0, result.stderr
@@ -29,7 +32,7 @@ def built(tmp_path_factory) -> Path:
 def said_by(built: Path, program: str) -> str:
     """What a program prints that has imported the extension as `_cuda`."""
     load = f"import sys, torch, fusedmoe; fusedmoe.__path__.append({str(built)!r}); from fusedmoe import _cuda; "
-    result = subprocess.run([sys.executable, "-c", load + program], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", load + program], cwd=run.ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
