@@ -65,6 +65,10 @@ def written(plan: Plan | BackwardPlan, device: torch.device) -> tuple[Tensor, Te
     return kept(device, lambda: tuple(torch.tensor(numbers, dtype=dtype, device=device) for numbers, dtype in (ints, floats)))
 
 
+def _uploaded(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
+    return kept(device, lambda: torch.tensor(numbers, dtype=torch.int64, device=device))
+
+
 def _remember(tables: OrderedDict[Key, Made], key: Key, one: Made) -> Made:
     """Keep one of the last TABLES that were asked for."""
     tables.pop(key, None)
@@ -83,10 +87,6 @@ def addresses(params: Sequence[Tensor], device: torch.device) -> tuple[Tensor, b
 
     Raises: RuntimeError, as `before_capture`, for distances that are new.
     """
-
-    def uploaded(numbers: tuple[int, ...]) -> Tensor:
-        return kept(device, lambda: torch.tensor(numbers, dtype=torch.int64, device=device))
-
     numbers = tuple(p.data_ptr() for p in params) or (0,)
     key = device, numbers
     seen, found = key in _ADDRESSES, _ADDRESSES.get(key)
@@ -97,6 +97,6 @@ def addresses(params: Sequence[Tensor], device: torch.device) -> tuple[Tensor, b
         if distances is not None and (not seen or capturing(device)):
             _remember(_ADDRESSES, key, None)
             return distances + numbers[0], even
-        _remember(_DISTANCES, between, uploaded(between[1]) if distances is None else distances)
-        found = uploaded(numbers), even
+        _remember(_DISTANCES, between, _uploaded(*between) if distances is None else distances)
+        found = _uploaded(*key), even
     return _remember(_ADDRESSES, key, found)
