@@ -9,10 +9,9 @@ from torch import nn
 
 from fusedmoe.adapters import adatt_library
 from fusedmoe.adapters.conditions import require_fusable
-from fusedmoe.adapters.forward import FusedForward, Match, whole
+from fusedmoe.adapters.forward import FusedForward, Match, one_per_task, whole
 from fusedmoe.adapters.probe import require_agreement
 from fusedmoe.nn.binding import Binding
-from fusedmoe.nn.fused import one_per_task
 from fusedmoe.nn.wiring import Unfusable, Wiring
 
 Adapter = Callable[[nn.Module], Wiring | Match | None]

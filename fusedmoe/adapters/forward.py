@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fusedmoe.nn.binding import Binding
 from fusedmoe.nn.wiring import Unfusable, Wiring
+from fusedmoe.outputs import per_task
 
 CURE = "fusedmoe.unfuse(model) runs it as it is, fusedmoe.fuse(model) looks at it anew"
 
@@ -17,6 +18,12 @@ CURE = "fusedmoe.unfuse(model) runs it as it is, fusedmoe.fuse(model) looks at i
 def whole(out: Tensor) -> Tensor:
     """Return the output of the network as the module's: [B, T, H]."""
     return out
+
+
+def one_per_task(out: Tensor) -> list[Tensor]:
+    """Return a list of T outputs [B, O] from [B, T, O]. Named as a match's `returns` it asks the operator itself for them, so that the
+    tower of a task that a loss leaves out has no gradient."""
+    return per_task(out)
 
 
 class Match(NamedTuple):
@@ -65,6 +72,8 @@ class FusedForward:
         if isinstance(x, Tensor) and x.dim() != self.rank:
             expected = f"[B, {table.width}]" if self.rank == 2 else f"[B, {table.slots}, {table.width}]"
             raise ValueError(f"{self._name()}.forward: expected {self.argument} {expected}, got {list(x.shape)}")
+        if self.returns is one_per_task:
+            return self.binding.run(x, self.backend, recompute=self.recompute, tasks_apart=True)
         return self.returns(self.binding.run(x, self.backend, recompute=self.recompute))
 
     @property

@@ -21,6 +21,7 @@ from fusedmoe.backends import EXTENSION as WATCH
 from fusedmoe.nn.frozen import Frozen
 from fusedmoe.nn.wiring import Unfusable, Wiring
 from fusedmoe.op import fusion_network
+from fusedmoe.outputs import per_task
 from fusedmoe.table import Table
 
 HOOKS = {
@@ -132,14 +133,14 @@ class Binding:
         missing = [key for key, (parameters, leaf) in zip(self.keys, self._places, strict=True) if not isinstance(parameters.get(leaf), Tensor)]
         return _missing(missing[0]) if missing else None
 
-    def run(self, x: Tensor, backend: str = "auto", return_mixing_weights: bool = False, recompute: bool = False):
+    def run(self, x: Tensor, backend: str = "auto", return_mixing_weights: bool = False, recompute: bool = False, tasks_apart: bool = False):
         """Return `fusion_network` over the module's parameters.
 
         Args:
             x: [B, D] or [B, S, D].
             backend: a name, or "auto".
             return_mixing_weights: also return the mixing weights of every level.
-            recompute: keep less for backward, as `fusion_network` has it.
+            recompute, tasks_apart: as `fusion_network` has them.
 
         Raises: RuntimeError if the module's inside was changed since it was bound; as `Frozen.run` if it is frozen.
 
@@ -150,9 +151,9 @@ class Binding:
         if self.frozen is not None and not return_mixing_weights and not torch.compiler.is_compiling():
             out = self._run_frozen(x, backend)
             if out is not None:
-                return out
+                return per_task(out) if tasks_apart else out
         try:
-            return fusion_network(x, self.tensors(), self.table, backend, return_mixing_weights, recompute)
+            return fusion_network(x, self.tensors(), self.table, backend, return_mixing_weights, recompute, tasks_apart)
         except TypeError:
             # A parameter set to None is not looked for at every call: the operator refuses it.
             change = self.change()

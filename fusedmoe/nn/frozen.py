@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fusedmoe.backends import choose, transforming
-from fusedmoe.op import check
+from fusedmoe.checks import check
 from fusedmoe.packed import pack, runner
 from fusedmoe.table import Table
 

@@ -58,9 +58,3 @@ class Fused:
         if "_binding" not in self.__dict__:
             self._binding = Binding(self, type(self).wiring(self))
         return self._binding
-
-
-def one_per_task(out: torch.Tensor) -> list[torch.Tensor]:
-    """Return a list of T outputs [B, O] from [B, T, O]."""
-    # Not unbind: its views refuse the in-place operations that the module's own outputs allow.
-    return [out.select(1, t) for t in range(out.shape[1])]
