@@ -114,3 +114,22 @@ def test_a_loss_on_the_mixing_weights_of_a_level(name, backend):
             assert (got is None) == (wanted is None), parameter
             if wanted is not None:
                 torch.testing.assert_close(got, wanted, msg=lambda text, parameter=parameter: f"{parameter}: {text}")
+
+
+def test_distributed_data_parallel_leaves_unused_towers_alone():
+    """`find_unused_parameters`: what got no gradient in any process is not stepped."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for plain, fused in pairs("att_sp"):
+            for model in (plain, fused):
+                parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+                steps = torch.optim.AdamW(parallel.parameters(), lr=0.01)
+                generator = torch.Generator().manual_seed(1)
+                for step in range(6):
+                    steps.zero_grad()
+                    parallel(torch.randn(9, 12, dtype=torch.float64, generator=generator))[step % TASKS].square().mean().backward()
+                    steps.step()
+            for (name, p), q in zip(plain.named_parameters(), fused.parameters(), strict=True):
+                torch.testing.assert_close(q, p, msg=lambda text, name=name: f"{name}: {text}")
+    finally:
+        torch.distributed.destroy_process_group()
