@@ -8,10 +8,8 @@ from torch import nn
 
 import fusedmoe
 from fusedmoe import nn as fused_nn
-from fusedmoe.functional import fusion_network
-from fusedmoe.reference import operator as reference
 from fusedmoe.reference.layers.central import BACKBONES, ArchInputs, CentralTaskArch, MtlConfigs
-from fusedmoe.testing import cases, problem
+from fusedmoe.testing import cases
 
 TASKS = 3
 CASES = cases()
@@ -94,26 +92,6 @@ def test_outputs_of_tasks_may_be_changed_in_place():
             first.sigmoid_()
             (first.sum() + second.square().sum()).backward()
         assert_alike(plain, fused)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("name", ["adatt_sp-odd", "ple-odd", "ml_mmoe-odd", "cross_stitch-odd", "every_feature"])
-def test_a_loss_on_the_mixing_weights_of_a_level(name, backend):
-    """They depend on gates and static weights, and on what gates select, never on the experts that they weigh; a level sees none above it."""
-    given = problem(CASES[name], torch.float64)
-    assert given.table.parameters
-    for level in range(len(given.table.levels)):
-        x, params = given.x.clone().requires_grad_(), [p.clone().requires_grad_() for p in given.params]
-        _, weights = fusion_network(x, params, given.table, backend=backend, return_mixing_weights=True)
-        grads = torch.autograd.grad(weights[level].square().sum(), [x, *params], allow_unused=True)
-        plain_x, plain = given.x.clone().requires_grad_(), [p.clone().requires_grad_() for p in given.params]
-        # Plain PyTorch, differentiated by autograd.
-        _, weights = reference.forward(plain_x, plain, given.table)
-        expected = torch.autograd.grad(weights[level].square().sum(), [plain_x, *plain], allow_unused=True)
-        for parameter, got, wanted in zip(["x", *(p.name for p in given.table.parameters)], grads, expected, strict=True):
-            assert (got is None) == (wanted is None), parameter
-            if wanted is not None:
-                torch.testing.assert_close(got, wanted, msg=lambda text, parameter=parameter: f"{parameter}: {text}")
 
 
 def test_distributed_data_parallel_leaves_unused_towers_alone():
