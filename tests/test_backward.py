@@ -16,7 +16,7 @@ from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 from fusedmoe.testing import Case, assert_close, bound, cases, error, problem
 
-from .test_parity import ALONE, BACKENDS
+from .test_parity import BACKENDS
 
 TABLES = {
     "adatt_sp": adatt_sp(12, [[8], [8]], 3, 2, activation="silu", towers=(4, 1)),
@@ -25,7 +25,7 @@ TABLES = {
 WEIGHTS = {name: cases()[name].table for name in ("adatt_sp-odd", "ple-odd", "ml_mmoe-odd", "cross_stitch-odd", "every_feature")}
 # Plain PyTorch promises no bits, and says in its own words what it lacks.
 KERNELS = [name for name in BACKENDS if name != "reference"]
-DTYPE = torch.float32 if ALONE else torch.float64
+DTYPE = torch.float32
 BYTES = "expected a storage of [0-9]+ bytes or more, got one of [0-9]+"
 
 Loss = Callable[[list[Tensor], tuple[Tensor, ...]], Tensor]
