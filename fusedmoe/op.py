@@ -70,7 +70,7 @@ def fusion_network(
         check(x, params, table)
     params = list(params)
     # Short for the device that has least time to lose.
-    if torch.is_autocast_enabled("cpu") if x.is_cpu else torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled("cpu") if x.is_cpu else _autocasts(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = _lower_dtype(x, params, backend)
         with _without_autocast(x):
             if dtype is None:
@@ -132,9 +132,18 @@ def _lower_dtype(x: Tensor, params: list[Tensor], backend: str) -> torch.dtype |
     return dtype if dtype in (torch.bfloat16, torch.float16) and lowers(choose(backend, x.device, dtype), dtype) else None
 
 
+def _autocasts(kind: str) -> bool:
+    """Whether devices of a kind have autocast; torch raises where one asks those that have none whether it is on."""
+    return torch.amp.is_autocast_available(kind)
+
+
+# torch.compile of 2.11 cannot trace into it: it is called while tracing, and its answer is a constant (as in `backends.py`).
+_autocasts._dynamo_marked_constant = True
+
+
 def _without_autocast(x: Tensor):
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -107,6 +107,21 @@ def test_compiled_with_aot_autograd():
     assert all((a is None and plain[name] is None) or torch.equal(a, plain[name]) for name, a in ours.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_compiled_under_autocast(dtype):
+    """Autocast's questions are traced too: what it lowers, what it leaves, and the backward, which computes outside it."""
+    torch._dynamo.reset()
+    given = start("ple-odd", dtype, rows=9)
+
+    def under_autocast(*arguments):
+        with torch.autocast("cpu", torch.bfloat16):
+            return fused(*arguments)
+
+    compiled = torch.compile(under_autocast, fullgraph=True, dynamic=True, backend="aot_eager")
+    ours, plain = evaluate(compiled, given), evaluate(under_autocast, given)
+    assert all((a is None and plain[name] is None) or torch.equal(a, plain[name]) for name, a in ours.items())
+
+
 GOOD = ple(4, [[3]], 2, 1, 1)
 
 
