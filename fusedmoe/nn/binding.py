@@ -171,7 +171,7 @@ class Binding:
         frozen = self.frozen
         if frozen is not None and not return_mixing_weights:
             require_serving(self.module, x, self.tensors)
-            out = None if torch.compiler.is_compiling() else self._run_frozen(frozen, x, backend)
+            out = self._run_frozen(frozen, x, backend)
             if out is not None:
                 return out
         try:
@@ -191,6 +191,9 @@ class Binding:
 
     def _run_frozen(self, frozen: Frozen, x: Tensor, backend: str) -> Tensor | None:
         """Return the output from packed parameters, or None where they cannot give it; thaw the module if they are outdated."""
+        # Asked here: after a graph break torch.compile may begin with this very function.
+        if torch.compiler.is_compiling():
+            return None
         if backend == frozen.backend and frozen.holds():
             return frozen.run(x)
         with _FREEZING:
