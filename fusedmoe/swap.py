@@ -234,7 +234,7 @@ def _fused(module: nn.Module) -> tuple[str, str, Binding] | None:
     forward = _forward_of(module)
     if forward:
         return forward.family, forward.backend, forward.binding
-    return (type(module).wiring.__name__, module.backend, module._binding) if isinstance(module, Fused) else None
+    return (type(module).wiring.__name__, module.backend, module.bind()) if isinstance(module, Fused) else None
 
 
 def _wrapper(module: nn.Module) -> str:

@@ -55,6 +55,7 @@ class Fused:
 
         Raises: Unfusable if the module was changed inside before it was bound.
         """
-        if "_binding" not in self.__dict__:
+        # A shallow copy comes with the binding of the original.
+        if "_binding" not in self.__dict__ or not self._binding.binds(self):
             self._binding = Binding(self, type(self).wiring(self))
         return self._binding
