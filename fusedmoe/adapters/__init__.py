@@ -9,7 +9,7 @@ from torch import nn
 
 from fusedmoe.adapters import adatt_library
 from fusedmoe.adapters.conditions import require_fusable
-from fusedmoe.adapters.forward import FusedForward, Match, whole
+from fusedmoe.adapters.forward import FusedForward, Match, installed, on_instance, runs_the_class, whole
 from fusedmoe.adapters.probe import require_agreement
 from fusedmoe.nn.binding import Binding
 from fusedmoe.nn.fused import one_per_task
@@ -128,4 +128,16 @@ def _name(adapter: Adapter) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-__all__ = ["FusedForward", "Match", "Unfusable", "Wiring", "one_per_task", "recognise", "register_adapter", "whole"]
+__all__ = [
+    "FusedForward",
+    "Match",
+    "Unfusable",
+    "Wiring",
+    "installed",
+    "on_instance",
+    "one_per_task",
+    "recognise",
+    "register_adapter",
+    "runs_the_class",
+    "whole",
+]
