@@ -9,6 +9,7 @@ from torch import nn
 
 from fusedmoe.adapters import adatt_library
 from fusedmoe.adapters.conditions import require_fusable
+from fusedmoe.adapters.extent import require_small
 from fusedmoe.adapters.forward import FusedForward, Match, installed, on_instance, runs_the_class, whole
 from fusedmoe.adapters.probe import require_agreement
 from fusedmoe.nn.binding import Binding
@@ -105,7 +106,8 @@ def _recognise_library(module: nn.Module) -> Match | None:
 
 
 def _require_exact(module: nn.Module, match: Match) -> None:
-    # Shapes first: their messages are clearer than the probe's.
+    # Before anything is copied; then shapes: their messages are clearer than the probe's.
+    require_small(module, match.wiring.keys)
     Binding(module, match.wiring)
     require_agreement(module, match)
 
