@@ -111,6 +111,10 @@ class Binding:
         """Whether `module` is the one: not a shallow copy of it, or another that was given its forward."""
         return self._module() is module
 
+    def contains(self, module: nn.Module) -> bool:
+        """Whether `module` is one inside the bound one, whose forward is not run."""
+        return any(inner is module for inner in self._inner)
+
     def tensors(self) -> list[Tensor]:
         """Return the parameters as they are at this moment, in the order of `table.parameters`.
 
