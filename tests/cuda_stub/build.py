@@ -1,6 +1,6 @@
 """Build the stub of CUDA's driver, and say what a process needs in its environment to run on it.
 
-    eval "$(python tests/cuda_stub/build.py)"
+eval "$(python tests/cuda_stub/build.py)"
 """
 
 from __future__ import annotations
