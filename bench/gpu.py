@@ -55,11 +55,11 @@ class Run:
             self.keep(found["key"], found["result"])
 
     def keep(self, key: str, result: dict) -> None:
-        self.record["results"][key] = result
+        self.record["results"][key] = result | {"took": round(time.monotonic() - self.case_began, 1)}
         self.record["seconds"] = round(time.monotonic() - self.began, 1)
         self.case = None
         self.book.save()
-        self.say(f"[{self.letter}] {key}: {json.dumps(result)[:400]}")
+        self.say(f"[{self.letter}] {key}: {json.dumps(self.record['results'][key])[:400]}")
 
     def left(self) -> float:
         """Seconds until the part's limit, or that of its case."""
@@ -111,7 +111,7 @@ def one_process(run: Run, command: Sequence[str], environment: dict[str, str]) -
 
 def run_part(run: Run, environment: dict[str, str]) -> str:
     """Run a part to its end, or to its limit; return its status."""
-    command = [sys.executable, str(FOLDER / "gpu_cases.py"), run.letter, str(run.book.path)]
+    command = [sys.executable, str(FOLDER / "gpu_cases.py"), run.part.module, run.letter, str(run.book.path)]
     while True:
         before = len(run.record["results"])
         ended = one_process(run, command, environment)
@@ -129,6 +129,11 @@ def run_part(run: Run, environment: dict[str, str]) -> str:
             return f"failed: {ended}, before any case"
 
 
+def failed(result: dict) -> bool:
+    """Whether a case, or an arm of it, ended in an error."""
+    return "error" in result or any("error" in arm for arm in result.get("arms", {}).values())
+
+
 def run_parts(letters: Sequence[str], book: Book, log: TextIO, environment: dict[str, str], resume: bool) -> bool:
     """Run parts one after another; return whether all of their cases ended well."""
     well = True
@@ -139,7 +144,7 @@ def run_parts(letters: Sequence[str], book: Book, log: TextIO, environment: dict
         run.record["status"] = run_part(run, environment)
         run.record["seconds"] = round(time.monotonic() - run.began, 1)
         book.save()
-        faults = [key for key, result in run.record["results"].items() if "error" in result]
+        faults = [key for key, result in run.record["results"].items() if failed(result)]
         run.say(f"[{letter}] {run.record['status']}, {run.record['seconds']} s; {len(run.record['results'])} cases, {len(faults)} failed")
         well &= run.record["status"] == "done" and not faults
     return well

@@ -1,6 +1,6 @@
 """The process of one part of `make gpu`: its cases one after another, each told to the parent as it begins and ends.
 
-    python bench/gpu_cases.py LETTER JSON
+    python bench/gpu_cases.py MODULE LETTER JSON
 
 A case that raises costs itself alone. One that leaves the device unusable ends the process, and the parent starts another for the cases behind it.
 """
@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from gpu_book import Book
-from gpu_parts import LOST, PARTS
+from gpu_parts import LOST
+
+# Whether a case left something in this process that the cases behind it must not meet.
+spoilt = False
 
 
 class Skipped(Exception):
@@ -44,8 +46,10 @@ def tell(descriptor: int, **event: object) -> None:
 
 def device_is_lost() -> bool:
     """Whether the device takes no more work: an error that its kernels met stays for the life of the process."""
+    torch = sys.modules.get("torch")
     try:
-        torch.cuda.synchronize()
+        if torch:
+            torch.cuda.synchronize()
     except RuntimeError:
         return True
     return False
@@ -70,17 +74,17 @@ def run(cases: Iterable[Case], done: set[str], descriptor: int) -> int:
         tell(descriptor, begin=case.key)
         result = outcome(case)
         tell(descriptor, key=case.key, result=result)
-        if "error" in result and device_is_lost():
+        if spoilt or ("error" in result and device_is_lost()):
             return LOST
     return 0
 
 
 def main() -> int:
     """Run the cases of one part."""
-    letter, path = sys.argv[1:]
+    module, letter, path = sys.argv[1:]
     descriptor, book = int(os.environ["GPU_EVENTS"]), Book(Path(path)).content
     try:
-        cases = importlib.import_module(PARTS[letter].module).cases(book)
+        cases = importlib.import_module(module).cases(book)
         return run(cases, set(book["parts"][letter]["results"]), descriptor)
     except Skipped as reason:
         tell(descriptor, skip=str(reason))
@@ -90,4 +94,8 @@ def main() -> int:
 if __name__ == "__main__":
     # Parts import this module by its name, and must meet the same classes.
     sys.modules["gpu_cases"] = sys.modules["__main__"]
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Compilers that PyTorch started may keep it waiting at its end, for minutes.
+    os._exit(status)

@@ -67,6 +67,7 @@ def times(results: dict[str, dict]) -> list[str]:
         arms = groups.setdefault((cell["layer"], cell["mode"], cell["dtype"]), {})
         for arm, found in result["arms"].items():
             text = f"{number(found['device_ms'])} / {number(found['host_us'])}" if "device_ms" in found else "failed"
+            text = f"{text} (wrong)" if "device_ms" in found and "error" in found else text
             # Eager and ours are in several cases of a cell: the one with most arms came first.
             arms.setdefault(arm, {}).setdefault(cell["rows"], text)
     lines = []

@@ -53,7 +53,7 @@ def compiled_arms(subject: Subject, backends: list[str], compiler: str) -> Arms:
 def time_cell(cell: Cell, arms: Callable[[Subject], Arms]) -> dict:
     """Check and time the arms of a cell."""
     subject = Subject(cell)
-    return {"cell": cell._asdict(), "arms": measured(arms(subject), *subject.truth())}
+    return {"cell": cell._asdict(), "arms": measured(arms(subject), *subject.expected())}
 
 
 def tiers() -> list[tuple[str, str, tuple[int, ...]]]:

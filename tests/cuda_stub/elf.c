@@ -106,7 +106,9 @@ bool describe_kernel(const void* image, Kernel* kernel) {
     if (!section(image, ".text.", kernel->name)) return false;
     const Elf64_Shdr* shared = section(image, ".nv.shared.", kernel->name);
     kernel->parameters = 0;
-    kernel->static_shared = shared ? (int)shared->sh_size : 0;
+    // The section holds what the system reserves too, which counts against no limit of a block.
+    int reserved = device_attribute(CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK), found = shared ? (int)shared->sh_size : 0;
+    kernel->static_shared = found > reserved ? found - reserved : 0;
     each_attribute(image, section(image, ".nv.info.", kernel->name), take_own, kernel);
     each_attribute(image, section(image, ".nv.info", ""), take_common, kernel);
     return true;

@@ -14,6 +14,8 @@ int allowed_shared(const Kernel* kernel) {
 
 // Return why a driver would refuse these sizes, or NULL.
 static const char* fault(const Kernel* kernel, const CUlaunchConfig* c) {
+    const char* named = getenv("STUB_CUDA_REFUSE");
+    if (named && *named && strstr(kernel->name, named)) return "STUB_CUDA_REFUSE names it";
     if (!known_context()) return "no current context";
     if (!c->gridDimX || !c->gridDimY || !c->gridDimZ) return "a grid of nothing";
     if (c->gridDimX > 2147483647u || c->gridDimY > 65535 || c->gridDimZ > 65535) return "a grid beyond 2147483647 x 65535 x 65535";
@@ -34,14 +36,29 @@ static int cluster_of(const CUlaunchConfig* c) {
     return 1;
 }
 
+// Count the addresses among the parameters: those of live memory, and those that point where memory was, or, alone in a parameter, at no memory.
+static void count_addresses(const Kernel* kernel, void** params, int* live, int* stray) {
+    for (int i = 0; params && i < kernel->parameters; i++)
+        for (int at = 0; at + 8 <= kernel->sizes[i]; at += 8) {
+            CUdeviceptr word;
+            memcpy(&word, (char*)params[i] + at, 8);
+            bool found = memory_is_live(word), address = kernel->sizes[i] == 8 && word >> 40 && word < 1ull << 47;
+            *live += found, *stray += !found && (address || memory_is_stray(word));
+        }
+}
+
 // Return the launch as a line of JSON, which the caller frees. Parameters are their bytes in hexadecimal, or null where the code does not tell sizes.
 static char* line_of(const Kernel* kernel, const CUlaunchConfig* c, void** params, const char* why) {
     size_t bytes = 0;
+    int live = 0, stray = 0;
     for (int i = 0; i < kernel->parameters; i++) bytes += kernel->sizes[i];
+    count_addresses(kernel, params, &live, &stray);
     char *line = malloc(1024 + strlen(kernel->name) + 2 * bytes + 8 * MOST_PARAMETERS), *end = line;
-    end += sprintf(end, "{\"launch\": \"%s\", \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], \"shared\": %u, \"static_shared\": %d, ", kernel->name, c->gridDimX,
-                   c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ, c->sharedMemBytes, kernel->static_shared);
-    end += sprintf(end, "\"cluster\": %d, \"stream\": %llu, \"refused\": ", cluster_of(c), stream_of(c->hStream)->id);
+    end += sprintf(end, "{\"launch\": \"%s\", \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], ", kernel->name, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX,
+                   c->blockDimY, c->blockDimZ);
+    end += sprintf(end, "\"shared\": %u, \"static_shared\": %d, \"cluster\": %d, ", c->sharedMemBytes, kernel->static_shared, cluster_of(c));
+    const Stream* stream = stream_of(c->hStream);
+    end += sprintf(end, "\"stream\": %lld, \"live\": %d, \"stray\": %d, \"refused\": ", stream ? (long long)stream->id : -1, live, stray);
     end += why ? sprintf(end, "\"%s\", \"parameters\": ", why) : sprintf(end, "null, \"parameters\": ");
     if (kernel->parameters < 0 || !params) return memcpy(end, "null}", 6), line;
     *end++ = '[';
@@ -57,7 +74,7 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction functi
     (void)extra;
     if (!function) return refuse(CUDA_ERROR_INVALID_HANDLE, "launch of no kernel");
     const Kernel* kernel = (const Kernel*)function;
-    const char* why = fault(kernel, config);
+    const char* why = stream_of(config->hStream) ? fault(kernel, config) : "no such stream";
     char* line = line_of(kernel, config, params, why);
     if (why || !graph_takes(stream_of(config->hStream), line)) log_line(line);
     free(line);

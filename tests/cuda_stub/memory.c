@@ -1,15 +1,21 @@
 // Device memory is pages of the host that nobody has touched: readable by its address, and free until written.
+#define _GNU_SOURCE
 #include "stub.h"
 
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
+// All of it lies in one range, whose addresses no two small integers side by side look like: what points into it and at nothing live is stray.
+static const CUdeviceptr RANGE = 0x6a0000000000, RANGE_END = 0x6c0000000000;
+// An address is given out again only when the whole range was: a freed tensor's stays dead.
+static CUdeviceptr following = 0x6a0000000000;
+static const size_t PAGE = 4096, MEMORY = 80ull << 30;
+
 typedef struct Block { CUdeviceptr begin; size_t bytes; bool host; struct Block* next; } Block;
 static Block* blocks;
 static size_t taken;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static const size_t MEMORY = 80ull << 30;
 
 static Block* find(CUdeviceptr address) {
     for (Block* block = blocks; block; block = block->next)
@@ -24,18 +30,33 @@ bool memory_is_live(CUdeviceptr address) {
     return found;
 }
 
+bool memory_is_stray(CUdeviceptr address) { return address >= RANGE && address < RANGE_END && !memory_is_live(address); }
+
+// Map fresh pages behind the last ones.
+static void* pages_of(size_t bytes) {
+    for (int tries = 0; tries < 1 << 20; tries++) {
+        if (following + bytes + PAGE > RANGE_END) following = RANGE;
+        void* pages = mmap((void*)following, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
+        // One page stays between two blocks, so that the end of one is not the begin of another.
+        following += ((pages == MAP_FAILED ? 0 : bytes) + 2 * PAGE - 1) / PAGE * PAGE;
+        if (pages != MAP_FAILED) return pages;
+    }
+    return MAP_FAILED;
+}
+
 static CUresult take(CUdeviceptr* address, size_t bytes, bool host) {
     if (bytes == 0) return CUDA_ERROR_INVALID_VALUE;
-    if (!host && taken + bytes > MEMORY) return CUDA_ERROR_OUT_OF_MEMORY;
-    void* pages = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (pages == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
-    Block* block = malloc(sizeof *block);
     pthread_mutex_lock(&lock);
-    *block = (Block){(CUdeviceptr)pages, bytes, host, blocks};
-    blocks = block;
-    taken += host ? 0 : bytes;
+    void* pages = !host && taken + bytes > MEMORY ? MAP_FAILED : pages_of(bytes);
+    if (pages != MAP_FAILED) {
+        Block* block = malloc(sizeof *block);
+        *block = (Block){(CUdeviceptr)pages, bytes, host, blocks};
+        blocks = block;
+        taken += host ? 0 : bytes;
+        *address = block->begin;
+    }
     pthread_mutex_unlock(&lock);
-    return *address = (CUdeviceptr)pages, CUDA_SUCCESS;
+    return pages == MAP_FAILED ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
 }
 
 CUdeviceptr memory_take(size_t bytes) {

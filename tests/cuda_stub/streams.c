@@ -10,17 +10,28 @@ typedef struct Event { struct timespec at; bool recorded, timed; } Event;
 typedef struct Graph { char** lines; size_t count; unsigned long long id; } Graph;
 
 static Stream legacy = {.id = 0};
-static unsigned long long streams, graphs;
+// Streams stay where they are once made, as PyTorch's do: a handle is known by its address.
+static Stream* streams = &legacy;
+static unsigned long long graphs;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
-Stream* stream_of(CUstream stream) { return stream && stream != CU_STREAM_LEGACY && stream != CU_STREAM_PER_THREAD ? (Stream*)stream : &legacy; }
+Stream* stream_of(CUstream stream) {
+    if (!stream || stream == CU_STREAM_LEGACY || stream == CU_STREAM_PER_THREAD) return &legacy;
+    Stream* found = streams;
+    while (found && found != (Stream*)stream) found = found->next;
+    return found;
+}
 
 EXPORT CUresult cuStreamCreateWithPriority(CUstream* out, unsigned flags, int priority) {
     Stream* stream = calloc(1, sizeof *stream);
-    stream->id = __sync_add_and_fetch(&streams, 1), stream->flags = flags, stream->priority = priority;
+    pthread_mutex_lock(&lock);
+    *stream = (Stream){.id = streams->id + 1, .flags = flags, .priority = priority, .next = streams};
+    streams = stream;
+    pthread_mutex_unlock(&lock);
     return *out = (CUstream)stream, CUDA_SUCCESS;
 }
 EXPORT CUresult cuStreamCreate(CUstream* out, unsigned flags) { return cuStreamCreateWithPriority(out, flags, 0); }
-EXPORT CUresult cuStreamDestroy(CUstream stream) { return free(stream), CUDA_SUCCESS; }
+EXPORT CUresult cuStreamDestroy(CUstream stream) { return stream_of(stream) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_HANDLE; }
 EXPORT CUresult cuStreamQuery(CUstream stream) { return stream_of(stream)->capture ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : CUDA_SUCCESS; }
 EXPORT CUresult cuStreamSynchronize(CUstream stream) { return cuStreamQuery(stream); }
 EXPORT CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned flags) { return (void)stream, (void)event, (void)flags, CUDA_SUCCESS; }

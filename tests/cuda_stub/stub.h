@@ -36,11 +36,13 @@ typedef struct Stream {
     unsigned long long id;
     unsigned flags;
     int priority;
+    struct Stream* next;
     struct Graph* capture;
 } Stream;
 
 // memory.c
 bool memory_is_live(CUdeviceptr address);
+bool memory_is_stray(CUdeviceptr address);
 CUdeviceptr memory_take(size_t bytes);
 // elf.c: the cubin for this device in a cubin or a fat binary, NULL where it cannot be unpacked; what it says of a kernel, false where it has none.
 const void* image_of(const void* data);
@@ -49,7 +51,7 @@ size_t size_of_symbol(const void* image, const char* name);
 size_t size_of_elf(const void* image);
 // launch.c
 int allowed_shared(const Kernel* kernel);
-// streams.c
+// streams.c: NULL for a handle that is no stream.
 Stream* stream_of(CUstream stream);
 bool graph_takes(Stream* stream, const char* line);
 // log.c
