@@ -98,7 +98,8 @@ EXPORT cudaError_t cudaProfilerStart(void) { return cudaSuccess; }
 EXPORT cudaError_t cudaProfilerStop(void) { return cudaSuccess; }
 RUNTIME(cudaDeviceSynchronize, (void), cuCtxSynchronize())
 
-RUNTIME(cudaMalloc, (void** p, size_t bytes), cuMemAlloc((CUdeviceptr*)p, bytes))
+// Nothing is allocated for no bytes, which the driver's function refuses.
+RUNTIME(cudaMalloc, (void** p, size_t bytes), bytes ? cuMemAlloc((CUdeviceptr*)p, bytes) : (*p = NULL, CUDA_SUCCESS))
 RUNTIME(cudaMallocAsync, (void** p, size_t bytes, cudaStream_t s), cuMemAllocAsync((CUdeviceptr*)p, bytes, s))
 RUNTIME(cudaHostAlloc, (void** p, size_t bytes, unsigned flags), cuMemHostAlloc(p, bytes, flags))
 RUNTIME(cudaHostRegister, (void* p, size_t bytes, unsigned flags), cuMemHostRegister(p, bytes, flags))
