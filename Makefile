@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda test-cuda-all gpu lint bench bench-all report model build wheel clean
+.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda test-cuda-all test-rehearsal gpu gpu-report lint bench bench-all report model build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -11,6 +11,10 @@ else
 VENV := $(CURDIR)/.venv
 endif
 PYTHON := $(VENV)/bin/python
+# On a device: the Python that is active, be it of a virtual environment or not; `make gpu GPU_PYTHON=...` names another.
+GPU_PYTHON := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python,python3)
+OLDEST_PYTHON := build/oldest/bin/python
+GPU_JSON := bench/results/gpu.json
 # Stamps belong to one environment and one checkout.
 STAMPS := build/stamps$(subst /,-,$(VENV))
 SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
@@ -34,7 +38,9 @@ help:
 	@echo "make test-interpreted    every case in Triton's interpreter, of which make test has some"
 	@echo "make test-cuda           the CUDA kernels on the tests' emulator of a device: the parity tests, modules, swap"
 	@echo "make test-cuda-all       the same under every schedule and the sanitizers, with planted bugs; and the emulator's own slow tests"
-	@echo "make gpu     run the GPU backends' tests on a device and time them, where there is one; FUSEDMOE_BUILD=cuda for the CUDA kernels too"
+	@echo "make test-rehearsal      make gpu on a stub of CUDA's driver, with the versions of make test-oldest: all but the kernels runs"
+	@echo "make gpu     on a machine with a device: parity, times, counters, in ten minutes; PART=b runs one part, RESUME=1 what is still missing"
+	@echo "make gpu-report          write bench/results/gpu.md from what it measured"
 	@echo "make lint    run ruff"
 	@echo "make bench   time what the backend's floors name, ten minutes to an hour by machine; save bench/results/cpu.json"
 	@echo "make bench-all  the whole grid, hours; goes on where an earlier run of the same commit stopped"
@@ -97,10 +103,17 @@ test-cuda-all: build
 	$(call say,building the CUDA kernels for every architecture)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/gpu_free/test_cuda_budgets.py tests/gpu_free/test_cuda_extension.py
 
-gpu: build
-	$(call say,running the GPU backends on this machine's device)
-	@$(PYTHON) -m pytest -p no:benchmark tests/gpu
-	@$(PYTHON) bench/gpu.py
+# -P and --confcutdir: neither this folder nor the tests' own conftest takes part, which want an installed package.
+test-rehearsal: $(OLDEST_PYTHON)
+	$(call say,rehearsing make gpu on a stub of CUDA's driver)
+	@$(OLDEST_PYTHON) -P -m pytest -p no:benchmark -m slow --confcutdir tests/rehearsal tests/rehearsal
+
+# No environment is made and no package fetched: what is active must have it all, and gets nothing new.
+gpu:
+	@$(GPU_PYTHON) bench/gpu.py --json $(GPU_JSON) $(if $(PART),--part $(PART)) $(if $(RESUME),--resume)
+
+gpu-report:
+	@$(GPU_PYTHON) bench/gpu_report.py --json $(GPU_JSON)
 
 lint: $(STAMPS)/requirements
 	$(call say,checking the style)

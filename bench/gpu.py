@@ -1,155 +1,173 @@
-"""Time the fused layers on a GPU against eager, a CUDA graph of eager and `torch.compile`, count launches, and write one report.
+"""`make gpu`: everything that ten minutes on a device can show, part by part, each in a process of its own with a time limit.
 
-    python bench/gpu.py [--json bench/results/gpu.json]
+    python bench/gpu.py [--part b] [--json bench/results/gpu.json] [--resume]
 
-Times are of the device: medians of CUDA events around many calls, the arms in turn, after parity was asserted. Without a device it says so and
-ends; it has never run on one.
+What a case found is in the JSON file as soon as it is there, and what processes print in the log beside it. A case that crashes, hangs or loses the
+device costs itself alone: its part starts again behind it. This process imports neither torch nor fusedmoe, and never asks the network.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import statistics
+import os
+import selectors
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
-import torch
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+import gpu_build
+from gpu_book import Book
+from gpu_parts import LOST, PARTS, Part, patience
+from gpu_process import Reader, kill
 
-import fusedmoe
-from fusedmoe.kernels import trial
-from fusedmoe.kernels.launchers import LAUNCHERS
-from fusedmoe.speed.parity import allowed_in_norm, norm_error
-from fusedmoe.speed.subjects import MAIN, SUBJECTS, Called, build
-
-BATCHES = (16, 256, 4096)
-DTYPES = ("bfloat16", "float32")
-MODES = ("inference", "training step")
-ROUNDS, CALLS = 20, 10
-
-Call = Callable[[], Tensor]
+FOLDER = Path(__file__).parent
 
 
-def call_of(network: nn.Module, mode: str, x: Tensor) -> Call:
-    """Return one inference, or one forward and backward that returns d_x."""
-    params = list(network.parameters())
+class Run:
+    """A part under way: its record, its log, and the case that its process is at."""
 
-    def inference() -> Tensor:
-        with torch.inference_mode():
-            return network(x)
+    def __init__(self, letter: str, part: Part, book: Book, log: TextIO, resume: bool) -> None:
+        self.letter, self.part, self.book, self.log = letter, part, book, log
+        self.record = book.begin(letter, part.title, resume)
+        self.seconds, self.case_seconds = (patience() * seconds for seconds in (part.seconds, part.case_seconds))
+        self.began = time.monotonic()
+        self.case: str | None = None
+        self.case_began = self.began
+        self.skipped: str | None = None
 
-    def step() -> Tensor:
-        leaf = x.detach().requires_grad_()
-        out = network(leaf)
-        return torch.autograd.grad(out, [leaf, *params], torch.ones_like(out), allow_unused=True)[0]
+    def say(self, line: str) -> None:
+        print(line, file=self.log, flush=True)
+        print(line, flush=True)
 
-    return inference if mode == "inference" else step
+    def event(self, line: str) -> None:
+        """Take a line of the process about its cases: which begins, what one found, or why all are left out."""
+        found = json.loads(line)
+        if "begin" in found:
+            self.case, self.case_began = found["begin"], time.monotonic()
+        elif "skip" in found:
+            self.skipped = found["skip"]
+        else:
+            self.keep(found["key"], found["result"])
 
+    def keep(self, key: str, result: dict) -> None:
+        self.record["results"][key] = result | {"took": round(time.monotonic() - self.case_began, 1)}
+        self.record["seconds"] = round(time.monotonic() - self.began, 1)
+        self.case = None
+        self.book.save()
+        self.say(f"[{self.letter}] {key}: {json.dumps(self.record['results'][key])[:400]}")
 
-def graph_of(call: Call) -> Call:
-    """Return the replay of a CUDA graph of a call."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    def left(self) -> float:
+        """Seconds until the part's limit, or that of its case."""
+        now = time.monotonic()
+        part = self.began + self.seconds - now
+        return min(part, self.case_began + self.case_seconds - now) if self.case else part
 
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
-    return replay
-
-
-def milliseconds(call: Call) -> float:
-    """Return the time of one call on the device, over CALLS of them."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(CALLS):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / CALLS
+    def over(self) -> bool:
+        return time.monotonic() >= self.began + self.seconds
 
 
-def launches(call: Call) -> int:
-    """Return how many kernels one call runs on the device, by the profiler."""
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.count for event in seen.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
+def one_process(run: Run, command: Sequence[str], environment: dict[str, str]) -> str:
+    """Start a process of a part and follow it to its end; return how it ended: "done", "lost", "limit", or what it died of."""
+    reads, writes = os.pipe()
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        pass_fds=(writes,),
+        env=environment | {"GPU_EVENTS": str(writes)},
+        start_new_session=True,
+    )
+    os.close(writes)
+    readers = [Reader(process.stdout.fileno(), run.say), Reader(reads, run.event)]
+    try:
+        with selectors.DefaultSelector() as selector:
+            for reader in readers:
+                selector.register(reader.descriptor, selectors.EVENT_READ, reader)
+            # Processes that it started may hold the pipes open: its own end counts.
+            while process.poll() is None and run.left() > 0:
+                for key, _ in selector.select(min(0.2, max(0.0, run.left()))):
+                    if not key.data.read():
+                        selector.unregister(key.fd)
+        limit = process.poll() is None
+    finally:
+        kill(process)
+    for reader in readers:
+        reader.read()
+    os.close(reads)
+    process.stdout.close()
+    if limit:
+        return "limit"
+    status = process.returncode
+    if status < 0:
+        return f"the process died of {signal.Signals(-status).name}"
+    return {0: "done", LOST: "lost"}.get(status, f"the process ended with status {status}")
 
 
-def ours() -> list[str]:
-    """The backends for GPUs that can run here."""
-    return [name for name, reason in fusedmoe.backends().items() if name in LAUNCHERS and reason is None]
+def run_part(run: Run, environment: dict[str, str]) -> str:
+    """Run a part to its end, or to its limit; return its status."""
+    command = [sys.executable, str(FOLDER / "gpu_cases.py"), run.part.module, run.letter, str(run.book.path)]
+    while True:
+        before = len(run.record["results"])
+        ended = one_process(run, command, environment)
+        if run.skipped:
+            return f"skipped: {run.skipped}"
+        if run.case and ended == "limit":
+            run.keep(run.case, {"error": "cut off at the part's end" if run.over() else f"no answer in {run.case_seconds:g} s"})
+        elif run.case:
+            run.keep(run.case, {"error": ended})
+        if run.over():
+            return f"cut off after {run.seconds:g} s"
+        if ended == "done":
+            return "done"
+        if len(run.record["results"]) == before:
+            return f"failed: {ended}, before any case"
 
 
-def arms_of(name: str, mode: str, rows: int, dtype: torch.dtype) -> dict[str, Call]:
-    """Return the arms of one case by name: eager, its CUDA graph, `torch.compile`, and ours on each backend for GPUs that can run here, and its CUDA graph."""
-    layer = build(SUBJECTS[name], dtype)
-    network = Called(layer.module, layer.slots).cuda().train(mode != "inference")
-    x = torch.randn(rows, layer.table.width, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
-    eager = call_of(network, mode, x)
-    arms = {"eager": eager, "eager, CUDA graph": graph_of(eager), "torch.compile": call_of(torch.compile(copy.deepcopy(network)), mode, x)}
-    for backend in ours():
-        fused = copy.deepcopy(network)
-        fusedmoe.fuse(fused, backend=backend)
-        call = call_of(fused, mode, x)
-        arms |= {backend: call, f"{backend}, CUDA graph": graph_of(call)}
-    return arms
+def failed(result: dict) -> bool:
+    """Whether a case, or an arm of it, ended in an error."""
+    return "error" in result or any("error" in arm for arm in result.get("arms", {}).values())
 
 
-def check(arms: dict[str, Call], dtype: str) -> None:
-    """Raise AssertionError unless every arm's result is as near to eager's as rounding explains."""
-    truth = arms["eager"]().double()
-    for name, call in arms.items():
-        off, allowed = norm_error(call().double(), truth), allowed_in_norm(0.0, truth, dtype)
-        if off > allowed:
-            raise AssertionError(f"{name}: expected a result within {allowed:.3g} of eager's in the norm, got {off:.3g}")
-
-
-def measure(name: str, mode: str, rows: int, dtype: str) -> dict[str, object]:
-    """Check one case, time its arms in turn, and return its record."""
-    arms = arms_of(name, mode, rows, getattr(torch, dtype))
-    check(arms, dtype)
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
-    for _ in range(ROUNDS):
-        for arm, call in arms.items():
-            times[arm].append(milliseconds(call))
-    medians = {arm: statistics.median(values) for arm, values in times.items()}
-    counts = {arm: launches(arms[arm]) for arm in ("eager", "torch.compile", *ours())}
-    return {"layer": name, "mode": mode, "batch": rows, "dtype": dtype, "milliseconds": medians, "launches": counts}
+def run_parts(letters: Sequence[str], book: Book, log: TextIO, environment: dict[str, str], resume: bool) -> bool:
+    """Run parts one after another; return whether all of their cases ended well."""
+    well = True
+    for letter in letters:
+        run = Run(letter, PARTS[letter], book, log, resume)
+        run.say(f"[{letter}] {run.part.title}, at most {run.seconds:g} s")
+        book.save()
+        run.record["status"] = run_part(run, environment)
+        run.record["seconds"] = round(time.monotonic() - run.began, 1)
+        book.save()
+        faults = [key for key, result in run.record["results"].items() if failed(result)]
+        run.say(f"[{letter}] {run.record['status']}, {run.record['seconds']} s; {len(run.record['results'])} cases, {len(faults)} failed")
+        well &= run.record["status"] == "done" and not faults
+    return well
 
 
 def main() -> int:
-    """Measure every case and write the report; return the exit status."""
+    """Build what is needed, run the parts, and return 0 if all went well."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=Path("bench/results/gpu.json"), help="where to save the report (default: %(default)s)")
+    parser.add_argument("--part", choices=list(PARTS), help="one part alone (default: all)")
+    parser.add_argument("--json", type=Path, default=Path("bench/results/gpu.json"), help="where results go; the log stands beside it (default: %(default)s)")
+    parser.add_argument("--resume", action="store_true", help="keep what the JSON has of a part's cases, and run the others")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("gpu: expected a device, got a machine without one; nothing was timed")
-        return 0
-    current = torch.device("cuda", torch.cuda.current_device())
-    device = f"{trial.name_of(current)} ({'; '.join(f'{backend} {trial.history(current, backend)}' for backend in ours())})"
-    records = []
-    for dtype in DTYPES:
-        for name in MAIN:
-            for mode in MODES:
-                for rows in BATCHES:
-                    records.append(measure(name, mode, rows, dtype))
-                    print(json.dumps(records[-1]), flush=True)
-                    report = {"device": device, "torch": torch.__version__, "fusedmoe": fusedmoe.__version__, "cases": records}
-                    options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    book = Book(options.json)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    with options.json.with_suffix(".log").open("a") as log:
+        try:
+            head, environment = gpu_build.prepare(log)
+        except gpu_build.Missing as error:
+            print(f"gpu: {error}", file=log)
+            print(f"gpu: {error}", file=sys.stderr)
+            return 1
+        book.content["head"] = head
+        return 0 if run_parts([options.part] if options.part else list(PARTS), book, log, environment, options.resume) else 1
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ MOST_LEFT_OUT = 0.05
 # largest of seventeen draws is what the rule compares with.
 NEIGHBOURS = 16
 
+# The cases of a family each of what gates can read, and of every feature: what runs where a case takes seconds.
+QUICK = ("every_feature", "adatt_sp-odd", "adatt-empty_gate", "mmoe-odd", "ml_mmoe-one_row", "ple-ragged", "cross_stitch-tiny", "customized_sharing-odd")
+
 Network = Callable[[Tensor, Sequence[Tensor], Table], tuple[Tensor, Sequence[Tensor]]]
 
 
@@ -71,8 +74,8 @@ def bound(plain_error: float, truth: Tensor, dtype: torch.dtype) -> float:
     return 2 * plain_error + 8 * dtypes.row(dtype).roundoff * largest
 
 
-def assert_close(ours: dict[str, Tensor | None], expected: dict[str, tuple[Tensor | None, float]]) -> None:
-    """Raise AssertionError, naming the worst, unless every named value is as near to its truth as its bound allows.
+def faults_of(ours: dict[str, Tensor | None], expected: dict[str, tuple[Tensor | None, float]]) -> list[tuple[float, str]]:
+    """Return (error over the allowed one, a sentence with name and errors) of every value that is further from its truth than its bound allows.
 
     Args:
         ours: values by name, as `evaluate` returns them.
@@ -87,6 +90,12 @@ def assert_close(ours: dict[str, Tensor | None], expected: dict[str, tuple[Tenso
                 faults.append((math.inf, f"{name}: expected {'no gradient' if truth is None else 'a gradient'}, got {'none' if value is None else 'one'}"))
         elif not (worst := error(value, truth)) <= allowed:
             faults.append((worst / max(allowed, 1e-300), f"{name}: expected an error of at most {allowed:.2e}, got {worst:.2e} ({list(value.shape)})"))
+    return faults
+
+
+def assert_close(ours: dict[str, Tensor | None], expected: dict[str, tuple[Tensor | None, float]]) -> None:
+    """Raise AssertionError, naming the worst, unless every named value is as near to its truth as its bound allows: `faults_of` finds none."""
+    faults = faults_of(ours, expected)
     assert not faults, f"{len(faults)} of {len(expected)} differ, the worst in {max(faults)[1]}"
 
 

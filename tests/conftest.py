@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fusedmoe.backends import INTERPRETED
+from fusedmoe.testing import QUICK
 
 from .cuda_on_cpu import extension
 
@@ -12,8 +13,6 @@ EMULATED = extension.KIND is not None
 if EMULATED:
     # Before the tests ask which backends there are.
     extension.register(extension.KIND)
-# There a case takes seconds: a family each of what gates can read, and every feature; `.ci/run` runs all.
-QUICK = ("every_feature", "adatt_sp-odd", "adatt-empty_gate", "mmoe-odd", "ml_mmoe-one_row", "ple-ragged", "cross_stitch-tiny", "customized_sharing-odd")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
