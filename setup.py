@@ -142,6 +142,14 @@ def python_folders() -> list[str]:
     return [headers, pybind11.get_include()]
 
 
+def system_folders(python: list[str], torch: list[str]) -> list[str]:
+    """Return the compiler's words for the include folders, as system folders: a warning inside torch's headers is not ours to mend.
+
+    Python's come first: torch's folder holds a pybind11 of its own, which refuses TORCH_TARGET_VERSION.
+    """
+    return [word for path in (*python, *torch) for word in ("-isystem", path)]
+
+
 def objects(folder: Path) -> list[tuple[Path, Path, list[str]]]:
     """Return (source, object, extra flags) of every compilation."""
     result = []
@@ -218,8 +226,7 @@ class Build(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         cuda = ext.name == "fusedmoe._cuda"
         headers, libraries = torch_folders()
-        # System folders: a warning inside torch's headers is not ours to mend.
-        includes = [word for path in [*headers, *python_folders()] for word in ("-isystem", path)]
+        includes = system_folders(python_folders(), headers)
         jobs = []
         for source, target, flags in cuda_objects(folder) if cuda else objects(folder):
             outputs = ["-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(target)]

@@ -114,7 +114,7 @@ class Results {
   Tensor nothing(const std::vector<int64_t>& sizes) {
     const std::vector<int64_t> strides = strides_of(sizes);
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), stored_as(dtype_).second,
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), stored_as(dtype_).second,
                                                            aoti_torch_device_type_cpu(), -1, &handle));
     return Tensor(handle);
   }

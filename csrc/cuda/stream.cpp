@@ -25,14 +25,14 @@ Stream current_stream(int device) {
   void* result = nullptr;
   if (torch_stream_native_handle) {
     StreamHandle stream;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_stream(device, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_stream(device, &stream));
     const AOTITorchError failed = torch_stream_native_handle(stream, &result);
     aoti_torch_delete_stream(stream);
-    STABLE_TORCH_ERROR_CODE_CHECK(failed);
+    TORCH_ERROR_CODE_CHECK(failed);
   } else {
     static const Ask ask = before_2_13();
     if (!ask) throw std::runtime_error("cuda: expected a PyTorch that knows CUDA's streams, got one that does not");
-    STABLE_TORCH_ERROR_CODE_CHECK(ask(device, &result));
+    TORCH_ERROR_CODE_CHECK(ask(device, &result));
   }
   return static_cast<Stream>(result);
 }
