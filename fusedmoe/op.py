@@ -7,6 +7,7 @@ here. The formulas stand in `reference/operator.py`.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
@@ -226,19 +227,21 @@ def _run_reference(x: Tensor, params: list[Tensor], table: Table, mixing: bool, 
     return out, tuple(weights)
 
 
+@functools.cache
+def _kernels():
+    """The operator of the GPU backends, imported by the first call."""
+    return importlib.import_module("fusedmoe.kernels.operator")
+
+
 def _run_kernels(backend: str, x: Tensor, params: list[Tensor], table: Table, mixing: bool, recompute: bool):
     # Here, because `import fusedmoe` is to cost nothing on machines that never call it.
     if torch.compiler.is_compiling():
         from fusedmoe.kernels import registered
 
         text = codec.encode(table)
-        out, weights, *_ = registered.forward(x, params, text, _needs_gradient(x, params), mixing, backend)
+        out, weights, *_ = registered.forward(x, params, text, _needs_gradient(x, params), mixing, recompute, backend)
         return out, reference.by_level(weights, table) if mixing else ()
-    from fusedmoe.kernels import operator as kernels
-
-    if not kernels.fits(x, params, table):
-        check(x, params, table)
-    out, weights = kernels.run(backend, x, params, table, mixing)
+    out, weights = _kernels().run(backend, x, params, table, mixing, recompute)
     return out, reference.by_level(weights, table) if mixing else ()
 
 

@@ -48,6 +48,7 @@ NEIGHBOURS = {
     ("fusedmoe.table", "fusedmoe.words"),
     ("fusedmoe.kernels", "fusedmoe.reference"),
     ("fusedmoe.kernels", "fusedmoe.families"),
+    ("fusedmoe.kernels", "fusedmoe._C"),
     ("fusedmoe.functional", "fusedmoe.op"),
     ("fusedmoe.packed", "fusedmoe.op"),
     ("fusedmoe.swap", "fusedmoe.adapters"),
