@@ -122,7 +122,8 @@ std::vector<Tensor> forward(const Tensor& x, const std::vector<Tensor>& params, 
   if (!given.rows) return results;
   const Tensor& memory = results[1];
   const Places places{read(x), at(memory, saved.buffers), results[0].data_ptr(), at(memory, 0), mixing ? results[2].data_ptr() : nullptr};
-  for (const Step& step : bound.steps) launches.forward(step, places);
+  for (const Step& step : bound.steps)
+    for (int64_t again = 0; again < bound.times; again++) launches.forward(step, places);
   return results;
 }
 
@@ -168,8 +169,9 @@ std::vector<Tensor> backward(const Tensor& upstream, const std::optional<Tensor>
     const auto floats = [&](int64_t first) { return reinterpret_cast<float*>(at(own, first)); };
     const Below below{results[0].data_ptr(), at(own, scratch.buffers), places.out, floats(0), at(own, scratch.dz),
                       reinterpret_cast<int32_t*>(at(own, scratch.arrived)), floats(scratch.parts), flat.data_ptr()};
-    for (const Step& step : bound.steps) launches.backward_rows(step, places, below);
-    if (bound.total) launches.gradients(places, below, chunk, chunks);
+    for (const Step& step : bound.steps)
+      for (int64_t again = 0; again < bound.times; again++) launches.backward_rows(step, places, below);
+    for (int64_t again = 0; again < (bound.total ? bound.times : 0); again++) launches.gradients(places, below, chunk, chunks);
   }
   if (apart) split(flat, bound, results);
   else results.push_back(flat);
