@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda test-cuda-all test-rehearsal gpu gpu-report lint bench bench-all report model build wheel clean
+.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda test-cuda-all test-oldest test-rehearsal gpu gpu-report lint bench bench-all report model build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -38,6 +38,7 @@ help:
 	@echo "make test-interpreted    every case in Triton's interpreter, of which make test has some"
 	@echo "make test-cuda           the CUDA kernels on the tests' emulator of a device: the parity tests, modules, swap"
 	@echo "make test-cuda-all       the same under every schedule and the sanitizers, with planted bugs; and the emulator's own slow tests"
+	@echo "make test-oldest         the core of the tests with the versions of requirements-oldest.txt, and every torch's headers; downloads 3 GB once"
 	@echo "make test-rehearsal      make gpu on a stub of CUDA's driver, with the versions of make test-oldest: all but the kernels runs"
 	@echo "make gpu     on a machine with a device: parity, times, counters, in ten minutes; PART=b runs one part, RESUME=1 what is still missing"
 	@echo "make gpu-report          write bench/results/gpu.md from what it measured"
@@ -102,6 +103,11 @@ test-cuda-all: build
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_cuda_on_cpu.py tests/test_cuda_kernels.py
 	$(call say,building the CUDA kernels for every architecture)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/gpu_free/test_cuda_budgets.py tests/gpu_free/test_cuda_extension.py
+
+test-oldest: build
+	$(call say,compiling what knows PyTorch against the headers of every version since the oldest)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_torch_headers.py
+	@PYTHON=$(PYTHON) bash .ci/oldest
 
 # -P and --confcutdir: neither this folder nor the tests' own conftest takes part, which want an installed package.
 test-rehearsal: $(OLDEST_PYTHON)
