@@ -13,7 +13,7 @@ endif
 PYTHON := $(VENV)/bin/python
 # On a device: the Python that is active, be it of a virtual environment or not; `make gpu GPU_PYTHON=...` names another.
 GPU_PYTHON := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python,python3)
-OLDEST_PYTHON := build/oldest/bin/python
+OLDEST_PYTHON := build/oldest/env/bin/python
 GPU_JSON := bench/results/gpu.json
 # Stamps belong to one environment and one checkout.
 STAMPS := build/stamps$(subst /,-,$(VENV))
