@@ -41,6 +41,7 @@ struct Arguments {
 
   Arguments(const Tensor& input, const std::vector<Tensor>& tensors, const std::string& text, Save save) : x(input), stored(x.scalar_type()) {
     STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu(), "x: expected a CPU tensor [B, S, D], got ", shape_of(x.sizes()));
+    fusedmoe::check_memory(x, "x");
     if (x.numel() > 0 && x.size(2) > 1 && x.stride(2) != 1) x = torch::stable::contiguous(x);
     const bool half = x.scalar_type() == ScalarType::BFloat16;
     plan = plan_of(text, {save != save_nothing, x.stride(1) == 0 && x.size(1) > 1, save == save_least, half});
@@ -56,7 +57,7 @@ struct Arguments {
     if (half)
       for (const cpu::Step* map : plan->maps) is_weight[map->weight] = true;
     for (size_t i = 0; i < count; i++) {
-      check(tensors[i], table.shapes[i], stored, "params");
+      check(tensors[i], table.shapes[i], stored, "params", int64_t(i));
       const bool here = tensors[i].is_contiguous();
       const Tensor& given = here ? tensors[i] : copies.emplace_back(torch::stable::contiguous(tensors[i]));
       if (half && is_weight[i])
@@ -96,9 +97,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vecto
 
 template <class T>
 std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& input, const std::vector<Tensor>& params,
-                             const Tensor& saved, const std::string& text, const std::string& needs) {
-  STD_TORCH_CHECK(saved.is_cpu() && saved.dim() == 1 && saved.numel() >= header_size && saved.scalar_type() == dtype_of<T> && saved.is_contiguous(),
-                  "saved: expected what the forward of this call returned, got ", shape_of(saved.sizes()));
+                             const Tensor& kept, const std::string& text, const std::string& needs) {
+  STD_TORCH_CHECK(kept.is_cpu() && kept.dim() == 1 && kept.numel() >= header_size && kept.scalar_type() == dtype_of<T>,
+                  "saved: expected what the forward of this call returned, got ", shape_of(kept.sizes()));
+  // A hook of saved tensors may give back an equal one of any layout.
+  const Tensor saved = checked(kept, {kept.numel()}, dtype_of<T>, "saved");
   T* state = static_cast<T*>(saved.data_ptr());
   const int64_t block = int64_t(state[block_at]);
   Arguments<T> a(input, params, text, state[recompute_at] != 0 ? save_least : save_all);

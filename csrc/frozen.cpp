@@ -34,7 +34,7 @@ Tensor freeze(const std::vector<Tensor>& tensors, const Planned& planned) {
   std::vector<Tensor> params;
   std::vector<const T*> pointers;
   for (size_t i = 0; i < tensors.size(); i++) {
-    params.push_back(fusedmoe::checked(tensors[i], shapes[i], tensors[0].scalar_type(), "params"));
+    params.push_back(fusedmoe::checked(tensors[i], shapes[i], tensors[0].scalar_type(), "params", int64_t(i)));
     pointers.push_back(static_cast<const T*>(params.back().data_ptr()));
   }
   Tensor packed = empty_like(params[0], {planned.packing.size});
@@ -55,6 +55,7 @@ Tensor run(const Tensor& input, const Tensor& packed, const std::string& text) {
   Tensor x = input;
   const int64_t dims = x.dim(), width = dims ? x.size(dims - 1) : 0;
   STD_TORCH_CHECK((dims == 2 || dims == 3) && x.is_cpu(), "x: expected a CPU tensor [B, S, D] or [B, D], got ", shape_of(x.sizes()));
+  fusedmoe::check_memory(x, "x");
   if (width > 1 && x.numel() > 0 && x.stride(dims - 1) != 1) x = torch::stable::contiguous(x);
   const int64_t slots = dims == 3 ? x.size(1) : 1, slot_stride = dims == 3 ? x.stride(1) : 0;
   const auto planned = fusedmoe::planned(text, {false, slot_stride == 0 && slots > 1});
@@ -64,6 +65,7 @@ Tensor run(const Tensor& input, const Tensor& packed, const std::string& text) {
   STD_TORCH_CHECK(packed.scalar_type() == x.scalar_type(), "x: expected the dtype of the frozen parameters");
   STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() && packed.numel() == packing.size, "packed: expected what freeze_cpu returned, [", packing.size,
                   "], got ", shape_of(packed.sizes()));
+  fusedmoe::check_memory(packed, "packed");
   const T* buffer = static_cast<const T*>(packed.data_ptr());
   std::vector<const T*> params(packing.offset.size(), nullptr);
   for (size_t i = 0; i < params.size(); i++)

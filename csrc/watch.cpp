@@ -49,7 +49,11 @@ py::tuple stamp(const py::handle& tensor) {
   }
   const py::object address = tensor.attr("data_ptr")();
   const char* memory = static_cast<const char*>(PyLong_AsVoidPtr(address.ptr()));
-  return py::make_tuple(tensor.attr("_version"), address, offset, py::bytes(count ? memory + offset : "", count ? element : 0));
+  // Where the storage was freed there is nothing to read.
+  const auto held = py::cast<int64_t>(tensor.attr("untyped_storage")().attr("nbytes")());
+  const auto first = py::cast<int64_t>(tensor.attr("storage_offset")()) * element;
+  const bool readable = count && memory && first + offset + element <= held;
+  return py::make_tuple(tensor.attr("_version"), address, offset, py::bytes(readable ? memory + offset : "", readable ? element : 0));
 }
 
 // Whether a new reference to a number, or null after an error, is another number than `expected`.

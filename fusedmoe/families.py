@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from fusedmoe.activation import IDENTITY, Activation
 from fusedmoe.activation import activation as activation_of
-from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit, require_indices, require_integer
+from fusedmoe.table import MOST_SLOTS, Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit, require_indices, require_integer
 
 Widths = Sequence[Sequence[int]]
 ROOT = Selector("root")
@@ -32,7 +32,7 @@ def single_task(input_width: int, expert_widths: Widths, num_tasks: int, activat
     Returns: a table over x [B, 1, D] with output [B, T, H].
     Source: the single-task baseline of MMoE, section 6.1.
     """
-    tasks = range(require_integer(num_tasks, "num_tasks", 1))
+    tasks = range(require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS))
     level = Level(_experts([0] * len(tasks), _one_level(expert_widths), activation), tuple(Unit(static=_ones((t,))) for t in tasks))
     return _finish(Table(1, input_width, (level,)), activation, towers)
 
@@ -106,7 +106,7 @@ def ml_mmoe(
     Source: AdaTT, section 4.1; PLE, figure 1h.
     """
     levels = _levels(expert_widths)
-    count = require_integer(num_experts, "num_experts", 1)
+    count = require_integer(num_experts, "num_experts", 1, MOST_SLOTS)
     lists = _sequence(gate_widths, "gate_widths", "one list of layer widths per level")
     hidden = [_sequence(widths, "gate_widths") for widths in lists] or [()] * len(levels)
     if len(hidden) != len(levels):
@@ -117,7 +117,7 @@ def ml_mmoe(
         gate = Gate(ROOT, tuple(range(count)), tuple(Layer(width, kind) for width in hidden[number]))
         units = num_tasks if number == len(levels) - 1 else count
         slots = range(count) if number else [0] * count
-        stack.append(Level(_experts(slots, widths, activation), (Unit(gate),) * require_integer(units, "num_tasks", 1)))
+        stack.append(Level(_experts(slots, widths, activation), (Unit(gate),) * require_integer(units, "num_tasks", 1, MOST_SLOTS)))
     return _finish(Table(1, input_width, tuple(stack)), activation, towers)
 
 
@@ -157,8 +157,8 @@ def ple(
     Source: PLE, equations 6 and 7.
     """
     levels = _levels(expert_widths)
-    own = _owned([*_per_task(num_tasks, num_task_experts), require_integer(num_shared_experts, "num_shared_experts", 0)])
-    sees = [*(mine + own[-1] for mine in own[:-1]), sum(own, ())]
+    own = _owned([*_per_task(num_tasks, num_task_experts), require_integer(num_shared_experts, "num_shared_experts", 0, MOST_SLOTS)])
+    sees = [*(mine + own[-1] for mine in own[:-1]), tuple(range(sum(map(len, own))))]
     units = tuple(Unit(Gate(Selector("slot", u), seen)) for u, seen in enumerate(sees))
     stack = tuple(Level(_experts(_owners(own), widths, activation), units) for widths in levels)
     return _finish(Table(num_tasks + 1, input_width, _without_shared_unit(stack, num_tasks)), activation, towers)
@@ -217,7 +217,7 @@ def adatt(
     Source: AdaTT, section 3.2.
     """
     levels = _levels(expert_widths)
-    counts = [*_per_task(num_tasks, num_task_experts), require_integer(num_shared_experts, "num_shared_experts", 0)]
+    counts = [*_per_task(num_tasks, num_task_experts), require_integer(num_shared_experts, "num_shared_experts", 0, MOST_SLOTS)]
     own = _owned(counts)
 
     def static(level: int, u: int) -> Static | None:
@@ -239,7 +239,7 @@ def cross_stitch(input_width: int, expert_widths: Widths, num_tasks: int, activa
     Source: MMoE, section 6.1; Misra et al., CVPR 2016, equation 1.
     """
     levels = _levels(expert_widths)
-    tasks = tuple(range(require_integer(num_tasks, "num_tasks", 1)))
+    tasks = tuple(range(require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)))
     stack = tuple(
         Level(_experts(tasks, widths, activation), tuple(Unit(static=Static(tasks, tensor=level, offset=u * num_tasks)) for u in tasks))
         for level, widths in enumerate(levels)
@@ -264,7 +264,7 @@ def asymmetric_sharing(
     Returns: a table over x [B, 1, D] with output [B, T, H], or [B, T, n H] for "concat" of n bottoms each.
     Source: PLE, section 3.2.
     """
-    form = f"one list of tasks for each of {require_integer(num_tasks, 'num_tasks', 1)} tasks"
+    form = f"one list of tasks for each of {require_integer(num_tasks, 'num_tasks', 1, MOST_SLOTS)} tasks"
     sources = [_sequence(tasks, "borrows", form) for tasks in _sequence(borrows, "borrows", form)]
     if len(sources) != num_tasks:
         raise ValueError(f"borrows: expected {form}, got {len(sources)}")
@@ -286,7 +286,7 @@ def customized_sharing(input_width: int, expert_widths: Widths, num_tasks: int, 
     Returns: a table over x [B, 1, D] with T + 1 units, output [B, T, 2 H].
     Source: PLE, section 3.2.
     """
-    shared = require_integer(num_tasks, "num_tasks", 1)
+    shared = require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)
     table = single_task(input_width, expert_widths, shared + 1, activation)
     return _finish(table, activation, towers, tuple(Task((t, shared)) for t in range(shared)))
 
@@ -339,7 +339,7 @@ def _experts(slots: Sequence[int], widths: Sequence[int], kind: str | Activation
 
 def _see_all(own: Sequence[tuple[int, ...]], level: int, widths: Sequence[int], static: Callable[[int, int], Static | None], kind: str | Activation) -> Level:
     """One unit per owner of experts, gated on its own slot over all experts."""
-    every = sum(own, ())
+    every = tuple(range(sum(map(len, own))))
     units = tuple(Unit(Gate(Selector("slot", u), every), static(level, u)) for u in range(len(own)))
     return Level(_experts(_owners(own), widths, kind), units)
 
@@ -354,12 +354,13 @@ def _ones(experts: tuple[int, ...]) -> Static:
 
 
 def _same_unit(num_tasks: int) -> tuple[Task, ...]:
-    return (Task((0,)),) * require_integer(num_tasks, "num_tasks", 1)
+    return (Task((0,)),) * require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)
 
 
 def _owned(counts: Sequence[int]) -> list[tuple[int, ...]]:
     """The expert indices of each owner, owners in order: [2, 1] gives [(0, 1), (2,)]."""
-    return [tuple(range(sum(counts[:i]), sum(counts[: i + 1]))) for i in range(len(counts))]
+    indices = iter(range(require_integer(sum(counts), "num_task_experts and num_shared_experts, all", 0, MOST_SLOTS)))
+    return [tuple(next(indices) for _ in range(count)) for count in counts]
 
 
 def _owners(own: Sequence[tuple[int, ...]]) -> list[int]:
@@ -369,12 +370,12 @@ def _owners(own: Sequence[tuple[int, ...]]) -> list[int]:
 
 def _per_task(num_tasks: int, counts: int | Sequence[int]) -> list[int]:
     """m_t for each task, from one number or a list of them."""
-    require_integer(num_tasks, "num_tasks", 1)
+    require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)
     form = f"a number or a list of {num_tasks}"
     result = [counts] * num_tasks if isinstance(counts, int) else _sequence(counts, "num_task_experts", form)
     if len(result) != num_tasks:
         raise ValueError(f"num_task_experts: expected {form}, got {counts!r}")
-    return [require_integer(m, "num_task_experts", 0) for m in result]
+    return [require_integer(m, "num_task_experts", 0, MOST_SLOTS) for m in result]
 
 
 def _sequence(value, what: str, form: str = "a list of layer widths") -> tuple:

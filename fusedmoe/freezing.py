@@ -39,10 +39,12 @@ def freeze(model: nn.Module) -> FreezeReport:
 
     A frozen layer takes as much memory again as its parameters. It raises RuntimeError where it is called in training mode, with
     gradients wanted, or under autocast. Any change of a parameter (in place, by an optimizer, `load_state_dict`, `to`, `half`,
-    another Parameter in its place) thaws it at its next call, with a warning, before anything is computed. A write that PyTorch does
-    not count (through `.data`, a NumPy view or from another process) is seen where it changes the middle element of a parameter;
-    after one that spares those, call `freeze` again. Copies and pickles are not frozen. Code that torch.compile or torch.export
-    makes of a frozen layer reads the parameters themselves.
+    another Parameter in its place) thaws it at its next call that is not refused, with a warning, before anything is computed. A
+    write that PyTorch does not count (through `.data`, a NumPy view or from another process) is seen where it changes the middle
+    element of a parameter; after one that spares those, call `freeze` again. Copies and pickles are not frozen. Code that
+    torch.compile makes of a layer, before or after it is frozen, refuses the same calls with the same words and reads the
+    parameters themselves in all others: it is never outdated, and thaws nothing. torch.export refuses as the call does that it
+    traces; the program that it gives knows nothing of `freeze`. Threads may call a model while another freezes or thaws it.
 
     Returns: the report. What could not be frozen runs as before, and stands in `declined` with the reason.
 

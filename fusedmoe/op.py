@@ -9,17 +9,28 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, library
 
-from fusedmoe import casting, codec
+from fusedmoe import casting, codec, outputs
 from fusedmoe.backends import EXTENSION, choose, lowers, transforming
+from fusedmoe.checks import check
+from fusedmoe.outputs import by_level, for_tasks, per_task
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
 
-def fusion_network(x: Tensor, params: Sequence[Tensor], table: Table, backend: str = "auto", return_mixing_weights: bool = False, recompute: bool = False):
+def fusion_network(
+    x: Tensor,
+    params: Sequence[Tensor],
+    table: Table,
+    backend: str = "auto",
+    return_mixing_weights: bool = False,
+    recompute: bool = False,
+    tasks_apart: bool = False,
+):
     """Run a network of fusion levels, and its task towers if it has any: SYSTEMS' operator for every level in turn.
 
         out[b,u,:] = sum over e in reads(u) of (softmax_e(G[u] q[b,u] + c[u]) + v[u,e]) * MLP_e(x[b, slot(e)])
@@ -32,6 +43,12 @@ def fusion_network(x: Tensor, params: Sequence[Tensor], table: Table, backend: s
         return_mixing_weights: return the mixing weights too; they are differentiable.
         recompute: keep for backward only x, what each softmax gave and what each level handed on; experts, gates' hidden layers and
             towers run once more in backward. The results are the same bits. (The reference keeps its inputs alone, always.)
+        tasks_apart: return a list of T outputs [B, O] instead of one tensor. The tower of a task whose output has no gradient then gets
+            none either.
+
+    A parameter, or x, on which no output with a gradient depends gets None as its gradient, not zeros: which outputs have one is seen
+    in backward. With `tasks_apart` each task's output counts by itself, and always each level's mixing weights do; the units below the
+    towers count as one tensor.
 
     On the cpu backend bfloat16 means: the operands of every linear map are rounded to it, all else is float32, and so are the sums;
     float16 is computed in float32. Under autocast to a dtype that the backend lowers to (cpu: bfloat16; triton: bfloat16, float16) a call
@@ -53,37 +70,51 @@ def fusion_network(x: Tensor, params: Sequence[Tensor], table: Table, backend: s
         check(x, params, table)
     params = list(params)
     # Short for the device that has least time to lose.
-    if torch.is_autocast_enabled("cpu") if x.is_cpu else torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled("cpu") if x.is_cpu else _autocasts(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = _lower_dtype(x, params, backend)
         with _without_autocast(x):
             if dtype is None:
                 raised = [_at_least_float32(p) for p in params]
-                return fusion_network(_at_least_float32(x), raised, table, backend, return_mixing_weights, recompute)
+                return _run(_at_least_float32(x), raised, table, _Options(backend, return_mixing_weights, recompute, tasks_apart))
             # The C++ kernels round parameters in float32 as they read them.
             if choose(backend, x.device, dtype) != "cpu":
                 check(x, params, table, lowered=True)
                 params = casting.lowered(params, dtype)
-            return _run(_lowered(x, dtype), params, table, backend, return_mixing_weights, recompute, lowered=True)
-    return _run(x, params, table, backend, return_mixing_weights, recompute)
+            return _run(_lowered(x, dtype), params, table, _Options(backend, return_mixing_weights, recompute, tasks_apart), lowered=True)
+    return _run(x, params, table, _Options(backend, return_mixing_weights, recompute, tasks_apart))
 
 
-def _run(x: Tensor, params: list[Tensor], table: Table, backend: str, return_mixing_weights: bool, recompute: bool, lowered: bool = False):
+class _Options(NamedTuple):
+    """What a call asks for; `tasks_apart` holds for towers alone: without them outputs may share units."""
+
+    backend: str
+    mixing: bool
+    recompute: bool
+    tasks_apart: bool
+
+
+def _run(x: Tensor, params: list[Tensor], table: Table, options: _Options, lowered: bool = False):
     """Run the backend that serves the call, autocast left behind; `lowered` as in `check`."""
     slots = x if x.dim() == 3 else x.unsqueeze(1)
-    run = RUN[choose(backend, x.device, x.dtype)]
+    run = RUN[choose(options.backend, x.device, x.dtype)]
+    # Towers' outputs leave the operator one by one; those that may share units are taken apart behind it.
+    inside = options._replace(tasks_apart=options.tasks_apart and table.has_towers)
     if x.dtype == torch.bfloat16 and not lowered and params and getattr(params[0], "dtype", None) != x.dtype:
         # The kernels would take float32 parameters, all alike, too.
         check(x, params, table)
     if torch.compiler.is_compiling():
-        out, weights = run(slots, params, table, return_mixing_weights, recompute)
+        outs, weights = run(slots, params, table, inside)
     else:
         try:
-            out, weights = run(slots, params, table, return_mixing_weights, recompute)
+            outs, weights = run(slots, params, table, inside)
         except (RuntimeError, TypeError, ValueError, AttributeError):
             check(x, params, table, lowered)
             raise
-    out = for_tasks(out, table)
-    return (out, weights) if return_mixing_weights else out
+    if not inside.tasks_apart:
+        out = for_tasks(outs[0], table)
+        outs = per_task(out) if options.tasks_apart else [out]
+    result = outs if options.tasks_apart else outs[0]
+    return (result, weights) if options.mixing else result
 
 
 def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -101,59 +132,22 @@ def _lower_dtype(x: Tensor, params: list[Tensor], backend: str) -> torch.dtype |
     return dtype if dtype in (torch.bfloat16, torch.float16) and lowers(choose(backend, x.device, dtype), dtype) else None
 
 
+def _autocasts(kind: str) -> bool:
+    """Whether devices of a kind have autocast; torch raises where one asks those that have none whether it is on."""
+    return torch.amp.is_autocast_available(kind)
+
+
+# torch.compile of 2.11 cannot trace into it: it is called while tracing, and its answer is a constant (as in `backends.py`).
+_autocasts._dynamo_marked_constant = True
+
+
 def _without_autocast(x: Tensor):
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if isinstance(tensor, Tensor) and tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def for_tasks(out: Tensor, table: Table) -> Tensor:
-    """Hand the units [B, U, H] of the last level to the tasks: [B, T, sum of widths]. With towers, or no tasks: `out` itself."""
-    if table.has_towers or not table.tasks:
-        return out
-    first = [task.units[0] for task in table.tasks]
-    if any(len(task.units) > 1 for task in table.tasks):
-        return torch.stack([torch.cat([out[:, u] for u in task.units], dim=-1) for task in table.tasks], dim=1)
-    if first == list(range(out.shape[1])):
-        return out
-    return out.expand(-1, len(first), -1) if out.shape[1] == 1 else out[:, first]
-
-
-def check(x, params, table, lowered: bool = False) -> None:
-    """Raise TypeError or ValueError, saying what, where, expected and got, unless the three fit together.
-
-    `lowered`: x is bfloat16 by autocast, and the parameters may be float32.
-    """
-    if not isinstance(table, Table):
-        raise TypeError(f"table: expected a fusedmoe.Table, got {type(table).__name__}")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    shapes = [(table.slots, table.width)] + ([(table.width,)] if table.slots == 1 else [])
-    if x.dim() < 2 or tuple(x.shape[1:]) not in shapes:
-        raise ValueError(f"x: expected {' or '.join(f'[B, {str(s)[1:-1].rstrip(chr(44))}]' for s in shapes)}, got {list(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"x: expected a dense tensor, got layout {x.layout}")
-    if not isinstance(params, Iterable):
-        raise TypeError(f"params: expected {len(table.parameters)} tensors, got {type(params).__name__}")
-    params = list(params)
-    if len(params) != len(table.parameters):
-        raise ValueError(f"params: expected {len(table.parameters)} tensors, got {len(params)}")
-    for expect, tensor in zip(table.parameters, params, strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"params, {expect.name}: expected a tensor, got {type(tensor).__name__}")
-        if tuple(tensor.shape) != expect.shape:
-            raise ValueError(f"params, {expect.name}: expected {list(expect.shape)}, got {list(tensor.shape)}")
-        if tensor.dtype != x.dtype and not (lowered and tensor.dtype == torch.float32):
-            raise TypeError(f"params, {expect.name}: expected {x.dtype}, the dtype of x, got {tensor.dtype}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"params, {expect.name}: expected a dense tensor, got layout {tensor.layout}")
-        if tensor.device != x.device:
-            raise ValueError(f"params, {expect.name}: expected a tensor on {x.device}, where x is, got one on {tensor.device}")
 
 
 def _needs_gradient(x: Tensor, params: Sequence[Tensor]) -> bool:
@@ -161,85 +155,105 @@ def _needs_gradient(x: Tensor, params: Sequence[Tensor]) -> bool:
 
 
 class _Network(torch.autograd.Function):
-    """The operator's autograd, as registered below, without the dispatcher's detour through Python, which costs more than a small network."""
+    """The operator's autograd, as registered below, without the dispatcher's detour through Python, which costs more than a small network.
+
+    It returns what `outputs.split` does: autograd tells which of the tensors have a gradient.
+    """
 
     @staticmethod
-    def forward(ctx, text: str, save: int, mixing: bool, x: Tensor, *params: Tensor):
+    def forward(ctx, table: Table, save: int, mixing: bool, tasks_apart: bool, x: Tensor, *params: Tensor):
         with torch._C._AutoDispatchBelowAutograd():
-            out, weights, saved = torch.ops.fusedmoe.network_cpu(x, params, text, save, mixing)
+            out, weights, saved = torch.ops.fusedmoe.network_cpu(x, params, codec.encode(table), save, mixing)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, saved, *params)
-        ctx.table = text
-        return out, weights
+        ctx.table, ctx.tasks_apart = table, tasks_apart
+        return outputs.split(out, weights if mixing else None, table, tasks_apart)
 
     @staticmethod
-    def backward(ctx, d_out, d_weights):
-        d_x, d_params = _gradients(ctx, d_out, d_weights, ctx.needs_input_grad[3:])
-        return None, None, None, d_x, *d_params
+    def backward(ctx, *d_outputs):
+        x, *_ = ctx.saved_tensors
+        upstream = outputs.join(d_outputs, x, ctx.table, ctx.tasks_apart)
+        d_x, d_params = _gradients(ctx.saved_tensors, upstream, codec.encode(ctx.table), ctx.needs_input_grad[4:])
+        return None, None, None, None, d_x, *d_params
 
 
 # What the operator's `save` asks it to keep for backward.
 SAVE_NOTHING, SAVE_ALL, SAVE_LEAST = 0, 1, 2
 
 
-def _run_cpu(x: Tensor, params: list[Tensor], table: Table, mixing: bool, recompute: bool):
-    text = codec.encode(table)
-    save = SAVE_LEAST if recompute else SAVE_ALL
+def _run_cpu(x: Tensor, params: list[Tensor], table: Table, options: _Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+    text, mixing = codec.encode(table), options.mixing
+    save = SAVE_LEAST if options.recompute else SAVE_ALL
     if torch.compiler.is_compiling():
         out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, save if _needs_gradient(x, params) else SAVE_NOTHING, mixing)
     elif _needs_gradient(x, params):
-        out, weights = _Network.apply(text, save, mixing, x, *params)
+        return _apart(_Network.apply(table, save, mixing, options.tasks_apart, x, *params), table, options)
     else:
         # Without a graph to build, the Python autograd kernel would only cost time.
         with torch._C._AutoDispatchBelowAutograd():
             out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, SAVE_NOTHING, mixing)
-    return out, reference.by_level(weights, table) if mixing else ()
+    return _plain_outputs(out, by_level(weights, table) if mixing else (), options)
+
+
+def _apart(returned: tuple[Tensor, ...], table: Table, options: _Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+    """Tell the outputs from the mixing weights in what an autograd function returned."""
+    count = len(table.tasks) if options.tasks_apart else 1
+    return list(returned[:count]), tuple(returned[count:])
+
+
+def _plain_outputs(out: Tensor, weights: tuple[Tensor, ...], options: _Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+    """The same of one output, where no backward will ask which tasks have a gradient."""
+    return per_task(out) if options.tasks_apart else [out], weights
 
 
 class _Reference(torch.autograd.Function):
     """The reference's forward and hand-derived backward; only the inputs are saved, so backward can be differentiated again."""
 
     @staticmethod
-    def forward(ctx, table: Table, x: Tensor, *params: Tensor):
-        ctx.table = table
+    def forward(ctx, table: Table, tasks_apart: bool, mixing: bool, x: Tensor, *params: Tensor):
+        ctx.table, ctx.tasks_apart = table, tasks_apart
         ctx.save_for_backward(x, *params)
         ctx.set_materialize_grads(False)
         out, weights = reference.forward(x, params, table)
-        return out, *weights
+        return (*([part.data for part in per_task(out)] if tasks_apart else [out]), *(weights if mixing else ()))
 
     @staticmethod
-    def backward(ctx, d_out, *d_weights):
+    def backward(ctx, *d_outputs):
         x, *params = ctx.saved_tensors
-        if d_out is None:
-            d_out = x.new_zeros(x.shape[0], *ctx.table.output)
+        d_out, d_weights, tasks, levels = outputs.join(d_outputs, x, ctx.table, ctx.tasks_apart)
         with _without_autocast(x):
-            d_x, d_params = reference.backward(x, params, ctx.table, d_out, d_weights)
-        return None, d_x, *d_params
+            grads = reference.backward(x, params, ctx.table, d_out, by_level(d_weights, ctx.table))
+        wanted = outputs.dependent(codec.encode(ctx.table), tasks, levels)
+        d_x, *d_params = [d if flag else None for d, flag in zip((grads[0], *grads[1]), wanted, strict=True)]
+        return None, None, None, d_x, *d_params
 
 
-def _run_reference(x: Tensor, params: list[Tensor], table: Table, mixing: bool, recompute: bool):
+def _run_reference(x: Tensor, params: list[Tensor], table: Table, options: _Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
     check(x, params, table)
     if transforming():
         # The transforms of torch.func differentiate and batch plain PyTorch by themselves.
-        return reference.forward(x, params, table)
-    out, *weights = _Reference.apply(table, x, *params)
-    return out, tuple(weights)
+        out, weights = reference.forward(x, params, table)
+        return _plain_outputs(out, weights, options)
+    if torch.compiler.is_compiling():
+        # Which outputs have a gradient is not known when a backward is compiled.
+        out, *weights = _Reference.apply(table, False, options.mixing, x, *params)
+        return _plain_outputs(out, tuple(weights), options)
+    return _apart(_Reference.apply(table, options.tasks_apart, options.mixing, x, *params), table, options)
 
 
-def _run_kernels(backend: str, x: Tensor, params: list[Tensor], table: Table, mixing: bool, recompute: bool):
+def _run_kernels(backend: str, x: Tensor, params: list[Tensor], table: Table, options: _Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
     # Here, because `import fusedmoe` is to cost nothing on machines that never call it.
     if torch.compiler.is_compiling():
         from fusedmoe.kernels import registered
 
         text = codec.encode(table)
-        out, weights, *_ = registered.forward(x, params, text, _needs_gradient(x, params), mixing, backend)
-        return out, reference.by_level(weights, table) if mixing else ()
+        out, weights, *_ = registered.forward(x, params, text, _needs_gradient(x, params), options.mixing, backend)
+        return _plain_outputs(out, by_level(weights, table) if options.mixing else (), options)
     from fusedmoe.kernels import operator as kernels
 
     if not kernels.fits(x, params, table):
         check(x, params, table)
-    out, weights = kernels.run(backend, x, params, table, mixing)
-    return out, reference.by_level(weights, table) if mixing else ()
+    return _apart(kernels.run(backend, x, params, table, options.mixing, options.tasks_apart), table, options)
 
 
 RUN = {
@@ -289,19 +303,19 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, d_out, d_weights, _):
     need_x, need_params, *_ = ctx.needs_input_grad
-    d_x, d_params = _gradients(ctx, d_out, d_weights, (need_x, *need_params))
+    x, *_ = ctx.saved_tensors
+    table = codec.decode(ctx.table)
+    whole = outputs.join((d_out, *(by_level(d_weights, table) if d_weights is not None and d_weights.shape[1] else ())), x, table, tasks_apart=False)
+    d_x, d_params = _gradients(ctx.saved_tensors, whole, ctx.table, (need_x, *need_params))
     return d_x, d_params, None, None, None
 
 
-def _gradients(ctx, d_out, d_weights, needed) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Run the backward operator for x and the parameters that need it; None for those on which no output depends."""
-    x, saved, *params = ctx.saved_tensors
-    if d_out is None:
-        d_out = x.new_zeros(x.shape[0], *codec.decode(ctx.table).output)
-    # Under autocast a loss in float32 may hand down what is not of the output's dtype.
-    d_out, d_weights = (d if d is None or d.dtype == x.dtype else d.to(x.dtype) for d in (d_out, d_weights))
-    flags, text = _wanted(ctx.table, needed)
-    arguments = (d_out, d_weights, x, params, saved, ctx.table, text)
+def _gradients(tensors, upstream: outputs.Upstream, table: str, needed: tuple[bool, ...]) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Run the backward operator for x and the parameters that need it; None for those on which no output with a gradient depends."""
+    x, saved, *params = tensors
+    d_out, d_weights, tasks, levels = upstream
+    flags, text = _wanted(table, tasks, levels, needed)
+    arguments = (d_out, d_weights, x, params, saved, table, text)
     if not torch.compiler.is_compiling() and (transforming() or torch._C._functorch.is_legacy_batchedtensor(d_out)):
         return _batched(*arguments)
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -316,11 +330,10 @@ def _gradients(ctx, d_out, d_weights, needed) -> tuple[Tensor | None, list[Tenso
     return d_x, d_params
 
 
-@functools.lru_cache(maxsize=1024)
-def _wanted(text: str, needed: tuple[bool, ...]) -> tuple[tuple[bool, ...], str]:
-    """For x and each parameter, whether to compute its gradient: it is needed, and some output depends on it; the same as the operator takes it."""
-    parameters = codec.decode(text).parameters
-    flags = (needed[0], *(p.live and need for p, need in zip(parameters, needed[1:], strict=True)))
+@functools.lru_cache(maxsize=4096)
+def _wanted(text: str, tasks: tuple[bool, ...], levels: tuple[bool, ...], needed: tuple[bool, ...]) -> tuple[tuple[bool, ...], str]:
+    """For x and each parameter, whether to compute its gradient: it is needed, and some wanted output depends on it; and as the operator takes it."""
+    flags = tuple(a and b for a, b in zip(outputs.dependent(text, tasks, levels), needed, strict=True))
     return flags, "".join("1" if flag else "0" for flag in flags)
 
 
@@ -334,7 +347,7 @@ def _batched(d_out, d_weights, x, params, saved, table, needs) -> tuple[Tensor |
 def _plain_gradients(d_out, d_weights, x, params, network: Table) -> list[Tensor | None]:
     """The reference's backward, in float32 where x is narrower, as the kernels sum; each gradient in the dtype of its tensor."""
     d_out, d_weights, wide, *raised = [t if t is None else _at_least_float32(t) for t in (d_out, d_weights, x, *params)]
-    d_x, d_params = reference.backward(wide, raised, network, d_out, reference.by_level(d_weights, network))
+    d_x, d_params = reference.backward(wide, raised, network, d_out, by_level(d_weights, network))
     return [d if d is None else d.to(t.dtype) for d, t in zip((d_x, *d_params), (x, *params), strict=True)]
 
 

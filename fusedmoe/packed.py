@@ -9,7 +9,8 @@ from torch import Tensor, library
 
 from fusedmoe import codec
 from fusedmoe.backends import BACKENDS, EXTENSION
-from fusedmoe.op import check, for_tasks
+from fusedmoe.checks import check
+from fusedmoe.outputs import for_tasks
 from fusedmoe.table import Table
 
 DTYPES = ("float32", "float64")

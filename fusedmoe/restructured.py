@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedmoe.op import for_tasks
+from fusedmoe.outputs import for_tasks
 from fusedmoe.reference.activation import apply
 from fusedmoe.table import Level, Static, Table
 

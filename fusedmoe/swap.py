@@ -1,7 +1,9 @@
 """Swap the layers of a model for one call of the operator each: in place, per instance, reversible.
 
 `fuse` sets one attribute, `forward`, on the instance of a layer; `nn.Module.__call__` finds it before the method of the class.
-Class, module tree, parameters, buffers, hooks and `state_dict` stay what they were, and `unfuse` deletes the attribute.
+Class, module tree, parameters, buffers, hooks and `state_dict` stay what they were, and `unfuse` deletes the attribute. Where another
+library has set a forward of its own around that one since, a layer counts as fused all the same, and is left as it is; `unfuse`
+then has ours run the class's under it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from fusedmoe.adapters import FusedForward, Match, Unfusable, recognise, register_adapter
+from fusedmoe.adapters import FusedForward, Match, Unfusable, installed, on_instance, recognise, register_adapter, runs_the_class
 from fusedmoe.backends import candidates, choose, require
 from fusedmoe.kernels.launchers import LAUNCHERS
 from fusedmoe.nn.binding import Binding
@@ -101,16 +103,17 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
     """
     require_module(model, "fuse")
     require(backend)
-    before = _installed(model)
+    before = [(module, module.__dict__["forward"], forward, forward.retired) for module, forward in _ours(model)]
     try:
-        for module, forward in before:
-            if forward.binding.change():
-                del module.__dict__["forward"]
+        for module, _, forward, _ in before:
+            if runs_the_class(module) or forward.binding.change():
+                _take_out(module, forward)
         findings = [_with_choice(finding, backend) for finding in walk(model, "", set())]
         planned = [(finding.module, _forward(finding.module, finding.match, backend, recompute)) for finding in findings if finding.match]
     except BaseException:
-        for module, forward in before:
-            module.__dict__["forward"] = forward
+        for module, own, forward, retired in before:
+            module.__dict__["forward"] = own
+            forward.retired = retired
         raise
     for module, forward in planned:
         module.__dict__["forward"] = forward
@@ -129,8 +132,9 @@ def unfuse(model: nn.Module) -> None:
     Raises: TypeError if `model` is no module.
     """
     require_module(model, "unfuse")
-    for module, _ in _installed(model):
-        del module.__dict__["forward"]
+    while ours := _ours(model):
+        for module, forward in ours:
+            _take_out(module, forward)
 
 
 def describe(model: nn.Module) -> str:
@@ -231,10 +235,10 @@ def _find(module: nn.Module, path: str) -> Finding | None:
 
 def _fused(module: nn.Module) -> tuple[str, str, Binding] | None:
     """Return (family, backend, binding) of a module that `fuse` fused, or that is one of `fusedmoe.nn`."""
-    forward = _forward_of(module)
+    forward = installed(module)
     if forward:
         return forward.family, forward.backend, forward.binding
-    return (type(module).wiring.__name__, module.backend, module._binding) if isinstance(module, Fused) else None
+    return (type(module).wiring.__name__, module.backend, module.bind()) if isinstance(module, Fused) else None
 
 
 def _wrapper(module: nn.Module) -> str:
@@ -248,14 +252,17 @@ def _wrapper(module: nn.Module) -> str:
     return ""
 
 
-def _forward_of(module: nn.Module) -> FusedForward | None:
-    """Return the forward that `fuse` set on this very module."""
-    forward = module.__dict__.get("forward")
-    return forward if isinstance(forward, FusedForward) else None
+def _ours(model: nn.Module) -> list[tuple[nn.Module, FusedForward]]:
+    """Return the modules that have a forward of ours, in use or not, and that."""
+    return [(module, forward) for module in model.modules() if (forward := on_instance(module) or installed(module))]
 
 
-def _installed(model: nn.Module) -> list[tuple[nn.Module, FusedForward]]:
-    return [(module, forward) for module in model.modules() if (forward := _forward_of(module))]
+def _take_out(module: nn.Module, forward: FusedForward) -> None:
+    """Give a module the forward of its class back; what others set around ours stays, and runs that."""
+    # A shallow copy has the forward of its original.
+    forward.retired = forward.retired or forward.binding.binds(module)
+    if on_instance(module) is forward:
+        del module.__dict__["forward"]
 
 
 def require_module(model, function: str) -> None:

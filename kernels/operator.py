@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from fusedmoe import codec, outputs
 from fusedmoe.kernels import network, trial
 from fusedmoe.kernels.launchers import launcher
 from fusedmoe.reference import operator as reference
@@ -49,35 +50,39 @@ def _forward(backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mi
 
 
 class _Network(torch.autograd.Function):
+    """It returns what `outputs.split` does: autograd tells which of the tensors have a gradient."""
+
     @staticmethod
-    def forward(ctx, backend: str, table: Table, mixing: bool, x: Tensor, *params: Tensor):
+    def forward(ctx, backend: str, table: Table, mixing: bool, tasks_apart: bool, x: Tensor, *params: Tensor):
         out, weights, saved = _forward(backend, x, params, table, mixing, training=True)
-        ctx.backend, ctx.table = backend, table
+        ctx.backend, ctx.table, ctx.tasks_apart = backend, table, tasks_apart
         ctx.tiles = saved.tiles
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, saved.buffers, saved.softmax, *params)
-        return out, weights
+        return outputs.split(out, weights if mixing else None, table, tasks_apart)
 
     @staticmethod
-    def backward(ctx, d_out: Tensor | None, d_weights: Tensor | None):
+    def backward(ctx, *d_outputs: Tensor | None):
         x, buffers, softmax, *params = ctx.saved_tensors
         table = ctx.table
-        if d_out is None:
-            d_out = x.new_zeros(x.shape[0], *table.output)
+        d_out, d_weights, tasks, levels = outputs.join(d_outputs, x, table, ctx.tasks_apart)
+        wanted = outputs.dependent(codec.encode(table), tasks, levels)
         if torch.is_grad_enabled():
             # Gradients that are to be differentiated again are plain PyTorch's.
-            d_x, d_params = reference.backward(x, params, table, d_out, reference.by_level(d_weights, table))
-            return None, None, None, d_x, *d_params
-        with there(x):
-            given = None if d_weights is None else d_weights.contiguous()
-            arguments = d_out.contiguous(), given, inner(x), [p.contiguous() for p in params], network.Saved(buffers, softmax, ctx.tiles), table
-            d_x, d_params = network.backward(*arguments, launcher(ctx.backend).tiles_of_backward(*arguments), ctx.backend)
-        wanted = ctx.needs_input_grad[3:]
-        return None, None, None, *(d if need else None for d, need in zip((d_x, *d_params), wanted, strict=True))
+            d_x, d_params = reference.backward(x, params, table, d_out, outputs.by_level(d_weights, table))
+        else:
+            with there(x):
+                given = None if d_weights is None else d_weights.contiguous()
+                # Hooks of saved tensors may give back equal ones of any layout.
+                saved = network.Saved(buffers.contiguous(), softmax.contiguous(), ctx.tiles)
+                arguments = d_out.contiguous(), given, inner(x), [p.contiguous() for p in params], saved, table
+                d_x, d_params = network.backward(*arguments, launcher(ctx.backend).tiles_of_backward(*arguments), ctx.backend)
+        needed = zip((d_x, *d_params), wanted, ctx.needs_input_grad[4:], strict=True)
+        return None, None, None, None, *(d if depends and need else None for d, depends, need in needed)
 
 
-def run(backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool) -> tuple[Tensor, Tensor]:
-    """Return out [B, *table.output] and the mixing weights [B, table.mixing] (or [B, 0]).
+def run(backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, tasks_apart: bool) -> tuple[Tensor, ...]:
+    """Return what `outputs.split` does: out [B, *table.output], or with `tasks_apart` one [B, O] a task; then each level's mixing weights.
 
     Args:
         backend: whose kernels.
@@ -85,10 +90,11 @@ def run(backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mixing:
         params: one per `table.parameters`, of x's dtype and device (`fits`).
         table: the network.
         mixing: return the mixing weights.
+        tasks_apart: return one output a task.
 
     Raises: ValueError for a table that is too wide (`program.lower`); RuntimeError if the kernels err on this device (`trial.py`).
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
-        return _Network.apply(backend, table, mixing, x, *params)
+        return _Network.apply(backend, table, mixing, tasks_apart, x, *params)
     out, weights, _ = _forward(backend, x, params, table, mixing, training=False)
-    return out, weights
+    return outputs.split(out, weights if mixing else None, table, tasks_apart)

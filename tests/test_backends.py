@@ -54,7 +54,7 @@ LACKS = {
         lambda patch: patch.setattr(importlib.metadata, "version", no_package),
         "expected the package triton, got none; `pip install triton` brings it, for Linux",
     ),
-    "a later version": (lambda patch: patch.setattr(importlib.metadata, "version", lambda _: "3.1.0"), "expected triton 3.5 or later, got 3.1.0"),
+    "a later version": (lambda patch: patch.setattr(importlib.metadata, "version", lambda _: "3.1.0"), "expected triton 3.6 or later, got 3.1.0"),
     "a driver": (
         lambda patch: patch.setitem(sys.modules, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=Driver()))),
         "expected a Triton that finds the GPU's driver and a C compiler, got RuntimeError: 0 active drivers ([]). There should only be one.",

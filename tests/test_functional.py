@@ -237,7 +237,9 @@ class Mixture(nn.Module):
         lower = {"weights": self.weights, "biases": self.biases, "gates": (self.gates, self.offsets), "static": self.static, "wiring": self.wiring}
         wiring = LevelWiring(slots=[1, 0], selectors=[Selector("root"), Selector("expert", 1), None], activation="tanh")
         static = [([0, 1], self.fixed), None, ((1,), self.upper_static)]
-        out = fusion_level(fusion_level(x, **lower), self.upper, None, [*self.upper_gates, None], wiring, [None, [0], None], static)
+        # As a list first: torch.compile of 2.11 unpacks no ParameterList.
+        gates = [*list(self.upper_gates), None]
+        out = fusion_level(fusion_level(x, **lower), self.upper, None, gates, wiring, [None, [0], None], static)
         return out, mixing_weights(x, **lower)
 
 

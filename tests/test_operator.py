@@ -1,5 +1,6 @@
 """The operator as PyTorch sees it: schema, compilation, double backward, threads, bad input."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from fusedmoe.activation import IDENTITY
 from fusedmoe.codec import encode
 from fusedmoe.families import mmoe, ple
 from fusedmoe.op import fusion_network
-from fusedmoe.table import Expert, Layer, Level, Static, Table, Unit
+from fusedmoe.table import Expert, Layer, Level, Static, Table, Task, Unit
 from fusedmoe.testing import Case, Problem, build, cases, error, evaluate, expectation, problem
 
 CASES = cases()
@@ -103,6 +104,21 @@ def test_compiled_with_aot_autograd():
     given = start("ple-odd", torch.float32, rows=9)
     compiled = torch.compile(lambda x, params, table: fused(x, params, table), fullgraph=True, dynamic=True, backend="aot_eager")
     ours, plain = evaluate(compiled, given), evaluate(fused, given)
+    assert all((a is None and plain[name] is None) or torch.equal(a, plain[name]) for name, a in ours.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_compiled_under_autocast(dtype):
+    """Autocast's questions are traced too: what it lowers, what it leaves, and the backward, which computes outside it."""
+    torch._dynamo.reset()
+    given = start("ple-odd", dtype, rows=9)
+
+    def under_autocast(*arguments):
+        with torch.autocast("cpu", torch.bfloat16):
+            return fused(*arguments)
+
+    compiled = torch.compile(under_autocast, fullgraph=True, dynamic=True, backend="aot_eager")
+    ours, plain = evaluate(compiled, given), evaluate(under_autocast, given)
     assert all((a is None and plain[name] is None) or torch.equal(a, plain[name]) for name, a in ours.items())
 
 
@@ -231,6 +247,28 @@ def test_threads_do_not_change_a_bit(name, rows):
         for key, value in results[0].items():
             assert (value is None and other[key] is None) or torch.equal(value, other[key]), key
     assert len(results[0]) == 2 + len(table.levels) + len(table.parameters)
+
+
+@pytest.mark.parametrize("units", [[(0,)] * 20 + [(2,)], [(0, 1), (1, 0), (0, 2)] * 4], ids=["one", "two"])
+def test_a_unit_that_several_tasks_read_keeps_its_bits(units):
+    """Its gradient is a sum over tasks: in one order, whatever the threads, and from run to run. Without PyTorch's own switch for that."""
+    # Few rows of wide units: their sums are shared out among threads.
+    table = replace(mmoe(4, [[4096]], 3, 2), tasks=tuple(Task(read) for read in units))
+    given = problem(Case(table, 3), torch.float32)
+    x, params = given.x.requires_grad_(), [p.requires_grad_() for p in given.params]
+    found, threads, deterministic = [], torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        for count in (1, 2, 4, 8, 7, 8):
+            torch.set_num_threads(count)
+            out = fusion_network(x, params, table)
+            scale = torch.linspace(0.5, 1.5, out.numel()).view(out.shape)
+            found.append(torch.autograd.grad(out, [x, *params], scale))
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
 
 
 @pytest.mark.parametrize("name", ["every_feature", "adatt-odd", "ple-empty_gate", "mmoe-one_row", "asymmetric_sharing-odd"])

@@ -9,10 +9,10 @@ from torch import nn
 
 from fusedmoe.adapters import adatt_library
 from fusedmoe.adapters.conditions import require_fusable
-from fusedmoe.adapters.forward import FusedForward, Match, whole
+from fusedmoe.adapters.extent import require_small
+from fusedmoe.adapters.forward import FusedForward, Match, installed, on_instance, one_per_task, runs_the_class, whole
 from fusedmoe.adapters.probe import require_agreement
 from fusedmoe.nn.binding import Binding
-from fusedmoe.nn.fused import one_per_task
 from fusedmoe.nn.wiring import Unfusable, Wiring
 
 Adapter = Callable[[nn.Module], Wiring | Match | None]
@@ -105,7 +105,8 @@ def _recognise_library(module: nn.Module) -> Match | None:
 
 
 def _require_exact(module: nn.Module, match: Match) -> None:
-    # Shapes first: their messages are clearer than the probe's.
+    # Before anything is copied; then shapes: their messages are clearer than the probe's.
+    require_small(module, match.wiring.keys)
     Binding(module, match.wiring)
     require_agreement(module, match)
 
@@ -128,4 +129,16 @@ def _name(adapter: Adapter) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-__all__ = ["FusedForward", "Match", "Unfusable", "Wiring", "one_per_task", "recognise", "register_adapter", "whole"]
+__all__ = [
+    "FusedForward",
+    "Match",
+    "Unfusable",
+    "Wiring",
+    "installed",
+    "on_instance",
+    "one_per_task",
+    "recognise",
+    "register_adapter",
+    "runs_the_class",
+    "whole",
+]

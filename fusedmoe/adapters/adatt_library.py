@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fusedmoe.adapters.forward import Match, whole
+from fusedmoe.adapters.forward import Match, one_per_task, whole
 from fusedmoe.nn import wiring
-from fusedmoe.nn.fused import one_per_task
 from fusedmoe.nn.wiring import Unfusable, Wiring
 
 

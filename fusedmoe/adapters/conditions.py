@@ -6,14 +6,18 @@ import torch
 from torch import nn
 
 from fusedmoe import dtype as dtypes
+from fusedmoe.adapters.forward import around, runs_the_class
 from fusedmoe.nn.binding import obstacles
 from fusedmoe.nn.wiring import Unfusable
 
 
 def require_fusable(module: nn.Module) -> None:
     """Raise Unfusable, with the reason and the place, if nothing that is found in the module could be fused exactly."""
-    if "forward" in module.__dict__:
-        raise Unfusable("it has a forward of its own set on the instance")
+    if "forward" in module.__dict__ and not runs_the_class(module):
+        raise Unfusable(f"it has a forward of its own set on the instance ({getattr(module.forward, '__qualname__', type(module.forward).__name__)})")
+    outer = around(module)
+    if outer:
+        raise Unfusable(f"it lies inside a {outer.name} that is fused; fusedmoe.unfuse(model) before")
     reason = next(obstacles(module), None)
     if reason:
         raise Unfusable(reason)

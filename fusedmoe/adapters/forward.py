@@ -1,22 +1,38 @@
-"""The forward that `fuse` puts on an instance."""
+"""The forward that `fuse` puts on an instance, and how it is found there again.
+
+Other libraries set forwards on instances too, around the one that is there: a function that calls it, its `__func__` bound to the
+module, anything. So a forward of ours is on its module itself, or out of sight under one that is not ours; whatever holds it there
+keeps it alive, and `installed` finds it among the live ones. It cannot be taken out of there, but it can be retired: it then runs
+the forward of the class.
+"""
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
+from types import MethodType
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from fusedmoe.nn.binding import Binding
 from fusedmoe.nn.wiring import Unfusable, Wiring
+from fusedmoe.outputs import per_task
 
+_LIVE: set[weakref.ref[FusedForward]] = set()
 CURE = "fusedmoe.unfuse(model) runs it as it is, fusedmoe.fuse(model) looks at it anew"
 
 
 def whole(out: Tensor) -> Tensor:
     """Return the output of the network as the module's: [B, T, H]."""
     return out
+
+
+def one_per_task(out: Tensor) -> list[Tensor]:
+    """Return a list of T outputs [B, O] from [B, T, O]. Named as a match's `returns` it asks the operator itself for them, so that the
+    tower of a task that a loss leaves out has no gradient."""
+    return per_task(out)
 
 
 class Match(NamedTuple):
@@ -37,11 +53,14 @@ class FusedForward:
 
     Args:
         module: the module on which it is, or will be, set as the instance attribute `forward`. `nn.Module.__call__` finds it there,
-            so that hooks on the module stay around it.
+            so that hooks on the module stay around it. It does not keep the module alive.
         match: what the module computes.
         backend, recompute: handed to the operator at every call.
 
     Raises: Unfusable as `Binding` does, and if the forward of the module's class does not take exactly one input.
+
+    Called with a module first, as a function of the class is, it computes for that module: what its class does, if it is another
+    than the one it was made for (a copy, whose forward was bound by somebody who wrapped it).
     """
 
     def __init__(self, module: nn.Module, match: Match, backend: str, recompute: bool = False):
@@ -52,20 +71,45 @@ class FusedForward:
         self.returns = match.returns
         self.argument = _input_of(module)
         self.binding = Binding(module, match.wiring, CURE)
+        self.retired = False
+        _LIVE.add(weakref.ref(self, _LIVE.discard))
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        _LIVE.add(weakref.ref(self, _LIVE.discard))
 
     def __call__(self, *inputs, **named):
         """Return the module's output for x [B, D] or [B, S, D].
 
         Raises: TypeError for other arguments, ValueError for another rank, RuntimeError if the module was changed inside.
         """
+        module = None
+        if inputs and isinstance(inputs[0], nn.Module):
+            module, *inputs = inputs
+        if self.retired or not (module is None or self.binding.binds(module)):
+            module = self.binding.module if module is None else module
+            return type(module).forward(module, *inputs, **named)
         if len(inputs) + len(named) != 1 or any(name != self.argument for name in named):
-            raise TypeError(f"{self._name()}.forward: expected one argument {self.argument}, got {len(inputs)} positional and {list(named)}")
+            raise TypeError(f"{self.name}.forward: expected one argument {self.argument}, got {len(inputs)} positional and {list(named)}")
         x = inputs[0] if inputs else named[self.argument]
         table = self.binding.table
         if isinstance(x, Tensor) and x.dim() != self.rank:
             expected = f"[B, {table.width}]" if self.rank == 2 else f"[B, {table.slots}, {table.width}]"
-            raise ValueError(f"{self._name()}.forward: expected {self.argument} {expected}, got {list(x.shape)}")
+            raise ValueError(f"{self.name}.forward: expected {self.argument} {expected}, got {list(x.shape)}")
+        if self.returns is one_per_task:
+            return self.binding.run(x, self.backend, recompute=self.recompute, tasks_apart=True)
         return self.returns(self.binding.run(x, self.backend, recompute=self.recompute))
+
+    @property
+    def __func__(self) -> Callable:
+        """It as a function of a module, as bound methods have it: libraries wrap that and bind the result, which copies with the module."""
+
+        def forward(module, *inputs, **named):
+            return self(module, *inputs, **named)
+
+        forward.__signature__ = inspect.signature(type(self.binding.module).forward)
+        forward.fused_forward = self
+        return forward
 
     @property
     def __code__(self):
@@ -77,8 +121,43 @@ class FusedForward:
         """That of the class's forward: dynamic shapes of torch.export go by its arguments."""
         return inspect.signature(type(self.binding.module).forward.__get__(self.binding.module))
 
-    def _name(self) -> str:
+    @property
+    def name(self) -> str:
+        """That of the module's class."""
         return type(self.binding.module).__name__
+
+
+def on_instance(module: nn.Module) -> FusedForward | None:
+    """Return the forward of ours that is set on this very module, with nothing around it."""
+    forward = module.__dict__.get("forward")
+    function = getattr(forward, "__func__", None)
+    # What wraps a function has its attributes, and says so.
+    return None if hasattr(function, "__wrapped__") else getattr(function, "fused_forward", None)
+
+
+def installed(module: nn.Module) -> FusedForward | None:
+    """Return the forward that runs the module by one call of the operator: on the instance, or under what was set in its place."""
+    if "forward" not in module.__dict__:
+        return None
+    own = on_instance(module)
+    return next((forward for forward in ([own] if own else _live()) if not forward.retired and forward.binding.binds(module)), None)
+
+
+def around(module: nn.Module) -> FusedForward | None:
+    """Return the forward, in use or kept by somebody, of a layer in which `module` lies: it would not run on if that were fused too."""
+    return next((forward for forward in _live() if not forward.retired and forward.binding.contains(module)), None)
+
+
+def _live() -> list[FusedForward]:
+    return [forward for reference in list(_LIVE) if (forward := reference()) is not None]
+
+
+def runs_the_class(module: nn.Module) -> bool:
+    """Whether a forward set on the instance does what the class's would: it is that, bound, or one of ours that has no part in it."""
+    forward = module.__dict__.get("forward")
+    if isinstance(forward, MethodType) and forward.__func__ is type(module).forward:
+        return forward.__self__ is module
+    return on_instance(module) is not None and installed(module) is None
 
 
 def _input_of(module: nn.Module) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedmoe.adapters.forward import FusedForward, Match
+from fusedmoe.adapters.surroundings import put_back
 from fusedmoe.nn.binding import HOOKS
 from fusedmoe.nn.wiring import Unfusable
 
@@ -40,11 +41,12 @@ def require_agreement(module: nn.Module, match: Match) -> None:
 
     The norm of each difference, relative to that of the module's own value, may be sqrt(eps) of the module's dtype, or of float32
     if that is less. Both sides compute in float64, where no rounding moves a pre-activation across the kink of a ReLU; in the
-    module's dtype if its forward does not run in float64. Neither the module nor any generator but a private one is touched.
+    module's dtype if its forward does not run in float64. The module is not touched, and what its forward does to generators, defaults
+    and modes is put back.
     """
     parameter = next(module.parameters())
     judged = min(parameter.dtype, torch.float32, key=lambda dtype: torch.finfo(dtype).eps)
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(parameter.device.type, enabled=False):
+    with put_back(parameter.device), torch.inference_mode(False), torch.enable_grad(), torch.autocast(parameter.device.type, enabled=False):
         try:
             try:
                 _compare(module, match, torch.float64, math.sqrt(torch.finfo(judged).eps))
@@ -119,10 +121,10 @@ def _difference(module: nn.Module, fused: FusedForward, case: _Input, draw: Call
 
 
 def _own_outputs(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Run the forward of the module's class; whatever random numbers it draws, the global generator keeps its state."""
+    """Run the forward of the module's class."""
     before = _held(module)
     try:
-        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        with put_back(x.device):
             outputs = type(module).forward(module, x)
     except Exception as error:
         raise _DoesNotRun(f"its forward raised {type(error).__name__} on x {list(x.shape)}: {error}") from error
@@ -156,20 +158,22 @@ def _random_copy(module: nn.Module, dtype: torch.dtype, generator: torch.Generat
 
 def _held(module: nn.Module) -> dict[str, tuple[object, int]]:
     """Return what the attributes of all modules in the tree hold, and the items of their plain containers: values, and tensors' versions."""
+    seen: set[int] = set()
     return {
         name: (value, _version(value))
         for path, inner in module.named_modules()
         for key, attribute in inner.__dict__.items()
-        for name, value in _items(f"{path}.{key}" if path else key, attribute, ())
+        for name, value in _items(f"{path}.{key}" if path else key, attribute, seen)
     }
 
 
-def _items(name: str, value, outer: tuple[int, ...]) -> Iterator[tuple[str, object]]:
-    """Yield a value by name, and what is in it if it is a container; `outer` are those that it stands in, which may be itself."""
+def _items(name: str, value, seen: set[int]) -> Iterator[tuple[str, object]]:
+    """Yield a value by name, and what is in it if it is a container that was not seen before."""
     yield name, value
-    if isinstance(value, (Mapping, list, tuple, set, deque)) and id(value) not in outer:
+    if isinstance(value, (Mapping, list, tuple, set, deque)) and id(value) not in seen:
+        seen.add(id(value))
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _items(f"{name}[{key!r}]", item, (*outer, id(value)))
+            yield from _items(f"{name}[{key!r}]", item, seen)
 
 
 def _version(value) -> int:

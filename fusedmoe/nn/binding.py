@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import operator
+import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from types import CodeType
 from typing import NamedTuple
@@ -18,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fusedmoe.backends import EXTENSION as WATCH
-from fusedmoe.nn.frozen import Frozen
+from fusedmoe.nn.frozen import Frozen, require_serving
 from fusedmoe.nn.wiring import Unfusable, Wiring
 from fusedmoe.op import fusion_network
+from fusedmoe.outputs import per_task
 from fusedmoe.table import Table
 
 HOOKS = {
@@ -31,15 +34,19 @@ HOOKS = {
 }
 # What a forward may read without the table having to change: modes, and the choice of backend and memory.
 FREE = {"training", "inplace", "backend", "recompute"}
+# What PyTorch itself keeps in every module.
+OWN = vars(nn.Module()).keys()
 PLAIN = (bool, int, float, str, type(None))
 CURE = "undo it, or build the module anew and load its state_dict"
+# Held where a thread sets `frozen` to what depends on what it was.
+_FREEZING = threading.Lock()
 
 
 class _Setting(NamedTuple):
-    """An attribute that the forward of `owner` reads; `path` is where `owner` stands."""
+    """An attribute that the forward of `owner` reads; `path` is where `owner` stands. None is the bound module itself."""
 
     path: str
-    owner: nn.Module
+    owner: nn.Module | None
     name: str
 
 
@@ -53,13 +60,14 @@ class Binding:
 
     Raises: Unfusable if something inside the module already stands between it and its table, or a parameter has another shape.
 
-    It holds references into the module, never copies of tensors: parameters replaced or changed in place are seen at the next
-    call. It may be stored on the module itself; `deepcopy` and `pickle` carry both, bound to each other. In code that
-    torch.compile made, hooks added afterwards are not looked for: that is so for any compiled module.
+    It holds references to what is in the module, never copies of tensors: parameters replaced or changed in place are seen at the
+    next call. To the module itself it holds a weak one, so that it may be stored there and `del module` frees both at once;
+    `deepcopy` and `pickle` carry both, bound to each other. In code that torch.compile made, hooks added afterwards are not
+    looked for: that is so for any compiled module.
     """
 
     def __init__(self, module: nn.Module, wiring: Wiring, cure: str = CURE):
-        self.module = module
+        self._module = weakref.ref(module)
         self.cure = cure
         self.table: Table = wiring.table
         self.keys = tuple(wiring.keys)
@@ -68,6 +76,8 @@ class Binding:
             raise Unfusable(reason)
         self._places = [_place(module, key) for key in self.keys]
         self._check_shapes()
+        self._class = type(module)
+        self._tables = {name: value for name, value in vars(module).items() if name in OWN}
         places = list(module.named_modules())
         self._inner = [inner for _, inner in places[1:]]
         self._hooks = [getattr(inner, kind) for inner in self._inner for kind in HOOKS]
@@ -75,21 +85,35 @@ class Binding:
         self._paths = [path for path, _ in parents]
         self._children = [parent._modules for _, parent in parents]
         self._bound_children = [dict(children) for children in self._children]
-        read = [_Setting(path, owner, name) for path, owner in places for name in _attributes(owner)]
-        self._settings = [setting for setting in read if _is_plain(_value(setting))]
+        read = [_Setting(path, owner if path else None, name) for path, owner in places for name in _attributes(owner)]
+        self._settings = [setting for setting in read if _is_plain(self._value(setting))]
         # Lists may be edited in place: keep what they held.
-        self._bound_settings = [copy.deepcopy(_value(setting)) for setting in self._settings]
+        self._bound_settings = [copy.deepcopy(self._value(setting)) for setting in self._settings]
         rest = [setting for setting in read if setting not in self._settings]
-        self._objects = [setting for setting in rest if setting.name in setting.owner.__dict__]
-        self._bound_objects = [_value(setting) for setting in self._objects]
-        watched = [setting for setting in rest if isinstance(_value(setting), Tensor)]
+        self._objects = [setting for setting in rest if setting.name in self._owner(setting).__dict__]
+        self._bound_objects = [self._value(setting) for setting in self._objects]
+        watched = [setting for setting in rest if isinstance(self._value(setting), Tensor)]
         # Never parameters: those are read anew at every call.
-        self._tensors = [(setting, _value(setting).detach().clone()) for setting in watched]
-        self._seen = [_stamp(setting) for setting, _ in self._tensors]
-        self._methods = [setting for setting in rest if setting not in self._objects and setting.name not in setting.owner._buffers]
+        self._tensors = [(setting, self._value(setting).detach().clone()) for setting in watched]
+        self._seen = [_stamp(self._value(setting)) for setting, _ in self._tensors]
+        self._methods = [setting for setting in rest if setting not in self._objects and setting.name not in self._owner(setting)._buffers]
         self._look_up()
         # Set by `freeze`; copies and pickles leave it behind, and so are not frozen.
         self.frozen: Frozen | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module; a stand-in with the same inside once it is freed while something still holds its forward."""
+        module = self._module()
+        return self._stand_in() if module is None else module
+
+    def binds(self, module: nn.Module) -> bool:
+        """Whether `module` is the one: not a shallow copy of it, or another that was given its forward."""
+        return self._module() is module
+
+    def contains(self, module: nn.Module) -> bool:
+        """Whether `module` is one inside the bound one, whose forward is not run."""
+        return any(inner is module for inner in self._inner)
 
     def tensors(self) -> list[Tensor]:
         """Return the parameters as they are at this moment, in the order of `table.parameters`.
@@ -118,41 +142,45 @@ class Binding:
             if children != bound:
                 return f"{path or 'its own submodules'}: expected the submodules it was fused with, got others ({', '.join(children) or 'none'})"
         for setting, bound in zip(self._settings, self._bound_settings, strict=True):
-            if _value(setting) != bound:
-                return f"{_join(setting.path, setting.name)}: expected {bound!r}, as when it was fused, got {_value(setting)!r}"
+            if self._value(setting) != bound:
+                return f"{_join(setting.path, setting.name)}: expected {bound!r}, as when it was fused, got {self._value(setting)!r}"
         for setting, bound in zip(self._objects, self._bound_objects, strict=True):
-            if _value(setting) is not bound and not isinstance(bound, Tensor):
-                return f"{_join(setting.path, setting.name)}: expected the {type(bound).__name__} it was fused with, got {type(_value(setting)).__name__}"
+            if self._value(setting) is not bound and not isinstance(bound, Tensor):
+                return f"{_join(setting.path, setting.name)}: expected the {type(bound).__name__} it was fused with, got {type(self._value(setting)).__name__}"
         for setting in self._methods:
-            if setting.name in setting.owner.__dict__:
-                return f"{_join(setting.path, setting.name)}: expected that of the class {type(setting.owner).__name__}, got one set on the instance"
+            if setting.name in self._owner(setting).__dict__:
+                return f"{_join(setting.path, setting.name)}: expected that of the class {type(self._owner(setting)).__name__}, got one set on the instance"
         for setting, bound in self._tensors:
-            if not _holds(_value(setting), bound):
+            if not _holds(self._value(setting), bound):
                 return f"{_join(setting.path, setting.name)}: expected the values of the tensor it was fused with, got others"
         missing = [key for key, (parameters, leaf) in zip(self.keys, self._places, strict=True) if not isinstance(parameters.get(leaf), Tensor)]
         return _missing(missing[0]) if missing else None
 
-    def run(self, x: Tensor, backend: str = "auto", return_mixing_weights: bool = False, recompute: bool = False):
+    def run(self, x: Tensor, backend: str = "auto", return_mixing_weights: bool = False, recompute: bool = False, tasks_apart: bool = False):
         """Return `fusion_network` over the module's parameters.
 
         Args:
             x: [B, D] or [B, S, D].
             backend: a name, or "auto".
             return_mixing_weights: also return the mixing weights of every level.
-            recompute: keep less for backward, as `fusion_network` has it.
+            recompute, tasks_apart: as `fusion_network` has them.
 
-        Raises: RuntimeError if the module's inside was changed since it was bound; as `Frozen.run` if it is frozen.
+        Raises: RuntimeError if the module's inside was changed since it was bound; as `require_serving` if it is frozen.
 
         A frozen module runs from its packed parameters, and is thawed, with a warning, where they are no longer the module's. Code
-        that torch.compile made reads the module's parameters themselves, and so do calls for the mixing weights.
+        that torch.compile made reads the module's parameters themselves, under the same conditions; so do calls for the mixing
+        weights, under none.
         """
         self.check()
-        if self.frozen is not None and not return_mixing_weights and not torch.compiler.is_compiling():
-            out = self._run_frozen(x, backend)
+        # Once: another thread may freeze or thaw the module meanwhile.
+        frozen = self.frozen
+        if frozen is not None and not return_mixing_weights:
+            require_serving(self.module, x, self.tensors)
+            out = self._run_frozen(frozen, x, backend)
             if out is not None:
-                return out
+                return per_task(out) if tasks_apart else out
         try:
-            return fusion_network(x, self.tensors(), self.table, backend, return_mixing_weights, recompute)
+            return fusion_network(x, self.tensors(), self.table, backend, return_mixing_weights, recompute, tasks_apart)
         except TypeError:
             # A parameter set to None is not looked for at every call: the operator refuses it.
             change = self.change()
@@ -162,18 +190,27 @@ class Binding:
 
     def freeze(self, backend: str) -> None:
         """Pack the module's parameters for serving with `backend`, or anew. Raises: RuntimeError as `fusedmoe.packed.pack`."""
-        self.frozen = Frozen(self.module, self._places, self.table, backend)
+        frozen = Frozen(self._places, self.table, backend)
+        with _FREEZING:
+            self.frozen = frozen
 
-    def _run_frozen(self, x: Tensor, backend: str) -> Tensor | None:
+    def _run_frozen(self, frozen: Frozen, x: Tensor, backend: str) -> Tensor | None:
         """Return the output from packed parameters, or None where they cannot give it; thaw the module if they are outdated."""
-        frozen = self.frozen
+        # Asked here: after a graph break torch.compile may begin with this very function.
+        if torch.compiler.is_compiling():
+            return None
         if backend == frozen.backend and frozen.holds():
             return frozen.run(x)
-        self.frozen = None
+        with _FREEZING:
+            # Of threads that find it outdated one thaws it and warns; what another has packed anew stays.
+            thawed = self.frozen is frozen
+            if thawed:
+                self.frozen = None
         if change := self.change():
             raise RuntimeError(self._changed(change))
-        what = frozen.changed(self.keys, self.tensors()) if backend == frozen.backend else "its backend"
-        warnings.warn(f"{type(self.module).__name__} is no longer frozen: {what} was changed; fusedmoe.freeze(model) packs it again", stacklevel=4)
+        if thawed:
+            what = frozen.changed(self.keys, self.tensors()) if backend == frozen.backend else "its backend"
+            warnings.warn(f"{type(self.module).__name__} is no longer frozen: {what} was changed; fusedmoe.freeze(model) packs it again", stacklevel=4)
         return None
 
     def _differs(self) -> bool:
@@ -184,11 +221,12 @@ class Binding:
                 return True
         elif self._differs_in_python():
             return True
-        if [getattr(owner, name, None) for _, owner, name in self._settings] != self._bound_settings:
+        module = self.module
+        if [getattr(module if owner is None else owner, name, None) for _, owner, name in self._settings] != self._bound_settings:
             return True
-        if self._objects and not torch.compiler.is_compiling() and any(map(operator.is_not, map(_value, self._objects), self._bound_objects)):
+        if self._objects and not torch.compiler.is_compiling() and any(map(operator.is_not, map(self._value, self._objects), self._bound_objects)):
             return True
-        return any(setting.name in setting.owner.__dict__ for setting in self._methods)
+        return any(name in (module if owner is None else owner).__dict__ for _, owner, name in self._methods)
 
     def _differs_in_python(self) -> bool:
         """What `csrc/watch.cpp` tells of hooks, submodules and forwards, for torch.compile, which cannot trace that, and without the extension."""
@@ -196,13 +234,29 @@ class Binding:
 
     def _check_tensors(self) -> None:
         """Compare values where a tensor was replaced or written to: by a copy, `load_state_dict` or `to`, which may leave them alone."""
-        seen = [_stamp(setting) for setting, _ in self._tensors]
+        seen = [_stamp(self._value(setting)) for setting, _ in self._tensors]
         if seen != self._seen:
             change = self.change()
             if change:
                 raise RuntimeError(self._changed(change))
             self._seen = seen
-            self._bound_objects = [_value(setting) for setting in self._objects]
+            self._bound_objects = [self._value(setting) for setting in self._objects]
+
+    def _owner(self, setting: _Setting) -> nn.Module:
+        return self.module if setting.owner is None else setting.owner
+
+    def _value(self, setting: _Setting):
+        return _value(self._owner(setting), setting.name)
+
+    def _stand_in(self) -> nn.Module:
+        """Put in the place of a module that is gone one with its parameters, its submodules and what its forward reads."""
+        module = self._class.__new__(self._class)
+        bound = [*zip(self._settings, self._bound_settings, strict=True), *zip(self._objects, self._bound_objects, strict=True)]
+        read = {setting.name: value for setting, value in bound if setting.owner is None}
+        vars(module).update(self._tables | read, training=any(inner.training for inner in self._inner))
+        self._kept = module
+        self._module = weakref.ref(module)
+        return module
 
     def _look_up(self) -> None:
         """Find where attributes that hide those of a class would stand, and lay out what is looked at in every call."""
@@ -211,9 +265,11 @@ class Binding:
 
     def __getstate__(self) -> dict:
         # A copied or loaded module has a __dict__ of its own; every other dict here is carried over as the module's.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_own", "_watched", "frozen")}
+        left = ("_own", "_watched", "frozen", "_module", "_kept")
+        return {"module": self.module, **{name: value for name, value in self.__dict__.items() if name not in left}}
 
     def __setstate__(self, state: dict) -> None:
+        self._module = weakref.ref(state.pop("module"))
         self.__dict__.update(state)
         self.frozen = None
         self._look_up()
@@ -263,9 +319,8 @@ def obstacles(module: nn.Module) -> Iterator[str]:
             yield f"{path}: has a forward set on the instance ({type(inner.__dict__['forward']).__name__})"
 
 
-def _value(setting: _Setting):
+def _value(owner: nn.Module, name: str):
     """Return the attribute or buffer of the owner, or else what stands in its class; None if there is none."""
-    _, owner, name = setting
     if name in owner.__dict__:
         return owner.__dict__[name]
     return owner._buffers[name] if name in owner._buffers else _on_class(owner, name)
@@ -278,8 +333,8 @@ def _on_class(owner: nn.Module, name: str):
 def _attributes(owner: nn.Module) -> list[str]:
     """Return the names that the forward of the owner's class reads off it: attributes, buffers, and what stands in the class."""
     held = owner.__dict__.keys() | owner._buffers.keys() | {name for base in _bases(type(owner)) for name in vars(base)}
-    # A forward set on an instance has a message of its own; that of the module itself is what `fuse` sets.
-    return sorted(_reads(type(owner)) & held - FREE - {"forward"})
+    # A forward set on an instance has a message of its own; that of the module itself is what `fuse` sets. A binding is what this is.
+    return sorted(_reads(type(owner)) & held - FREE - {"forward", "_binding"})
 
 
 def _bases(cls: type) -> tuple[type, ...]:
@@ -287,9 +342,8 @@ def _bases(cls: type) -> tuple[type, ...]:
     return cls.__mro__[: cls.__mro__.index(nn.Module)]
 
 
-def _stamp(setting: _Setting) -> tuple[int, int]:
+def _stamp(value) -> tuple[int, int]:
     """Return what changes when a tensor is replaced or written to."""
-    value = _value(setting)
     return id(value), value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 

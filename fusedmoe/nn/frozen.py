@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fusedmoe.backends import choose, transforming
-from fusedmoe.op import check
+from fusedmoe.checks import check
 from fusedmoe.packed import pack, runner
 from fusedmoe.table import Table
 
-_LIVE: weakref.WeakSet[Frozen] = weakref.WeakSet()
+# No WeakSet: to iterate one while another thread adds to it is an error, a list of a set is made in one step.
+_LIVE: set[weakref.ref[Frozen]] = set()
 
 
 @functools.cache
@@ -24,8 +25,9 @@ def _watch_optimizers() -> None:
 
     def after(optimizer: torch.optim.Optimizer, *_) -> None:
         parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for frozen in list(_LIVE):
-            frozen.stepped(parameters)
+        for frozen in [reference() for reference in list(_LIVE)]:
+            if frozen is not None:
+                frozen.stepped(parameters)
 
     register_optimizer_step_post_hook(after)
 
@@ -34,7 +36,6 @@ class Frozen:
     """The packed parameters of a module, and what shows that those in the module are still the ones that were packed.
 
     Args:
-        module: the layer.
         places: (the `_parameters` dict that holds it, its name there) of every parameter, in the order of `table.parameters`.
         table: the layer's table.
         backend: "auto" or a name, as the layer has it.
@@ -45,29 +46,30 @@ class Frozen:
     every parameter cannot be seen.
     """
 
-    def __init__(self, module: nn.Module, places: Sequence[tuple[dict, str]], table: Table, backend: str):
+    def __init__(self, places: Sequence[tuple[dict, str]], table: Table, backend: str):
         from fusedmoe import _C
 
-        self.module = module
         self.table = table
         self.backend = backend
-        self._parameters = [parameters[leaf] for parameters, leaf in places]
+        holders = {id(parameters): parameters for parameters, _ in places}
+        held = {key: dict(parameters) for key, parameters in holders.items()}
+        self._holders = tuple(holders.values())
+        self._held = tuple(held.values())
+        # Out of what is held: another thread may have put a parameter in the place of one meanwhile.
+        self._parameters = tuple(held[id(parameters)][leaf] for parameters, leaf in places)
         self._tensors = tuple(parameter.detach() for parameter in self._parameters)
-        holders = {id(parameters): parameters for parameters, _ in places}.values()
-        self._holders = tuple(holders)
-        self._held = tuple(dict(parameters) for parameters in holders)
-        self._watched = tuple(self._parameters)
-        self._stamps = tuple(map(_C.stamp, self._watched))
+        self._stamps = tuple(map(_C.stamp, self._parameters))
         self._any_differ, self._any_written = _C.any_differ, _C.any_written
+        self._stepped: int | None = None
+        # Before they are packed: what changes while they are is seen.
+        _watch_optimizers()
+        _LIVE.add(weakref.ref(self, _LIVE.discard))
         self._run = runner(table)
         self.packed = pack(self._parameters, table)
-        self._stepped: int | None = None
-        _watch_optimizers()
-        _LIVE.add(self)
 
     def holds(self) -> bool:
         """Whether every parameter is what was packed."""
-        return self._stepped is None and not (self._any_differ(self._holders, self._held) or self._any_written(self._watched, self._stamps))
+        return self._stepped is None and not (self._any_differ(self._holders, self._held) or self._any_written(self._parameters, self._stamps))
 
     def changed(self, keys: Sequence[str], tensors: Sequence[Tensor]) -> str:
         """Return the key of the first parameter that is not what was packed."""
@@ -85,14 +87,8 @@ class Frozen:
     def run(self, x: Tensor) -> Tensor | None:
         """Return the layer's output; None under a transform of torch.func, which only the layer's parameters themselves can follow.
 
-        Raises: RuntimeError in training mode, where gradients are needed or under autocast; TypeError, ValueError for a wrong x.
+        Raises: TypeError, ValueError for a wrong x.
         """
-        if self.module.training:
-            raise RuntimeError(self._refusal("evaluation mode", "training mode", "model.eval(), or "))
-        if torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in (x, *self._parameters)):
-            raise RuntimeError(self._refusal("a call without gradients", "one that needs them", "torch.inference_mode(), or "))
-        if torch.is_autocast_enabled("cpu"):
-            raise RuntimeError(self._refusal(f"a call in {self.packed.dtype}, as it was packed", "one under autocast", ""))
         if transforming():
             return None
         try:
@@ -103,5 +99,20 @@ class Frozen:
             check(x, self._parameters, self.table)
             raise
 
-    def _refusal(self, expected: str, got: str, cure: str) -> str:
-        return f"{type(self.module).__name__} is frozen for serving: expected {expected}, got {got}. Cure: {cure}fusedmoe.unfreeze(model)"
+
+def require_serving(module: nn.Module, x: Tensor, parameters: Callable[[], Sequence[Tensor]]) -> None:
+    """Raise RuntimeError, with the cure, for a call of a frozen layer in training mode, where gradients are needed or under autocast.
+
+    Whether its parameters are still those that were packed does not matter, and torch.compile can trace it: such a call is refused
+    wherever it stands.
+    """
+    if module.training:
+        raise RuntimeError(_refusal(module, "evaluation mode", "training mode", "model.eval(), or "))
+    if torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in (x, *parameters())):
+        raise RuntimeError(_refusal(module, "a call without gradients", "one that needs them", "torch.inference_mode(), or "))
+    if torch.is_autocast_enabled("cpu"):
+        raise RuntimeError(_refusal(module, f"a call in {parameters()[0].dtype}, as it was packed", "one under autocast", ""))
+
+
+def _refusal(module: nn.Module, expected: str, got: str, cure: str) -> str:
+    return f"{type(module).__name__} is frozen for serving: expected {expected}, got {got}. Cure: {cure}fusedmoe.unfreeze(model)"

@@ -55,12 +55,7 @@ class Fused:
 
         Raises: Unfusable if the module was changed inside before it was bound.
         """
-        if "_binding" not in self.__dict__:
+        # A shallow copy comes with the binding of the original.
+        if "_binding" not in self.__dict__ or not self._binding.binds(self):
             self._binding = Binding(self, type(self).wiring(self))
         return self._binding
-
-
-def one_per_task(out: torch.Tensor) -> list[torch.Tensor]:
-    """Return a list of T outputs [B, O] from [B, T, O]."""
-    # Not unbind: its views refuse the in-place operations that the module's own outputs allow.
-    return [out.select(1, t) for t in range(out.shape[1])]

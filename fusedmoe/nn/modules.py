@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from fusedmoe.nn import wiring
-from fusedmoe.nn.fused import Fused, one_per_task
+from fusedmoe.nn.fused import Fused
 from fusedmoe.reference import layers
 
 
@@ -158,4 +158,4 @@ class CentralTaskArch(Fused, layers.CentralTaskArch):
 
     def forward(self, task_arch_input: torch.Tensor) -> list[torch.Tensor]:
         """Return a list of T outputs [B, 1] from [B, D]. Raises: as `Fused.forward`."""
-        return one_per_task(super().forward(task_arch_input))
+        return self.bind().run(task_arch_input, self.backend, recompute=self.recompute, tasks_apart=True)

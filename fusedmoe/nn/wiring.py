@@ -15,11 +15,8 @@ from torch import nn
 
 from fusedmoe import families
 from fusedmoe.activation import IDENTITY, Activation
+from fusedmoe.nn.counts import Unfusable, require_counts
 from fusedmoe.table import Expert, Gate, Layer, Level, Table, Task
-
-
-class Unfusable(RuntimeError):
-    """Says in one sentence why a module is not what its table could express."""
 
 
 class Wiring(NamedTuple):
@@ -241,7 +238,9 @@ def _wire(
         statics: the keys of the static tensors.
     """
     widths = [[layer.width for layer in level[0].layers] for level in experts]
-    table = _table(family, experts[0][0].width, widths, *_read(module, "num_tasks"), *arguments)
+    (tasks,) = _read(module, "num_tasks")
+    require_counts(family, tasks, arguments, len(experts[0]), max(map(len, gates), default=0))
+    table = _table(family, experts[0][0].width, widths, tasks, *arguments)
     gates = gates or [()] * len(table.levels)
     wanted = [(len(level.experts), sum(unit.gate is not None for unit in level.units)) for level in table.levels]
     found = [(len(level), len(gates[i]) if i < len(gates) else 0) for i, level in enumerate(experts)]

@@ -80,15 +80,6 @@ def backward(x: Tensor, params: Sequence[Tensor], table: Table, d_out: Tensor, d
     return d_x, tuple(grads)
 
 
-def by_level(weights: Tensor | None, table: Table) -> tuple[Tensor | None, ...]:
-    """Split mixing weights (or their gradients) [B, table.mixing] into one [B, U, E] a level; None for each level where there are none."""
-    if weights is None:
-        return (None,) * len(table.levels)
-    sizes = [(len(level.units), len(level.experts)) for level in table.levels]
-    parts = weights.split([u * e for u, e in sizes], dim=1)
-    return tuple(part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True))
-
-
 def preactivations(x: Tensor, params: Sequence[Tensor], table: Table) -> Iterator[tuple[Activation, Tensor, Tensor]]:
     """Yield, for each linear map that is computed, its activation, z = W h + b and sum over k of |W_k h_k| + |b|, all [B, width].
 

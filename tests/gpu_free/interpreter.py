@@ -35,9 +35,14 @@ def _rounded(numbers: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def mended() -> Iterator[None]:
-    """Repair what Triton 3.9 gets wrong in the interpreter: products of bfloat16 multiply the bits, and casts to it cut instead of rounding."""
-    cast = STOCK["cast_impl"]
+    """Repair what Triton gets wrong in the interpreter: products of bfloat16 multiply the bits, and casts to it cut instead of rounding (3.6 to 3.9);
+    and NumPy since 2.4 makes no index of a scalar that is an array of one number (3.6)."""
+    cast, of_tensors = STOCK["cast_impl"], interpreter._patch_lang_tensor
     before = {name: getattr(BUILDER, name) for name in STOCK}
+
+    def patch_lang_tensor(tensor, scope):
+        of_tensors(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         product = np.matmul(_widened(a), _widened(b), dtype=d.data.dtype)
@@ -49,11 +54,13 @@ def mended() -> Iterator[None]:
         return cast(self, src, dst_type)
 
     BUILDER.create_dot, BUILDER.cast_impl, BUILDER.create_fp_trunc = create_dot, cast_impl, cast_impl
+    interpreter._patch_lang_tensor = patch_lang_tensor
     try:
         # A device says nothing of infinities and NaN, and lanes that are dropped may hold them.
         with np.errstate(all="ignore"):
             yield
     finally:
+        interpreter._patch_lang_tensor = of_tensors
         for name, function in before.items():
             setattr(BUILDER, name, function)
 
@@ -176,13 +183,14 @@ def watched(lent: Iterable[tuple[str, torch.Tensor]] = ()) -> Iterator[Watch]:
     def bytes_of(pointers) -> int:
         return max(1, pointers.get_element_ty().primitive_bitwidth // 8)
 
-    def watched_load(self, pointers, mask, other, cache, volatile):
+    # What else they are told, of caches, differs by version.
+    def watched_load(self, pointers, mask, *others):
         watch.access(pointers.data, mask.data, bytes_of(pointers), "read")
-        return load(self, pointers, mask, other, cache, volatile)
+        return load(self, pointers, mask, *others)
 
-    def watched_store(self, pointers, value, mask, cache):
+    def watched_store(self, pointers, value, mask, *others):
         watch.access(pointers.data, mask.data, bytes_of(pointers), "write")
-        return store(self, pointers, value, mask, cache)
+        return store(self, pointers, value, mask, *others)
 
     def at(self, x, y, z):
         watch.index = (x, y, z)

@@ -11,8 +11,7 @@ from fusedmoe.testing import Case, Problem, assert_close, bound, build, cases, e
 pytest.importorskip("triton", reason="gpu_free: expected the package triton, which compiles without a device, got none")
 
 from fusedmoe.kernels import operator, tiles
-from fusedmoe.op import for_tasks
-from fusedmoe.reference.operator import by_level
+from fusedmoe.outputs import by_level, for_tasks
 
 from . import executed
 from .ptx import Counts, KernelFault

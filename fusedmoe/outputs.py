@@ -1,0 +1,113 @@
+"""What a network returns: one output or one a task, mixing weights by level; which gradients come back for them, and what they depend on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fusedmoe import codec
+from fusedmoe.table import Table
+
+
+def for_tasks(out: Tensor, table: Table) -> Tensor:
+    """Hand the units [B, U, H] of the last level to the tasks: [B, T, sum of widths]. With towers, or no tasks: `out` itself."""
+    if table.has_towers or not table.tasks:
+        return out
+    first = [task.units[0] for task in table.tasks]
+    shared = all(len(task.units) == 1 for task in table.tasks)
+    if shared and first == list(range(out.shape[1])):
+        return out
+    if shared and out.shape[1] == 1:
+        return out.expand(-1, len(first), -1)
+    # Not by a list of indices: where one comes twice, its backward adds in any order, and the threads decide the last bit.
+    units = out.unbind(1)
+    return torch.stack([torch.cat([units[u] for u in task.units], dim=-1) for task in table.tasks], dim=1)
+
+
+def by_level(weights: Tensor | None, table: Table) -> tuple[Tensor | None, ...]:
+    """Split mixing weights (or their gradients) [B, table.mixing] into one [B, U, E] a level; None for each level where there are none."""
+    if weights is None:
+        return (None,) * len(table.levels)
+    sizes = [(len(level.units), len(level.experts)) for level in table.levels]
+    parts = weights.split([u * e for u, e in sizes], dim=1)
+    return tuple(part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True))
+
+
+def per_task(out: Tensor) -> list[Tensor]:
+    """Return a list of T outputs [B, O] from [B, T, O]."""
+    # Not unbind: its views refuse the in-place operations that a module's own outputs allow.
+    return [out.select(1, t) for t in range(out.shape[1])]
+
+
+def split(out: Tensor, weights: Tensor | None, table: Table, tasks_apart: bool) -> tuple[Tensor, ...]:
+    """Return what an autograd function hands out: `out`, or one [B, O] a task, then the mixing weights of each level if there are any.
+
+    Autograd tells which of them have a gradient, so each is an output of its own.
+    """
+    # By `data`, because autograd forbids to change one of several views in place: these share memory, but no element.
+    parts = [part.data for part in per_task(out)] if tasks_apart else [out]
+    return (*parts, *(by_level(weights, table) if weights is not None else ()))
+
+
+class Upstream(NamedTuple):
+    """Gradients of outputs: d_out [B, *table.output], zero for tasks that have none; d_weights [B, table.mixing], or None if no level has
+    one; and which tasks (without towers, or in one output: all or none) and which levels' mixing weights do have one."""
+
+    d_out: Tensor
+    d_weights: Tensor | None
+    tasks: tuple[bool, ...]
+    levels: tuple[bool, ...]
+
+
+def join(gradients: Sequence[Tensor | None], x: Tensor, table: Table, tasks_apart: bool) -> Upstream:
+    """Put the gradients of what `split` returned together, in x's dtype: under autocast a loss may hand down another one."""
+    rows, shape = x.shape[0], table.output
+    count = shape[0] if tasks_apart else 1
+    outs, weights = gradients[:count], gradients[count:]
+    tasks, levels = tuple(d is not None for d in outs), tuple(d is not None for d in weights)
+    if not tasks_apart:
+        d_out = outs[0] if tasks[0] else x.new_zeros(rows, *shape)
+        tasks *= len(table.tasks) if table.has_towers else 1
+    else:
+        d_out = torch.stack([x.new_zeros(rows, shape[1]) if d is None else d for d in outs], dim=1)
+    d_weights = None
+    if any(levels):
+        sizes = [len(level.units) * len(level.experts) for level in table.levels]
+        d_weights = torch.cat([x.new_zeros(rows, n) if d is None else d.flatten(1) for d, n in zip(weights, sizes, strict=True)], dim=1)
+    d_out, d_weights = (d if d is None or d.dtype == x.dtype else d.to(x.dtype) for d in (d_out, d_weights))
+    return Upstream(d_out, d_weights, tasks, levels or (False,) * len(table.levels))
+
+
+@functools.lru_cache(maxsize=4096)
+def dependent(text: str, tasks: tuple[bool, ...], levels: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Whether some of these outputs depend on x, and on each parameter. The others' gradients are None, as plain PyTorch has it.
+
+    Args:
+        text: the table's.
+        tasks: which towers' outputs; without towers (one flag): whether the units of the last level. A tower alone belongs to its
+            task: the units that towers read count as one tensor, which layers stack before they hand it out.
+        levels: of which levels the mixing weights.
+    """
+    table = codec.decode(text)
+    reached = {f"towers.{t}" for t, wanted in enumerate(tasks) if wanted} if table.has_towers else set()
+    units = set(table.live[-1][0]) if any(tasks) else set()
+    root = False
+    for number, level in reversed(list(enumerate(table.levels))):
+        experts = {e for u in units for e in level.units[u].reads}
+        slots = set()
+        for u in units | (table.live[number][0] if levels[number] else set()):
+            gate, static = level.units[u].gate, level.units[u].static
+            if static and static.tensor is not None and static.experts:
+                reached.add(f"statics.{static.tensor}")
+            if gate and gate.sees:
+                reached.add(f"levels.{number}.gates.{u}")
+                root = root or gate.selector.kind == "root"
+                {"slot": slots, "expert": experts}.get(gate.selector.kind, set()).add(gate.selector.index)
+        reached |= {f"levels.{number}.experts.{e}" for e in experts}
+        units = slots | {level.experts[e].slot for e in experts}
+    owners = (p.name.split(".") for p in table.parameters)
+    return (root or bool(units), *(".".join(words[: 4 if words[0] == "levels" else 2]) in reached for words in owners))
