@@ -180,6 +180,8 @@ double fma_peak(double seconds) {
 
 // watch.cpp
 void bind_watch(pybind11::module_& m);
+// triton.cpp
+void bind_triton(pybind11::module_& m);
 
 STABLE_TORCH_LIBRARY(fusedmoe, m) {
   m.def("network_cpu(Tensor x, Tensor[] params, str table, int save, bool mixing) -> (Tensor, Tensor, Tensor)");
@@ -204,4 +206,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_size", &packed_size, "Numbers of the packed parameters of a frozen network.");
   m.def("fma_peak", &fma_peak, "GFLOP/s of independent fp32 multiply-adds on one core: the best of as many rounds as fit into `seconds`.");
   bind_watch(m);
+  bind_triton(m);
 }

@@ -7,9 +7,9 @@ here. The formulas stand in `reference/operator.py`.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, library
@@ -17,7 +17,7 @@ from torch import Tensor, library
 from fusedmoe import casting, codec, outputs
 from fusedmoe.backends import EXTENSION, choose, lowers, transforming
 from fusedmoe.checks import check
-from fusedmoe.outputs import by_level, for_tasks, per_task
+from fusedmoe.outputs import Options, by_level, for_tasks, per_task
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
@@ -75,25 +75,16 @@ def fusion_network(
         with _without_autocast(x):
             if dtype is None:
                 raised = [_at_least_float32(p) for p in params]
-                return _run(_at_least_float32(x), raised, table, _Options(backend, return_mixing_weights, recompute, tasks_apart))
+                return _run(_at_least_float32(x), raised, table, Options(backend, return_mixing_weights, recompute, tasks_apart))
             # The C++ kernels round parameters in float32 as they read them.
             if choose(backend, x.device, dtype) != "cpu":
                 check(x, params, table, lowered=True)
                 params = casting.lowered(params, dtype)
-            return _run(_lowered(x, dtype), params, table, _Options(backend, return_mixing_weights, recompute, tasks_apart), lowered=True)
-    return _run(x, params, table, _Options(backend, return_mixing_weights, recompute, tasks_apart))
+            return _run(_lowered(x, dtype), params, table, Options(backend, return_mixing_weights, recompute, tasks_apart), lowered=True)
+    return _run(x, params, table, Options(backend, return_mixing_weights, recompute, tasks_apart))
 
 
-class _Options(NamedTuple):
-    """What a call asks for; `tasks_apart` holds for towers alone: without them outputs may share units."""
-
-    backend: str
-    mixing: bool
-    recompute: bool
-    tasks_apart: bool
-
-
-def _run(x: Tensor, params: list[Tensor], table: Table, options: _Options, lowered: bool = False):
+def _run(x: Tensor, params: list[Tensor], table: Table, options: Options, lowered: bool = False):
     """Run the backend that serves the call, autocast left behind; `lowered` as in `check`."""
     slots = x if x.dim() == 3 else x.unsqueeze(1)
     run = RUN[choose(options.backend, x.device, x.dtype)]
@@ -181,7 +172,7 @@ class _Network(torch.autograd.Function):
 SAVE_NOTHING, SAVE_ALL, SAVE_LEAST = 0, 1, 2
 
 
-def _run_cpu(x: Tensor, params: list[Tensor], table: Table, options: _Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+def _run_cpu(x: Tensor, params: list[Tensor], table: Table, options: Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
     text, mixing = codec.encode(table), options.mixing
     save = SAVE_LEAST if options.recompute else SAVE_ALL
     if torch.compiler.is_compiling():
@@ -195,13 +186,13 @@ def _run_cpu(x: Tensor, params: list[Tensor], table: Table, options: _Options) -
     return _plain_outputs(out, by_level(weights, table) if mixing else (), options)
 
 
-def _apart(returned: tuple[Tensor, ...], table: Table, options: _Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+def _apart(returned: tuple[Tensor, ...], table: Table, options: Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
     """Tell the outputs from the mixing weights in what an autograd function returned."""
     count = len(table.tasks) if options.tasks_apart else 1
     return list(returned[:count]), tuple(returned[count:])
 
 
-def _plain_outputs(out: Tensor, weights: tuple[Tensor, ...], options: _Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+def _plain_outputs(out: Tensor, weights: tuple[Tensor, ...], options: Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
     """The same of one output, where no backward will ask which tasks have a gradient."""
     return per_task(out) if options.tasks_apart else [out], weights
 
@@ -228,7 +219,7 @@ class _Reference(torch.autograd.Function):
         return None, None, None, d_x, *d_params
 
 
-def _run_reference(x: Tensor, params: list[Tensor], table: Table, options: _Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+def _run_reference(x: Tensor, params: list[Tensor], table: Table, options: Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
     check(x, params, table)
     if transforming():
         # The transforms of torch.func differentiate and batch plain PyTorch by themselves.
@@ -241,19 +232,21 @@ def _run_reference(x: Tensor, params: list[Tensor], table: Table, options: _Opti
     return _apart(_Reference.apply(table, options.tasks_apart, options.mixing, x, *params), table, options)
 
 
-def _run_kernels(backend: str, x: Tensor, params: list[Tensor], table: Table, options: _Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+@functools.cache
+def _kernels():
+    """The operator of the GPU backends, imported by the first call."""
+    return importlib.import_module("fusedmoe.kernels.operator")
+
+
+def _run_kernels(backend: str, x: Tensor, params: list[Tensor], table: Table, options: Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
     # Here, because `import fusedmoe` is to cost nothing on machines that never call it.
     if torch.compiler.is_compiling():
         from fusedmoe.kernels import registered
 
         text = codec.encode(table)
-        out, weights, *_ = registered.forward(x, params, text, _needs_gradient(x, params), options.mixing, backend)
+        out, weights, *_ = registered.forward(x, params, text, _needs_gradient(x, params), options.mixing, options.recompute, backend)
         return _plain_outputs(out, by_level(weights, table) if options.mixing else (), options)
-    from fusedmoe.kernels import operator as kernels
-
-    if not kernels.fits(x, params, table):
-        check(x, params, table)
-    return _apart(kernels.run(backend, x, params, table, options.mixing, options.tasks_apart), table, options)
+    return _apart(_kernels().run(x, params, table, options), table, options)
 
 
 RUN = {

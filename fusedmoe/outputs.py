@@ -13,6 +13,16 @@ from fusedmoe import codec
 from fusedmoe.table import Table
 
 
+class Options(NamedTuple):
+    """What a call asks for: the backend, and `fusion_network`'s choices of what to return and to keep. Towers alone can be `tasks_apart`
+    inside a backend: without them outputs may share units."""
+
+    backend: str
+    mixing: bool
+    recompute: bool
+    tasks_apart: bool
+
+
 def for_tasks(out: Tensor, table: Table) -> Tensor:
     """Hand the units [B, U, H] of the last level to the tasks: [B, T, sum of widths]. With towers, or no tasks: `out` itself."""
     if table.has_towers or not table.tasks:

@@ -87,10 +87,11 @@ def addresses(params: Sequence[Tensor], device: torch.device) -> tuple[Tensor, b
 
     Raises: RuntimeError, as `before_capture`, for distances that are new.
     """
-    numbers = tuple(p.data_ptr() for p in params) or (0,)
+    numbers = tuple(map(Tensor.data_ptr, params)) or (0,)
     key = device, numbers
-    seen, found = key in _ADDRESSES, _ADDRESSES.get(key)
+    found = _ADDRESSES.get(key)
     if found is None:
+        seen = key in _ADDRESSES
         even = not any(address % 16 for address in numbers)
         between = device, tuple(address - numbers[0] for address in numbers)
         distances = _DISTANCES.get(between)
@@ -100,3 +101,13 @@ def addresses(params: Sequence[Tensor], device: torch.device) -> tuple[Tensor, b
         _remember(_DISTANCES, between, _uploaded(*between) if distances is None else distances)
         found = _uploaded(*key), even
     return _remember(_ADDRESSES, key, found)
+
+
+def stays(params: Sequence[Tensor], device: torch.device) -> bool:
+    """Whether `addresses` has kept the table of these parameters."""
+    return _ADDRESSES.get((device, tuple(map(Tensor.data_ptr, params)) or (0,))) is not None
+
+
+def room(like: Tensor, size: int) -> None:
+    """Raise PyTorch's own error if there is no room for so many bytes, for an operator in C++ that has failed: its stable ABI hands on words alone."""
+    like.new_empty(size, dtype=torch.uint8)

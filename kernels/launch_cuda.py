@@ -1,4 +1,7 @@
-"""Launches of the CUDA kernels of csrc/cuda; the names are those of `launchers.py`. They come compiled: nothing is tuned, and nothing compiled at run time."""
+"""Launches of the CUDA kernels of csrc/cuda; the names are those of `launchers.py`. They come compiled: nothing is tuned, and nothing compiled at run time.
+
+A call is one operator in C++ (csrc/cuda/calls.cpp). Here stands what it is bound to.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fusedmoe.kernels import device
-from fusedmoe.kernels.tiles import Tiles
+from fusedmoe.kernels.bound import Backward, Bound, Forward, chunk_of, common
+from fusedmoe.kernels.plan import Launch
 
 # The last block of each tile's adds up its parts.
 FOR_PARAMETERS = 1
@@ -23,77 +27,77 @@ def _extension():
     return importlib.import_module("fusedmoe._cuda")
 
 
-def addresses(params: Sequence[Tensor], place: torch.device) -> tuple[object, bool]:
-    """The parameters' addresses, which travel with every launch, and whether all are multiples of 16. A table of very many lies on the device."""
-    extension = _extension()
-    table = device.addresses(params, place)[0] if len(params) > extension.MOST_PARAMETERS else None
-    found = extension.Parameters([p.data_ptr() for p in params], 0 if table is None else table.data_ptr())
-    # What launches read of it must not be somebody else's memory before the last of them.
-    found.table = table
-    return found, found.even
-
-
-@functools.lru_cache(maxsize=1024)
-def constants(tiles: Tiles, align: int, precision: str, arch: str) -> dict[str, object]:
-    """What the code of every launch of a call is chosen by."""
-    return {"rows": tiles.rows, "columns": tiles.columns, "aligned": align > 1, "once": precision == "tf32"}
-
-
-def tiles_of_forward(*arguments: object) -> Tiles | None:
-    """The shipped ones: others are not compiled."""
-    return None
-
-
-tiles_of_backward = tiles_of_forward
-
-
-def scratch(tasks: int, x: Tensor) -> dict[str, object]:
-    """How many blocks have come to each task's end, which `backward_rows` makes zero and `gradients` counts in."""
-    return {"arrived": x.new_empty(tasks, dtype=torch.int32)}
-
-
-@functools.lru_cache(maxsize=1024)
-def _tiles(dtype: torch.dtype, *sizes: tuple[str, int]):
-    """The extension's record of how a launch runs."""
-    extension = _extension()
-    found = extension.Tiles()
-    found.number = getattr(extension.Number, str(dtype).removeprefix("torch."))
-    for name, value in sizes:
+def _step(**values: int):
+    found = _extension().Step()
+    for name, value in values.items():
         setattr(found, name, value)
     return found
 
 
-def _chosen(x: Tensor, constants: dict[str, object], *more: tuple[str, int]):
-    """The record for a launch: what all launches of the call share, and `more`."""
-    return _tiles(x.dtype, *((name, constants[name]) for name in ("rows", "columns", "aligned", "once")), *more)
+def _tiles(bound: Bound, **values: int):
+    """The extension's record of how a launch runs."""
+    found = _extension().Tiles()
+    found.number = getattr(_extension().Number, str(bound.key.dtype).removeprefix("torch."))
+    found.rows, found.columns, found.once = bound.tiles.rows, bound.tiles.columns, bound.key.precision == "tf32"
+    for name, value in values.items():
+        setattr(found, name, value)
+    return found
 
 
-def forward(grid: tuple[int, int], *arguments: object, **constants: object) -> None:
-    """Launch forward.cu's kernel."""
-    x, buffers, out, p, weights, parameters, plan, floats, place, *numbers = arguments
-    more = ("units", constants["UNITS"]), ("keep", constants["KEEP"]), ("inner", constants["INNER"]), ("stored", constants["STORE"] > 1)
-    tensors = [tensor.data_ptr() for tensor in (x, buffers, out, p, weights, plan, floats)]
-    _extension().forward(_chosen(x, constants, *more), x.get_device(), parameters, tensors, (place, grid[1], *numbers))
+def _filled(bound: Bound, name: str, launches: Sequence[Launch], **values: object) -> int:
+    """Fill in the extension's record of what a call is bound to, keep it, and return its address, which the operators take."""
+    found = _extension().Bound()
+    steps = [_step(place=one.place, programs=one.programs, stores=bound.stores(one)) for one in launches]
+    for field, value in {**common(bound), "steps": steps, **values}.items():
+        setattr(found, field, value)
+    bound.made["record"], bound.made[name] = found, found.address
+    return found.address
 
 
-def backward_rows(grid: tuple[int, int], *arguments: object, **constants: object) -> None:
-    """Launch backward.cu's kernel for rows."""
-    x, buffers, out, p, dw, d_x, d_buffers, d_out, d_weights, dz, parameters, plan, floats, place, rows, x_row, x_slot, d_row, d_slot, dz_row, mixing = (
-        arguments
-    )
-    arrived = constants["arrived"]
-    tensors = [tensor.data_ptr() for tensor in (x, buffers, out, p, d_weights, plan, floats, d_x, d_buffers, d_out, dw, dz, arrived)]
-    if not constants["WEIGHTS"]:
-        tensors[4] = 0
-    numbers = place, grid[1], rows, x_row, x_slot, mixing, d_row, d_slot, dz_row, len(arrived)
-    _extension().backward_rows(_chosen(x, constants, ("stored", constants["STORE"] > 1)), x.get_device(), parameters, tensors, numbers)
+def _forward(bound: Forward) -> int:
+    tiles = _tiles(bound, units=bound.plan.units, keep=bound.tiles.keep, inner=bound.program.inner)
+    return _filled(bound, "forward", bound.plan.launches, tiles=tiles, softmax=bound.plan.softmax)
 
 
-def gradients(grid: tuple[int, int], *arguments: object, **constants: object) -> None:
-    """Launch backward.cu's kernel for the parameters, which adds up its chunks too."""
-    x, buffers, out, dw, d_weights, dz, parts, flat, plan, *numbers = arguments
-    arrived = constants["arrived"]
-    tensors = [tensor.data_ptr() for tensor in (x, buffers, out, d_weights, plan, dw, dz, arrived, parts, flat)]
-    if not constants["WEIGHTS"]:
-        tensors[3] = 0
-    _extension().gradients(_chosen(x, constants), x.get_device(), tensors, (*numbers, grid[0], constants["CHUNK"]))
+def _backward(bound: Backward) -> int:
+    plan, grads = bound.plan, bound.program.gradients[0]
+    more = {"columns": plan.columns, "sums": plan.rows, "total": bound.total, "grads": grads, "softmax": bound.forward.softmax}
+    more["gradients"] = _step(place=plan.place, programs=plan.tasks)
+    return _filled(bound, "backward", plan.launches, tiles=_tiles(bound), **more)
+
+
+def _reachable(params: Sequence[Tensor], place: torch.device) -> tuple[Sequence[Tensor], Tensor | None]:
+    """The parameters, and their addresses on the device where they are more than travel with a launch."""
+    if len(params) <= _extension().MOST_PARAMETERS:
+        return params, None
+    params = [p.contiguous() for p in params]
+    return params, device.addresses(params, place)[0]
+
+
+@functools.cache
+def _operator(name: str):
+    _extension()
+    return getattr(torch.ops.fusedmoe, name).default
+
+
+def forward(bound: Forward, x: Tensor, params: Sequence[Tensor], mixing: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Run a bound forward: out, the mixing weights or None, and what it leaves for the backward."""
+    params, table = _reachable(params, bound.key.device)
+    try:
+        out, memory, *weights = _operator("network_cuda")(x, params, bound.made.get("forward") or _forward(bound), mixing, table)
+    except RuntimeError:
+        device.room(x, bound.needs(x.shape[0]))
+        raise
+    return out, weights[0] if mixing else None, memory
+
+
+def backward(bound: Backward, d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], memory: Tensor, apart: bool) -> list[Tensor]:
+    """Run a bound backward: d_x, and the gradients of all live parameters, apart or one after another in one tensor."""
+    params, table = _reachable(params, bound.key.device)
+    chunk = chunk_of(x.shape[0])
+    try:
+        made = bound.made.get("backward") or _backward(bound)
+        return _operator("network_cuda_backward")(d_out, d_weights, x, params, memory, made, chunk, apart, table)
+    except RuntimeError:
+        device.room(x, bound.needs(x.shape[0], chunk))
+        raise

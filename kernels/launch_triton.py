@@ -1,15 +1,26 @@
-"""Launches of Triton's kernels; the names are those of `launchers.py`."""
+"""Launches of Triton's kernels; the names are those of `launchers.py`.
+
+Triton launches the first call of each kind: it looks at every argument and option for the kernel that it compiled for their like, which takes it several
+times as long as the launch itself. The calls that follow are one operator in C++ (csrc/triton.cpp), which launches the compiled kernels as Triton does.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
+import triton
 from torch import Tensor
+from triton import knobs
+from triton.runtime.jit import JITFunction
 
-from fusedmoe.kernels import device, tuning
+from fusedmoe.kernels import device
 from fusedmoe.kernels.backward import add_chunks
 from fusedmoe.kernels.backward import backward_rows as backward_rows_kernel
 from fusedmoe.kernels.backward import gradients as gradients_kernel
+from fusedmoe.kernels.bound import Backward, Bound, Forward, alignment, check, chunk_of, common, split, store
 from fusedmoe.kernels.forward import forward as forward_kernel
 from fusedmoe.kernels.tiles import Tiles
 
@@ -22,8 +33,9 @@ ADD_BLOCK = 1024
 OPTIONS = {"enable_fp_fusion": True}
 # Without it ptxas spills a few numbers to let a third program share the multiprocessor, which shared memory forbids.
 REGISTERS = {"maxnreg": 255}
-
-addresses = device.addresses
+# The versions whose compiled kernels csrc/triton.cpp has been tried with.
+DIRECT = ((3, 6), (3, 9))
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -42,35 +54,252 @@ def constants(tiles: Tiles, align: int, precision: str, arch: str) -> dict[str, 
     }
 
 
-def scratch(tasks: int, x: Tensor) -> dict[str, object]:
-    """Nothing: the parts are added by a launch of their own."""
-    return {}
+def _kernel(name: str):
+    return {"forward": forward_kernel, "backward_rows": backward_rows_kernel, "gradients": gradients_kernel, "add_chunks": add_chunks}[name]
 
 
-def tiles_of_forward(*arguments: object) -> Tiles | None:
-    """The tiles that the clock found, where it was asked (`tuning.py`)."""
-    return tuning.of_forward(*arguments)
+class Step:
+    """One launch of a bound call: the kernel's name, how many programs a block of rows has, where the plan has them, what the
+    kernel is compiled with, and what Triton compiled, as soon as it has."""
+
+    __slots__ = ("compiled", "constants", "kernel", "place", "programs")
+
+    def __init__(self, kernel: str, place: int, programs: int, constants: dict[str, object]):
+        self.kernel, self.place, self.programs, self.constants = kernel, place, programs, constants
+        self.compiled: object = None
+
+    def launch(self, x: int, y: int, *arguments: Tensor | int) -> None:
+        """Launch x times y programs."""
+        kernel = _kernel(self.kernel)
+        compiled = kernel[x, y](*arguments, **self.constants)
+        self.compiled = compiled if isinstance(kernel, JITFunction) else None
 
 
-def tiles_of_backward(*arguments: object) -> Tiles | None:
-    """The same for the backward."""
-    return tuning.of_backward(*arguments)
+def function_of(compiled: object) -> tuple[int, int, int] | None:
+    """Return CUDA's function of a compiled kernel, the threads of a program and its shared memory; None where only Triton may launch it.
+
+    Here alone is what is private to Triton: how a compiled kernel is launched, in the versions that this was tried with.
+    """
+    if VERSION not in DIRECT or compiled is None or compiled.metadata.target.backend != "cuda":
+        return None
+    given, kinds = compiled.metadata, compiled.src.signature.values()
+    if given.num_ctas != 1 or given.launch_cooperative_grid or given.launch_pdl or given.global_scratch_size or given.profile_scratch_size:
+        return None
+    fixed = sum(parameter.is_constexpr for parameter in compiled.src.fn.params)
+    if any(kind not in ("i32", "constexpr") and not kind.startswith("*") for kind in kinds) or list(kinds).count("constexpr") != fixed:
+        return None
+    return compiled.function, given.num_warps * given.target.warp_size, given.shared
 
 
-def forward(grid: tuple[int, int], *arguments: object, **constants: object) -> None:
-    """Launch `forward.py`'s kernel."""
-    forward_kernel[grid](*arguments, **constants)
+class Quick(NamedTuple):
+    """The extension's record of a call whose kernels are known, and its address, which the operators take."""
+
+    record: object
+    address: int
 
 
-def backward_rows(grid: tuple[int, int], *arguments: object, **constants: object) -> None:
-    """Launch `backward.py`'s kernel of that name."""
-    backward_rows_kernel[grid](*arguments, **constants)
+def watched() -> bool:
+    """Whether somebody has asked Triton to be told of launches, as its profiler does."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
-def gradients(grid: tuple[int, int], *arguments: object, **constants: object) -> None:
-    """Launch `gradients`, and `add_chunks` for the sum of its parts."""
-    x, buffers, d_out, dw, d_weights, dz, parts, flat, *numbers = arguments
-    del constants["BLOCK_B"]
-    gradients_kernel[grid](x, buffers, d_out, dw, d_weights, dz, parts, *numbers, **constants)
-    total = len(flat)
-    add_chunks[(-(-total // ADD_BLOCK),)](parts, flat, total, grid[1], BLOCK=ADD_BLOCK, num_warps=4, **OPTIONS)
+@functools.cache
+def _extension():
+    try:
+        from fusedmoe import _C
+    except ImportError:
+        return None
+    return _C
+
+
+@functools.cache
+def _operator(name: str):
+    return getattr(torch.ops.fusedmoe, name).default
+
+
+def _step(step: Step) -> object | None:
+    """The extension's record of a launch, or None where only Triton may launch it."""
+    found = function_of(step.compiled)
+    if found is None:
+        return None
+    record = _extension().Step()
+    record.function, record.threads, record.shared_bytes = found
+    record.place, record.programs = step.place, step.programs
+    return record
+
+
+def _keep(bound: Bound, key: object, steps: Sequence[Step], **values: object) -> None:
+    """Remember how the operator launches what Triton has launched. values: of the extension's record of the call."""
+    if _extension() is None or any(step.compiled is None for step in steps):
+        return
+    found = _extension().Bound()
+    named = {name: _step(value) if isinstance(value, Step) else value for name, value in values.items()}
+    named["steps"] = [_step(step) for step in steps]
+    if None not in named["steps"] and None not in named.values():
+        for name, value in {**common(bound), **named}.items():
+            setattr(found, name, value)
+        bound.made[key] = Quick(found, found.address)
+
+
+def _known(bound: Bound, key: object) -> Quick | None:
+    """What `_keep` has remembered, unless Triton is to launch."""
+    found = bound.made.get(key)
+    return None if found is None or watched() else found
+
+
+def _table(bound: Bound, params: Sequence[Tensor], quick: Quick | None) -> tuple[Tensor, bool]:
+    """The parameters' addresses on the device, as `device.addresses`; the operator is told of a table that stays."""
+    table, even = device.addresses(params, bound.key.device)
+    if quick is not None and device.stays(params, bound.key.device):
+        _operator("network_triton_table")(table, params, quick.address)
+    return table, even
+
+
+def piece(memory: Tensor, first: int, size: int, dtype: torch.dtype) -> Tensor:
+    """So many numbers of a piece of memory, from a byte on."""
+    return memory[first : first + size * dtype.itemsize].view(dtype)
+
+
+def _shared(bound: Bound, align: int) -> dict[str, object]:
+    return {"READS": bound.tiles.reads, "ACTS": bound.codes, **constants(bound.tiles, align, bound.key.precision, bound.key.arch)}
+
+
+def _forward_steps(bound: Forward, align: int, mixing: bool) -> list[Step]:
+    key = align, mixing
+    if key not in bound.made:
+        more = {"UNITS": bound.plan.units, "WEIGHTS": mixing, "INNER": bound.program.inner, "COPIES": bound.program.copies, "KEEP": bound.tiles.keep}
+        more = {**_shared(bound, align), **more, "AHEAD": bound.tiles.ahead}
+        steps = [({**more, "STORE": store(bound.program, one.stages, align)}, one) for one in bound.plan.launches]
+        bound.made[key] = [Step("forward", one.place, one.programs, fixed) for fixed, one in steps]
+    return bound.made[key]
+
+
+def forward(bound: Forward, x: Tensor, params: Sequence[Tensor], mixing: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Run a bound forward: out, the mixing weights or None, and what it leaves for the backward."""
+    quick = _known(bound, mixing)
+    if quick is None:
+        check(x, params, bound.program.table)
+    else:
+        found = _run(bound, x, params, quick, mixing, None)
+        if found:
+            return found
+    params = [p.contiguous() for p in params]
+    table, even = _table(bound, params, quick)
+    found = _run(bound, x, params, quick, mixing, table) if quick is not None else None
+    if found:
+        return found
+    align = alignment(x, even, bound.program)
+    steps, rows = _forward_steps(bound, align, mixing), x.shape[0]
+    out, weights, memory = _launched(bound, x, steps, mixing, table)
+    if rows:
+        _keep(bound, mixing, steps, softmax=bound.plan.softmax, aligned=align > 1, weights=mixing)
+    return out, weights, memory
+
+
+def _run(bound: Forward, x: Tensor, params: Sequence[Tensor], quick: Quick, mixing: bool, table: Tensor | None):
+    """As `forward`, in C++; None where that is not for these tensors."""
+    try:
+        found = _operator("network_triton")(x, params, quick.address, mixing, table)
+    except RuntimeError:
+        device.room(x, bound.needs(x.shape[0]))
+        raise
+    return (found[0], found[2] if mixing else None, found[1]) if found else None
+
+
+def _launched(bound: Forward, x: Tensor, steps: list[Step], mixing: bool, table: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As `forward`, by Triton's launches."""
+    rows, (x_row, x_slot, _) = x.shape[0], x.stride()
+    buffers, size = bound.saved(rows)
+    out, memory = x.new_empty((rows, *bound.output)), x.new_empty(size, dtype=torch.uint8)
+    weights = x.new_zeros(rows, bound.mixing) if mixing else None
+    p, kept = piece(memory, 0, bound.plan.softmax * rows, torch.float32), piece(memory, buffers, bound.program.kept * rows, x.dtype)
+    tensors = x, kept, out, p, x if weights is None else weights, table, bound.ints, bound.floats
+    for step in steps if rows else ():
+        step.launch(bound.blocks(rows), step.programs, *tensors, step.place, rows, x_row, x_slot, bound.mixing)
+    return out, weights, memory
+
+
+class _BackwardSteps(NamedTuple):
+    """The launches over rows; and the two for the parameters, or none."""
+
+    rows: list[Step]
+    gradients: Step | None
+    add: Step | None
+
+
+def _backward_steps(bound: Backward, align: int, given: bool, chunk: int) -> _BackwardSteps:
+    key = align, given, chunk
+    if key not in bound.made:
+        shared, plan = {**_shared(bound, align), "WEIGHTS": given}, bound.plan
+        steps = [({**shared, "STORE": store(bound.program, one.stages, align)}, one) for one in plan.launches]
+        rows = [Step("backward_rows", one.place, one.programs, fixed) for fixed, one in steps]
+        of_parameters = {**shared, "CHUNK": chunk, "BLOCK_N": bound.tiles.outputs}
+        for name in ("READS", "ACTS", "BLOCK_B"):
+            del of_parameters[name]
+        added = {"BLOCK": ADD_BLOCK, "num_warps": 4, **OPTIONS}
+        two = Step("gradients", plan.place, plan.tasks, of_parameters), Step("add_chunks", 0, -(-bound.total // ADD_BLOCK), added)
+        bound.made[key] = _BackwardSteps(rows, *(two if bound.total else (None, None)))
+    return bound.made[key]
+
+
+def backward(bound: Backward, d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], memory: Tensor, apart: bool) -> list[Tensor]:
+    """Run a bound backward: d_x, and the gradients of all live parameters, apart or one after another in one tensor."""
+    given, chunk = d_weights is not None, chunk_of(x.shape[0])
+    quick = _known(bound, (given, chunk))
+    tensors = (d_out, d_weights, x, params, memory)
+    found = quick and _run_backward(bound, tensors, quick, chunk, apart, None)
+    if found:
+        return found
+    params = [p.contiguous() for p in params]
+    table, even = _table(bound, params, quick)
+    found = quick and _run_backward(bound, (d_out, d_weights, x, params, memory), quick, chunk, apart, table)
+    if found:
+        return found
+    align = alignment(x, even, bound.program)
+    steps = _backward_steps(bound, align, given, chunk)
+    # Rows of the output are read in vectors of 16 bytes, where their distance allows it; what a hook has put aside may lie anywhere.
+    d_out, d_weights, memory = (
+        t if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0) else t.clone(memory_format=torch.contiguous_format) for t in (d_out, d_weights, memory)
+    )
+    d_x, flat = _launched_backward(bound, (d_out, d_weights, x, memory, table), steps, chunk)
+    if x.shape[0] and steps.gradients:
+        more = {"columns": bound.plan.columns, "sums": bound.plan.rows, "total": bound.total, "grads": bound.program.gradients[0]}
+        more |= {"softmax": bound.forward.softmax, "gradients": steps.gradients, "add": steps.add}
+        _keep(bound, (given, chunk), steps.rows, aligned=align > 1, weights=given, **more)
+    return [d_x, *split(flat, bound.program)] if apart else [d_x, flat]
+
+
+def _run_backward(bound: Backward, tensors: tuple, quick: Quick, chunk: int, apart: bool, table: Tensor | None) -> list[Tensor]:
+    """As `backward`, in C++; nothing where that is not for these tensors."""
+    try:
+        return _operator("network_triton_backward")(*tensors, quick.address, chunk, apart, table)
+    except RuntimeError:
+        x = tensors[2]
+        device.room(x, bound.needs(x.shape[0], chunk))
+        raise
+
+
+def _launched_backward(bound: Backward, tensors: tuple, steps: _BackwardSteps, chunk: int) -> tuple[Tensor, Tensor]:
+    """d_x and the gradients one after another, by Triton's launches."""
+    d_out, d_weights, x, memory, table = tensors
+    rows, (x_row, x_slot, _), total = x.shape[0], x.stride(), bound.total
+    d_x = x.new_empty(x.shape)
+    if not rows:
+        return d_x, x.new_zeros(total)
+    flat, chunks = x.new_empty(total), -(-rows // chunk)
+    places = bound.scratch(rows, chunks)
+    scratch = x.new_empty(places.size, dtype=torch.uint8)
+    kept, weights = bound.program.kept * rows, d_out if d_weights is None else d_weights
+    p, buffers = piece(memory, 0, bound.forward.softmax * rows, torch.float32), piece(memory, bound.saved(rows)[0], kept, x.dtype)
+    dw, parts = piece(scratch, 0, bound.plan.rows * rows, torch.float32), piece(scratch, places.parts, chunks * total, torch.float32)
+    dz, below = piece(scratch, places.dz, rows * bound.plan.columns, x.dtype), piece(scratch, places.buffers, kept, x.dtype)
+    given = x, buffers, d_out, p, dw, d_x, below, d_out, weights, dz, table, bound.ints, bound.floats
+    for step in steps.rows:
+        numbers = step.place, rows, x_row, x_slot, d_x.stride(0), d_x.stride(1), bound.plan.columns, bound.mixing
+        step.launch(bound.blocks(rows), step.programs, *given, *numbers)
+    if steps.gradients:
+        numbers = steps.gradients.place, rows, x_row, x_slot, bound.plan.columns, bound.mixing, total
+        steps.gradients.launch(steps.gradients.programs, chunks, x, buffers, d_out, dw, weights, dz, parts, bound.ints, *numbers)
+        steps.add.launch(steps.add.programs, 1, parts, flat, total, chunks)
+    return d_x, flat

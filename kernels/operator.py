@@ -2,99 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from fusedmoe import codec, outputs
-from fusedmoe.kernels import network, trial
-from fusedmoe.kernels.launchers import launcher
+from fusedmoe.kernels import bound, network, trial
+from fusedmoe.kernels.launchers import tuner
+from fusedmoe.kernels.program import lower
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
-
-def fits(x: Tensor, params: Sequence[Tensor], table: Table) -> bool:
-    """Whether the tensors are what the kernels may read: of the table's shapes, one dtype and one device. It says nothing about what is wrong."""
-    dtype, place = x.dtype, x.device
-    if x.dim() != 3 or tuple(x.shape[1:]) != (table.slots, table.width) or len(params) != len(table.parameters):
-        return False
-    return all(p.shape == expect.shape and p.dtype is dtype and p.device == place for p, expect in zip(params, table.parameters, strict=True))
+_HERE = nullcontext()
 
 
 def inner(x: Tensor) -> Tensor:
     """x with its last dimension contiguous, and rows so near that 32 bits reach over those of a chunk, which are more than a tile's."""
-    return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(0) * network.chunk_of(len(x)) < 2**31 else x.contiguous()
+    return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(0) * bound.chunk_of(x.shape[0]) < 2**31 else x.contiguous()
 
 
 def there(x: Tensor):
     """The tensors' device made current: kernels are launched on the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return _HERE if not x.is_cuda or x.get_device() == torch.cuda.current_device() else torch.cuda.device(x.device)
 
 
-@contextmanager
-def launching(x: Tensor, backend: str) -> Iterator[None]:
+def launching(x: Tensor, backend: str):
     """A block that launches: the device has passed its trial and is current. Raises: RuntimeError if the kernels err on it (`trial.py`)."""
-    with there(x):
-        if x.is_cuda:
-            with torch.no_grad():
-                trial.once(x.device, x.dtype, backend)
-        yield
+    if x.is_cuda:
+        trial.once(x.device, x.dtype, backend)
+    return there(x)
 
 
-def _forward(backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool) -> tuple[Tensor, Tensor, network.Saved]:
-    arguments = inner(x), [p.contiguous() for p in params], table, mixing, training
+def _forward(backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool) -> tuple[Tensor, Tensor | None, network.Saved]:
+    x, search = inner(x), tuner(backend)
     with launching(x, backend):
-        return network.forward(*arguments, launcher(backend).tiles_of_forward(*arguments), backend)
+        tiles = search.of_forward(x, params, table, mixing, training) if search and search.enabled() else None
+        return network.forward(x, params, table, mixing, training, tiles, backend)
+
+
+def recomputed(table: Table) -> bool:
+    """Whether a forward that is to keep as little as it can keeps x alone: between two levels of this network there are stages of their own."""
+    return any(len(stages) > 1 for stages in lower(table).groups)
 
 
 class _Network(torch.autograd.Function):
     """It returns what `outputs.split` does: autograd tells which of the tensors have a gradient."""
 
     @staticmethod
-    def forward(ctx, backend: str, table: Table, mixing: bool, tasks_apart: bool, x: Tensor, *params: Tensor):
-        out, weights, saved = _forward(backend, x, params, table, mixing, training=True)
-        ctx.backend, ctx.table, ctx.tasks_apart = backend, table, tasks_apart
-        ctx.tiles = saved.tiles
+    def forward(ctx, table: Table, options: outputs.Options, x: Tensor, *params: Tensor):
+        out, weights, saved = _forward(options.backend, x, params, table, options.mixing, training=True)
+        ctx.table, ctx.options, ctx.tiles = table, options, saved.tiles
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, saved.buffers, saved.softmax, *params)
-        return outputs.split(out, weights if mixing else None, table, tasks_apart)
+        ctx.save_for_backward(x, None if options.recompute and recomputed(table) else saved.memory, *params)
+        return outputs.split(out, weights, table, options.tasks_apart)
 
     @staticmethod
     def backward(ctx, *d_outputs: Tensor | None):
-        x, buffers, softmax, *params = ctx.saved_tensors
+        x, memory, *params = ctx.saved_tensors
         table = ctx.table
-        d_out, d_weights, tasks, levels = outputs.join(d_outputs, x, table, ctx.tasks_apart)
-        wanted = outputs.dependent(codec.encode(table), tasks, levels)
+        d_out, d_weights, tasks, levels = outputs.join(d_outputs, x, table, ctx.options.tasks_apart)
         if torch.is_grad_enabled():
             # Gradients that are to be differentiated again are plain PyTorch's.
             d_x, d_params = reference.backward(x, params, table, d_out, outputs.by_level(d_weights, table))
+            found = [d_x, *d_params]
         else:
-            with there(x):
-                given = None if d_weights is None else d_weights.contiguous()
-                # Hooks of saved tensors may give back equal ones of any layout.
-                saved = network.Saved(buffers.contiguous(), softmax.contiguous(), ctx.tiles)
-                arguments = d_out.contiguous(), given, inner(x), [p.contiguous() for p in params], saved, table
-                d_x, d_params = network.backward(*arguments, launcher(ctx.backend).tiles_of_backward(*arguments), ctx.backend)
-        needed = zip((d_x, *d_params), wanted, ctx.needs_input_grad[4:], strict=True)
-        return None, None, None, None, *(d if depends and need else None for d, depends, need in needed)
+            found = _gradients(ctx.options.backend, table, d_out, d_weights, x, params, network.Saved(memory, ctx.tiles))
+        wanted = zip(found, outputs.dependent(codec.encode(table), tasks, levels), ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(d if depends and need else None for d, depends, need in wanted)
 
 
-def run(backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, tasks_apart: bool) -> tuple[Tensor, ...]:
+def _gradients(
+    backend: str, table: Table, d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: network.Saved
+) -> list[Tensor | None]:
+    """d_x and the parameters' gradients. saved: what the forward left, or its tiles alone, by which it is run once more."""
+    x = inner(x)
+    with there(x):
+        if saved.memory is None:
+            _, _, saved = network.forward(x, params, table, False, True, saved.tiles, backend)
+        search = tuner(backend)
+        tiles = search.of_backward(d_out, d_weights, x, params, saved, table) if search and search.enabled() else None
+        d_x, d_params = network.backward(d_out, d_weights, x, params, saved, table, tiles, backend)
+    return [d_x, *d_params]
+
+
+def run(x: Tensor, params: Sequence[Tensor], table: Table, options: outputs.Options) -> tuple[Tensor, ...]:
     """Return what `outputs.split` does: out [B, *table.output], or with `tasks_apart` one [B, O] a task; then each level's mixing weights.
 
     Args:
-        backend: whose kernels.
         x: [B, S, D], any strides; float32, bfloat16 or float16.
-        params: one per `table.parameters`, of x's dtype and device (`fits`).
+        params: one per `table.parameters`, of x's dtype and device.
         table: the network.
-        mixing: return the mixing weights.
-        tasks_apart: return one output a task.
+        options: the backend whose kernels run, and what the call asks for; `recompute` keeps for the backward no more than x, what each
+            softmax gave and what each level handed on.
 
-    Raises: ValueError for a table that is too wide (`program.lower`); RuntimeError if the kernels err on this device (`trial.py`).
+    Raises: ValueError for tensors that do not fit the table, and for a table that is too wide (`program.lower`); RuntimeError if the kernels err on
+        this device (`trial.py`).
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
-        return _Network.apply(backend, table, mixing, tasks_apart, x, *params)
-    out, weights, _ = _forward(backend, x, params, table, mixing, training=False)
-    return outputs.split(out, weights if mixing else None, table, tasks_apart)
+        return _Network.apply(table, options, x, *params)
+    out, weights, _ = _forward(options.backend, x, params, table, options.mixing, training=False)
+    return outputs.split(out, weights, table, options.tasks_apart)

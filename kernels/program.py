@@ -160,6 +160,11 @@ def lower(table: Table) -> Program:
     return _lowered(table.text)
 
 
+def of_text(text: str, training: bool) -> Program:
+    """`lower` of a table by its text, or `fused`."""
+    return _lowered(text) if training else _fused(text)
+
+
 def fused(table: Table) -> Program:
     """Return the stages of a table with hidden layers computed inside the maps above them, where a level has one stage in front of it.
 

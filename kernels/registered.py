@@ -6,12 +6,9 @@ import torch
 from torch import Tensor, library
 
 from fusedmoe import codec
-from fusedmoe.kernels import network
-from fusedmoe.kernels.device import architecture
-from fusedmoe.kernels.operator import inner, launching
-from fusedmoe.kernels.plan import plan_of
+from fusedmoe.kernels import bound, network
+from fusedmoe.kernels.operator import inner, launching, recomputed, there
 from fusedmoe.kernels.program import Program, fused, lower
-from fusedmoe.kernels.tiles import choose
 
 
 def _program(table: str, training: bool) -> Program:
@@ -19,56 +16,60 @@ def _program(table: str, training: bool) -> Program:
 
 
 @library.custom_op("fusedmoe::network_kernels", mutates_args=())
-def forward(x: Tensor, params: list[Tensor], table: str, training: bool, mixing: bool, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return out, weights, and what backward takes: `network.forward`."""
+def forward(
+    x: Tensor, params: list[Tensor], table: str, training: bool, mixing: bool, recompute: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return out, weights, and what backward takes: `network.forward`; of that nothing where the backward is to work it out again."""
     with launching(x, backend):
-        out, weights, saved = network.forward(inner(x), [p.contiguous() for p in params], codec.decode(table), mixing, training, backend=backend)
-    return out, weights, saved.buffers, saved.softmax
+        out, weights, saved = network.forward(inner(x), params, codec.decode(table), mixing, training, backend=backend)
+    memory = x.new_empty(0, dtype=torch.uint8) if recompute and recomputed(codec.decode(table)) else saved.memory
+    return out, x.new_empty(x.shape[0], 0) if weights is None else weights, memory
 
 
 @forward.register_fake
-def _(x, params, table, training, mixing, backend):
-    program = _program(table, training)
-    rows = x.shape[0]
-    tiles = choose(program, x.dtype, rows, architecture(x.device))
-    plan = plan_of(program, tiles.whole, tiles.units, tiles.columns)
+def _(x, params, table, training, mixing, recompute, backend):
+    program, rows = _program(table, training), x.shape[0]
     weights = x.new_empty(rows, program.table.mixing if mixing else 0)
-    return x.new_empty(rows, *program.table.output), weights, x.new_empty(rows * program.kept), x.new_empty(plan.softmax, rows, dtype=torch.float32)
+    if recompute and recomputed(program.table):
+        return x.new_empty(rows, *program.table.output), weights, x.new_empty(0, dtype=torch.uint8)
+    softmax = bound.softmax_of(bound.key_of(x, program.table, training, None, backend))
+    _, size = bound.saved_bytes(softmax, program.kept, rows, x.element_size())
+    return x.new_empty(rows, *program.table.output), weights, x.new_empty(size, dtype=torch.uint8)
 
 
 @library.custom_op("fusedmoe::network_kernels_backward", mutates_args=())
 def backward(
-    d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: list[Tensor], buffers: Tensor, softmax: Tensor, table: str, backend: str
+    d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: list[Tensor], memory: Tensor, table: str, backend: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return d_x, and the gradients of all live parameters one after another: an operator's results must not share memory."""
-    given = None if d_weights is None else d_weights.contiguous()
-    saved = network.Saved(buffers, softmax)
-    with launching(x, backend):
-        tensors = d_out.contiguous(), given, inner(x), [p.contiguous() for p in params]
-        d_x, flat = network.flat_backward(*tensors, saved, codec.decode(table), backend=backend)
-    return d_x, flat
+    x, network_table = inner(x), codec.decode(table)
+    with there(x):
+        # Where it is empty, the forward is run once more.
+        saved = network.Saved(memory) if memory.numel() else network.forward(x, params, network_table, False, True, backend=backend)[2]
+        return network.flat_backward(d_out, d_weights, x, params, saved, network_table, backend=backend)
 
 
 @backward.register_fake
-def _(d_out, d_weights, x, params, buffers, softmax, table, backend):
+def _(d_out, d_weights, x, params, memory, table, backend):
     return x.new_empty(x.shape), x.new_empty(_program(table, True).gradients[1])
 
 
 def _save(ctx, inputs, output) -> None:
-    x, params, table, _, _, backend = inputs
-    _, _, buffers, softmax = output
-    ctx.mark_non_differentiable(buffers, softmax)
+    x, params, table, _, _, _, backend = inputs
+    _, _, memory = output
+    ctx.mark_non_differentiable(memory)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, buffers, softmax, *params)
+    ctx.save_for_backward(x, memory, *params)
     ctx.table, ctx.backend = table, backend
 
 
-def _gradients(ctx, d_out, d_weights, _, __):
-    x, buffers, softmax, *params = ctx.saved_tensors
+def _gradients(ctx, d_out, d_weights, _):
+    x, memory, *params = ctx.saved_tensors
+    table = codec.decode(ctx.table)
     if d_out is None:
-        d_out = x.new_zeros(x.shape[0], *codec.decode(ctx.table).output)
-    d_x, flat = backward(d_out, d_weights, x, params, buffers, softmax, ctx.table, ctx.backend)
-    return d_x, network.split(flat, _program(ctx.table, True)), None, None, None, None
+        d_out = x.new_zeros(x.shape[0], *table.output)
+    d_x, flat = backward(d_out, d_weights, x, params, memory, ctx.table, ctx.backend)
+    return d_x, network.with_dead(bound.split(flat, lower(table)), table), None, None, None, None, None
 
 
 forward.register_autograd(_gradients, setup_context=_save)

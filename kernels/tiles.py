@@ -69,11 +69,12 @@ def choose(program: Program, dtype: torch.dtype, rows: int, arch: str, beside_hi
     K = 512 errs beyond the bound (tests/gpu_free/test_executed.py).
     """
     # Bools, also of the symbolic number of rows that torch.compile traces with.
-    return _chosen(program, dtype, bool(rows <= WHOLE_ROWS), bool(rows >= MANY_ROWS), arch, beside_hidden)
+    return chosen(program, dtype, bool(rows <= WHOLE_ROWS), bool(rows >= MANY_ROWS), arch, beside_hidden)
 
 
 @functools.lru_cache(maxsize=1024)
-def _chosen(program: Program, dtype: torch.dtype, whole: bool, many: bool, arch: str, beside_hidden: bool) -> Tiles:
+def chosen(program: Program, dtype: torch.dtype, whole: bool, many: bool, arch: str, beside_hidden: bool) -> Tiles:
+    """As `choose`, of rows that are few enough for one launch (whole), or so many that a tile has 128 of them."""
     wide = dtype == torch.float32
     most = max(len(stage.units) for stage in program.stages)
     units = next((size for size in GROUPS if size >= most), GROUPS[-1])

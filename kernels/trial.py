@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -91,7 +92,8 @@ def once(device: torch.device, dtype: torch.dtype, backend: str) -> None:
     if os.environ.get("FUSEDMOE_TRIAL") == "0":
         return
     before_capture(device)
-    found = max(worst(device, dtype, table, rows, backend) for table in tables() for rows in ROWS)
+    with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        found = max(worst(device, dtype, table, rows, backend) for table in tables() for rows in ROWS)
     if found > 1.0:
         raise RuntimeError(
             f"backend {backend} on {name_of(device)} ({history(device, backend)}), {dtype}: expected the reference's output and gradients up to rounding, "

@@ -54,6 +54,7 @@ NEIGHBOURS = {
     ("fusedmoe.kernels", "fusedmoe.families"),
     ("fusedmoe.op", "fusedmoe.checks"),
     ("fusedmoe.packed", "fusedmoe.checks"),
+    ("fusedmoe.kernels", "fusedmoe._C"),
     ("fusedmoe.functional", "fusedmoe.op"),
     ("fusedmoe.packed", "fusedmoe.op"),
     ("fusedmoe.swap", "fusedmoe.adapters"),

@@ -1,9 +1,12 @@
 // How the host starts a kernel: by name, on a stream that it was given, and never without asking what became of it.
 #pragma once
 #include <cstddef>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "runtime.h"
 
@@ -24,12 +27,25 @@ inline void check(cudaError_t status, const char* name) {
   throw std::runtime_error(std::string("cuda: the launch of ") + name + " failed with " + cudaGetErrorName(status) + " (" + cudaGetErrorString(status) + ")");
 }
 
+// Ask for shared memory unless the kernel has asked for as much on this device before: asking takes as long as a good part of a launch. Under the lock,
+// so that no smaller number comes after a larger one.
+inline void ask_for(const void* kernel, int bytes, const char* name) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int> asked;
+  int device = 0;
+  check(cudaGetDevice(&device), name);
+  std::lock_guard lock(mutex);
+  int& most = asked[{device, kernel}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
+  most = bytes;
+}
+
 template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape, Stream stream, std::type_identity_t<Parameters>... arguments) {
-  // More than this a kernel must ask for, once or every time.
+  // More than this a kernel must ask for.
   constexpr size_t without_asking = 48 * 1024;
-  if (shape.shared_bytes > without_asking)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes)), name);
+  if (shape.shared_bytes > without_asking) ask_for(reinterpret_cast<const void*>(kernel), int(shape.shared_bytes), name);
   kernel<<<dim3(shape.blocks_x, shape.blocks_y), dim3(unsigned(shape.threads)), shape.shared_bytes, stream>>>(arguments...);
   check(cudaGetLastError(), name);
 }

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,8 @@ KIND = os.environ.get("FUSEDMOE_CUDA_ON_CPU")
 # Built elsewhere, to be taken instead of what the sources say.
 LIBRARY = os.environ.get("FUSEDMOE_CUDA_LIBRARY")
 NAME = "fusedmoe._cuda"
+# What stands between PyTorch and the kernels.
+OPERATORS = [run.ROOT / "csrc" / "cuda" / name for name in ("bindings.cpp", "calls.cpp")]
 
 
 def sources() -> list[Path]:
@@ -40,11 +43,16 @@ def build(kind: str) -> Path:
         objects = run.compiled(kind, run.EMULATOR, common)
     with run.alone(folder):
         objects += run.compiled(kind, sources(), folder)
-        headers = [word for path in run.recipe()["python_folders"]() for word in ("-isystem", path)]
-        objects += run.compiled(kind, [run.ROOT / "csrc" / "cuda" / "bindings.cpp"], folder, headers)
+        headers = run.recipe()["system_folders"](run.recipe()["python_folders"](), run.recipe()["torch_folders"]()[0])
+        objects += run.compiled(kind, OPERATORS, folder, headers)
         library = folder / "_cuda.so"
-        run.link(kind, objects, library, shared=True)
+        link(kind, objects, library)
     return library
+
+
+def link(kind: str, objects: Sequence[Path], library: Path) -> None:
+    """Link the extension. Raises: SystemExit if it does not link."""
+    run.link(kind, objects, library, ["-shared", *(f"-L{path}" for path in run.recipe()["torch_folders"]()[1]), "-ltorch_cpu"])
 
 
 def load(library: Path) -> ModuleType:
@@ -70,8 +78,9 @@ def control() -> ctypes.CDLL:
     found = ctypes.CDLL(sys.modules[NAME].__file__)
     found.fusedmoe_schedule.argtypes = [ctypes.c_uint64, ctypes.c_bool]
     found.fusedmoe_lend.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_bool]
-    found.fusedmoe_bytes.argtypes = [ctypes.c_uint64, ctypes.c_bool]
-    found.fusedmoe_bytes.restype = ctypes.c_uint64
+    found.fusedmoe_launched.argtypes = [ctypes.c_uint64]
+    found.fusedmoe_moved.argtypes = [ctypes.c_uint64, ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint64)]
+    found.fusedmoe_launched.restype = found.fusedmoe_moved.restype = ctypes.c_char_p
     return found
 
 

@@ -176,8 +176,8 @@ def built(bug: Bug, folder: Path) -> Path:
     (changed,) = run.compiled(bug.kind, [sources / f"{bug.unit}.cu"], folder, ["-O1"], folder / "csrc")
     common, whole = (run.ROOT / "build" / f"cuda_on_cpu-{bug.kind}{part}" for part in ("", "-extension"))
     objects = [common / f"{source.stem}.o" for source in run.EMULATOR]
-    objects += [whole / f"{source.stem}.o" for source in (*extension.sources(), run.ROOT / "csrc" / "cuda" / "bindings.cpp") if source.stem != bug.unit]
+    objects += [whole / f"{source.stem}.o" for source in (*extension.sources(), *extension.OPERATORS) if source.stem != bug.unit]
     library = folder / "_cuda.so"
     # The changed one first: of a function that several have, the linker takes the first.
-    run.link(bug.kind, [changed, *objects], library, shared=True)
+    extension.link(bug.kind, [changed, *objects], library)
     return library

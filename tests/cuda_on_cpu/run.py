@@ -118,11 +118,11 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def link(kind: str, objects: Sequence[Path], program: Path, shared: bool = False) -> None:
-    """Link what has changed to a program, or to a shared library. Raises: SystemExit if it does not link."""
+def link(kind: str, objects: Sequence[Path], program: Path, more: Sequence[str] = ()) -> None:
+    """Link what has changed to a program, with `more` words. Raises: SystemExit if it does not link."""
     if program.exists() and all(target.stat().st_mtime <= program.stat().st_mtime for target in objects):
         return
-    command = [*compiler(), *SANITIZE[kind], *(["-shared"] if shared else []), *map(str, objects), "-pthread", "-o", str(program)]
+    command = [*compiler(), *SANITIZE[kind], *map(str, objects), "-pthread", "-o", str(program), *more]
     if subprocess.run(command).returncode:
         raise SystemExit(f"the {kind} test of the emulator does not link; the linker's messages stand above.")
 

@@ -50,11 +50,16 @@ def test_it_says_what_is_missing(built):
 def test_a_launch_raises_by_name_and_leaves_nothing_behind(built):
     """Twice the same: an error that stayed CUDA's last one would come up in the next launch of anybody."""
     without_driver()
-    program = (
-        "\nfor _ in range(2):\n  try: _cuda.forward(_cuda.Tiles(), 0, _cuda.Parameters([]), [0] * 7, [0] * 6)\n  except RuntimeError as error: print(error)"
-    )
+    # A network of no parameters; the tensor has no device, which nobody comes to ask for.
+    program = """
+bound, x = _cuda.Bound(), torch.zeros(3, 1, 2)
+bound.slots, bound.width, bound.output, bound.size = 1, 2, [1, 1], 4
+for _ in range(2):
+  try: torch.ops.fusedmoe.network_cuda(x, [], bound.address, False, None)
+  except RuntimeError as error: print(error)
+"""
     lines = said_by(built, program).splitlines()
-    assert len(lines) == 2 and all(re.fullmatch(f"cuda: expected device 0, got {NO_DRIVER}", line) for line in lines)
+    assert len(lines) == 2 and all(re.fullmatch(f"cuda: expected device -1, got {NO_DRIVER}", line) for line in lines)
 
 
 def test_the_backend_gives_the_reason(built):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusedmoe.kernels import network as launches
+from fusedmoe.kernels import bound as bindings
 from fusedmoe.kernels import tiles
 from fusedmoe.op import fusion_network
 from fusedmoe.testing import Case, Problem, assert_close, build, cases, evaluate, expectation, problem, smoothed
@@ -40,7 +40,7 @@ def check(name: str, dtype: torch.dtype, form: str, monkeypatch) -> None:
     """Output and every gradient, by kernels that touch what they were given and nothing else."""
     whole, chunk = FORMS[form]
     monkeypatch.setattr(tiles, "WHOLE_ROWS", whole)
-    monkeypatch.setattr(launches, "CHUNK", chunk)
+    monkeypatch.setattr(bindings, "CHUNK", chunk)
     given, wanted = expected(name, dtype)
 
     # `evaluate` takes copies of the parameters: lend those that a call gets.

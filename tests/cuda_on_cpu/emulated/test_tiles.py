@@ -5,7 +5,7 @@ from functools import cache, partial
 import pytest
 import torch
 
-from fusedmoe.kernels import network as launches
+from fusedmoe.kernels import bound as bindings
 from fusedmoe.kernels import tiles
 from fusedmoe.op import fusion_network
 from fusedmoe.testing import Case, Problem, assert_close, bound, build, eager, error, evaluate, expectation, problem, smoothed
@@ -41,7 +41,7 @@ def take(monkeypatch):
     def choose(form: str, chunk: int = tiles.CHUNK) -> None:
         for name, rows in zip(("WHOLE_ROWS", "MANY_ROWS"), FORMS[form], strict=True):
             monkeypatch.setattr(tiles, name, rows)
-        monkeypatch.setattr(launches, "CHUNK", chunk)
+        monkeypatch.setattr(bindings, "CHUNK", chunk)
 
     return choose
 
@@ -79,8 +79,8 @@ def test_chunks(chunk, dtype, form, take):
 def test_no_more_chunks_than_a_grid_takes(take, monkeypatch):
     """They get as many rows as that needs: here 71 rows at 16 a chunk, in a grid of two."""
     take("a launch a level", 16)
-    monkeypatch.setattr(launches, "MOST_CHUNKS", 2)
-    assert [launches.chunk_of(rows) for rows in (0, 16, 32, 33, ROWS)] == [16, 16, 16, 32, 48]
+    monkeypatch.setattr(bindings, "MOST_CHUNKS", 2)
+    assert [bindings.chunk_of(rows) for rows in (0, 16, 32, 33, ROWS)] == [16, 16, 16, 32, 48]
     given, wanted = expected("whole vectors", torch.float32)
     assert_close(evaluate(NETWORK, given), wanted)
 

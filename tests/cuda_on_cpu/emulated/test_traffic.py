@@ -22,7 +22,7 @@ _SPEC.loader.exec_module(roofline)
 # Rows up to which a call is one launch, from which a tile may have 128, and of the call: tiles of 16, 64 and, for up to three units, 128 rows.
 SIZES = {16: (128, 4096, 16), 64: (0, 4096, 64), 128: (0, 128, 128)}
 LAYERS = ("AdaTT T3m2", "MMoE T3e8", "PLE T3m2s1")
-ARGUMENTS = {f"forward, argument {at}": name for at, name in enumerate(("x", "buffers", "out", "p"))}
+ARGUMENTS = {f"forward, {name}": name for name in ("x", "buffers", "out", "p")}
 
 
 def readers(rows: int) -> "roofline.Readers":
@@ -52,6 +52,6 @@ def test_the_forward_moves_the_bytes_of_its_plan(name, rows, monkeypatch):
     expected.written["p"] += logits
     expected.read["p"] += 3 * logits
     got = [{ARGUMENTS.get(label, label): count for label, count in counts.items() if count} for counts in (watch.read, watch.written)]
-    plan = [label for label in got[0] if label.startswith("forward, argument")]
+    plan = [label for label in got[0] if label.startswith("forward, ")]
     assert {label: count for label, count in got[0].items() if label not in plan} == expected.read
     assert got[1] == expected.written

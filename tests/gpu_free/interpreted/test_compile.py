@@ -13,13 +13,14 @@ from fusedmoe.testing import Case, build, problem
 TABLE = build("adatt_sp", 6, [[5, 4], [3]], 2, 2, activation="silu", towers=(3, 1))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("mixing", [False, True])
-def test_the_operators_are_registered_for_it(mixing):
+def test_the_operators_are_registered_for_it(mixing, recompute):
     given = problem(Case(TABLE, 5), torch.float32)
     x, params = given.x.requires_grad_(), [p.requires_grad_() for p in given.params]
     # Without its run under AOT dispatch, which compares the buffers' padding too, and nobody writes that; the tests below run it.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    library.opcheck(registered.forward, (x, params, encode(TABLE), True, mixing, "triton"), test_utils=checks)
+    library.opcheck(registered.forward, (x, params, encode(TABLE), True, mixing, recompute, "triton"), test_utils=checks)
 
 
 def test_a_compiled_layer_is_one_graph():

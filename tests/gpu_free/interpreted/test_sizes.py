@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusedmoe.kernels import network, tiles
+from fusedmoe.kernels import bound, network, tiles
 from fusedmoe.op import fusion_network
 from fusedmoe.testing import Case, assert_close, build, cases, eager, evaluate, expectation, problem
 
@@ -28,7 +28,7 @@ def checked(one) -> None:
 @pytest.mark.parametrize("name", ["wide", "narrow"])
 def test_several_chunks(name, monkeypatch):
     """The last chunk has fewer rows than the others."""
-    monkeypatch.setattr(network, "CHUNK", 16)
+    monkeypatch.setattr(bound, "CHUNK", 16)
     one = problem(CASES[name], torch.float32)
     assert len(one.x) > 16 and len(one.x) % 16
     checked(one)

@@ -1,0 +1,179 @@
+// A network's forward and backward on a GPU in one go: tensors are looked at, results allocated, kernels launched, by whoever `Launches` are.
+//
+// Results that are empty say that the call is none for these launches; the caller then has another way, which takes longer.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <string>
+
+#include "bound.h"
+
+namespace fusedmoe::gpu {
+
+using torch::headeronly::ScalarType;
+
+template <class T>
+std::string words_of(const T& sizes) {
+  std::string text;
+  for (size_t i = 0; i < sizes.size(); i++) text += (i ? ", " : "[") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+inline void check(const Tensor& t, const Sizes& sizes, const Tensor& x, const char* what, ScalarType dtype) {
+  const auto have = t.sizes();
+  STD_TORCH_CHECK(have.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), have.begin()), what, ": expected ", words_of(sizes), ", got ",
+                  words_of(have));
+  STD_TORCH_CHECK(t.scalar_type() == dtype, what, ": expected the dtype of x");
+  STD_TORCH_CHECK(t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index(), what, ": expected a tensor where x is");
+}
+
+// Contiguous, and from a multiple of 16 bytes on: rows are read in vectors where their distance allows it.
+inline Tensor at_sixteen(const Tensor& t) {
+  Tensor here = t.is_contiguous() ? t : torch::stable::contiguous(t);
+  return reinterpret_cast<uintptr_t>(here.const_data_ptr()) % 16 ? torch::stable::clone(here) : here;
+}
+
+// A tensor in memory that nobody has written to.
+inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype, int32_t code) {
+  if (!like.is_cuda()) return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
+  // The shorter way, on a GPU with what new_empty does.
+  Sizes strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), code, aoti_torch_device_type_cuda(),
+                                                  like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline int32_t code_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::Byte: return aoti_torch_dtype_uint8();
+    default: return aoti_torch_dtype_float32();
+  }
+}
+
+inline Tensor empty(const Tensor& like, const Sizes& sizes) { return empty(like, sizes, like.scalar_type(), code_of(like.scalar_type())); }
+inline Tensor bytes(const Tensor& like, int64_t count) { return empty(like, {count}, ScalarType::Byte, aoti_torch_dtype_uint8()); }
+
+// x and the parameters of a call.
+struct Given {
+  const Bound& bound;
+  const Tensor& x;
+  int64_t rows, x_row, x_slot;
+  std::vector<const void*> parameters;
+  std::vector<Tensor> copies;
+  // Whether every row of every operand begins at a multiple of a vector load.
+  bool aligned;
+
+  Given(const Bound& of, const Tensor& input, const std::vector<Tensor>& params) : bound(of), x(input) {
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == bound.slots && x.size(2) == bound.width, "x: expected [B, ", bound.slots, ", ", bound.width, "], got ",
+                    words_of(x.sizes()));
+    STD_TORCH_CHECK(params.size() == bound.shapes.size(), "params: expected ", bound.shapes.size(), " tensors, got ", params.size());
+    const ScalarType dtype = x.scalar_type();
+    rows = x.size(0), x_row = x.stride(0), x_slot = x.stride(1);
+    bool even = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+    parameters.reserve(params.size());
+    for (size_t i = 0; i < params.size(); i++) {
+      check(params[i], bound.shapes[i], x, "params", dtype);
+      const Tensor& one = params[i].is_contiguous() ? params[i] : copies.emplace_back(torch::stable::contiguous(params[i]));
+      parameters.push_back(one.const_data_ptr());
+      even = even && reinterpret_cast<uintptr_t>(parameters.back()) % 16 == 0;
+    }
+    aligned = even && bound.reached && x_row % bound.lanes == 0 && x_slot % bound.lanes == 0;
+  }
+};
+
+// What both directions read and write. weights: mixing weights, or the gradients that they were given; null: none.
+struct Places {
+  void *x, *buffers, *out, *p, *weights;
+};
+
+struct Below {
+  void *d_x, *d_buffers, *d_out;
+  float* dw;
+  void* dz;
+  int32_t* arrived;
+  float* parts;
+  void* flat;
+};
+
+inline char* at(const Tensor& memory, int64_t first) { return static_cast<char*>(memory.data_ptr()) + first; }
+inline void* read(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+
+// {out, what backward takes, mixing weights if they are asked for}.
+template <class Launches>
+std::vector<Tensor> forward(const Tensor& x, const std::vector<Tensor>& params, const typename Launches::Of& bound, bool mixing,
+                            const std::optional<Tensor>& table) {
+  const Given given(bound, x, params);
+  Launches launches(bound, given, table);
+  if (given.rows && !launches.can({&x}, mixing)) return {};
+  const Saved saved(bound, given.rows);
+  Sizes sizes = bound.output;
+  sizes.insert(sizes.begin(), given.rows);
+  std::vector<Tensor> results{empty(x, sizes), bytes(x, saved.bytes)};
+  if (mixing) {
+    const Sizes columns{given.rows, bound.mixing};
+    results.push_back(torch::stable::new_zeros(x, {columns.data(), columns.size()}));
+  }
+  if (!given.rows) return results;
+  const Tensor& memory = results[1];
+  const Places places{read(x), at(memory, saved.buffers), results[0].data_ptr(), at(memory, 0), mixing ? results[2].data_ptr() : nullptr};
+  for (const Step& step : bound.steps) launches.forward(step, places);
+  return results;
+}
+
+// The gradients of the parameters, one after another in memory, apart: those of live ones alone.
+inline void split(const Tensor& flat, const Bound& bound, std::vector<Tensor>& to) {
+  for (size_t i = 0; i < bound.grads.size(); i++) {
+    if (bound.grads[i] < 0) continue;
+    const Sizes& sizes = bound.shapes[i];
+    Sizes strides(sizes.size(), 1);
+    for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+    AtenTensorHandle handle;
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(flat.get(), int64_t(sizes.size()), sizes.data(), strides.data(), bound.grads[i], &handle));
+    to.emplace_back(handle);
+  }
+}
+
+// {d_x, the gradients of all live parameters one after another}, or these apart (`apart`). chunk: rows of one part of a gradient.
+template <class Launches>
+std::vector<Tensor> backward(const Tensor& upstream, const std::optional<Tensor>& upstream_weights, const Tensor& x, const std::vector<Tensor>& params,
+                             const Tensor& left, const typename Launches::Of& bound, int64_t chunk, bool apart, const std::optional<Tensor>& table) {
+  const Given given(bound, x, params);
+  const int64_t rows = given.rows, chunks = (rows + chunk - 1) / chunk;
+  const Saved saved(bound, rows);
+  Sizes sizes = bound.output;
+  sizes.insert(sizes.begin(), rows);
+  check(upstream, sizes, x, "d_out", x.scalar_type());
+  check(left, {saved.bytes}, x, "saved", ScalarType::Byte);
+  const Tensor d_out = at_sixteen(upstream), memory = at_sixteen(left);
+  std::optional<Tensor> d_weights;
+  if (upstream_weights && upstream_weights->numel()) {
+    check(*upstream_weights, {rows, bound.mixing}, x, "d_weights", x.scalar_type());
+    d_weights = at_sixteen(*upstream_weights);
+  }
+  Launches launches(bound, given, table);
+  if (rows && !launches.can({&x, &d_out, &memory, d_weights ? &*d_weights : &x}, d_weights.has_value())) return {};
+  const Sizes total{bound.total};
+  std::vector<Tensor> results{empty(x, {rows, bound.slots, bound.width})};
+  const Tensor flat = rows ? empty(x, total) : torch::stable::new_zeros(x, {total.data(), total.size()});
+  if (rows) {
+    const Scratch scratch(bound, rows, chunks);
+    const Tensor own = bytes(x, scratch.bytes);
+    const Places places{read(x), at(memory, saved.buffers), read(d_out), at(memory, 0), d_weights ? read(*d_weights) : nullptr};
+    const auto floats = [&](int64_t first) { return reinterpret_cast<float*>(at(own, first)); };
+    const Below below{results[0].data_ptr(), at(own, scratch.buffers), places.out, floats(0), at(own, scratch.dz),
+                      reinterpret_cast<int32_t*>(at(own, scratch.arrived)), floats(scratch.parts), flat.data_ptr()};
+    for (const Step& step : bound.steps) launches.backward_rows(step, places, below);
+    if (bound.total) launches.gradients(places, below, chunk, chunks);
+  }
+  if (apart) split(flat, bound, results);
+  else results.push_back(flat);
+  return results;
+}
+
+}  // namespace fusedmoe::gpu
