@@ -17,7 +17,7 @@ OLDEST_PYTHON := build/oldest/bin/python
 GPU_JSON := bench/results/gpu.json
 # Stamps belong to one environment and one checkout.
 STAMPS := build/stamps$(subst /,-,$(VENV))
-SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.* csrc/gpu/*.*)
 # What is built: FUSEDMOE_BUILD=cuda, in the environment or behind make, adds the CUDA kernels.
 EXTENSION := $(STAMPS)/extension-$(or $(FUSEDMOE_BUILD),cpu)
 # Tests of kernels that Triton's interpreter runs: it decides at import, so they have a process of their own.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fusedmoe.backends import transforming
+from fusedmoe.storage import require_memory
 from fusedmoe.table import Table
 
 
@@ -27,7 +27,7 @@ def check(x, params, table, lowered: bool = False) -> None:
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"x: expected a dense tensor, got layout {x.layout}")
-    _check_memory(x, "x")
+    require_memory(x, "x")
     if not isinstance(params, Iterable):
         raise TypeError(f"params: expected {len(table.parameters)} tensors, got {type(params).__name__}")
     params = list(params)
@@ -44,17 +44,4 @@ def check(x, params, table, lowered: bool = False) -> None:
             raise TypeError(f"params, {expect.name}: expected a dense tensor, got layout {tensor.layout}")
         if tensor.device != x.device:
             raise ValueError(f"params, {expect.name}: expected a tensor on {x.device}, where x is, got one on {tensor.device}")
-        _check_memory(tensor, f"params, {expect.name}")
-
-
-def _check_memory(tensor: Tensor, name: str) -> None:
-    """Raise ValueError unless all numbers of an ordinary tensor lie inside its storage, as `check_memory` of csrc/tensors.h does."""
-    # What is traced or batched has no storage of its own.
-    if type(tensor) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling() or transforming() or not tensor.numel():
-        return
-    if torch._C._functorch.is_legacy_batchedtensor(tensor) or tensor._is_zerotensor():
-        return
-    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed, held = (last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
-    if held < needed:
-        raise ValueError(f"{name}: expected a storage of {needed} bytes or more, got one of {held}; was it freed?")
+        require_memory(tensor, f"params, {expect.name}")

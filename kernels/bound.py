@@ -21,6 +21,7 @@ from fusedmoe.kernels.launchers import launcher
 from fusedmoe.kernels.plan import CODES, Launch, Plan, plan_of
 from fusedmoe.kernels.program import Program
 from fusedmoe.kernels.tiles import CHUNK, Tiles, aligned
+from fusedmoe.storage import require_memory
 from fusedmoe.table import Table
 
 # Of chunks in the second dimension of a grid.
@@ -271,6 +272,9 @@ def check(x: Tensor, params: Sequence[Tensor], table: Table) -> None:
     fits = x.dim() == 3 and tuple(x.shape[1:]) == (table.slots, table.width) and len(params) == len(table.parameters)
     if not fits or any(p.shape != expect.shape or p.dtype is not dtype or p.device != place for p, expect in zip(params, table.parameters, strict=True)):
         raise ValueError("x, params: expected the shapes of the table, one dtype and one device, got others")
+    require_memory(x, "x")
+    for expect, parameter in zip(table.parameters, params, strict=True):
+        require_memory(parameter, f"params, {expect.name}")
 
 
 def split(flat: Tensor, found: Program) -> list[Tensor]:

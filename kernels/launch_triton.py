@@ -23,6 +23,7 @@ from fusedmoe.kernels.backward import gradients as gradients_kernel
 from fusedmoe.kernels.bound import Backward, Bound, Forward, alignment, check, chunk_of, common, split, store
 from fusedmoe.kernels.forward import forward as forward_kernel
 from fusedmoe.kernels.tiles import Tiles
+from fusedmoe.storage import require_memory
 
 # `gradients` and `add_chunks`.
 FOR_PARAMETERS = 2
@@ -251,6 +252,10 @@ def backward(bound: Backward, d_out: Tensor, d_weights: Tensor | None, x: Tensor
     found = quick and _run_backward(bound, tensors, quick, chunk, apart, None)
     if found:
         return found
+    check(x, params, bound.program.table)
+    for name, tensor in (("d_out", d_out), ("d_weights", d_weights), ("saved", memory)):
+        if tensor is not None:
+            require_memory(tensor, name)
     params = [p.contiguous() for p in params]
     table, even = _table(bound, params, quick)
     found = quick and _run_backward(bound, (d_out, d_weights, x, params, memory), quick, chunk, apart, table)

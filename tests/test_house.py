@@ -19,6 +19,7 @@ FLOORS = {
     "fusedmoe.codec": 0,
     "fusedmoe.words": 0,
     "fusedmoe.outputs": 0,
+    "fusedmoe.storage": 0,
     "fusedmoe.reference": 1,
     "fusedmoe.families": 1,
     "fusedmoe.kernels": 1,

@@ -45,7 +45,8 @@ pybind11::class_<Of> bind_bound(pybind11::module_& m) {
       .def_readwrite("total", &Of::total)
       .def_readwrite("grads", &Of::grads)
       .def_readwrite("gradients", &Of::gradients)
-      .def_readwrite("add", &Of::add);
+      .def_readwrite("add", &Of::add)
+      .def_readwrite("times", &Of::times);
   return bound;
 }
 

@@ -70,6 +70,8 @@ struct Bound {
   int64_t columns = 0, sums = 0, total = 0;
   Sizes grads;
   Step gradients, add;
+  // How often every kernel is launched: more than once for who wants to know what the launches alone take (bench/gpu_host.py).
+  int64_t times = 1;
   Tables tables;
 };
 

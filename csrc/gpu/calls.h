@@ -2,31 +2,19 @@
 //
 // Results that are empty say that the call is none for these launches; the caller then has another way, which takes longer.
 #pragma once
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <string>
 
+#include "../checks.h"
 #include "bound.h"
 
 namespace fusedmoe::gpu {
 
-using torch::headeronly::ScalarType;
-
-template <class T>
-std::string words_of(const T& sizes) {
-  std::string text;
-  for (size_t i = 0; i < sizes.size(); i++) text += (i ? ", " : "[") + std::to_string(sizes[i]);
-  return text + "]";
-}
-
-inline void check(const Tensor& t, const Sizes& sizes, const Tensor& x, const char* what, ScalarType dtype) {
-  const auto have = t.sizes();
-  STD_TORCH_CHECK(have.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), have.begin()), what, ": expected ", words_of(sizes), ", got ",
-                  words_of(have));
-  STD_TORCH_CHECK(t.scalar_type() == dtype, what, ": expected the dtype of x");
-  STD_TORCH_CHECK(t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index(), what, ": expected a tensor where x is");
+inline void check(const Tensor& t, const Sizes& sizes, const Tensor& x, const char* what, ScalarType dtype, int64_t index = -1) {
+  const bool there = t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index();
+  fusedmoe::check(t, sizes, dtype, there, "where x is", what, index);
 }
 
 // Contiguous, and from a multiple of 16 bytes on: rows are read in vectors where their distance allows it.
@@ -36,28 +24,19 @@ inline Tensor at_sixteen(const Tensor& t) {
 }
 
 // A tensor in memory that nobody has written to.
-inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype, int32_t code) {
+inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
   if (!like.is_cuda()) return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
   // The shorter way, on a GPU with what new_empty does.
   Sizes strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), code, aoti_torch_device_type_cuda(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), stored_as(dtype).second, aoti_torch_device_type_cuda(),
                                                   like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
-inline int32_t code_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
-    case ScalarType::Half: return aoti_torch_dtype_float16();
-    case ScalarType::Byte: return aoti_torch_dtype_uint8();
-    default: return aoti_torch_dtype_float32();
-  }
-}
-
-inline Tensor empty(const Tensor& like, const Sizes& sizes) { return empty(like, sizes, like.scalar_type(), code_of(like.scalar_type())); }
-inline Tensor bytes(const Tensor& like, int64_t count) { return empty(like, {count}, ScalarType::Byte, aoti_torch_dtype_uint8()); }
+inline Tensor empty(const Tensor& like, const Sizes& sizes) { return empty(like, sizes, like.scalar_type()); }
+inline Tensor bytes(const Tensor& like, int64_t count) { return empty(like, {count}, ScalarType::Byte); }
 
 // x and the parameters of a call.
 struct Given {
@@ -71,14 +50,15 @@ struct Given {
 
   Given(const Bound& of, const Tensor& input, const std::vector<Tensor>& params) : bound(of), x(input) {
     STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == bound.slots && x.size(2) == bound.width, "x: expected [B, ", bound.slots, ", ", bound.width, "], got ",
-                    words_of(x.sizes()));
+                    shape_of(x.sizes()));
     STD_TORCH_CHECK(params.size() == bound.shapes.size(), "params: expected ", bound.shapes.size(), " tensors, got ", params.size());
+    check_memory(x, "x");
     const ScalarType dtype = x.scalar_type();
     rows = x.size(0), x_row = x.stride(0), x_slot = x.stride(1);
     bool even = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
     parameters.reserve(params.size());
     for (size_t i = 0; i < params.size(); i++) {
-      check(params[i], bound.shapes[i], x, "params", dtype);
+      check(params[i], bound.shapes[i], x, "params", dtype, int64_t(i));
       const Tensor& one = params[i].is_contiguous() ? params[i] : copies.emplace_back(torch::stable::contiguous(params[i]));
       parameters.push_back(one.const_data_ptr());
       even = even && reinterpret_cast<uintptr_t>(parameters.back()) % 16 == 0;
@@ -122,7 +102,8 @@ std::vector<Tensor> forward(const Tensor& x, const std::vector<Tensor>& params, 
   if (!given.rows) return results;
   const Tensor& memory = results[1];
   const Places places{read(x), at(memory, saved.buffers), results[0].data_ptr(), at(memory, 0), mixing ? results[2].data_ptr() : nullptr};
-  for (const Step& step : bound.steps) launches.forward(step, places);
+  for (const Step& step : bound.steps)
+    for (int64_t again = 0; again < bound.times; again++) launches.forward(step, places);
   return results;
 }
 
@@ -168,8 +149,9 @@ std::vector<Tensor> backward(const Tensor& upstream, const std::optional<Tensor>
     const auto floats = [&](int64_t first) { return reinterpret_cast<float*>(at(own, first)); };
     const Below below{results[0].data_ptr(), at(own, scratch.buffers), places.out, floats(0), at(own, scratch.dz),
                       reinterpret_cast<int32_t*>(at(own, scratch.arrived)), floats(scratch.parts), flat.data_ptr()};
-    for (const Step& step : bound.steps) launches.backward_rows(step, places, below);
-    if (bound.total) launches.gradients(places, below, chunk, chunks);
+    for (const Step& step : bound.steps)
+      for (int64_t again = 0; again < bound.times; again++) launches.backward_rows(step, places, below);
+    for (int64_t again = 0; again < (bound.total ? bound.times : 0); again++) launches.gradients(places, below, chunk, chunks);
   }
   if (apart) split(flat, bound, results);
   else results.push_back(flat);
