@@ -157,6 +157,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, default=Path("bench/results/gpu.json"), help="where results go; the log stands beside it (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="keep what the JSON has of a part's cases, and run the others")
     options = parser.parse_args()
+    # Whoever ends this process ends what it started: the part under way is killed on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     book = Book(options.json)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     with options.json.with_suffix(".log").open("a") as log:

@@ -56,7 +56,11 @@ def plain(x: Tensor, params: list[Tensor], d_out: Tensor, table: Table):
 
 
 def worst(device: torch.device, dtype: torch.dtype, table: Table, rows: int, backend: str) -> float:
-    """Return the largest error of the kernels over the allowed one: 2 x that of plain PyTorch on the same device + 8 roundoffs of the largest number."""
+    """Return the largest error of the kernels over the allowed one: 2 x that of plain PyTorch on the same device + 8 roundoffs of the largest number.
+
+    Plain PyTorch may err there as its settings let it, by tf32 for one, but no more than twice as far as in bfloat16 on the host: on a device that
+    computes nothing it would allow the kernels that same nothing.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -64,13 +68,17 @@ def worst(device: torch.device, dtype: torch.dtype, table: Table, rows: int, bac
 
     x, d_out = draw(rows, table.slots, table.width), draw(rows, *table.output)
     params = [draw(*p.shape) / max(p.shape[-1:] or (1,)) ** 0.5 for p in table.parameters]
+
+    def on_host(precision: torch.dtype) -> list[Tensor]:
+        return results(x.to(precision), [p.to(precision) for p in params], d_out.to(precision), table, plain)
+
     there = [x.to(device), [p.to(device) for p in params], d_out.to(device)]
-    truth = results(x.double(), [p.double() for p in params], d_out.double(), table, plain)
     values, simple = results(*there, table, functools.partial(ours, backend=backend)), results(*there, table, plain)
     ratios = []
-    for value, other, exact in zip(values, simple, truth, strict=True):
-        allowed = 2 * (other - exact).abs().max() + 8 * row(dtype).roundoff * exact.abs().max()
-        ratio = float((value - exact).abs().max() / allowed)
+    for value, other, coarse, exact in zip(values, simple, on_host(torch.bfloat16), on_host(torch.float64), strict=True):
+        plain_error = min(float((other - exact).abs().max()), 2 * float((coarse - exact).abs().max()))
+        allowed = 2 * plain_error + 8 * row(dtype).roundoff * float(exact.abs().max())
+        ratio = float((value - exact).abs().max()) / allowed
         ratios.append(ratio if ratio == ratio else float("inf"))
     return max(ratios)
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -112,6 +113,37 @@ def test_a_process_that_waits_at_its_end_is_not_waited_for(gpu, tmp_path):
     parts, well = run(gpu, tmp_path, {"a": ("lingering", 60, 60)})
     assert (parts["a"]["status"], well) == ("done", True)
     assert parts["a"]["seconds"] < 50
+
+
+def test_a_run_that_is_ended_ends_its_part_and_leaves_a_whole_file(gpu, tmp_path):
+    body = """
+    def wait():
+        print("process", os.getpid(), flush=True)
+        time.sleep(600)
+
+    def cases(book):
+        return [Case("one", lambda: {"found": 1}), Case("two", wait)]
+    """
+    module(tmp_path, "waiting", body)
+    script = """
+    import os, sys
+    from pathlib import Path
+    import gpu, gpu_build, gpu_parts
+    gpu.PARTS = {"a": gpu_parts.Part("part a", "waiting", 60, 60)}
+    gpu_build.prepare = lambda log: ({}, dict(os.environ))
+    sys.argv = ["gpu.py", "--json", "gpu.json"]
+    sys.exit(gpu.main())
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(BENCH)))}
+    command = [sys.executable, "-u", "-c", textwrap.dedent(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as process:
+        inner = next(int(line.split()[1]) for line in process.stdout if line.startswith("process "))
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    state = Path(f"/proc/{inner}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+    part = json.loads((tmp_path / "gpu.json").read_text())["parts"]["a"]
+    assert (part["status"], results(part)) == ("running", {"one": {"found": 1}})
 
 
 def test_errors_and_skips_are_results(gpu, tmp_path):

@@ -18,7 +18,7 @@ from triton.runtime import interpreter
 
 BUILDER = interpreter.InterpreterBuilder
 # What Triton itself has, before anything here is repaired.
-STOCK = {name: getattr(BUILDER, name) for name in ("create_dot", "cast_impl", "create_fp_trunc")}
+STOCK = {name: getattr(BUILDER, name) for name in ("create_dot", "cast_impl", "create_fp_trunc", "create_splat")}
 
 
 def _widened(handle) -> np.ndarray:
@@ -36,7 +36,7 @@ def _rounded(numbers: np.ndarray) -> np.ndarray:
 @contextmanager
 def mended() -> Iterator[None]:
     """Repair what Triton gets wrong in the interpreter: products of bfloat16 multiply the bits, and casts to it cut instead of rounding (3.6 to 3.9);
-    and NumPy since 2.4 makes no index of a scalar that is an array of one number (3.6)."""
+    NumPy since 2.4 makes no index of a scalar that is an array of one number (3.6); and a splat of a scalar comparison is a mask no more (3.9)."""
     cast, of_tensors = STOCK["cast_impl"], interpreter._patch_lang_tensor
     before = {name: getattr(BUILDER, name) for name in STOCK}
 
@@ -53,7 +53,11 @@ def mended() -> Iterator[None]:
             return interpreter.TensorHandle(_rounded(src.data), tl.bfloat16)
         return cast(self, src, dst_type)
 
-    BUILDER.create_dot, BUILDER.cast_impl, BUILDER.create_fp_trunc = create_dot, cast_impl, cast_impl
+    def create_splat(self, ret_ty, arg):
+        # In the type that its numbers have: a comparison's are said to be of what was compared.
+        return interpreter.TensorHandle(np.full(ret_ty.shape, arg.data.flat[0]), arg.dtype.scalar)
+
+    BUILDER.create_dot, BUILDER.cast_impl, BUILDER.create_fp_trunc, BUILDER.create_splat = create_dot, cast_impl, cast_impl, create_splat
     interpreter._patch_lang_tensor = patch_lang_tensor
     try:
         # A device says nothing of infinities and NaN, and lanes that are dropped may hold them.

@@ -43,6 +43,30 @@ def test_wrong_kernels_raise(part, monkeypatch):
     trial.once(CPU, torch.float32, "triton")
 
 
+def test_a_device_that_computes_nothing_fails(monkeypatch):
+    """Not even plain PyTorch: what it leaves there is no measure of what the kernels may leave."""
+
+    class Nothing:
+        """Plain PyTorch, of which the device's run computes zeros: the first one, after that of the kernels."""
+
+        def __init__(self):
+            self.ran = False
+
+        def __call__(self, *arguments):
+            found = real(*arguments)
+            if self.ran:
+                return found
+            self.ran = True
+            out, d_x, grads = found
+            return torch.zeros_like(out), torch.zeros_like(d_x), [None if d is None else torch.zeros_like(d) for d in grads]
+
+    real = trial.plain
+    monkeypatch.setattr(trial, "ours", lambda x, params, d_out, table, backend: Nothing()(x, params, d_out, table))
+    for table in trial.tables():
+        monkeypatch.setattr(trial, "plain", Nothing())
+        assert trial.worst(CPU, torch.float32, table, 17, "triton") > 1
+
+
 def test_it_runs_once(monkeypatch):
     calls = []
     monkeypatch.setattr(trial, "worst", lambda *args: calls.append(args) or 0.0)
