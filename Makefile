@@ -13,7 +13,8 @@ endif
 PYTHON := $(VENV)/bin/python
 # On a device: the Python that is active, be it of a virtual environment or not; `make gpu GPU_PYTHON=...` names another.
 GPU_PYTHON := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python,python3)
-OLDEST_PYTHON := build/oldest/bin/python
+# The environment that `make test-oldest` makes.
+OLDEST_PYTHON := build/oldest/env/bin/python
 GPU_JSON := bench/results/gpu.json
 # Stamps belong to one environment and one checkout.
 STAMPS := build/stamps$(subst /,-,$(VENV))
@@ -104,9 +105,10 @@ test-cuda-all: build
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/gpu_free/test_cuda_budgets.py tests/gpu_free/test_cuda_extension.py
 
 # -P and --confcutdir: neither this folder nor the tests' own conftest takes part, which want an installed package.
-test-rehearsal: $(OLDEST_PYTHON)
+test-rehearsal:
+	@[ -x $(OLDEST_PYTHON) ] || { echo "test-rehearsal: expected the environment of make test-oldest in $(OLDEST_PYTHON), found none" >&2; exit 1; }
 	$(call say,rehearsing make gpu on a stub of CUDA's driver)
-	@$(OLDEST_PYTHON) -P -m pytest -p no:benchmark -m slow --confcutdir tests/rehearsal tests/rehearsal
+	@OMP_NUM_THREADS=1 $(OLDEST_PYTHON) -P -m pytest -p no:benchmark -m slow --confcutdir tests/rehearsal tests/rehearsal
 
 # No environment is made and no package fetched: what is active must have it all, and gets nothing new.
 gpu:
