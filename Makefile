@@ -13,6 +13,7 @@ endif
 PYTHON := $(VENV)/bin/python
 # On a device: the Python that is active, be it of a virtual environment or not; `make gpu GPU_PYTHON=...` names another.
 GPU_PYTHON := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV)/bin/python,python3)
+# The environment that `make test-oldest` makes.
 OLDEST_PYTHON := build/oldest/env/bin/python
 GPU_JSON := bench/results/gpu.json
 # Stamps belong to one environment and one checkout.
@@ -111,9 +112,10 @@ test-oldest: build
 	@PYTHON=$(PYTHON) bash .ci/oldest
 
 # -P and --confcutdir: neither this folder nor the tests' own conftest takes part, which want an installed package.
-test-rehearsal: $(OLDEST_PYTHON)
+test-rehearsal:
+	@[ -x $(OLDEST_PYTHON) ] || { echo "test-rehearsal: expected the environment of make test-oldest in $(OLDEST_PYTHON), found none" >&2; exit 1; }
 	$(call say,rehearsing make gpu on a stub of CUDA's driver)
-	@$(OLDEST_PYTHON) -P -m pytest -p no:benchmark -m slow --confcutdir tests/rehearsal tests/rehearsal
+	@OMP_NUM_THREADS=1 $(OLDEST_PYTHON) -P -m pytest -p no:benchmark -m slow --confcutdir tests/rehearsal tests/rehearsal
 
 # No environment is made and no package fetched: what is active must have it all, and gets nothing new.
 gpu:

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TextIO
 
 import gpu_build
+import gpu_warm
 from gpu_book import Book
-from gpu_parts import LOST, PARTS, Part, patience
+from gpu_parts import LOST, PARTS, TIMED, Part, patience
 from gpu_process import Reader, kill
 
 FOLDER = Path(__file__).parent
@@ -134,10 +135,13 @@ def failed(result: dict) -> bool:
     return "error" in result or any("error" in arm for arm in result.get("arms", {}).values())
 
 
-def run_parts(letters: Sequence[str], book: Book, log: TextIO, environment: dict[str, str], resume: bool) -> bool:
-    """Run parts one after another; return whether all of their cases ended well."""
+def run_parts(letters: Sequence[str], book: Book, log: TextIO, environment: dict[str, str], resume: bool, beside: Sequence[subprocess.Popen] = ()) -> bool:
+    """Run parts one after another, the first ones with other processes beside them; return whether all of their cases ended well."""
     well = True
     for letter in letters:
+        if letter in TIMED:
+            for process in beside:
+                kill(process)
         run = Run(letter, PARTS[letter], book, log, resume)
         run.say(f"[{letter}] {run.part.title}, at most {run.seconds:g} s")
         book.save()
@@ -169,7 +173,14 @@ def main() -> int:
             print(f"gpu: {error}", file=sys.stderr)
             return 1
         book.content["head"] = head
-        return 0 if run_parts([options.part] if options.part else list(PARTS), book, log, environment, options.resume) else 1
+        if options.part:
+            return 0 if run_parts([options.part], book, log, environment, options.resume) else 1
+        beside = gpu_warm.start(environment, head["device"]["compute_mode"])
+        try:
+            return 0 if run_parts(list(PARTS), book, log, environment, options.resume, beside) else 1
+        finally:
+            for process in beside:
+                kill(process)
 
 
 if __name__ == "__main__":

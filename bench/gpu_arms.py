@@ -26,6 +26,8 @@ from fusedmoe.speed.subjects import SUBJECTS, Called, Layer, Work, build
 ROUNDS = 20
 # So many calls between two events, and between two reads of the host's clock: few enough for the queue of launches.
 CALLS = 10
+# Milliseconds of the calls between two events, where one is shorter.
+SHORTEST = 3.0
 # Rows whose results are held against float64.
 CHECKED = 512
 DEVICE = torch.device("cuda", 0)
@@ -155,38 +157,43 @@ def graph_of(call: Call) -> Call:
     return replay
 
 
-def device_milliseconds(call: Call) -> float:
-    """Return the time of one call between two events of the device, the mean of CALLS."""
+def device_milliseconds(call: Call, calls: int = CALLS) -> float:
+    """Return the time of one call between two events of the device, the mean of some in a row."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    for _ in range(CALLS):
+    for _ in range(calls):
         call()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / CALLS
+    return start.elapsed_time(end) / calls
 
 
-def host_microseconds(call: Call) -> float:
-    """Return the time until one call comes back, with nothing waited for, the mean of CALLS."""
+def host_microseconds(call: Call, calls: int = CALLS) -> float:
+    """Return the time until one call comes back, with nothing waited for, the mean of some in a row."""
     torch.cuda.synchronize()
     start = time.perf_counter()
-    for _ in range(CALLS):
+    for _ in range(calls):
         call()
     passed = time.perf_counter() - start
     torch.cuda.synchronize()
-    return 1e6 * passed / CALLS
+    return 1e6 * passed / calls
+
+
+def calls_of(call: Call) -> int:
+    """Warm a call up; return how many in a row are timed: long ones need no others beside them."""
+    for _ in range(3):
+        call()
+    return max(1, min(CALLS, round(SHORTEST / max(device_milliseconds(call, 1), 1e-3))))
 
 
 def medians(arms: dict[str, Call], rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
     """Time the arms in turn; return the median of each on both clocks."""
-    for call in arms.values():
-        for _ in range(3):
-            call()
+    calls = {name: calls_of(call) for name, call in arms.items()}
     seen = {name: ([], []) for name in arms}
     for _ in range(rounds):
         for name, call in arms.items():
-            seen[name][0].append(device_milliseconds(call))
-            seen[name][1].append(host_microseconds(call))
+            seen[name][0].append(device_milliseconds(call, calls[name]))
+            seen[name][1].append(host_microseconds(call, calls[name]))
     return {name: {"device_ms": statistics.median(device), "host_us": statistics.median(host)} for name, (device, host) in seen.items()}
 
 

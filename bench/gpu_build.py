@@ -22,7 +22,14 @@ NEEDED = ("torch", "numpy", "pytest", "pybind11", "setuptools")
 # Compute capability -> the architecture of setup.py that serves it; any other is served by the PTX that every build has.
 ARCHS = {(8, 0): "80", (9, 0): "90a", (10, 0): "100a", (12, 0): "120"}
 # In a process of its own: a driver may hang or abort.
-PROBE = "import json, torch; p = torch.cuda.get_device_properties(0); print(json.dumps({'name': p.name, 'capability': [p.major, p.minor]}))"
+PROBE = """
+import ctypes, json, torch
+p = torch.cuda.get_device_properties(0)
+mode, driver = ctypes.c_int(), ctypes.CDLL("libcuda.so.1")
+# CU_DEVICE_ATTRIBUTE_COMPUTE_MODE
+driver.cuDeviceGetAttribute(ctypes.byref(mode), 20, 0)
+print(json.dumps({"name": p.name, "capability": [p.major, p.minor], "compute_mode": mode.value}))
+"""
 PROBE_SECONDS = 60
 
 
@@ -47,7 +54,7 @@ def check_packages() -> None:
 
 
 def device() -> dict:
-    """Return the name and capability of the device. Raises: Missing where there is none."""
+    """Return the name, capability and compute mode of the device. Raises: Missing where there is none."""
     try:
         probe = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=PROBE_SECONDS)
     except subprocess.TimeoutExpired:

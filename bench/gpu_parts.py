@@ -27,6 +27,8 @@ PARTS = {
     "e": Part("compute-sanitizer and the counters of ncu", "gpu_tools", 80, 60),
     "f": Part("tiles by the clock", "gpu_tuning", 50, 50),
 }
+# Those whose clocks want the machine for themselves.
+TIMED = "cdf"
 # The exit status of a part's process that lost its device in a case, and asks to be started again for the others.
 LOST = 75
 

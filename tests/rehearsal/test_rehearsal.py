@@ -35,7 +35,7 @@ def ours(rehearsed) -> list[dict]:
 
 def test_every_part_runs_to_its_end(rehearsed):
     assert {letter: part["status"] for letter, part in rehearsed.content["parts"].items()} == dict.fromkeys(PARTS, "done")
-    assert rehearsed.content["head"]["device"] == {"name": "stub of an H100", "capability": [9, 0]}
+    assert rehearsed.content["head"]["device"] == {"name": "stub of an H100", "capability": [9, 0], "compute_mode": 0}
     assert all(rehearsed.results(letter) for letter in PARTS)
     assert backends(rehearsed) == [name for name in KERNELS if name == "triton" or rehearsed.environment["FUSEDMOE_BUILD"] == "cuda"]
     # Cases failed, as they must here, and the whole says so.
