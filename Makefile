@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda test-cuda-all test-rehearsal gpu gpu-report lint bench bench-all report model build wheel clean
+.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda test-cuda-all test-oldest test-rehearsal gpu gpu-report lint bench bench-all report model build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -22,7 +22,8 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.* csrc/gpu/*.*)
 # What is built: FUSEDMOE_BUILD=cuda, in the environment or behind make, adds the CUDA kernels.
 EXTENSION := $(STAMPS)/extension-$(or $(FUSEDMOE_BUILD),cpu)
 # Tests of kernels that Triton's interpreter runs: it decides at import, so they have a process of their own.
-INTERPRETED := tests/gpu_free/interpreted tests/test_parity.py tests/test_backward.py tests/test_half.py::test_parity tests/test_half.py::test_parity_in_the_norm
+INTERPRETED := tests/gpu_free/interpreted tests/test_parity.py tests/test_half.py::test_parity tests/test_half.py::test_parity_in_the_norm \
+  $(addprefix tests/test_backward.py::test_, a_loss_on_some_tasks tensors_without_memory tensors_that_lose_their_memory_before_the_backward)
 # Tests of the CUDA kernels on the emulator, which takes the place of the extension for a whole process.
 EMULATED := tests/cuda_on_cpu/emulated tests/test_parity.py tests/test_backward.py tests/test_half.py::test_parity
 say = @echo "==> $(1)"
@@ -39,6 +40,7 @@ help:
 	@echo "make test-interpreted    every case in Triton's interpreter, of which make test has some"
 	@echo "make test-cuda           the CUDA kernels on the tests' emulator of a device: the parity tests, modules, swap"
 	@echo "make test-cuda-all       the same under every schedule and the sanitizers, with planted bugs; and the emulator's own slow tests"
+	@echo "make test-oldest         the core of the tests with the versions of requirements-oldest.txt, and every torch's headers; downloads 3 GB once"
 	@echo "make test-rehearsal      make gpu on a stub of CUDA's driver, with the versions of make test-oldest: all but the kernels runs"
 	@echo "make gpu     on a machine with a device: parity, times, counters, in ten minutes; PART=b runs one part, RESUME=1 what is still missing"
 	@echo "make gpu-report          write bench/results/gpu.md from what it measured"
@@ -103,6 +105,11 @@ test-cuda-all: build
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_cuda_on_cpu.py tests/test_cuda_kernels.py
 	$(call say,building the CUDA kernels for every architecture)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/gpu_free/test_cuda_budgets.py tests/gpu_free/test_cuda_extension.py
+
+test-oldest: build
+	$(call say,compiling what knows PyTorch against the headers of every version since the oldest)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_torch_headers.py
+	@PYTHON=$(PYTHON) bash .ci/oldest
 
 # -P and --confcutdir: neither this folder nor the tests' own conftest takes part, which want an installed package.
 test-rehearsal:

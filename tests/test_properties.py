@@ -7,68 +7,14 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from fusedmoe.activation import DEFAULT_PARAMETER, activation
 from fusedmoe.op import fusion_network
-from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit
-from fusedmoe.testing import Problem, assert_close, evaluate, expectation, randomise
+from fusedmoe.table import Level, Table, Unit
+from fusedmoe.testing import Problem, assert_close, evaluate, expectation
+
+from .random_tables import start, tables
 
 # The same tables on every run: a suite that is red once in a hundred runs teaches people to run it again.
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
-WIDTHS = st.integers(1, 9)
-SMOOTH = sorted(set(DEFAULT_PARAMETER) - {"relu", "leaky_relu", "elu"})
-LEARNED = (3, 4)
-
-
-@st.composite
-def layers(draw, width=None, most: int = 3):
-    """1 to `most` layers, the last of a given width."""
-    result = draw(st.lists(st.builds(Layer, WIDTHS, st.sampled_from(SMOOTH).map(activation), st.booleans()), min_size=1, max_size=most))
-    return (*result[:-1], replace(result[-1], width=width)) if width else tuple(result)
-
-
-def subset(count: int, least: int = 0):
-    return st.lists(st.integers(0, count - 1), unique=True, min_size=least, max_size=count).map(tuple)
-
-
-@st.composite
-def gates(draw, slots: int, experts: int):
-    kind = draw(st.sampled_from(["slot", "root", "expert"]))
-    index = draw(st.integers(0, {"slot": slots, "root": 1, "expert": experts}[kind] - 1))
-    return Gate(Selector(kind, index), draw(subset(experts)), draw(st.just(()) | layers(most=2)), draw(st.booleans()))
-
-
-@st.composite
-def statics(draw, experts: int):
-    chosen = draw(subset(experts, 1))
-    if draw(st.booleans()):
-        return Static(chosen, tuple(draw(st.lists(st.floats(-2, 2), min_size=len(chosen), max_size=len(chosen)))))
-    return Static(chosen, tensor=0, offset=draw(st.integers(0, LEARNED[0] * LEARNED[1] - len(chosen))))
-
-
-@st.composite
-def tables(draw):
-    """1 to 3 levels of up to 4 experts and 3 units, any selector and static weights, towers or none."""
-    slots = inputs = draw(st.integers(1, 3))
-    levels = []
-    for _ in range(draw(st.integers(1, 3))):
-        width = draw(WIDTHS)
-        experts = tuple(Expert(slot, draw(layers(width))) for slot in draw(st.lists(st.integers(0, slots - 1), min_size=1, max_size=4)))
-        unit = st.builds(Unit, st.none() | gates(slots, len(experts)), st.none() | statics(len(experts)))
-        levels.append(Level(experts, tuple(draw(st.lists(unit, min_size=1, max_size=3)))))
-        slots = len(levels[-1].units)
-    width = draw(WIDTHS)
-    tasks = draw(st.just(()) | st.lists(st.builds(Task, subset(slots, 1), layers(width, 2)), min_size=1, max_size=2).map(tuple))
-    return Table(inputs, draw(WIDTHS), tuple(levels), tasks, (LEARNED,), draw(st.integers(0, inputs - 1)))
-
-
-def start(table: Table, rows: int = 5, dtype: torch.dtype = torch.float64) -> Problem:
-    """Random numbers for a table."""
-    x, d_out = torch.empty(rows, table.slots, table.width, dtype=dtype), torch.empty(rows, *table.output, dtype=dtype)
-    params = tuple(torch.empty(p.shape, dtype=dtype) for p in table.parameters)
-    d_weights = tuple(torch.empty(rows, len(level.units), len(level.experts), dtype=dtype) for level in table.levels)
-    for seed, tensors in enumerate(([x], params, [d_out], d_weights)):
-        randomise(tensors, seed)
-    return Problem(table, x, params, d_out, d_weights)
 
 
 def fused(x: Tensor, params, table: Table):

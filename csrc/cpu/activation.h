@@ -13,13 +13,13 @@ template <class T>
 inline vec<T> sigmoid(vec<T> x) {
   return T(1) / (T(1) + exp<T>(-x));
 }
-// With e = exp(-2|x|) - 1: -e / (e + 2) for small |x|, where nothing cancels, and 1 - 2 exp(-2|x|) / (e + 2) beyond, where the error of
-// the quotient is small beside 1.
+// With e = exp(-2|x|) - 1: -e / (e + 2) for small |x|, where nothing cancels, and 1 - 2 exp(-2|x|) / (exp(-2|x|) + 1) beyond, where the
+// error of the quotient is small beside 1. Not e + 1 for exp(-2|x|): beside -1 that has lost its digits.
 template <class T>
 inline vec<T> tanh(vec<T> x) {
   vec<T> size = x < T(0) ? -x : x;
-  vec<T> e = expm1<T>(T(-2) * size);
-  vec<T> t = size < T(0.55) ? -e / (e + T(2)) : T(1) - T(2) * (e + T(1)) / (e + T(2));
+  Shifted<T> e = exp_and_less_one<T>(T(-2) * size);
+  vec<T> t = size < T(0.55) ? -e.less_one / (e.less_one + T(2)) : T(1) - T(2) * e.exp / (e.exp + T(1));
   return x < T(0) ? -t : t;
 }
 

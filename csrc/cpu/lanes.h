@@ -103,15 +103,24 @@ inline vec<T> exp(vec<T> x) {
   ints<T> half = n >> 1;
   return sum * power_of_two<T>(half) * power_of_two<T>(n - half);
 }
-// exp(x) - 1 without cancellation near 0; stays finite above `most_normal`, where no activation needs it.
+// exp(x), and exp(x) - 1 without cancellation near 0.
 template <class T>
-inline vec<T> expm1(vec<T> x) {
+struct Shifted {
+  vec<T> exp, less_one;
+};
+// Stays finite above `most_normal`, where no activation needs it.
+template <class T>
+inline Shifted<T> exp_and_less_one(vec<T> x) {
   using L = Lanes<T>;
   x = x < L::least_normal ? splat<T>(L::least_normal) : x;
   x = x > L::most_normal ? splat<T>(L::most_normal) : x;
   ints<T> n = reduce<T>(x);
-  vec<T> scale = power_of_two<T>(n);
-  return scale * (taylor<T>(x) * x) + (scale - T(1));
+  vec<T> scale = power_of_two<T>(n), sum = taylor<T>(x) * x;
+  return {scale * sum + scale, scale * sum + (scale - T(1))};
+}
+template <class T>
+inline vec<T> expm1(vec<T> x) {
+  return exp_and_less_one<T>(x).less_one;
 }
 
 }  // namespace fusedmoe::cpu::FUSEDMOE_ISA

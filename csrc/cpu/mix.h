@@ -117,15 +117,23 @@ void dot(Gradient g, const T* y, int64_t n, int64_t ld, To dw) {
   }
 }
 
-// dz[e] = p[e] * (dw[e] - sum over e' of p[e'] dw[e']), with dw at the place of expert e among the unit's reads.
+// dz[e] = p[e] * (dw[e] - c - sum over e' of p[e'] (dw[e'] - c)) with c the sum of p dw, so that one p near 1 costs no digits; dw stands at
+// the place of expert e among the unit's reads.
 template <class T>
 void softmax_backward(const Span<Read>& reads, const T* p, const T* dw, int64_t ld, T* dz) {
   for (int64_t v = 0; v < ld; v += Lanes<T>::count) {
-    vec<T> sum = splat<T>(0);
+    // Of one term a read, those of the experts that the gate does not see left out.
+    const auto total = [&](auto term) {
+      vec<T> sum = splat<T>(0);
+      for (int64_t i = 0; i < reads.count; i++)
+        if (reads[i].seen >= 0) sum = sum + load<T>(p + reads[i].seen * ld + v) * term(i);
+      return sum;
+    };
+    const vec<T> mean = total([&](int64_t i) { return load<T>(dw + i * ld + v); });
+    const auto off_mean = [&](int64_t i) { return load<T>(dw + i * ld + v) - mean; };
+    const vec<T> rest = total(off_mean);
     for (int64_t i = 0; i < reads.count; i++)
-      if (reads[i].seen >= 0) sum = sum + load<T>(p + reads[i].seen * ld + v) * load<T>(dw + i * ld + v);
-    for (int64_t i = 0; i < reads.count; i++)
-      if (reads[i].seen >= 0) store<T>(dz + reads[i].seen * ld + v, load<T>(p + reads[i].seen * ld + v) * (load<T>(dw + i * ld + v) - sum));
+      if (reads[i].seen >= 0) store<T>(dz + reads[i].seen * ld + v, load<T>(p + reads[i].seen * ld + v) * (off_mean(i) - rest));
   }
 }
 

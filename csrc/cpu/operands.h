@@ -120,17 +120,23 @@ struct Exact {
     p.add = add;
     multiply<T, false>(p, count, step.k);
   }
-  // The sum of a row of the chunk's dz: lanes side by side, then in order.
+  // The sum of a row of the chunk's dz: several vectors of lanes side by side, then folded in half until one number is left. A chunk's 256
+  // numbers are chains of 4 to 16 numbers and 4 to 6 folds; all lanes one after another would be 16 more additions of what is nearly the sum.
   template <class T>
   static T sum(const T* row, int64_t chunk) {
-    constexpr int lanes = Lanes<T>::count;
-    vec<T> sums = splat<T>(0);
-    const int64_t whole = chunk / lanes * lanes;
-    for (int64_t v = 0; v < whole; v += lanes) sums = sums + load<T>(row + v);
-    T total = 0;
-    for (int i = 0; i < lanes; i++) total += sums[i];
-    for (int64_t r = whole; r < chunk; r++) total += row[r];
-    return total;
+    constexpr int lanes = Lanes<T>::count, vectors = 4;
+    vec<T> sums[vectors] = {};
+    int64_t r = 0;
+    for (; r + vectors * lanes <= chunk; r += vectors * lanes)
+      FUSEDMOE_UNROLL
+      for (int v = 0; v < vectors; v++) sums[v] = sums[v] + load<T>(row + r + v * lanes);
+    for (int v = 0; r + lanes <= chunk; r += lanes, v++) sums[v] = sums[v] + load<T>(row + r);
+    T parts[lanes];
+    store<T>(parts, (sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (int i = 0; r + i < chunk; i++) parts[i] += row[r + i];
+    for (int half = lanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+    return parts[0];
   }
 };
 

@@ -20,9 +20,24 @@ Backward, given g[u,:] = dLoss/d out[u,:] (and k[u,e] = dLoss/d w[u,e] where the
 - out is bilinear in w and y:            dw[u,e] = k[u,e] + g[u,:] . y[e,:]         dy[e,:] = sum over u of w[u,e] g[u,:]
 - w adds v, the same for every row:      dv[u,e] = sum over b of dw[u,e]            dp = dw
 - dp[i]/dz[j] = p[i] ([i = j] - p[j]):   dz[u,e] = p[u,e] (dw[u,e] - sum over e' in sees(u) of p[u,e'] dw[u,e'])
+                                         computed as below, under "Digits of the softmax"
 - dz through the gate's MLP gives dq[u], which goes to the slot, the root input or the expert that u selects (dy[e] += dq[u])
 - each linear map z = W h + b, h' = a(z): dz = a'(z) dh',  dW = sum over b of dz h^T,  db = sum over b of dz,  dh = W^T dz
 - a slot sums what the experts and gates that read it send: it is g of the unit below, or d_x[:, s]
+
+Digits of the softmax. Where one expert i has nearly all the weight, the difference in dz[i] is far smaller than its two terms: with
+roundoff r and m = sum of p dw, its error is up to r |m|, against a true dz[i] of about 1 - p[i] times differences of dw. But p sums to
+1, so any number c may come off every dw first: dz[e] = p[e] (dw[e] - c - sum over e' of p[e'] (dw[e'] - c)). With c = m as computed:
+
+    c = sum over e of p[e] dw[e]        t[e] = dw[e] - c
+    rest = sum over e of p[e] t[e]      dz[e] = p[e] (t[e] - rest)
+
+c's own error cancels, for it is a shift like any other; and where p does not sum to 1 quite, rest takes off what that did to c. With
+n = len(sees(u)) and M = sum of p |t|, the rounding that is left is that of t, r |t[e]|; of rest, (n + 1) r M; of the difference and of
+the product: an error of dz[e] of at most p[e] r (3 |t[e]| + (n + 4) M), to first order in r. t and M hold differences of dw, and c's
+error of at most n r |m|, which the bound multiplies by r once more: the term r |m| is gone. Another c does less: with the largest dw,
+t of an expert that has the weight and not the largest dw stays as large as the differences, and so does M. dz's derivative by c is
+p (sum of p - 1) = 0: dz can be differentiated again as it is written.
 
 Pairs outside reads(u) are skipped, never multiplied by zero, and what no output depends on (not `table.live`) is not computed:
 a NaN in an expert cannot reach a unit that does not read it. Source: AdaTT (KDD 2023) eq. 2-10; MMoE eq. 6-8; PLE eq. 2-7.
@@ -31,7 +46,7 @@ a NaN in an expert cannot reach a unit that does not read it. Source: AdaTT (KDD
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,18 +57,26 @@ from fusedmoe.activation import IDENTITY, Activation
 from fusedmoe.reference.activation import apply, pullback
 from fusedmoe.table import Layer, Level, Selector, Static, Table
 
+Softmax = Callable[[Tensor], Tensor]
 
-def forward(x: Tensor, params: Sequence[Tensor], table: Table) -> tuple[Tensor, tuple[Tensor, ...]]:
+
+def last_softmax(z: Tensor) -> Tensor:
+    """Return the softmax over the last dimension."""
+    return torch.softmax(z, -1)
+
+
+def forward(x: Tensor, params: Sequence[Tensor], table: Table, softmax: Softmax = last_softmax) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the output of the network and the mixing weights w of its levels.
 
     Args:
         x: [B, S, D].
         params: one tensor per `table.parameters`, in that order and of those shapes.
         table: the network.
+        softmax: what turns the logits [B, len(sees)] of a gate into p; the tests' truth has one that autograd differentiates more accurately.
 
     Returns: out [B, *table.output], and per level w [B, U, E], zero outside reads(u) and for units on which no output depends.
     """
-    run = _run(x, params, table)
+    run = _run(x, params, table, softmax)
     return run.out, tuple(_dense(level, state, x) for level, state in zip(table.levels, run.levels, strict=True))
 
 
@@ -149,7 +172,7 @@ def _layout(table: Table) -> _Layout:
     return _Layout(experts, gates, towers, next(index))
 
 
-def _run(x: Tensor, params: Sequence[Tensor], table: Table) -> _Run:
+def _run(x: Tensor, params: Sequence[Tensor], table: Table, softmax: Softmax = last_softmax) -> _Run:
     """The forward pass, with everything that the backward pass reads."""
     layout = _layout(table)
     root = x[:, table.root]
@@ -164,7 +187,7 @@ def _run(x: Tensor, params: Sequence[Tensor], table: Table) -> _Run:
             unit = level.units[u]
             if unit.gate and unit.gate.sees:
                 z, state.gates[u] = _mlp(layout.gates[number][u], _selected(unit.gate.selector, state, root), params)
-                state.p[u] = torch.softmax(z, -1)  # [B, len(sees)]
+                state.p[u] = softmax(z)  # [B, len(sees)]
             state.w[u] = _mixing_weights(level, u, state, params, layout.statics, x)
         slots = {u: _mix(state, u, x.new_zeros(len(x), table.widths[number + 1][u])) for u in sorted(live_units)}
         states.append(state)
@@ -308,8 +331,9 @@ class _LevelBackward(NamedTuple):
         self.grads[place] = _add(self.grads[place], padded.reshape(v.shape))
 
     def gate(self, u: int, d_w: dict[int, Tensor]) -> Tensor:
-        """dz[u,e] = p[u,e] (dw[u,e] - sum over e' of p[u,e'] dw[u,e']); returns dq[u]."""
+        """dz[u,e] = p[u,e] (t[e] - sum over e' of p[u,e'] t[e']) with t = dw - c; returns dq[u]."""
         p = self.state.p[u]
         d_p = torch.stack([d_w[e] for e in self.description.units[u].gate.sees], -1)
-        d_z = p * (d_p - (p * d_p).sum(-1, keepdim=True))
+        t = d_p - (p * d_p).sum(-1, keepdim=True)
+        d_z = p * (t - (p * t).sum(-1, keepdim=True))
         return _backward_mlp(self.layout.gates[self.number][u], self.state.gates[u], d_z, self.params, self.grads)

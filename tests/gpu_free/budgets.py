@@ -2,6 +2,9 @@
 
     python tests/gpu_free/budgets.py --write
 
+Those are the figures of the newest Triton. Another one brings other compilers, and its figures stand in a file beside
+that: `budgets-3.6.0.json`.
+
 Must run where TRITON_INTERPRET is not set.
 """
 
@@ -101,14 +104,17 @@ def worse(case: str, arch: str, budget: Mapping[str, object], got: Mapping[str, 
     return [f"{case}, {arch}: {name}: budget {budget[name]}, got {got[name]}" for name, is_bad in bad.items() if is_bad]
 
 
-def budgets() -> dict[str, dict[str, dict[str, object]]]:
-    """The figures that are checked in, by case and architecture."""
-    return json.loads(PATH.read_text())["cases"]
+@cache
+def budgets() -> dict[str, dict[str, dict[str, dict[str, object]]]]:
+    """The figures that are checked in, by version of Triton, case and architecture; the newest version's first."""
+    files = [json.loads(path.read_text()) for path in (PATH, *sorted(PATH.parent.glob(f"{PATH.stem}-*.json")))]
+    return {one["triton"]: one["cases"] for one in files}
 
 
-def written_by() -> str:
-    """The version of Triton that the figures are of; another brings other compilers."""
-    return json.loads(PATH.read_text())["triton"]
+def path_of(version: str) -> Path:
+    """The file of a version's figures: its own, or that of the newest, which a version without one is about to be."""
+    _, *others = budgets()
+    return PATH.with_name(f"{PATH.stem}-{version}.json") if version in others else PATH
 
 
 def written(compiler: str, version: str, values: Mapping[str, Mapping[str, Mapping[str, object]]], archs: Iterable[str]) -> str:
@@ -133,14 +139,15 @@ def measured(archs: Iterable[str]) -> dict[str, dict[str, dict[str, object]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the kernels that the shipped tiles choose, for every architecture, without a device.")
-    parser.add_argument("--write", action="store_true", help=f"write tests/gpu_free/{PATH.name}; otherwise print what got worse")
+    parser.add_argument("--write", action="store_true", help=f"write tests/gpu_free/{PATH.name}, or this Triton's own file; otherwise print what got worse")
     parser.add_argument("--arch", choices=ARCHS, nargs="+", default=ARCHS, help="only these; the figures of the others stay as they are")
     chosen = parser.parse_args()
     got = measured(chosen.arch)
-    kept = budgets() if PATH.exists() else {}
+    path = path_of(triton.__version__)
+    kept = json.loads(path.read_text())["cases"]
     if chosen.write:
         others = {case: {arch: one for arch, one in of.items() if arch not in chosen.arch} for case, of in kept.items()}
-        PATH.write_text(written("triton", triton.__version__, {case: {**others.get(case, {}), **of} for case, of in got.items()}, ARCHS))
+        path.write_text(written("triton", triton.__version__, {case: {**others.get(case, {}), **of} for case, of in got.items()}, ARCHS))
         return
     faults = [fault for case, of in got.items() for arch, one in of.items() for fault in worse(case, arch, kept[case][arch], one)]
     print("\n".join(faults) or "nothing got worse")

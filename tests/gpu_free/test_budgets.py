@@ -1,7 +1,5 @@
 """What the compilers make of the shipped tiles: no figure worse than the one checked in, and what these must be for every architecture."""
 
-import json
-
 import pytest
 import torch
 
@@ -18,13 +16,25 @@ from . import budgets
 from .compiled import ARCHS, LIMITS
 from .launches import variants
 
-KEPT = budgets.budgets()
+VERSIONS = tuple(budgets.budgets())
+# Those of the Triton that runs; of any other that has none, the newest's, with which it is not compared.
+KEPT = budgets.budgets().get(triton.__version__, budgets.budgets()[VERSIONS[0]])
 BY_NAME = {(case, arch): figures for case, of in KEPT.items() for arch, figures in of.items()}
 QUICK_ARCH = "sm_90"
-# The most bytes of a thread in local memory, but in bfloat16 on NVIDIA's GPUs, where it is none.
+# The most bytes of a thread in local memory, but by the newest Triton in bfloat16 on NVIDIA's GPUs, where it is none.
 STACK = 64
-# More of them, and why; none at present.
-REASONS: dict[tuple[str, str], str] = {}
+# More of them, and why.
+# The tiles are chosen for 3.9, where they fit.
+TCGEN05 = "Triton 3.6 wants a third to a half more shared memory for tcgen05, and more registers; not looked into"
+REASONS: dict[tuple[str, str, str], str] = {
+    ("3.6.0", f"forward of {case}", "sm_100"): TCGEN05
+    for case in (
+        "AdaTT T3m2, inference, 4096 rows, bfloat16",
+        "AdaTT T3m2, inference, 4096 rows, float16",
+        "PLE T3m2s1, inference, 4096 rows, bfloat16",
+        "AdaTT T3m2 with every record, training, 4096 rows, bfloat16",
+    )
+}
 
 
 def jobs() -> list:
@@ -35,8 +45,8 @@ def jobs() -> list:
 
 @pytest.mark.parametrize(("case", "arch"), jobs())
 def test_no_figure_got_worse(case, arch):
-    if triton.__version__ != budgets.written_by():
-        pytest.skip(f"budgets: expected Triton {budgets.written_by()}, whose figures they are, got {triton.__version__}")
+    if triton.__version__ not in VERSIONS:
+        pytest.skip(f"budgets: expected Triton {' or '.join(VERSIONS)}, whose figures they are, got {triton.__version__}")
     found = {str(one): one for one in budgets.cases(arch)}
     assert budgets.worse(case, arch, KEPT[case][arch], budgets.figures(found[case], arch)) == []
 
@@ -47,9 +57,11 @@ def test_the_cases_are_those_of_the_shipped_tiles(arch):
 
 
 def test_local_memory():
-    """None in bfloat16 on NVIDIA's GPUs, little elsewhere; a reason that no longer holds must go."""
-    allowed = {(case, arch): 0 if arch.startswith("sm_") and case.endswith("bfloat16") else STACK for case, arch in BY_NAME}
-    assert {name for name, figures in BY_NAME.items() if figures["stack"] > allowed[name]} == set(REASONS)
+    """By the newest Triton none in bfloat16 on NVIDIA's GPUs, little elsewhere; a reason that no longer holds must go."""
+    every = budgets.budgets().items()
+    found = {(version, case, arch): one for version, kept in every for case, of in kept.items() for arch, one in of.items()}
+    spared = {name for name in found if name[0] == VERSIONS[0] and name[1].endswith("bfloat16") and name[2].startswith("sm_")}
+    assert {name for name, figures in found.items() if figures["stack"] > (0 if name in spared else STACK)} == set(REASONS)
 
 
 def test_shared_memory_fits():
@@ -80,7 +92,9 @@ def test_a_better_figure_is_none():
 
 
 def test_figures_are_written_as_they_are_read():
-    assert json.loads(budgets.written("triton", budgets.written_by(), KEPT, ARCHS))["cases"] == KEPT
+    for version, kept in budgets.budgets().items():
+        path = budgets.path_of(version)
+        assert path.read_text() == budgets.written("triton", version, kept, ARCHS)
 
 
 TABLES = {
