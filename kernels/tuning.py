@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from fusedmoe.kernels import device, network, tiles
+from fusedmoe.kernels import bound, device, network, tiles
 from fusedmoe.kernels.program import Program, lower
 from fusedmoe.kernels.tiles import Tiles
 from fusedmoe.table import Table
@@ -40,6 +40,8 @@ UNUSED = {False: "outputs", True: "ahead"}
 UNFIT = (OutOfResources, PTXASError, CompilationError, RuntimeError)
 # Milliseconds of warm-up and of calls that are timed, a candidate.
 WARM_UP, TIMED = 5, 20
+# Whose tiles are tuned: CUDA's kernels come compiled.
+BACKEND = "triton"
 # Devices whose time `milliseconds` can tell; Triton's interpreter has none.
 TIMED_DEVICES = ("cuda",)
 _CHOSEN: dict[Key, Tiles] = {}
@@ -83,7 +85,7 @@ def of_forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, 
     """Return the tiles for `network.forward` of these arguments; None: the shipped ones."""
     if not _tunable(x):
         return None
-    program = network.program_of(x, table, training)
+    program = bound.program_of(bound.key_of(x, table, training, None, BACKEND))
     key = _key("training" if training else "inference", program, mixing, x, params)
     return _chosen(key, program, x, lambda tiles: network.forward(x, params, table, mixing, training, tiles))
 
@@ -123,9 +125,9 @@ def _key(work: str, program: Program, mixing: bool, x: Tensor, params: Sequence[
         mixing=mixing,
         slots=x.shape[1] if x.stride(1) else 1,
         dtype=str(x.dtype).removeprefix("torch."),
-        precision=network.precision(x.dtype, arch),
+        precision=bound.precision(x.dtype, arch),
         rows=tiles.power_of_two(len(x)),
-        align=network.alignment(x, device.addresses(params, x.device)[1], program),
+        align=bound.alignment(x, device.addresses(params, x.device)[1], program),
         arch=arch,
         device=_device(x.device),
         triton=triton.__version__,
