@@ -115,7 +115,7 @@ test-oldest: build
 test-rehearsal:
 	@[ -x $(OLDEST_PYTHON) ] || { echo "test-rehearsal: expected the environment of make test-oldest in $(OLDEST_PYTHON), found none" >&2; exit 1; }
 	$(call say,rehearsing make gpu on a stub of CUDA's driver)
-	@OMP_NUM_THREADS=1 $(OLDEST_PYTHON) -P -m pytest -p no:benchmark -m slow --confcutdir tests/rehearsal tests/rehearsal
+	@OMP_NUM_THREADS=1 $(OLDEST_PYTHON) -P -m pytest -p no:benchmark -m slow --basetemp build/rehearsal --confcutdir tests/rehearsal tests/rehearsal
 
 # No environment is made and no package fetched: what is active must have it all, and gets nothing new.
 gpu:

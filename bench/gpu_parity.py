@@ -59,20 +59,8 @@ def parity(name: str, dtype: str, backend: str) -> dict:
 def device_tests() -> dict:
     """tests/gpu beside parity: bits from run to run, streams, graphs, tuned tiles. Raises: AssertionError that names what fails."""
     # -P: the folder of this tree, where `fusedmoe` lacks its kernels, must not come before the library that was built.
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:benchmark",
-        "--tb=short",
-        "tests/gpu",
-        "--deselect",
-        "tests/gpu/test_parity.py::test_parity",
-    ]
-    command.append("-rfEs")
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:benchmark", "--tb=short", "-rfEs"]
+    command += ["tests/gpu", "--deselect", "tests/gpu/test_parity.py::test_parity"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(said.stdout, said.stderr, flush=True)
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?$", said.stdout, re.MULTILINE)

@@ -130,7 +130,7 @@ def test_a_run_that_is_ended_ends_its_part_and_leaves_a_whole_file(gpu, tmp_path
     from pathlib import Path
     import gpu, gpu_build, gpu_parts
     gpu.PARTS = {"a": gpu_parts.Part("part a", "waiting", 60, 60)}
-    gpu_build.prepare = lambda log: ({}, dict(os.environ))
+    gpu_build.prepare = lambda log: ({"device": {"compute_mode": 1}}, dict(os.environ))
     sys.argv = ["gpu.py", "--json", "gpu.json"]
     sys.exit(gpu.main())
     """

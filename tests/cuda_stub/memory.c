@@ -25,7 +25,8 @@ static Block* find(CUdeviceptr address) {
 
 bool memory_is_live(CUdeviceptr address) {
     pthread_mutex_lock(&lock);
-    bool found = find(address);
+    // Where a block ends too: nothing is read of what has no bytes.
+    bool found = find(address) || find(address - 1);
     pthread_mutex_unlock(&lock);
     return found;
 }

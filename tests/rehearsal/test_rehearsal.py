@@ -167,7 +167,7 @@ def test_a_refused_launch_raises(rehearsed, backend, kernel):
     if backend not in backends(rehearsed):
         pytest.skip("rehearsal: expected FUSEDMOE_BUILD=cuda for the CUDA kernels")
     environment = rehearsed.environment | {"STUB_CUDA_REFUSE": kernel, "PYTHONPATH": str(LIBRARY)}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(CALL), backend], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(CALL), backend], capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("RuntimeError: ")
