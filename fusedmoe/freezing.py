@@ -43,7 +43,8 @@ def freeze(model: nn.Module) -> FreezeReport:
     write that PyTorch does not count (through `.data`, a NumPy view or from another process) is seen where it changes the middle
     element of a parameter; after one that spares those, call `freeze` again. Copies and pickles are not frozen. Code that
     torch.compile makes of a layer, before or after it is frozen, refuses the same calls with the same words and reads the
-    parameters themselves in all others: it is never outdated, and thaws nothing. torch.export refuses as the call does that it
+    parameters themselves in all others: it is never outdated, and thaws nothing. (torch 2.11 does not see that a parameter asks for
+    gradients only since it was compiled; so for every module.) torch.export refuses as the call does that it
     traces; the program that it gives knows nothing of `freeze`. Threads may call a model while another freezes or thaws it.
 
     Returns: the report. What could not be frozen runs as before, and stands in `declined` with the reason.

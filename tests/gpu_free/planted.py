@@ -77,7 +77,7 @@ MEMORY = {
         INTERPRETED, f"{_ACCESSES}::test_rows_beyond_32_bits", WILD,
     ),
     "rows too far apart for a chunk": Bug(
-        "operator.py", "network.chunk_of(len(x)) < 2**31", "64 < 2**31", INTERPRETED, f"{_ACCESSES}::test_rows_of_a_chunk_beyond_32_bits", WILD
+        "operator.py", "bound.chunk_of(x.shape[0]) < 2**31", "64 < 2**31", INTERPRETED, f"{_ACCESSES}::test_rows_of_a_chunk_beyond_32_bits", WILD
     ),
     "two programs at one row of softmax": Bug(
         "plan.py", "rows if len(stages) == 1 or column + columns >=", "rows if column + columns >=", INTERPRETED, _TILES, SHARED
@@ -86,14 +86,14 @@ MEMORY = {
     "two programs at one dz of a gate": Bug("backward_plan.py", "(*one, int(column == 0))", "(*one, 1)", INTERPRETED, _TILES, SHARED),
     "two programs at one bias's gradient": Bug("backward_plan.py", "first == 0 and k == 0", "first == 0", INTERPRETED, _TILES, SHARED),
     "alignment claimed of odd widths": Bug(
-        "network.py", "return lanes if whole else 1", "return lanes", EXECUTED, _executed("ple-torch.bfloat16-one launch"), MISALIGNED
+        "bound.py", "return lanes if whole else 1", "return lanes", EXECUTED, _executed("ple-torch.bfloat16-one launch"), MISALIGNED
     ),
     "alignment claimed of odd outputs": Bug(
-        "network.py", "align if aligned(sizes, align) else 1", "align",
+        "bound.py", "align if aligned(sizes, align) else 1", "align",
         EXECUTED, "tests/gpu_free/test_executed.py::test_outputs_of_odd_widths", MISALIGNED,
     ),
     "alignment claimed of any address": Bug(
-        "network.py", "even and x.data_ptr() % 16 == 0 and ", "",
+        "bound.py", "even and x.data_ptr() % 16 == 0 and ", "",
         EXECUTED, "tests/gpu_free/test_executed.py::test_parameters_at_odd_addresses", MISALIGNED,
     ),
 }  # fmt: skip
@@ -123,7 +123,7 @@ FORWARD = {
         "forward.py", "tl.where(seen[None, :] >= 0, z, NEVER)", "tl.where(seen[None, :] >= 0, z, 0.0)", INTERPRETED, _parity("ml_mmoe-one_row"), WRONG
     ),
     "all slots taken for one": Bug(
-        "network.py", "program if x.stride(1) or table.slots == 1 else of_one_slot(program)", "of_one_slot(program)",
+        "bound.py", "found if key.apart or found.table.slots == 1 else program.of_one_slot(found)", "program.of_one_slot(found)",
         INTERPRETED, _parity("adatt_sp-odd"), WRONG,
     ),
     "gates that all read one source": Bug(
@@ -144,7 +144,7 @@ FORWARD = {
         INTERPRETED, f"{_SIZES}::test_an_infinite_input[tanh]", NOT_FINITE,
     ),
     "one product of tf32 instead of three": Bug(
-        "network.py", 'return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"', 'return "tf32"',
+        "bound.py", 'return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"', 'return "tf32"',
         EXECUTED, _executed("ple-torch.float32-one launch"), WRONG,
     ),
     "a launch for every stage": Bug(
