@@ -61,7 +61,8 @@ def device_tests() -> dict:
     # -P: the folder of this tree, where `fusedmoe` lacks its kernels, must not come before the library that was built.
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:benchmark", "--tb=short", "-rfEs"]
     command += ["tests/gpu", "--deselect", "tests/gpu/test_parity.py::test_parity"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # pytest cuts its summary to the terminal's width.
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "1000"})
     print(said.stdout, said.stderr, flush=True)
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?$", said.stdout, re.MULTILINE)
     if said.returncode:

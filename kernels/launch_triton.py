@@ -72,9 +72,12 @@ class Step:
         self.compiled: object = None
 
     def launch(self, x: int, y: int, *arguments: Tensor | int) -> None:
-        """Launch x times y programs."""
+        """Launch x times y programs. Raises: RuntimeError with the kernel's name, where Triton or the driver has one without it."""
         kernel = _kernel(self.kernel)
-        compiled = kernel[x, y](*arguments, **self.constants)
+        try:
+            compiled = kernel[x, y](*arguments, **self.constants)
+        except RuntimeError as error:
+            raise RuntimeError(f"triton: the launch of {self.kernel} failed: {error}") from error
         self.compiled = compiled if isinstance(kernel, JITFunction) else None
 
 

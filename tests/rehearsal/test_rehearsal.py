@@ -1,6 +1,7 @@
 """What the rehearsal of `make gpu` must show on a device that takes every launch and runs none: everything but right numbers."""
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -53,8 +54,7 @@ def test_wrong_numbers_are_reported_by_tensor_and_error(rehearsed):
             assert "expected errors of at most 1 x the one allowed, got" in results[f"trial, {dtype}, {backend}"]["error"]
             error = results[f"every_feature, {dtype}, {backend}"]["error"]
             assert "59 differ: " in error
-            assert "expected an error of at most" in error
-            assert "d_levels.1.experts.3.0.weight" in error
+            assert re.search(r"\b(out|d_x|weights\.\d|d_[a-z]+\.[\w.]+): expected an error of at most \S+, got \S+ \(\[", error)
     assert "FAILED" not in results["tests/gpu"]["error"]
     assert "test_the_current_stream[triton]" in results["tests/gpu"]["error"]
 
@@ -171,5 +171,5 @@ def test_a_refused_launch_raises(rehearsed, backend, kernel):
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("RuntimeError: ")
-    assert "invalid argument" in last
-    assert kernel in last or backend == "triton"
+    assert f"{backend}: the launch of {kernel} failed" in last
+    assert re.search("invalid argument|CUDA_ERROR_INVALID_VALUE", last)
