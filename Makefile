@@ -35,7 +35,7 @@ help:
 	@echo "make test-cpp            run the kernels' own C++ test alone; make test has it too"
 	@echo "make test-cpp-sanitized  the same under the address and undefined-behaviour sanitizers"
 	@echo "make test-cpp-neon       the same built for AArch64 and run by qemu-user"
-	@echo "make test-cpp-all        both of these, as tests of pytest"
+	@echo "make test-cpp-all        both of these, as tests of pytest, and the accuracy of many random networks"
 	@echo "make test-gpu-free       the GPU kernels' slow tests that need no device: compiled for every architecture, executed, planted bugs"
 	@echo "make test-interpreted    every case in Triton's interpreter, of which make test has some"
 	@echo "make test-cuda           the CUDA kernels on the tests' emulator of a device: the parity tests, modules, swap"
@@ -81,9 +81,11 @@ test-cpp-neon: $(STAMPS)/requirements
 	$(call say,testing the kernels in C++ for AArch64)
 	@$(PYTHON) tests/cpp/run.py neon
 
-test-cpp-all: $(STAMPS)/requirements
+test-cpp-all: build
 	$(call say,testing the kernels in C++ under the sanitizers and for AArch64)
 	@$(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_cpp_kernels.py
+	$(call say,holding gradients of many random networks against float64)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_accuracy.py
 
 test-gpu-free: build
 	$(call say,compiling the Triton kernels for every architecture and executing what was compiled)

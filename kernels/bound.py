@@ -267,7 +267,7 @@ def backward_of(key: Key) -> Backward:
 
 
 def check(x: Tensor, params: Sequence[Tensor], table: Table) -> None:
-    """Raise ValueError unless the tensors are what the kernels may read: of the table's shapes, one dtype and one device. What is wrong says `op.check`."""
+    """Raise ValueError unless the tensors are what the kernels may read: of the table's shapes, one dtype and one device. What is wrong says `checks.check`."""
     dtype, place = x.dtype, x.device
     fits = x.dim() == 3 and tuple(x.shape[1:]) == (table.slots, table.width) and len(params) == len(table.parameters)
     if not fits or any(p.shape != expect.shape or p.dtype is not dtype or p.device != place for p, expect in zip(params, table.parameters, strict=True)):

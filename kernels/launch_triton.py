@@ -37,6 +37,8 @@ REGISTERS = {"maxnreg": 255}
 # The versions whose compiled kernels csrc/triton.cpp has been tried with.
 DIRECT = ((3, 6), (3, 9))
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# The first version that was seen to pipeline a loop of one product a turn (`_ahead`).
+CURED = (3, 9)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -169,11 +171,18 @@ def _shared(bound: Bound, align: int) -> dict[str, object]:
     return {"READS": bound.tiles.reads, "ACTS": bound.codes, **constants(bound.tiles, align, bound.key.precision, bound.key.arch)}
 
 
+def _ahead(bound: Forward) -> int:
+    """Pipeline stages over experts that share a source. Triton 3.6 crashes on sm_90 where such a loop computes one product a turn, of a source
+    that is kept as one tile (`PassManager::run failed`; 3.9 does not): there the loop is not pipelined."""
+    one_tile = 0 < bound.tiles.keep <= bound.tiles.reduction
+    return 1 if one_tile and bound.key.arch == "sm_90" and VERSION < CURED else bound.tiles.ahead
+
+
 def _forward_steps(bound: Forward, align: int, mixing: bool) -> list[Step]:
     key = align, mixing
     if key not in bound.made:
         more = {"UNITS": bound.plan.units, "WEIGHTS": mixing, "INNER": bound.program.inner, "COPIES": bound.program.copies, "KEEP": bound.tiles.keep}
-        more = {**_shared(bound, align), **more, "AHEAD": bound.tiles.ahead}
+        more = {**_shared(bound, align), **more, "AHEAD": _ahead(bound)}
         steps = [({**more, "STORE": store(bound.program, one.stages, align)}, one) for one in bound.plan.launches]
         bound.made[key] = [Step("forward", one.place, one.programs, fixed) for fixed, one in steps]
     return bound.made[key]

@@ -1,7 +1,7 @@
 """Who launches a network's kernels: a module for each backend, all with the same names, so that `network.py` is one for all of them:
 
 forward                  (bound, x, params, mixing): run a `bound.Forward`; out, the mixing weights or None, and the memory that the backward reads.
-                         Raises for tensors that are not what the table says; what is wrong with them says `op.check`
+                         Raises for tensors that are not what the table says; what is wrong with them says `checks.check`
 backward                 (bound, d_out, d_weights, x, params, memory, apart): run a `bound.Backward`; d_x and the gradients of all live parameters,
                          each a tensor (apart), or one after another in one tensor
 FOR_PARAMETERS           how many launches the gradients of the parameters are

@@ -183,13 +183,15 @@ def plain(block, shape: tl.constexpr, one, first, h, outputs, live, KEEP: tl.con
 def biased(block, one, first, z, outputs, live):
     """z + b of a map that has a bias.
 
-    A mask and no `if`: Triton 3.6's pass tritongpu-pipeline follows a product of sm_90 that a loop computes to the
-    loop's yield, and where every use of the product stands in some `if`, and none leads there, crashes on a null
-    pointer (which comes out as `PassManager::run failed`).
+    Added whether or not there is one: Triton 3.6's pass tritongpu-pipeline follows a product of sm_90 that a loop
+    computes to the loop's yield, and where every use of the product stands in some `if`, and none leads there, crashes
+    on a null pointer (which comes out as `PassManager::run failed`).
     """
     bias = tl.load(block.plan + one + 1)
-    b = tl.load(pointer(block, tl.maximum(bias, 0)) + first + outputs, mask=live & (bias >= 0), other=0.0)
-    return z + b.to(tl.float32)[None, :]
+    b = tl.zeros(outputs.shape, tl.float32)
+    if bias >= 0:
+        b = tl.load(pointer(block, bias) + first + outputs, mask=live, other=0.0).to(tl.float32)
+    return z + b[None, :]
 
 
 @triton.jit

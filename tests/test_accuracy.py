@@ -89,7 +89,7 @@ def test_random_tables(dtype, table, rows, factor, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(quick, max_examples=1000)
+@settings(quick, max_examples=300)
 @given(tables(WIDE, 8), ROWS, FACTORS, SEEDS)
 def test_many_random_tables(dtype, table, rows, factor, seed):
     check(table, dtype, rows, factor, seed)

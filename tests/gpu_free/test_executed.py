@@ -11,7 +11,7 @@ from fusedmoe.testing import Case, Problem, assert_close, bound, build, cases, e
 pytest.importorskip("triton", reason="gpu_free: expected the package triton, which compiles without a device, got none")
 
 from fusedmoe.kernels import operator, tiles
-from fusedmoe.outputs import by_level, for_tasks
+from fusedmoe.outputs import Options, for_tasks
 
 from . import executed
 from .ptx import Counts, KernelFault
@@ -56,8 +56,8 @@ def given(name: str, dtype: torch.dtype) -> Problem:
 
 
 def network(x, params, table):
-    out, weights = operator.run("triton", x, params, table, True)
-    return for_tasks(out, table), by_level(weights, table)
+    out, *weights = operator.run(x, params, table, Options("triton", mixing=True, recompute=False, tasks_apart=False))
+    return for_tasks(out, table), tuple(weights)
 
 
 def lent(one: Problem) -> list[tuple[str, torch.Tensor]]:
