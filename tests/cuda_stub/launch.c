@@ -36,29 +36,36 @@ static int cluster_of(const CUlaunchConfig* c) {
     return 1;
 }
 
-// Count the addresses among the parameters: those of live memory, and those that point where memory was, or, alone in a parameter, at no memory.
-static void count_addresses(const Kernel* kernel, void** params, int* live, int* stray) {
-    for (int i = 0; params && i < kernel->parameters; i++)
+// Count the addresses of live memory among the parameters, and list where, in bytes from the first one, addresses stand that point where memory was or,
+// alone in a parameter, at no memory.
+static int count_addresses(const Kernel* kernel, void** params, int* stray, int most, int* strays) {
+    int live = 0, first = 0;
+    *strays = 0;
+    for (int i = 0; params && i < kernel->parameters; first += kernel->sizes[i++])
         for (int at = 0; at + 8 <= kernel->sizes[i]; at += 8) {
             CUdeviceptr word;
             memcpy(&word, (char*)params[i] + at, 8);
             bool found = memory_is_live(word), address = kernel->sizes[i] == 8 && word >> 40 && word < 1ull << 47;
-            *live += found, *stray += !found && (address || memory_is_stray(word));
+            live += found;
+            if (!found && (address || memory_is_stray(word)) && *strays < most) stray[(*strays)++] = first + at;
         }
+    return live;
 }
 
 // Return the launch as a line of JSON, which the caller frees. Parameters are their bytes in hexadecimal, or null where the code does not tell sizes.
 static char* line_of(const Kernel* kernel, const CUlaunchConfig* c, void** params, const char* why) {
+    enum { MOST_STRAYS = 16 };
     size_t bytes = 0;
-    int live = 0, stray = 0;
+    int stray[MOST_STRAYS], strays, live = count_addresses(kernel, params, stray, MOST_STRAYS, &strays);
     for (int i = 0; i < kernel->parameters; i++) bytes += kernel->sizes[i];
-    count_addresses(kernel, params, &live, &stray);
     char *line = malloc(1024 + strlen(kernel->name) + 2 * bytes + 8 * MOST_PARAMETERS), *end = line;
     end += sprintf(end, "{\"launch\": \"%s\", \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], ", kernel->name, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX,
                    c->blockDimY, c->blockDimZ);
     end += sprintf(end, "\"shared\": %u, \"static_shared\": %d, \"cluster\": %d, ", c->sharedMemBytes, kernel->static_shared, cluster_of(c));
     const Stream* stream = stream_of(c->hStream);
-    end += sprintf(end, "\"stream\": %lld, \"live\": %d, \"stray\": %d, \"refused\": ", stream ? (long long)stream->id : -1, live, stray);
+    end += sprintf(end, "\"stream\": %lld, \"bytes\": %zu, \"live\": %d, \"stray\": [", stream ? (long long)stream->id : -1, bytes, live);
+    for (int i = 0; i < strays; i++) end += sprintf(end, i ? ", %d" : "%d", stray[i]);
+    end += sprintf(end, "], \"refused\": ");
     end += why ? sprintf(end, "\"%s\", \"parameters\": ", why) : sprintf(end, "null, \"parameters\": ");
     if (kernel->parameters < 0 || !params || getenv("STUB_CUDA_BRIEF")) return memcpy(end, "null}", 6), line;
     *end++ = '[';
