@@ -64,7 +64,7 @@ def test_the_operator_checks_what_it_is_given():
         (lambda: run(x[..., :-1], packed), r"x: expected \[B, 4, 37\], got \[3, 4, 36\]"),
         (lambda: run(x, packed.half()), "packed: a frozen network expects float32 or float64"),
         (lambda: pack(params[:-1], table), "params: expected"),
-        (lambda: pack([*params[:-1], params[-1].double()], table), "params: expected the dtype of"),
+        (lambda: pack([*params[:-1], params[-1].double()], table), "expected dtype Float, got Double"),
     ):
         with pytest.raises(RuntimeError, match=message):
             wrong()
