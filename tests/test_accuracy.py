@@ -19,6 +19,7 @@ from fusedmoe.table import Expert, Layer, Level, Static, Table, Unit
 from fusedmoe.testing import Problem, assert_parity, bound, eager, error, evaluate
 
 from .random_tables import decided, start, tables
+from .test_parity import BACKENDS
 
 WIDE = st.integers(1, 60)
 ROWS = st.integers(1, 70) | st.integers(70, 600)
@@ -30,33 +31,43 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 quick = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-fused = partial(fusion_network, backend="cpu", return_mixing_weights=True)
+def on(backend: str):
+    return partial(fusion_network, backend=backend, return_mixing_weights=True)
 
 
 def check(table, dtype, rows, factor, seed) -> None:
-    assert_parity(fused, decided(start(table, rows, dtype, seed), factor))
+    assert_parity(on("cpu"), decided(start(table, rows, dtype, seed), factor))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def alone(kind: str, z: torch.Tensor) -> Problem:
+    """A network that is one activation, on the numbers z [B]: one expert of width 1 under a static weight of 1."""
+    expert = Expert(0, (Layer(1, activation(kind), bias=False),))
+    table = Table(1, 1, (Level((expert,), (Unit(static=Static((0,), (1.0,))),)),), (), (), 0)
+    z = z[:, None, None]
+    return Problem(table, z, (torch.ones(1, 1),), torch.ones_like(z), (torch.zeros_like(z),))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", sorted(DEFAULT_PARAMETER))
 def test_activations_in_every_binade(kind, backend):
     """Output and gradient of numbers of one sign between two powers of 2 by the rule: what is small beside 1 must be right by itself."""
-    alone = Expert(0, (Layer(1, activation(kind), bias=False),))
-    table = Table(1, 1, (Level((alone,), (Unit(static=Static((0,), (1.0,))),)),), (), (), 0)
     # From 8 on, gelu_tanh has no digits left in float64, of which PyTorch takes 1 + tanh.
     steps, firsts = 1 + torch.arange(64) / 64, [sign * 2.0**exponent for exponent in range(-6, 3) for sign in (-1.0, 1.0)]
-    z = torch.cat([first * steps for first in firsts])[:, None, None]
-    given = Problem(table, z, (torch.ones(1, 1),), torch.ones_like(z), (torch.zeros_like(z),))
-    ours, plain, truth = (
-        evaluate(partial(fusion_network, backend=backend, return_mixing_weights=True), given),
-        evaluate(eager, given),
-        evaluate(eager, given.to(torch.float64)),
-    )
+    given = alone(kind, torch.cat([first * steps for first in firsts]))
+    ours, plain, truth = evaluate(on(backend), given), evaluate(eager, given), evaluate(eager, given.to(torch.float64))
     for name in ("out", "d_x"):
         parts = zip(firsts, *(values[name].split(len(steps)) for values in (ours, plain, truth)), strict=True)
         for first, part, of_plain, exact in parts:
             allowed = bound(error(of_plain, exact), exact, torch.float32)
             assert error(part, exact) <= allowed, f"{name} of {kind} from {first} to {2 * first}"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", sorted(DEFAULT_PARAMETER))
+def test_activations_pass_what_is_not_a_number(kind, backend):
+    given = alone(kind, torch.tensor([float("nan"), 1.0, float("nan")]))
+    # Not the gradient: of elu PyTorch's is 1 there.
+    assert evaluate(on(backend), given)["out"].isnan().flatten().tolist() == [True, False, True]
 
 
 def equal_rows(rows: int, width: int, seed: int) -> Problem:
@@ -77,7 +88,7 @@ def test_sums_of_equal_rows(isa):
 def check_sums_of_equal_rows() -> None:
     """The gradient of a bias, around the vectors and the chunks of rows that it is added by."""
     for rows, width, seed in itertools.product((15, 63, 255, 256, 511), (1, 7, 40), range(6)):
-        assert_parity(fused, equal_rows(rows, width, seed), [BIAS])
+        assert_parity(on("cpu"), equal_rows(rows, width, seed), [BIAS])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

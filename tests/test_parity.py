@@ -12,15 +12,15 @@ from fusedmoe.op import fusion_network
 from fusedmoe.testing import Case, assert_close, assert_parity, build, cases, eager, evaluate, expectation, problem, smoothed
 
 from .cuda_on_cpu.extension import KIND
-from .random_tables import decided
+from .random_tables import decided, leaning
 
 CASES = cases()
 # Those that take the tensors of these tests. One that cannot run here fails, with its reason. Kernels that are interpreted or emulated have a run
 # of their own.
 ALONE = "triton" if INTERPRETED else "cuda" if KIND else None
 BACKENDS = [row.name for row in ROWS if (row.devices is None or "cpu" in row.devices) and ALONE in (None, row.name)]
-# Of the logits of a gate: from 16 on most rows give one expert nearly all the weight.
-FACTORS = (64,) if ALONE else (4, 16, 64, 256)
+# How one expert gets nearly all the weight of a gate.
+DECISIONS = [(leaning, 8)] if ALONE else [(leaning, 8), (leaning, 16), (decided, 16), (decided, 256)]
 DTYPES = (torch.float32,) if ALONE else (torch.float32, torch.float64)
 
 
@@ -119,11 +119,11 @@ def test_parity_of_every_kind_of_width(width, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("factor", FACTORS)
+@pytest.mark.parametrize(("decide", "by"), DECISIONS)
 @pytest.mark.parametrize("name", ["every_feature", "mmoe-odd", "ple-ragged", "adatt_sp-odd"])
-def test_parity_of_decided_gates(name, factor, backend):
+def test_parity_of_decided_gates(name, decide, by, backend):
     """Where one expert has nearly all the weight, the gradients of the gate are differences far smaller than what they are taken of."""
-    given = decided(problem(CASES[name]._replace(table=smoothed(CASES[name].table)), torch.float32), factor)
+    given = decide(problem(CASES[name]._replace(table=smoothed(CASES[name].table)), torch.float32), by)
     assert_parity(fused(backend), given)
     # The loss that reaches a gate is large and the same for all experts, as when every expert has learned the same: only its differences count.
     shifted = tuple(d + 100 for d in given.d_weights)
