@@ -25,15 +25,19 @@ def nvcc() -> str | None:
     return next((path for name in ("nvcc", "/usr/local/cuda/bin/nvcc") if (path := shutil.which(name))), None)
 
 
+# What the sources include; torch's wheels bring some of it, a toolkit all.
+NEEDED = ("cuda.h", "cudaProfiler.h", "cuda_runtime_api.h", "crt/host_defines.h")
+
+
 def headers() -> Path:
-    """Return the folder of cuda.h and cuda_runtime_api.h. Raises: FileNotFoundError where there is none."""
-    folders = [Path(sysconfig.get_path("purelib"), "nvidia/cu13/include"), Path("/usr/local/cuda/include")]
+    """Return the folder of CUDA's headers. Raises: FileNotFoundError where there is none."""
+    folders = [Path("/usr/local/cuda/include"), Path(sysconfig.get_path("purelib"), "nvidia/cu13/include")]
     if found := nvcc():
         folders.insert(0, Path(found).resolve().parent.parent / "include")
     for folder in folders:
-        if (folder / "cuda.h").exists() and (folder / "cuda_runtime_api.h").exists():
+        if all((folder / name).exists() for name in NEEDED):
             return folder
-    raise FileNotFoundError(f"stub of CUDA: expected cuda.h in one of {', '.join(map(str, folders))}, found none")
+    raise FileNotFoundError(f"stub of CUDA: expected {', '.join(NEEDED)} in one of {', '.join(map(str, folders))}, found none with all of them")
 
 
 def build(target: Path = TARGET) -> Path:
