@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from .cuda_on_cpu import extension, planted_kernels, run
+from .mutation import places
 
 MATRIX = "tests/cuda_on_cpu/emulated/test_matrix.py::test_matrix"
 BUGS = planted_kernels.BUGS
@@ -34,7 +35,7 @@ def test_sanitizers_find_nothing(kind, schedule):
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_bug_has_one_place(name):
-    assert (run.ROOT / "csrc" / "cuda" / BUGS[name].file).read_text().count(BUGS[name].text) == 1
+    assert places((run.ROOT / "csrc" / "cuda" / BUGS[name].file).read_text(), BUGS[name].pattern) == 1
 
 
 @pytest.mark.parametrize("name", [name if name in planted_kernels.QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUGS])

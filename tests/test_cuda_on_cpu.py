@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from .cuda_on_cpu import executed, planted, run
+from .mutation import mutated, places
 
 NO_NVCC = "cuda_on_cpu: expected nvcc in $CUDA_HOME/bin, /usr/local/cuda/bin or on the path, found none"
 # operation_words of samples.h.
@@ -38,7 +39,7 @@ def test_samples_operations_and_misuses(kind):
 
 @pytest.mark.parametrize("name", planted.BUGS)
 def test_a_bug_has_one_place(name):
-    assert (run.HERE / "gemm.cu").read_text().count(planted.BUGS[name].text) == 1
+    assert places((run.HERE / "gemm.cu").read_text(), planted.BUGS[name].pattern) == 1
 
 
 @pytest.mark.parametrize("name", slow_but(planted.BUGS, planted.QUICK))
@@ -47,7 +48,7 @@ def test_a_planted_bug_is_found(name, tmp_path):
     if reason := run.missing(bug.kind):
         pytest.skip(reason)
     source = tmp_path / "gemm.cu"
-    source.write_text((run.HERE / "gemm.cu").read_text().replace(bug.text, bug.instead))
+    source.write_text(mutated((run.HERE / "gemm.cu").read_text(), bug.pattern, bug.instead))
     program = run.build(bug.kind, [source, run.HERE / "operations.cu"], tmp_path)
     result = run.under(program, "samples", *bug.schedule)
     assert result.returncode and re.search(bug.finds, result.stderr), result.stdout + result.stderr

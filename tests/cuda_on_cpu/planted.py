@@ -12,24 +12,26 @@ RACE = r"ThreadSanitizer: data race"
 
 
 class Bug(NamedTuple):
-    """`text`, which stands once in gemm.cu, becomes `instead`; then the samples, built as `kind` and run by a schedule, fail as `finds` says.
+    """A mutant: `pattern`, which has one place in gemm.cu, becomes `instead` (`mutation.py`).
+
+    Then the samples, built as `kind` and run by a schedule, fail as `finds` says.
 
     A schedule is a seed and when copies arrive.
     """
 
-    text: str
+    pattern: str
     instead: str
     kind: str
     finds: str
     schedule: tuple[int, str] = (0, "lazy")
 
 
-_STEP = ("    sync_block();\n    fetch(step + STAGES - 1);\n", "    fetch(step + STAGES - 1);\n")
-_BEFORE = ("  sync_block();\n  float* out", "  float* out")
-_AFTER = ("  sync_block();\n  for (int i = thread(); i < tile * tile", "  for (int i = thread(); i < tile * tile")
-_SWAPPED = ("    sync_block();\n    fetch(step + STAGES - 1);\n", "    fetch(step + STAGES - 1);\n    sync_block();\n")
-_WARP_BEFORE = ("    // Of the row before, all have been read.\n    sync_warp();\n", "")
-_WARP_AFTER = ("    sync_warp();\n    if (lane() < n) store_global", "    if (lane() < n) store_global")
+_STEP = ("sync_block();\n    $fetch($step + STAGES - 1);", "$fetch($step + STAGES - 1);")
+_BEFORE = ("sync_block();\n  float* $out", "float* $out")
+_AFTER = ("sync_block();\n  for (int $i = thread(); $i < $tile * $tile", "for (int $i = thread(); $i < $tile * $tile")
+_SWAPPED = ("sync_block();\n    $fetch($step + STAGES - 1);", "$fetch($step + STAGES - 1);\n    sync_block();")
+_WARP_BEFORE = ("sync_warp();\n    $shared[lane()] =", "$shared[lane()] =")
+_WARP_AFTER = ("sync_warp();\n    if (lane() < $n) store_global", "if (lane() < $n) store_global")
 
 # Each by a schedule that makes it show in the numbers, and by ThreadSanitizer in any.
 BARRIERS = {
@@ -46,17 +48,17 @@ BARRIERS = {
     "no barrier of the warp after a write": Bug(*_WARP_AFTER, "plain", WRONG_SOFTMAX),
     "no barrier of the warp after a write, in threads": Bug(*_WARP_AFTER, "threads", RACE),
     "another barrier for every second warp": Bug(
-        "  sync_block();\n  float* out", "  if (warp() % 2)\n    sync_block();\n  else\n    sync_block();\n  float* out", "plain", "divergent barrier: expected"
+        "sync_block();\n  float* $out", "if (warp() % 2)\n    sync_block();\n  else\n    sync_block();\n  float* $out", "plain", "divergent barrier: expected"
     ),
     "warps without rows return early": Bug(
-        "  float sums[2][4][4] = {};\n",
-        "  float sums[2][4][4] = {};\n  if (first_row + warp() / 2 * 32 >= m) return;\n",
+        "float $sums[2][4][4] = {};",
+        "float $sums[2][4][4] = {};\n  if (first_row + warp() / 2 * 32 >= m) return;",
         "plain",
         "early return: expected every thread at the barrier",
     ),
     "lanes without numbers leave the softmax out": Bug(
-        "    const float y = expf(x - max_lanes(x));",
-        "    if (lane() >= n) continue;\n    const float y = expf(x - max_lanes(x));",
+        "const float $y = expf($x - max_lanes($x));",
+        "if (lane() >= n) continue;\n    const float $y = expf($x - max_lanes($x));",
         "plain",
         "(early return|divergent warp): expected",
     ),
@@ -64,37 +66,44 @@ BARRIERS = {
 
 COPIES = {
     "a wait for one group too few": Bug("wait_copies<STAGES - 2>()", "wait_copies<STAGES - 1>()", "plain", UNWAITED),
-    "no wait at all": Bug("    wait_copies<STAGES - 2>();\n", "", "plain", UNWAITED),
-    "no commit": Bug("    commit_copies();\n  };", "  };", "plain", "(gemm.*expected copies to be committed|" + WRONG + ")"),
-    "no commit of the groups without copies": Bug("    commit_copies();\n  };", "    if (step < steps) commit_copies();\n  };", "plain", UNWAITED),
+    "no wait at all": Bug("wait_copies<STAGES - 2>();", "", "plain", UNWAITED),
+    "no commit": Bug("commit_copies();\n  };", "};", "plain", "(gemm.*expected copies to be committed|" + WRONG + ")"),
+    "no commit of the groups without copies": Bug("commit_copies();\n  };", "if (step < steps) commit_copies();\n  };", "plain", UNWAITED),
     "a stage too few": Bug(
-        "shared + step % STAGES * (Of::a_stage + Of::b_stage);\n    const int at",
-        "shared + step % 2 * (Of::a_stage + Of::b_stage);\n    const int at",
+        "$shared + $step % STAGES * ($Of::$a_stage + $Of::$b_stage);\n    const int $at",
+        "$shared + $step % 2 * ($Of::$a_stage + $Of::$b_stage);\n    const int $at",
         "plain",
         WRONG,
     ),
-    "no zeros beyond the matrix": Bug("live ? piece : 0", "piece", "plain", WRONG),
+    "no zeros beyond the matrix": Bug("$live ? $piece : 0", "$piece", "plain", WRONG),
 }
 
 ADDRESSES = {
-    "rows of a tile at odd addresses": Bug("line = 64, pad = 16", "line = 64, pad = 8", "plain", "misaligned (copy_async|load_matrices): expected"),
-    "rows of a tile in the same banks": Bug("line = 64, pad = 16", "line = 64, pad = 0", "plain", "gemm .*bank conflicts: expected"),
+    "rows of a tile at odd addresses": Bug("$line = 64, $pad = 16", "$line = 64, $pad = 8", "plain", "misaligned (copy_async|load_matrices): expected"),
+    "rows of a tile in the same banks": Bug("$line = 64, $pad = 16", "$line = 64, $pad = 0", "plain", "gemm .*bank conflicts: expected"),
     "too little shared memory for a copy": Bug(
-        "size_t(Tiles<T, STAGES, TURNED>::bytes)", "size_t(Tiles<T, STAGES, TURNED>::bytes - 256)", "plain", "outside: expected copy_async of 16 bytes inside"
+        "size_t($Tiles<T, STAGES, $TURNED>::$bytes)",
+        "size_t($Tiles<T, STAGES, $TURNED>::$bytes - 256)",
+        "plain",
+        "outside: expected copy_async of 16 bytes inside",
     ),
     "too little shared memory": Bug(
-        "threads * sizeof(float)}", "threads * sizeof(float) / 2}", "plain", "expected writes inside the 256 bytes of shared memory"
+        "$threads * sizeof(float)}", "$threads * sizeof(float) / 2}", "plain", "expected writes inside the 256 bytes of shared memory"
     ),
-    "too little shared memory, sanitized": Bug("threads * sizeof(float)}", "threads * sizeof(float) / 2}", "sanitized", "AddressSanitizer: use-after-poison"),
-    "a row mask lost on a load": Bug("row < live_rows && column", "(row < live_rows || true) && column", "plain", "outside: expected a load inside a tensor"),
-    "a row mask lost on a store": Bug("if (row < m && column < n)", "if (column < n)", "plain", "outside: expected a store inside a tensor"),
-    "a column mask lost on a store": Bug("if (row < m && column < n)", "if (row < m)", "plain", "(outside: expected a store inside|race: expected a store)"),
+    "too little shared memory, sanitized": Bug("$threads * sizeof(float)}", "$threads * sizeof(float) / 2}", "sanitized", "AddressSanitizer: use-after-poison"),
+    "a row mask lost on a load": Bug(
+        "$row < live_rows && $column", "($row < live_rows || true) && $column", "plain", "outside: expected a load inside a tensor"
+    ),
+    "a row mask lost on a store": Bug("if ($row < $m && $column < $n)", "if ($column < $n)", "plain", "outside: expected a store inside a tensor"),
+    "a column mask lost on a store": Bug(
+        "if ($row < $m && $column < $n)", "if ($row < $m)", "plain", "(outside: expected a store inside|race: expected a store)"
+    ),
     "blocks that write the same columns": Bug(
-        "column = first_column + i % tile;", "column = i % tile;", "plain", "race: expected a store to what no other block writes"
+        "$column = $first_column + $i % $tile;", "$column = $i % $tile;", "plain", "race: expected a store to what no other block writes"
     ),
-    "lanes of A exchanged": Bug("k * int(sizeof(T)) + lane() / 16 * 16", "k * int(sizeof(T)) + lane() / 8 % 2 * 16", "plain", WRONG),
-    "lanes of B exchanged": Bug("k * int(sizeof(T)) + lane() / 8 % 2 * 16", "k * int(sizeof(T)) + lane() % 2 * 16", "plain", WRONG),
-    "lanes of C exchanged": Bug("8 * half + lane() / 4,", "8 * half + lane() % 8,", "plain", WRONG),
+    "lanes of A exchanged": Bug("$k * int(sizeof(T)) + lane() / 16 * 16", "$k * int(sizeof(T)) + lane() / 8 % 2 * 16", "plain", WRONG),
+    "lanes of B exchanged": Bug("$k * int(sizeof(T)) + lane() / 8 % 2 * 16", "$k * int(sizeof(T)) + lane() % 2 * 16", "plain", WRONG),
+    "lanes of C exchanged": Bug("8 * $half + lane() / 4,", "8 * $half + lane() % 8,", "plain", WRONG),
     "B not transposed": Bug("load_matrices<2, true>", "load_matrices<2>", "plain", WRONG),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from ..mutation import mutated
 from . import extension, run
 
 # How a test, the emulator or a sanitizer says what it found.
@@ -23,13 +24,15 @@ WILD = r"Fatal Python error: (Segmentation fault|Bus error)|assert False"
 
 
 class Bug(NamedTuple):
-    """`text`, which stands once in `file` of csrc/cuda, becomes `instead`; then `test`, with `unit` compiled anew as `kind`, fails as `finds` says.
+    """A mutant: `pattern`, which has one place in `file` of csrc/cuda, becomes `instead` (`mutation.py`).
+
+    Then `test`, with `unit` compiled anew as `kind`, fails as `finds` says.
 
     A schedule is a seed and when copies arrive.
     """
 
     file: str
-    text: str
+    pattern: str
     instead: str
     unit: str
     kind: str
@@ -50,11 +53,11 @@ _BFLOAT16, _FLOAT32, _BACKWARD = "forward_bfloat16", "forward_float32", "backwar
 _WHOLE, _LEVELS = _matrix("whole vectors", "bfloat16", "one launch"), _matrix("whole vectors", "bfloat16", "a launch a level")
 _ODD, _FEATURES = _matrix("odd", "float32", "a launch a level"), _matrix("every feature", "float32", "a launch a level")
 
-_STEP = ("tile.h", "    sync_block();\n    fetch(place(STAGES - 1));\n", "    fetch(place(STAGES - 1));\n")
-_FINISH = ("tile.h", "    wait_copies<0>();\n    sync_block();\n  }", "    wait_copies<0>();\n  }")
-_SUMS = ("backward.h", "= sum;\n        }\n      sync_block();\n", "= sum;\n        }\n")
-_UNIT = ("columns.h", "  // Of the tile before, all have been read.\n  sync_warp();\n", "")
-_PART = ("columns.h", "low, high); });\n  sync_warp();\n", "low, high); });\n")
+_STEP = ("tile.h", "sync_block();\n    $fetch($place(STAGES - 1));", "$fetch($place(STAGES - 1));")
+_FINISH = ("tile.h", "wait_copies<0>();\n    sync_block();\n  }", "wait_copies<0>();\n  }")
+_SUMS = ("backward.h", "= sum;\n        }\n      sync_block();", "= sum;\n        }")
+_UNIT = ("columns.h", "sync_warp();\n  $P::$visit(", "$P::$visit(")
+_PART = ("columns.h", "$low, $high); });\n  sync_warp();", "$low, $high); });")
 
 BARRIERS = {
     "no barrier between a copy and its readers": Bug(*_STEP, _BFLOAT16, "plain", _WHOLE, UNKNOWN, (1, "lazy")),
@@ -64,98 +67,100 @@ BARRIERS = {
     "no barrier of the warp before a write, in threads": Bug(*_UNIT, _FLOAT32, "threads", _ODD, RACE),
     "no barrier of the warp after a write": Bug(*_PART, _BFLOAT16, "plain", _WHOLE, WRONG, (1, "lazy")),
     "no barrier between a chunk's parts and its arrival": Bug(
-        "gradients.h", "where the flag does.\n    sync_block();\n", "where the flag does.\n", _BACKWARD, "plain", _ODD, NUMBERS, (1, "lazy")
+        "gradients.h", "where $the $flag $does.\n    sync_block();", "where $the $flag $does.", _BACKWARD, "plain", _ODD, NUMBERS, (1, "lazy")
     ),
     "another barrier for every second warp": Bug(
-        "forward.h", "    sync_block();\n  }\n}\n", "    if (warp() % 2)\n      sync_block();\n    else\n      sync_block();\n  }\n}\n",
+        "forward.h", "sync_block();\n  }\n}", "if (warp() % 2)\n      sync_block();\n    else\n      sync_block();\n  }\n}",
         _BFLOAT16, "plain", _WHOLE, "divergent barrier: expected",
     ),
     "warps without rows return early": Bug(
-        "forward.h", "  const int program = call.place + 2 * block_y();\n",
-        "  const int program = call.place + 2 * block_y();\n  if (warp() % Of::P::down * 16 >= of.block().live) return;\n",
+        "forward.h", "const int $program = $call.$place + 2 * block_y();",
+        "const int $program = $call.$place + 2 * block_y();\n  if (warp() % Of::P::down * 16 >= of.block().live) return;",
         _BFLOAT16, "plain", _LEVELS, "early return: expected every thread at the barrier",
     ),
 }  # fmt: skip
 
 COPIES = {
     "a wait for one group too few": Bug("tile.h", "wait_copies<STAGES - 2>()", "wait_copies<STAGES - 1>()", _BFLOAT16, "plain", _WHOLE, WRONG),
-    "no wait": Bug("tile.h", "    wait_copies<STAGES - 2>();\n", "", _BFLOAT16, "plain", _WHOLE, WRONG),
+    "no wait": Bug("tile.h", "wait_copies<STAGES - 2>();", "", _BFLOAT16, "plain", _WHOLE, WRONG),
     "no commit": Bug(
-        "tile.h", "    fetch(place(STAGES - 1));\n    commit_copies();\n", "    fetch(place(STAGES - 1));\n", _BFLOAT16, "plain", _WHOLE,
+        "tile.h", "$fetch($place(STAGES - 1));\n    commit_copies();", "$fetch($place(STAGES - 1));", _BFLOAT16, "plain", _WHOLE,
         f"{UNCOMMITTED}|{WRONG}",
     ),
     "a copy to the stage that is read": Bug(
-        "tile.h", "fetch(place(STAGES - 1));", "fetch(place(STAGES));", _BFLOAT16, "plain", _WHOLE, WRONG, (0, "eager")
+        "tile.h", "$fetch($place(STAGES - 1));", "$fetch($place(STAGES));", _BFLOAT16, "plain", _WHOLE, WRONG, (0, "eager")
     ),
-    "no zeros beyond a row": Bug("tile.h", "live ? 16 : 0", "16", _BFLOAT16, "plain", _WHOLE, WRONG),
+    "no zeros beyond a row": Bug("tile.h", "$live ? 16 : 0", "16", _BFLOAT16, "plain", _WHOLE, WRONG),
 }  # fmt: skip
 
 ADDRESSES = {
     "rows of a panel at odd addresses": Bug(
-        "tile.h", "(ACROSS && size == 4 ? 32 : 16)", "(ACROSS && size == 4 ? 32 : 8)", _BFLOAT16, "plain", _WHOLE,
+        "tile.h", "($ACROSS && $size == 4 ? 32 : 16)", "($ACROSS && $size == 4 ? 32 : 8)", _BFLOAT16, "plain", _WHOLE,
         r"misaligned (copy_async|load_matrices): expected",
     ),
     "too little shared memory": Bug(
-        "forward_instances.h", "size_t(Of::bytes(tiles.keep))", "size_t(Of::bytes(tiles.keep)) - 512", _BFLOAT16, "plain", _WHOLE,
+        "forward_instances.h", "size_t($Of::$bytes($tiles.$keep))", "size_t($Of::$bytes($tiles.$keep)) - 512", _BFLOAT16, "plain", _WHOLE,
         r"expected writes inside the \d+ bytes of shared memory|outside: expected copy_async",
     ),
     "too little shared memory, sanitized": Bug(
-        "forward_instances.h", "size_t(Of::bytes(tiles.keep))", "size_t(Of::bytes(tiles.keep)) - 512", _FLOAT32, "sanitized", _ODD,
+        "forward_instances.h", "size_t($Of::$bytes($tiles.$keep))", "size_t($Of::$bytes($tiles.$keep)) - 512", _FLOAT32, "sanitized", _ODD,
         "AddressSanitizer: use-after-poison",
     ),
-    "a row mask lost on a load": Bug("tile.h", "    if (row >= live) return -1;\n", "", _BFLOAT16, "plain", _WHOLE, OUTSIDE),
-    "a row mask lost on a store": Bug("columns.h", "first_row + row >= rows || ", "", _BFLOAT16, "plain", _WHOLE, rf"{OUTSIDE}|race: expected a store"),
+    "a row mask lost on a load": Bug("tile.h", "if ($row >= $live) return -1;", "", _BFLOAT16, "plain", _WHOLE, OUTSIDE),
+    "a row mask lost on a store": Bug("columns.h", "$first_row + $row >= $rows ||", "", _BFLOAT16, "plain", _WHOLE, rf"{OUTSIDE}|race: expected a store"),
     "a column mask lost on a store": Bug(
-        "columns.h", " || first_column + column >= columns.live) continue;", ") continue;", _FLOAT32, "plain", _ODD, rf"{OUTSIDE}|{NUMBERS}"
+        "columns.h", "|| $first_column + $column >= $columns.$live) continue;", ") continue;", _FLOAT32, "plain", _ODD, rf"{OUTSIDE}|{NUMBERS}"
     ),
     "a row mask lost on a store of the backward": Bug(
-        "columns.h", "first_row + row >= rows || ", "", _BACKWARD, "plain", _WHOLE, rf"{OUTSIDE}|race: expected a store"
+        "columns.h", "$first_row + $row >= $rows ||", "", _BACKWARD, "plain", _WHOLE, rf"{OUTSIDE}|race: expected a store"
     ),
-    "lanes of A exchanged": Bug("tile.h", "k * PanelA::size + lane() / 16 * 16", "k * PanelA::size + lane() / 8 % 2 * 16", _BFLOAT16, "plain", _WHOLE, WRONG),
+    "lanes of A exchanged": Bug(
+        "tile.h", "$k * $PanelA::$size + lane() / 16 * 16", "$k * $PanelA::$size + lane() / 8 % 2 * 16", _BFLOAT16, "plain", _WHOLE, WRONG
+    ),
     "lanes of B exchanged": Bug(
-        "tile.h", "(first + lane() / 16 * 8 + lane() % 8) * PanelB::pitch", "(first + lane() / 8 % 2 * 8 + lane() % 8) * PanelB::pitch",
+        "tile.h", "($first + lane() / 16 * 8 + lane() % 8) * PanelB::$pitch", "($first + lane() / 8 % 2 * 8 + lane() % 8) * PanelB::$pitch",
         _BFLOAT16, "plain", _WHOLE, WRONG,
     ),
-    "lanes of C exchanged": Bug("tile.h", "* 16 + half * 8 + lane() / 4;", "* 16 + half * 8 + lane() % 8;", _BFLOAT16, "plain", _WHOLE, NUMBERS),
+    "lanes of C exchanged": Bug("tile.h", "* 16 + $half * 8 + lane() / 4;", "* 16 + $half * 8 + lane() % 8;", _BFLOAT16, "plain", _WHOLE, NUMBERS),
     "an offset cut to 32 bits": Bug(
-        "records.h", "before + row * distance, int(distance)}", "before + int(row) * int(distance), int(distance)}", _FLOAT32, "plain",
+        "records.h", "$before + $row * $distance, int($distance)}", "$before + int($row) * int($distance), int($distance)}", _FLOAT32, "plain",
         f"{_FOLDER}test_matrix.py::test_rows_beyond_32_bits", WILD,
     ),
     "an offset cut to 32 bits, sanitized": Bug(
-        "records.h", "before + row * distance, int(distance)}", "before + int(row) * int(distance), int(distance)}", _FLOAT32, "sanitized",
+        "records.h", "$before + $row * $distance, int($distance)}", "$before + int($row) * int($distance), int($distance)}", _FLOAT32, "sanitized",
         f"{_FOLDER}test_matrix.py::test_rows_beyond_32_bits", "runtime error: signed integer overflow",
     ),
 }  # fmt: skip
 
 FORMULAS = {
     "an expert's rows of W from the first on": Bug(
-        "walk.h", "+ int64_t(row) * b_distance + column", "+ column", _FLOAT32, "plain", _matrix("whole vectors", "float32", "a launch a level"), WRONG
+        "walk.h", "+ int64_t($row) * $b_distance + $column", "+ $column", _FLOAT32, "plain", _matrix("whole vectors", "float32", "a launch a level"), WRONG
     ),
     "the softmax of another unit": Bug(
-        "forward.h", "+ group_head + call.units + u) + read)", "+ group_head + call.units) + read)", _BFLOAT16, "plain", _WHOLE, NUMBERS
+        "forward.h", "+ $group_head + $call.$units + $u) + $read)", "+ $group_head + $call.$units) + $read)", _BFLOAT16, "plain", _WHOLE, NUMBERS
     ),
     "static weights left out": Bug(
-        "forward.h", "part.p[turn] + part.v[turn]", "part.p[turn]", _FLOAT32, "plain", _FEATURES, WRONG
+        "forward.h", "$part.$p[$turn] + $part.$v[$turn]", "$part.$p[$turn]", _FLOAT32, "plain", _FEATURES, WRONG
     ),
-    "what is not seen has weight": Bug("forward.h", "plan(outputs.list + read) < 0 ? -INFINITY : value", "value", _FLOAT32, "plain", _FEATURES, WRONG),
+    "what is not seen has weight": Bug("forward.h", "plan($outputs.$list + $read) < 0 ? -INFINITY : $value", "$value", _FLOAT32, "plain", _FEATURES, WRONG),
     "terms of the softmax's gradient exchanged": Bug(
-        "backward.h", "weight_gradient(selection, first + i) - of.mean - of.rest", "of.mean + of.rest - weight_gradient(selection, first + i)",
+        "backward.h", "$weight_gradient($selection, $first + $i) - $of.$mean - $of.$rest", "$of.$mean + $of.$rest - $weight_gradient($selection, $first + $i)",
         _BACKWARD, "plain", _WHOLE, WRONG,
     ),
-    "a derivative left out": Bug("backward.h", "dy.at[m][n][k] * act.slope(at, parameter)", "dy.at[m][n][k]", _BACKWARD, "plain", _WHOLE, WRONG),
+    "a derivative left out": Bug("backward.h", "$dy.$at[$m][$n][$k] * $act.$slope($at, $parameter)", "$dy.$at[$m][$n][$k]", _BACKWARD, "plain", _WHOLE, WRONG),
     "a source's gradient not added to what is there": Bug(
-        "backward.h", "if (plan(record + 6) != 0) add_tile", "if (false) add_tile", _BACKWARD, "plain", _FEATURES, WRONG
+        "backward.h", "if (plan($record + 6) != 0) $add_tile", "if (false) $add_tile", _BACKWARD, "plain", _FEATURES, WRONG
     ),
     "what is beside hidden outputs handed on": Bug(
-        "series.h", "one ? low : 0.0f, both ? high : 0.0f);", "one ? low : low, both ? high : high);", _FLOAT32, "plain",
+        "series.h", "$one ? $low : 0.0f, $both ? $high : 0.0f);", "$one ? $low : $low, $both ? $high : $high);", _FLOAT32, "plain",
         _INFINITE.format("a hidden layer"), "assert False",
     ),
     "what is beside an expert's columns in its weights' gradient": Bug(
-        "backward.h", "if (column >= columns.live) low = 0.0f;", "", _BACKWARD, "plain", _INFINITE.format("one layer"), LIST
+        "backward.h", "if ($column >= $columns.$live) $low = 0.0f;", "", _BACKWARD, "plain", _INFINITE.format("one layer"), LIST
     ),
-    "the last chunk not added": Bug("gradients.h", "chunk < blocks_y(); chunk++", "chunk < blocks_y() - 1; chunk++", _BACKWARD, "plain", _ODD, WRONG),
+    "the last chunk not added": Bug("gradients.h", "$chunk < blocks_y(); $chunk++", "$chunk < blocks_y() - 1; $chunk++", _BACKWARD, "plain", _ODD, WRONG),
     "a gradient of another expert's columns": Bug(
-        "gradients.h", "dz_row + plan(record + 5) + n;", "dz_row + n;", _BACKWARD, "plain", _WHOLE, WRONG
+        "gradients.h", "$dz_row + plan($record + 5) + $n;", "$dz_row + $n;", _BACKWARD, "plain", _WHOLE, WRONG
     ),
 }  # fmt: skip
 
@@ -171,7 +176,7 @@ def built(bug: Bug, folder: Path) -> Path:
     sources.mkdir(parents=True)
     for path in (run.ROOT / "csrc" / "cuda").iterdir():
         text = path.read_text()
-        (sources / path.name).write_text(text.replace(bug.text, bug.instead) if path.name == bug.file else text)
+        (sources / path.name).write_text(mutated(text, bug.pattern, bug.instead) if path.name == bug.file else text)
     # Once run, they need not be fast.
     (changed,) = run.compiled(bug.kind, [sources / f"{bug.unit}.cu"], folder, ["-O1"], folder / "csrc")
     common, whole = (run.ROOT / "build" / f"cuda_on_cpu-{bug.kind}{part}" for part in ("", "-extension"))

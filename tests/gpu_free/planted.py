@@ -23,10 +23,13 @@ WILD = r"Fatal Python error: (Segmentation fault|Bus error)|assert torch\.equal"
 
 
 class Bug(NamedTuple):
-    """`text`, which stands once in `file` of `kernels/`, becomes `instead`; then the test `test`, run where `rung` says, fails as `finds` says."""
+    """A mutant: `pattern`, which has one place in `file` of `kernels/`, becomes `instead` (`mutation.py`).
+
+    Then the test `test`, run where `rung` says, fails as `finds` says.
+    """
 
     file: str
-    text: str
+    pattern: str
     instead: str
     rung: str
     test: str
@@ -54,46 +57,46 @@ _CHUNKS = f"{_SIZES}::test_several_chunks[narrow]"
 MEMORY = {
     "a row mask lost on a load": Bug(
         "records.py",
-        "            h = tl.load(first + block.rows[:, None] * distance + at[None, :], mask=block.live[:, None] & inside[None, :], other=0.0)",
-        "            h = tl.load(first + block.rows[:, None] * distance + at[None, :], mask=inside[None, :], other=0.0)",
+        "$h = tl.load($first + $block.$rows[:, None] * $distance + $at[None, :], mask=$block.$live[:, None] & $inside[None, :], other=0.0)",
+        "$h = tl.load($first + $block.$rows[:, None] * $distance + $at[None, :], mask=$inside[None, :], other=0.0)",
         INTERPRETED, _WATCHED, OUTSIDE,
     ),
     "a row mask lost on a store": Bug(
-        "forward.py", "element_ty), mask=block.live[:, None] & live[None, :])", "element_ty), mask=live[None, :])", INTERPRETED, _WATCHED, OUTSIDE
+        "forward.py", "element_ty), mask=$block.$live[:, None] & $live[None, :])", "element_ty), mask=$live[None, :])", INTERPRETED, _WATCHED, OUTSIDE
     ),
     "a column mask lost on a load": Bug(
         "records.py",
-        "(column + at)[:, None], mask=inside[:, None] & live[None, :], other=0.0)",
-        "(column + at)[:, None], mask=inside[:, None], other=0.0)",
+        "(column + $at)[:, None], mask=$inside[:, None] & $live[None, :], other=0.0)",
+        "(column + $at)[:, None], mask=$inside[:, None], other=0.0)",
         INTERPRETED, _WATCHED, OUTSIDE,
     ),
     "a column mask lost on a store": Bug(
-        "backward.py", "d, mask=(n < outputs)[:, None] & live_k[None, :])", "d, mask=live_k[None, :])", INTERPRETED, _CHUNKS, SHARED
+        "backward.py", "$d, mask=($n < $outputs)[:, None] & $live_k[None, :])", "$d, mask=$live_k[None, :])", INTERPRETED, _CHUNKS, SHARED
     ),
     "an offset cut to 32 bits": Bug(
         "records.py",
-        "(before + block.row * distance) * size",
-        "(before + (block.row * distance).to(tl.int32)) * size",
+        "($before + $block.$row * $distance) * $size",
+        "($before + ($block.$row * $distance).to(tl.int32)) * $size",
         INTERPRETED, f"{_ACCESSES}::test_rows_beyond_32_bits", WILD,
     ),
     "rows too far apart for a chunk": Bug(
-        "operator.py", "bound.chunk_of(x.shape[0]) < 2**31", "64 < 2**31", INTERPRETED, f"{_ACCESSES}::test_rows_of_a_chunk_beyond_32_bits", WILD
+        "operator.py", "$bound.$chunk_of($x.$shape[0]) < 2**31", "64 < 2**31", INTERPRETED, f"{_ACCESSES}::test_rows_of_a_chunk_beyond_32_bits", WILD
     ),
     "two programs at one row of softmax": Bug(
-        "plan.py", "rows if len(stages) == 1 or column + columns >=", "rows if column + columns >=", INTERPRETED, _TILES, SHARED
+        "plan.py", "$rows if len($stages) == 1 or $column + $columns >=", "$rows if $column + $columns >=", INTERPRETED, _TILES, SHARED
     ),
-    "two programs at one row of dw": Bug("backward_plan.py", "first + tile * distance + place]", "first + place]", INTERPRETED, _TILES, SHARED),
-    "two programs at one dz of a gate": Bug("backward_plan.py", "(*one, int(column == 0))", "(*one, 1)", INTERPRETED, _TILES, SHARED),
-    "two programs at one bias's gradient": Bug("backward_plan.py", "first == 0 and k == 0", "first == 0", INTERPRETED, _TILES, SHARED),
+    "two programs at one row of dw": Bug("backward_plan.py", "$first + $tile * $distance + $place]", "$first + $place]", INTERPRETED, _TILES, SHARED),
+    "two programs at one dz of a gate": Bug("backward_plan.py", "(*$one, int($column == 0))", "(*$one, 1)", INTERPRETED, _TILES, SHARED),
+    "two programs at one bias's gradient": Bug("backward_plan.py", "$first == 0 and $k == 0", "$first == 0", INTERPRETED, _TILES, SHARED),
     "alignment claimed of odd widths": Bug(
-        "bound.py", "return lanes if whole else 1", "return lanes", EXECUTED, _executed("ple-torch.bfloat16-one launch"), MISALIGNED
+        "bound.py", "return $lanes if $whole else 1", "return $lanes", EXECUTED, _executed("ple-torch.bfloat16-one launch"), MISALIGNED
     ),
     "alignment claimed of odd outputs": Bug(
-        "bound.py", "align if aligned(sizes, align) else 1", "align",
+        "bound.py", "$align if $aligned($sizes, $align) else 1", "$align",
         EXECUTED, "tests/gpu_free/test_executed.py::test_outputs_of_odd_widths", MISALIGNED,
     ),
     "alignment claimed of any address": Bug(
-        "bound.py", "even and x.data_ptr() % 16 == 0 and ", "",
+        "bound.py", "$even and $x.data_ptr() % 16 == 0 and", "",
         EXECUTED, "tests/gpu_free/test_executed.py::test_parameters_at_odd_addresses", MISALIGNED,
     ),
 }  # fmt: skip
@@ -101,46 +104,47 @@ MEMORY = {
 FORWARD = {
     "an expert's rows of W from the first on": Bug(
         "records.py",
-        "+ tl.cast(first, tl.int64) * reduction, shape.BYTES)\n    inner = -1",
-        ", shape.BYTES)\n    inner = -1",
+        "+ tl.cast($first, tl.int64) * $reduction, $shape.$BYTES)\n    $inner = -1",
+        ", $shape.$BYTES)\n    $inner = -1",
         INTERPRETED, _of_width(47), WRONG,
     ),
     "a hidden layer's rows of W from the first on": Bug(
         "records.py",
-        "+ tl.cast(first, tl.int64) * reduction, shape.BYTES)\n    return",
-        ", shape.BYTES)\n    return",
+        "+ tl.cast($first, tl.int64) * $reduction, $shape.$BYTES)\n    return",
+        ", $shape.$BYTES)\n    return",
         INTERPRETED, f"{_SIZES}::test_inference[wide-0]", WRONG,
     ),
     "the bias of other columns": Bug(
-        "records.py", "pointer(block, bias) + first + outputs", "pointer(block, bias) + outputs",
+        "records.py", "$pointer($block, $bias) + $first + $outputs", "$pointer($block, $bias) + $outputs",
         INTERPRETED, _of_width(47), WRONG,
     ),
     "rows of W at the width of one source": Bug(
-        "records.py", "weight + outputs[None, :] * reduction + (column + at)", "weight + outputs[None, :] * width + (column + at)",
+        "records.py", "$weight + $outputs[None, :] * $reduction + (column + $at)", "$weight + $outputs[None, :] * width + (column + $at)",
         INTERPRETED, _parity("customized_sharing-odd"), WRONG,
     ),
     "a softmax over experts that are not seen": Bug(
-        "forward.py", "tl.where(seen[None, :] >= 0, z, NEVER)", "tl.where(seen[None, :] >= 0, z, 0.0)", INTERPRETED, _parity("ml_mmoe-one_row"), WRONG
+        "forward.py", "tl.where($seen[None, :] >= 0, $z, $NEVER)", "tl.where($seen[None, :] >= 0, $z, 0.0)", INTERPRETED, _parity("ml_mmoe-one_row"), WRONG
     ),
     "all slots taken for one": Bug(
-        "bound.py", "found if key.apart or found.table.slots == 1 else program.of_one_slot(found)", "program.of_one_slot(found)",
+        "bound.py", "$found if $key.$apart or $found.$table.$slots == 1 else $program.$of_one_slot($found)", "$program.$of_one_slot($found)",
         INTERPRETED, _parity("adatt_sp-odd"), WRONG,
     ),
     "gates that all read one source": Bug(
-        "plan.py", "unit.gate.read[0] if unit.gate else Source(X, 0, 0)", "units[0].gate.read[0]", EXECUTED, _executed("ple-torch.bfloat16-one launch"), WRONG
+        "plan.py", "$unit.$gate.$read[0] if $unit.$gate else $Source($X, 0, 0)", "units[0].$gate.$read[0]",
+        EXECUTED, _executed("ple-torch.bfloat16-one launch"), WRONG,
     ),
     "experts that all read the first piece of a source": Bug(
-        "records.py", "tl.dot(h[piece], w, z,", "tl.dot(h[0], w, z,", EXECUTED, _executed("adatt_sp, whole vectors-torch.bfloat16-one launch"), WRONG
+        "records.py", "tl.dot($h[$piece], $w, $z,", "tl.dot($h[0], $w, $z,", EXECUTED, _executed("adatt_sp, whole vectors-torch.bfloat16-one launch"), WRONG
     ),
     "static weights left out": Bug(
-        "forward.py", " + static_weight(block, tl.load(block.plan + units + u), read)", "", INTERPRETED, _parity("cross_stitch-tiny"), WRONG
+        "forward.py", "+ $static_weight($block, tl.load($block.plan + $units + $u), $read)", "", INTERPRETED, _parity("cross_stitch-tiny"), WRONG
     ),
     "the softmax of another unit": Bug(
-        "forward.py", "(tl.load(block.plan + units + UNITS + u) + read)", "(tl.load(block.plan + units + UNITS) + read)",
+        "forward.py", "(tl.load($block.plan + $units + $UNITS + $u) + $read)", "(tl.load($block.plan + $units + $UNITS) + $read)",
         INTERPRETED, _parity("mmoe-odd"), WRONG,
     ),
     "what stands beyond a hidden layer": Bug(
-        "records.py", "tl.where(inside[None, :], apply(hidden, code, parameter, shape.ACTS), 0.0)", "apply(hidden, code, parameter, shape.ACTS)",
+        "records.py", "tl.where($inside[None, :], $apply($hidden, $code, $parameter, $shape.$ACTS), 0.0)", "$apply($hidden, $code, $parameter, $shape.$ACTS)",
         INTERPRETED, f"{_SIZES}::test_an_infinite_input[tanh]", NOT_FINITE,
     ),
     "one product of tf32 instead of three": Bug(
@@ -148,35 +152,35 @@ FORWARD = {
         EXECUTED, _executed("ple-torch.float32-one launch"), WRONG,
     ),
     "a launch for every stage": Bug(
-        "plan.py", "else program.groups", "else tuple((stage,) for stage in range(len(program.stages)))",
+        "plan.py", "else $program.$groups", "else tuple((stage,) for stage in range(len($program.stages)))",
         INTERPRETED, f"{_ACCESSES}::test_launches[towers1-1]", LAUNCHES,
     ),
 }  # fmt: skip
 
 BACKWARD = {
     "terms of the softmax's gradient exchanged": Bug(
-        "backward.py", "soft * (d - rest)", "soft * (rest - d)", INTERPRETED, _parity("adatt-empty_gate"), WRONG
+        "backward.py", "$soft * ($d - $rest)", "$soft * ($rest - $d)", INTERPRETED, _parity("adatt-empty_gate"), WRONG
     ),
     "a sum computed again in another layout": Bug(
-        "backward.py", "    while times < 1:\n", "    if times < 1:\n", EXECUTED,
+        "backward.py", "while $times < 1:", "if $times < 1:", EXECUTED,
         "tests/gpu_free/test_executed.py::test_split_numbers_are_those_of_one_sum", WRONG,
     ),
-    "a derivative left out": Bug("backward.py", "0.0, dy * slope)", "0.0, dy)", INTERPRETED, _of_width(17), WRONG),
+    "a derivative left out": Bug("backward.py", "0.0, $dy * $slope)", "0.0, $dy)", INTERPRETED, _of_width(17), WRONG),
     "a static weight left out of dy": Bug(
-        "backward.py", "        w += static_weight(block, tl.load(block.plan + reader + 6), tl.load(block.plan + reader + 7))\n", "",
+        "backward.py", "$w += $static_weight($block, tl.load($block.plan + $reader + 6), tl.load($block.plan + $reader + 7))", "",
         INTERPRETED, _parity("cross_stitch-tiny"), WRONG,
     ),
-    "dz without zeros behind it": Bug("backward.py", "(columns < padded(width) - column)[None, :]", "inside[None, :]", INTERPRETED, _of_width(17), WRONG),
+    "dz without zeros behind it": Bug("backward.py", "($columns < $padded($width) - $column)[None, :]", "inside[None, :]", INTERPRETED, _of_width(17), WRONG),
     "gradients of the mixing weights left out": Bug(
-        "backward.py", "            d += tl.load(given, mask=live, other=0.0).to(tl.float32)\n", "", INTERPRETED, _parity("mmoe-odd"), WRONG
+        "backward.py", "$d += tl.load(given, mask=$live, other=0.0).to(tl.float32)", "", INTERPRETED, _parity("mmoe-odd"), WRONG
     ),
     "a source's gradient not added to what is there": Bug(
-        "backward_plan.py", "int(source in self.written)]", "0]", INTERPRETED, _parity("mmoe-odd"), WRONG
+        "backward_plan.py", "int($source in $self.$written)]", "0]", INTERPRETED, _parity("mmoe-odd"), WRONG
     ),
-    "the last chunk not added": Bug("backward.py", "for chunk in range(chunks):", "for chunk in range(chunks - 1):", INTERPRETED, _CHUNKS, WRONG),
+    "the last chunk not added": Bug("backward.py", "for $chunk in range(chunks):", "for $chunk in range(chunks - 1):", INTERPRETED, _CHUNKS, WRONG),
     "what stands beyond an expert": Bug(
-        "backward.py", "tl.where(inside[None, :], expert(block, shape, one, column, columns, inside), 0.0)",
-        "expert(block, shape, one, column, columns, inside)", INTERPRETED, f"{_SIZES}::test_an_infinite_input[tanh]", NOT_FINITE,
+        "backward.py", "tl.where($inside[None, :], $expert($block, $shape, $one, $column, $columns, $inside), 0.0)",
+        "$expert($block, $shape, $one, $column, $columns, $inside)", INTERPRETED, f"{_SIZES}::test_an_infinite_input[tanh]", NOT_FINITE,
     ),
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="gpu_free: expected the package triton, whi
 
 from fusedmoe import kernels
 
+from ..mutation import mutated, places
 from .planted import BUGS, EXECUTED, INTERPRETED, QUICK
 
 PACKAGE, KERNELS, TESTS = Path(fusedmoe.__file__).parent, Path(kernels.__file__).parent, Path(__file__).parent.parent
@@ -47,14 +48,14 @@ def run(folder: Path, rung: str, tests: list[str]) -> tuple[int, str]:
 @pytest.mark.parametrize("name", BUGS)
 def test_a_bug_has_one_place(name):
     bug = BUGS[name]
-    assert (KERNELS / bug.file).read_text().count(bug.text) == 1
+    assert places((KERNELS / bug.file).read_text(), bug.pattern) == 1
 
 
 @pytest.mark.parametrize("name", quick_first(BUGS))
 def test_a_planted_bug_is_found(name, copy):
     bug = BUGS[name]
     path = copy / "fusedmoe" / "kernels" / bug.file
-    path.write_text(path.read_text().replace(bug.text, bug.instead))
+    path.write_text(mutated(path.read_text(), bug.pattern, bug.instead))
     status, said = run(copy, bug.rung, [bug.test])
     # A process that a wild access ends has a negative status; one that pytest cannot run, or that finds no test, has another one.
     assert status < 0 or status == 1, said
