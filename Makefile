@@ -36,10 +36,10 @@ help:
 	@echo "make test-cpp-sanitized  the same under the address and undefined-behaviour sanitizers"
 	@echo "make test-cpp-neon       the same built for AArch64 and run by qemu-user"
 	@echo "make test-cpp-all        both of these, as tests of pytest, and the accuracy of many random networks"
-	@echo "make test-gpu-free       the GPU kernels' slow tests that need no device: compiled for every architecture, executed, planted bugs"
+	@echo "make test-gpu-free       the GPU kernels' slow tests that need no device: compiled for every architecture, executed, mutants"
 	@echo "make test-interpreted    every case in Triton's interpreter, of which make test has some"
 	@echo "make test-cuda           the CUDA kernels on the tests' emulator of a device: the parity tests, modules, swap"
-	@echo "make test-cuda-all       the same under every schedule and the sanitizers, with planted bugs; and the emulator's own slow tests"
+	@echo "make test-cuda-all       the same under every schedule and the sanitizers, with mutants; and the emulator's own slow tests"
 	@echo "make test-oldest         the core of the tests with the versions of requirements-oldest.txt, and every torch's headers; downloads 3 GB once"
 	@echo "make test-rehearsal      make gpu on a stub of CUDA's driver, with the versions of make test-oldest: all but the kernels runs"
 	@echo "make gpu     on a machine with a device: parity, times, counters, in ten minutes; PART=b runs one part, RESUME=1 what is still missing"
@@ -103,7 +103,7 @@ test-cuda: build
 test-cuda-all: build
 	$(call say,running the CUDA kernels under every schedule of the emulated device)
 	@OMP_NUM_THREADS=1 FUSEDMOE_CUDA_ON_CPU=plain $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow $(EMULATED)
-	$(call say,running the CUDA kernels and the emulator under the sanitizers and with planted bugs)
+	$(call say,running the CUDA kernels and the emulator under the sanitizers and with mutants)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_cuda_on_cpu.py tests/test_cuda_kernels.py
 	$(call say,building the CUDA kernels for every architecture)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/gpu_free/test_cuda_budgets.py tests/gpu_free/test_cuda_extension.py

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the emulated device under the sanitizers, and with planted bugs, each of which an ordinary test finds.
+"""The CUDA kernels on the emulated device under the sanitizers, and with mutants, each of which an ordinary test finds.
 
 Every run is a process of its own: the emulated extension, and a sanitizer's library, take their place at its start.
 """
@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from .cuda_on_cpu import extension, planted_kernels, run
+from .cuda_on_cpu import extension, mutants, run
 from .mutation import places
 
 MATRIX = "tests/cuda_on_cpu/emulated/test_matrix.py::test_matrix"
-BUGS = planted_kernels.BUGS
+MUTANTS = mutants.MUTANTS
 
 
 def result_of(test: str, environment: dict[str, str], *more: str) -> subprocess.CompletedProcess:
@@ -33,19 +33,19 @@ def test_sanitizers_find_nothing(kind, schedule):
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("name", BUGS)
-def test_a_bug_has_one_place(name):
-    assert places((run.ROOT / "csrc" / "cuda" / BUGS[name].file).read_text(), BUGS[name].pattern) == 1
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_has_one_place(name):
+    assert places((run.ROOT / "csrc" / "cuda" / MUTANTS[name].file).read_text(), MUTANTS[name].pattern) == 1
 
 
-@pytest.mark.parametrize("name", [name if name in planted_kernels.QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BUGS])
-def test_a_planted_bug_is_found(name, tmp_path):
-    bug = BUGS[name]
-    if reason := run.missing(bug.kind):
+@pytest.mark.parametrize("name", [name if name in mutants.QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MUTANTS])
+def test_a_mutant_is_found(name, tmp_path):
+    mutant = MUTANTS[name]
+    if reason := run.missing(mutant.kind):
         pytest.skip(reason)
-    library = planted_kernels.built(bug, tmp_path)
-    result = result_of(bug.test, extension.environment(bug.kind, *bug.schedule, library))
+    library = mutants.built(mutant, tmp_path)
+    result = result_of(mutant.test, extension.environment(mutant.kind, *mutant.schedule, library))
     said = result.stdout + result.stderr
     # A process that a wild access ends has a negative status; one that pytest cannot run, or that finds no test, has 2, 4 or 5.
     assert result.returncode not in (0, 2, 4, 5), said
-    assert re.search(bug.finds, said), said
+    assert re.search(mutant.finds, said), said

@@ -1,6 +1,6 @@
-"""The emulation of CUDA that the CUDA kernels' tests stand on: small kernels against plain loops, what it refuses, and the bugs that it must find.
+"""The emulation of CUDA that the CUDA kernels' tests stand on: small kernels against plain loops, what it refuses, and the mutants that it must find.
 
-What takes a minute or more is left to .ci/run: the sanitizers, most planted bugs and nvcc.
+What takes a minute or more is left to .ci/run: the sanitizers, most mutants and nvcc.
 """
 
 import re
@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from .cuda_on_cpu import executed, planted, run
+from .cuda_on_cpu import executed, run, sample_mutants
 from .mutation import mutated, places
 
 NO_NVCC = "cuda_on_cpu: expected nvcc in $CUDA_HOME/bin, /usr/local/cuda/bin or on the path, found none"
@@ -37,21 +37,21 @@ def test_samples_operations_and_misuses(kind):
     assert len(said) == 2 * len(run.SCHEDULES) + 1 and all(line.endswith("checked") for line in said)
 
 
-@pytest.mark.parametrize("name", planted.BUGS)
-def test_a_bug_has_one_place(name):
-    assert places((run.HERE / "gemm.cu").read_text(), planted.BUGS[name].pattern) == 1
+@pytest.mark.parametrize("name", sample_mutants.MUTANTS)
+def test_a_mutant_has_one_place(name):
+    assert places((run.HERE / "gemm.cu").read_text(), sample_mutants.MUTANTS[name].pattern) == 1
 
 
-@pytest.mark.parametrize("name", slow_but(planted.BUGS, planted.QUICK))
-def test_a_planted_bug_is_found(name, tmp_path):
-    bug = planted.BUGS[name]
-    if reason := run.missing(bug.kind):
+@pytest.mark.parametrize("name", slow_but(sample_mutants.MUTANTS, sample_mutants.QUICK))
+def test_a_mutant_is_found(name, tmp_path):
+    mutant = sample_mutants.MUTANTS[name]
+    if reason := run.missing(mutant.kind):
         pytest.skip(reason)
     source = tmp_path / "gemm.cu"
-    source.write_text(mutated((run.HERE / "gemm.cu").read_text(), bug.pattern, bug.instead))
-    program = run.build(bug.kind, [source, run.HERE / "operations.cu"], tmp_path)
-    result = run.under(program, "samples", *bug.schedule)
-    assert result.returncode and re.search(bug.finds, result.stderr), result.stdout + result.stderr
+    source.write_text(mutated((run.HERE / "gemm.cu").read_text(), mutant.pattern, mutant.instead))
+    program = run.build(mutant.kind, [source, run.HERE / "operations.cu"], tmp_path)
+    result = run.under(program, "samples", *mutant.schedule)
+    assert result.returncode and re.search(mutant.finds, result.stderr), result.stdout + result.stderr
 
 
 def test_lane_maps_are_those_of_cutlass():

@@ -169,7 +169,7 @@ def test_a_parameter_that_is_not_lent_is_out_of_bounds():
 
 
 # A pattern in the compiled forward, what it is replaced by, and how the executor answers.
-PLANTED = {
+MUTANTS = {
     "a copy that is not waited for": (r"cp\.async\.wait_group[^;]*;", "", AssertionError),
     "a store without its mask": (r"@%p\d+ st\.global", "st.global", KernelFault),
     "a product of other bits": (r"\.bf16\.bf16\.", ".f16.f16.", AssertionError),
@@ -178,9 +178,9 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize("fault", PLANTED)
-def test_planted_faults_are_noticed(fault, monkeypatch):
-    pattern, replacement, expected = PLANTED[fault]
+@pytest.mark.parametrize("fault", MUTANTS)
+def test_mutants_of_ptx_are_noticed(fault, monkeypatch):
+    pattern, replacement, expected = MUTANTS[fault]
     ptx_for = executed.ptx_for
 
     def broken(kernel, *rest):

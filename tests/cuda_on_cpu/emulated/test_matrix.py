@@ -1,5 +1,5 @@
-"""Small calls of everything that the CUDA kernels do, in every dtype and form, watched: under each schedule here, and under the sanitizers and with planted
-bugs in runs of their own (tests/test_cuda_kernels.py). The seed of the run's first schedule is that of its environment."""
+"""Small calls of everything that the CUDA kernels do, in every dtype and form, watched: under each schedule here, and under the sanitizers and with mutants
+in runs of their own (tests/test_cuda_kernels.py). The seed of the run's first schedule is that of its environment."""
 
 from contextlib import ExitStack
 from functools import cache, partial

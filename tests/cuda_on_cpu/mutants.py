@@ -1,4 +1,4 @@
-"""Bugs to plant in csrc/cuda, one at a time, and the ordinary test that fails with each: what shows that the tests can fail."""
+"""Mutants of csrc/cuda, one at a time, and the ordinary test that fails with each: what shows that the tests can fail."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNCOMMITTED = r"expected copies to be committed before the thread returns"
 WILD = r"Fatal Python error: (Segmentation fault|Bus error)|assert False"
 
 
-class Bug(NamedTuple):
+class Mutant(NamedTuple):
     """A mutant: `pattern`, which has one place in `file` of csrc/cuda, becomes `instead` (`mutation.py`).
 
     Then `test`, with `unit` compiled anew as `kind`, fails as `finds` says.
@@ -60,20 +60,20 @@ _UNIT = ("columns.h", "sync_warp();\n  $P::$visit(", "$P::$visit(")
 _PART = ("columns.h", "$low, $high); });\n  sync_warp();", "$low, $high); });")
 
 BARRIERS = {
-    "no barrier between a copy and its readers": Bug(*_STEP, _BFLOAT16, "plain", _WHOLE, UNKNOWN, (1, "lazy")),
-    "no barrier between a copy and its readers, in threads": Bug(*_STEP, _FLOAT32, "threads", _ODD, RACE),
-    "no barrier between logits and their softmax": Bug(*_FINISH, _BFLOAT16, "plain", _WHOLE, WRONG, (1, "lazy")),
-    "no barrier between partial sums and their sum": Bug(*_SUMS, _BACKWARD, "plain", _LEVELS, WRONG, (1, "lazy")),
-    "no barrier of the warp before a write, in threads": Bug(*_UNIT, _FLOAT32, "threads", _ODD, RACE),
-    "no barrier of the warp after a write": Bug(*_PART, _BFLOAT16, "plain", _WHOLE, WRONG, (1, "lazy")),
-    "no barrier between a chunk's parts and its arrival": Bug(
+    "no barrier between a copy and its readers": Mutant(*_STEP, _BFLOAT16, "plain", _WHOLE, UNKNOWN, (1, "lazy")),
+    "no barrier between a copy and its readers, in threads": Mutant(*_STEP, _FLOAT32, "threads", _ODD, RACE),
+    "no barrier between logits and their softmax": Mutant(*_FINISH, _BFLOAT16, "plain", _WHOLE, WRONG, (1, "lazy")),
+    "no barrier between partial sums and their sum": Mutant(*_SUMS, _BACKWARD, "plain", _LEVELS, WRONG, (1, "lazy")),
+    "no barrier of the warp before a write, in threads": Mutant(*_UNIT, _FLOAT32, "threads", _ODD, RACE),
+    "no barrier of the warp after a write": Mutant(*_PART, _BFLOAT16, "plain", _WHOLE, WRONG, (1, "lazy")),
+    "no barrier between a chunk's parts and its arrival": Mutant(
         "gradients.h", "where $the $flag $does.\n    sync_block();", "where $the $flag $does.", _BACKWARD, "plain", _ODD, NUMBERS, (1, "lazy")
     ),
-    "another barrier for every second warp": Bug(
+    "another barrier for every second warp": Mutant(
         "forward.h", "sync_block();\n  }\n}", "if (warp() % 2)\n      sync_block();\n    else\n      sync_block();\n  }\n}",
         _BFLOAT16, "plain", _WHOLE, "divergent barrier: expected",
     ),
-    "warps without rows return early": Bug(
+    "warps without rows return early": Mutant(
         "forward.h", "const int $program = $call.$place + 2 * block_y();",
         "const int $program = $call.$place + 2 * block_y();\n  if (warp() % Of::P::down * 16 >= of.block().live) return;",
         _BFLOAT16, "plain", _LEVELS, "early return: expected every thread at the barrier",
@@ -81,108 +81,110 @@ BARRIERS = {
 }  # fmt: skip
 
 COPIES = {
-    "a wait for one group too few": Bug("tile.h", "wait_copies<STAGES - 2>()", "wait_copies<STAGES - 1>()", _BFLOAT16, "plain", _WHOLE, WRONG),
-    "no wait": Bug("tile.h", "wait_copies<STAGES - 2>();", "", _BFLOAT16, "plain", _WHOLE, WRONG),
-    "no commit": Bug(
+    "a wait for one group too few": Mutant("tile.h", "wait_copies<STAGES - 2>()", "wait_copies<STAGES - 1>()", _BFLOAT16, "plain", _WHOLE, WRONG),
+    "no wait": Mutant("tile.h", "wait_copies<STAGES - 2>();", "", _BFLOAT16, "plain", _WHOLE, WRONG),
+    "no commit": Mutant(
         "tile.h", "$fetch($place(STAGES - 1));\n    commit_copies();", "$fetch($place(STAGES - 1));", _BFLOAT16, "plain", _WHOLE,
         f"{UNCOMMITTED}|{WRONG}",
     ),
-    "a copy to the stage that is read": Bug(
+    "a copy to the stage that is read": Mutant(
         "tile.h", "$fetch($place(STAGES - 1));", "$fetch($place(STAGES));", _BFLOAT16, "plain", _WHOLE, WRONG, (0, "eager")
     ),
-    "no zeros beyond a row": Bug("tile.h", "$live ? 16 : 0", "16", _BFLOAT16, "plain", _WHOLE, WRONG),
+    "no zeros beyond a row": Mutant("tile.h", "$live ? 16 : 0", "16", _BFLOAT16, "plain", _WHOLE, WRONG),
 }  # fmt: skip
 
 ADDRESSES = {
-    "rows of a panel at odd addresses": Bug(
+    "rows of a panel at odd addresses": Mutant(
         "tile.h", "($ACROSS && $size == 4 ? 32 : 16)", "($ACROSS && $size == 4 ? 32 : 8)", _BFLOAT16, "plain", _WHOLE,
         r"misaligned (copy_async|load_matrices): expected",
     ),
-    "too little shared memory": Bug(
+    "too little shared memory": Mutant(
         "forward_instances.h", "size_t($Of::$bytes($tiles.$keep))", "size_t($Of::$bytes($tiles.$keep)) - 512", _BFLOAT16, "plain", _WHOLE,
         r"expected writes inside the \d+ bytes of shared memory|outside: expected copy_async",
     ),
-    "too little shared memory, sanitized": Bug(
+    "too little shared memory, sanitized": Mutant(
         "forward_instances.h", "size_t($Of::$bytes($tiles.$keep))", "size_t($Of::$bytes($tiles.$keep)) - 512", _FLOAT32, "sanitized", _ODD,
         "AddressSanitizer: use-after-poison",
     ),
-    "a row mask lost on a load": Bug("tile.h", "if ($row >= $live) return -1;", "", _BFLOAT16, "plain", _WHOLE, OUTSIDE),
-    "a row mask lost on a store": Bug("columns.h", "$first_row + $row >= $rows ||", "", _BFLOAT16, "plain", _WHOLE, rf"{OUTSIDE}|race: expected a store"),
-    "a column mask lost on a store": Bug(
+    "a row mask lost on a load": Mutant("tile.h", "if ($row >= $live) return -1;", "", _BFLOAT16, "plain", _WHOLE, OUTSIDE),
+    "a row mask lost on a store": Mutant("columns.h", "$first_row + $row >= $rows ||", "", _BFLOAT16, "plain", _WHOLE, rf"{OUTSIDE}|race: expected a store"),
+    "a column mask lost on a store": Mutant(
         "columns.h", "|| $first_column + $column >= $columns.$live) continue;", ") continue;", _FLOAT32, "plain", _ODD, rf"{OUTSIDE}|{NUMBERS}"
     ),
-    "a row mask lost on a store of the backward": Bug(
+    "a row mask lost on a store of the backward": Mutant(
         "columns.h", "$first_row + $row >= $rows ||", "", _BACKWARD, "plain", _WHOLE, rf"{OUTSIDE}|race: expected a store"
     ),
-    "lanes of A exchanged": Bug(
+    "lanes of A exchanged": Mutant(
         "tile.h", "$k * $PanelA::$size + lane() / 16 * 16", "$k * $PanelA::$size + lane() / 8 % 2 * 16", _BFLOAT16, "plain", _WHOLE, WRONG
     ),
-    "lanes of B exchanged": Bug(
+    "lanes of B exchanged": Mutant(
         "tile.h", "($first + lane() / 16 * 8 + lane() % 8) * PanelB::$pitch", "($first + lane() / 8 % 2 * 8 + lane() % 8) * PanelB::$pitch",
         _BFLOAT16, "plain", _WHOLE, WRONG,
     ),
-    "lanes of C exchanged": Bug("tile.h", "* 16 + $half * 8 + lane() / 4;", "* 16 + $half * 8 + lane() % 8;", _BFLOAT16, "plain", _WHOLE, NUMBERS),
-    "an offset cut to 32 bits": Bug(
+    "lanes of C exchanged": Mutant("tile.h", "* 16 + $half * 8 + lane() / 4;", "* 16 + $half * 8 + lane() % 8;", _BFLOAT16, "plain", _WHOLE, NUMBERS),
+    "an offset cut to 32 bits": Mutant(
         "records.h", "$before + $row * $distance, int($distance)}", "$before + int($row) * int($distance), int($distance)}", _FLOAT32, "plain",
         f"{_FOLDER}test_matrix.py::test_rows_beyond_32_bits", WILD,
     ),
-    "an offset cut to 32 bits, sanitized": Bug(
+    "an offset cut to 32 bits, sanitized": Mutant(
         "records.h", "$before + $row * $distance, int($distance)}", "$before + int($row) * int($distance), int($distance)}", _FLOAT32, "sanitized",
         f"{_FOLDER}test_matrix.py::test_rows_beyond_32_bits", "runtime error: signed integer overflow",
     ),
 }  # fmt: skip
 
 FORMULAS = {
-    "an expert's rows of W from the first on": Bug(
+    "an expert's rows of W from the first on": Mutant(
         "walk.h", "+ int64_t($row) * $b_distance + $column", "+ $column", _FLOAT32, "plain", _matrix("whole vectors", "float32", "a launch a level"), WRONG
     ),
-    "the softmax of another unit": Bug(
+    "the softmax of another unit": Mutant(
         "forward.h", "+ $group_head + $call.$units + $u) + $read)", "+ $group_head + $call.$units) + $read)", _BFLOAT16, "plain", _WHOLE, NUMBERS
     ),
-    "static weights left out": Bug(
+    "static weights left out": Mutant(
         "forward.h", "$part.$p[$turn] + $part.$v[$turn]", "$part.$p[$turn]", _FLOAT32, "plain", _FEATURES, WRONG
     ),
-    "what is not seen has weight": Bug("forward.h", "plan($outputs.$list + $read) < 0 ? -INFINITY : $value", "$value", _FLOAT32, "plain", _FEATURES, WRONG),
-    "terms of the softmax's gradient exchanged": Bug(
+    "what is not seen has weight": Mutant("forward.h", "plan($outputs.$list + $read) < 0 ? -INFINITY : $value", "$value", _FLOAT32, "plain", _FEATURES, WRONG),
+    "terms of the softmax's gradient exchanged": Mutant(
         "backward.h", "$weight_gradient($selection, $first + $i) - $of.$mean - $of.$rest", "$of.$mean + $of.$rest - $weight_gradient($selection, $first + $i)",
         _BACKWARD, "plain", _WHOLE, WRONG,
     ),
-    "a derivative left out": Bug("backward.h", "$dy.$at[$m][$n][$k] * $act.$slope($at, $parameter)", "$dy.$at[$m][$n][$k]", _BACKWARD, "plain", _WHOLE, WRONG),
-    "a source's gradient not added to what is there": Bug(
+    "a derivative left out": Mutant(
+        "backward.h", "$dy.$at[$m][$n][$k] * $act.$slope($at, $parameter)", "$dy.$at[$m][$n][$k]", _BACKWARD, "plain", _WHOLE, WRONG
+    ),
+    "a source's gradient not added to what is there": Mutant(
         "backward.h", "if (plan($record + 6) != 0) $add_tile", "if (false) $add_tile", _BACKWARD, "plain", _FEATURES, WRONG
     ),
-    "what is beside hidden outputs handed on": Bug(
+    "what is beside hidden outputs handed on": Mutant(
         "series.h", "$one ? $low : 0.0f, $both ? $high : 0.0f);", "$one ? $low : $low, $both ? $high : $high);", _FLOAT32, "plain",
         _INFINITE.format("a hidden layer"), "assert False",
     ),
-    "what is beside an expert's columns in its weights' gradient": Bug(
+    "what is beside an expert's columns in its weights' gradient": Mutant(
         "backward.h", "if ($column >= $columns.$live) $low = 0.0f;", "", _BACKWARD, "plain", _INFINITE.format("one layer"), LIST
     ),
-    "the last chunk not added": Bug("gradients.h", "$chunk < blocks_y(); $chunk++", "$chunk < blocks_y() - 1; $chunk++", _BACKWARD, "plain", _ODD, WRONG),
-    "a gradient of another expert's columns": Bug(
+    "the last chunk not added": Mutant("gradients.h", "$chunk < blocks_y(); $chunk++", "$chunk < blocks_y() - 1; $chunk++", _BACKWARD, "plain", _ODD, WRONG),
+    "a gradient of another expert's columns": Mutant(
         "gradients.h", "$dz_row + plan($record + 5) + $n;", "$dz_row + $n;", _BACKWARD, "plain", _WHOLE, WRONG
     ),
 }  # fmt: skip
 
-BUGS = {**BARRIERS, **COPIES, **ADDRESSES, **FORMULAS}
-# One of each way to find a bug without a sanitizer: a schedule, the emulator's own word, memory, numbers.
+MUTANTS = {**BARRIERS, **COPIES, **ADDRESSES, **FORMULAS}
+# One of each way to find a mutant without a sanitizer: a schedule, the emulator's own word, memory, numbers.
 QUICK = ("no barrier between logits and their softmax", "a row mask lost on a load")
 
 
-def built(bug: Bug, folder: Path) -> Path:
-    """Return the extension with a bug, of whose sources `unit` alone is compiled anew. Raises: SystemExit naming what does not compile."""
-    extension.build(bug.kind)
+def built(mutant: Mutant, folder: Path) -> Path:
+    """Return the extension with a mutant, of whose sources `unit` alone is compiled anew. Raises: SystemExit naming what does not compile."""
+    extension.build(mutant.kind)
     sources = folder / "csrc" / "cuda"
     sources.mkdir(parents=True)
     for path in (run.ROOT / "csrc" / "cuda").iterdir():
         text = path.read_text()
-        (sources / path.name).write_text(mutated(text, bug.pattern, bug.instead) if path.name == bug.file else text)
+        (sources / path.name).write_text(mutated(text, mutant.pattern, mutant.instead) if path.name == mutant.file else text)
     # Once run, they need not be fast.
-    (changed,) = run.compiled(bug.kind, [sources / f"{bug.unit}.cu"], folder, ["-O1"], folder / "csrc")
-    common, whole = (run.ROOT / "build" / f"cuda_on_cpu-{bug.kind}{part}" for part in ("", "-extension"))
+    (changed,) = run.compiled(mutant.kind, [sources / f"{mutant.unit}.cu"], folder, ["-O1"], folder / "csrc")
+    common, whole = (run.ROOT / "build" / f"cuda_on_cpu-{mutant.kind}{part}" for part in ("", "-extension"))
     objects = [common / f"{source.stem}.o" for source in run.EMULATOR]
-    objects += [whole / f"{source.stem}.o" for source in (*extension.sources(), *extension.OPERATORS) if source.stem != bug.unit]
+    objects += [whole / f"{source.stem}.o" for source in (*extension.sources(), *extension.OPERATORS) if source.stem != mutant.unit]
     library = folder / "_cuda.so"
     # The changed one first: of a function that several have, the linker takes the first.
-    extension.link(bug.kind, [changed, *objects], library)
+    extension.link(mutant.kind, [changed, *objects], library)
     return library

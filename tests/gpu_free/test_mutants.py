@@ -1,4 +1,4 @@
-"""Each bug of `planted.py` makes its test fail in the way that is expected, in a copy of the package whose kernels have that bug and no other."""
+"""Each mutant of `mutants.py` makes its test fail in the way that is expected, in a copy of the package whose kernels have that mutant and no other."""
 
 import os
 import re
@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="gpu_free: expected the package triton, whi
 from fusedmoe import kernels
 
 from ..mutation import mutated, places
-from .planted import BUGS, EXECUTED, INTERPRETED, QUICK
+from .mutants import EXECUTED, INTERPRETED, MUTANTS, QUICK
 
 PACKAGE, KERNELS, TESTS = Path(fusedmoe.__file__).parent, Path(kernels.__file__).parent, Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "kernels", "data")
@@ -45,27 +45,27 @@ def run(folder: Path, rung: str, tests: list[str]) -> tuple[int, str]:
     return result.returncode, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("name", BUGS)
-def test_a_bug_has_one_place(name):
-    bug = BUGS[name]
-    assert places((KERNELS / bug.file).read_text(), bug.pattern) == 1
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_has_one_place(name):
+    mutant = MUTANTS[name]
+    assert places((KERNELS / mutant.file).read_text(), mutant.pattern) == 1
 
 
-@pytest.mark.parametrize("name", quick_first(BUGS))
-def test_a_planted_bug_is_found(name, copy):
-    bug = BUGS[name]
-    path = copy / "fusedmoe" / "kernels" / bug.file
-    path.write_text(mutated(path.read_text(), bug.pattern, bug.instead))
-    status, said = run(copy, bug.rung, [bug.test])
+@pytest.mark.parametrize("name", quick_first(MUTANTS))
+def test_a_mutant_is_found(name, copy):
+    mutant = MUTANTS[name]
+    path = copy / "fusedmoe" / "kernels" / mutant.file
+    path.write_text(mutated(path.read_text(), mutant.pattern, mutant.instead))
+    status, said = run(copy, mutant.rung, [mutant.test])
     # A process that a wild access ends has a negative status; one that pytest cannot run, or that finds no test, has another one.
     assert status < 0 or status == 1, said
-    assert re.search(bug.finds, said), said
+    assert re.search(mutant.finds, said), said
 
 
 # `make test` runs them where they stand, too.
 @pytest.mark.slow
 @pytest.mark.parametrize("rung", [INTERPRETED, EXECUTED])
-def test_without_a_bug_the_same_tests_pass(rung, copy):
-    tests = sorted({bug.test for bug in BUGS.values() if bug.rung == rung})
+def test_without_a_mutant_the_same_tests_pass(rung, copy):
+    tests = sorted({mutant.test for mutant in MUTANTS.values() if mutant.rung == rung})
     status, said = run(copy, rung, tests)
     assert status == 0 and f"{len(tests)} passed" in said, said

@@ -1,6 +1,6 @@
-"""Bugs to plant in the kernels, one at a time, and the ordinary test that fails with each: what shows that the tests can fail.
+"""Mutants of the kernels, one at a time, and the ordinary test that fails with each: what shows that the tests can fail.
 
-What none of them can notice, and so none is planted: a missing barrier, because programs and threads take turns here.
+What none of them can notice, and so none is here: a missing barrier, because programs and threads take turns here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NOT_FINITE = r"assert \['.*'\] == \[\]"
 WILD = r"Fatal Python error: (Segmentation fault|Bus error)|assert torch\.equal"
 
 
-class Bug(NamedTuple):
+class Mutant(NamedTuple):
     """A mutant: `pattern`, which has one place in `file` of `kernels/`, becomes `instead` (`mutation.py`).
 
     Then the test `test`, run where `rung` says, fails as `finds` says.
@@ -55,135 +55,137 @@ _TILES = f"{_SIZES}::test_several_tiles_of_columns"
 _CHUNKS = f"{_SIZES}::test_several_chunks[narrow]"
 
 MEMORY = {
-    "a row mask lost on a load": Bug(
+    "a row mask lost on a load": Mutant(
         "records.py",
         "$h = tl.load($first + $block.$rows[:, None] * $distance + $at[None, :], mask=$block.$live[:, None] & $inside[None, :], other=0.0)",
         "$h = tl.load($first + $block.$rows[:, None] * $distance + $at[None, :], mask=$inside[None, :], other=0.0)",
         INTERPRETED, _WATCHED, OUTSIDE,
     ),
-    "a row mask lost on a store": Bug(
+    "a row mask lost on a store": Mutant(
         "forward.py", "element_ty), mask=$block.$live[:, None] & $live[None, :])", "element_ty), mask=$live[None, :])", INTERPRETED, _WATCHED, OUTSIDE
     ),
-    "a column mask lost on a load": Bug(
+    "a column mask lost on a load": Mutant(
         "records.py",
         "(column + $at)[:, None], mask=$inside[:, None] & $live[None, :], other=0.0)",
         "(column + $at)[:, None], mask=$inside[:, None], other=0.0)",
         INTERPRETED, _WATCHED, OUTSIDE,
     ),
-    "a column mask lost on a store": Bug(
+    "a column mask lost on a store": Mutant(
         "backward.py", "$d, mask=($n < $outputs)[:, None] & $live_k[None, :])", "$d, mask=$live_k[None, :])", INTERPRETED, _CHUNKS, SHARED
     ),
-    "an offset cut to 32 bits": Bug(
+    "an offset cut to 32 bits": Mutant(
         "records.py",
         "($before + $block.$row * $distance) * $size",
         "($before + ($block.$row * $distance).to(tl.int32)) * $size",
         INTERPRETED, f"{_ACCESSES}::test_rows_beyond_32_bits", WILD,
     ),
-    "rows too far apart for a chunk": Bug(
+    "rows too far apart for a chunk": Mutant(
         "operator.py", "$bound.$chunk_of($x.$shape[0]) < 2**31", "64 < 2**31", INTERPRETED, f"{_ACCESSES}::test_rows_of_a_chunk_beyond_32_bits", WILD
     ),
-    "two programs at one row of softmax": Bug(
+    "two programs at one row of softmax": Mutant(
         "plan.py", "$rows if len($stages) == 1 or $column + $columns >=", "$rows if $column + $columns >=", INTERPRETED, _TILES, SHARED
     ),
-    "two programs at one row of dw": Bug("backward_plan.py", "$first + $tile * $distance + $place]", "$first + $place]", INTERPRETED, _TILES, SHARED),
-    "two programs at one dz of a gate": Bug("backward_plan.py", "(*$one, int($column == 0))", "(*$one, 1)", INTERPRETED, _TILES, SHARED),
-    "two programs at one bias's gradient": Bug("backward_plan.py", "$first == 0 and $k == 0", "$first == 0", INTERPRETED, _TILES, SHARED),
-    "alignment claimed of odd widths": Bug(
+    "two programs at one row of dw": Mutant("backward_plan.py", "$first + $tile * $distance + $place]", "$first + $place]", INTERPRETED, _TILES, SHARED),
+    "two programs at one dz of a gate": Mutant("backward_plan.py", "(*$one, int($column == 0))", "(*$one, 1)", INTERPRETED, _TILES, SHARED),
+    "two programs at one bias's gradient": Mutant("backward_plan.py", "$first == 0 and $k == 0", "$first == 0", INTERPRETED, _TILES, SHARED),
+    "alignment claimed of odd widths": Mutant(
         "bound.py", "return $lanes if $whole else 1", "return $lanes", EXECUTED, _executed("ple-torch.bfloat16-one launch"), MISALIGNED
     ),
-    "alignment claimed of odd outputs": Bug(
+    "alignment claimed of odd outputs": Mutant(
         "bound.py", "$align if $aligned($sizes, $align) else 1", "$align",
         EXECUTED, "tests/gpu_free/test_executed.py::test_outputs_of_odd_widths", MISALIGNED,
     ),
-    "alignment claimed of any address": Bug(
+    "alignment claimed of any address": Mutant(
         "bound.py", "$even and $x.data_ptr() % 16 == 0 and", "",
         EXECUTED, "tests/gpu_free/test_executed.py::test_parameters_at_odd_addresses", MISALIGNED,
     ),
 }  # fmt: skip
 
 FORWARD = {
-    "an expert's rows of W from the first on": Bug(
+    "an expert's rows of W from the first on": Mutant(
         "records.py",
         "+ tl.cast($first, tl.int64) * $reduction, $shape.$BYTES)\n    $inner = -1",
         ", $shape.$BYTES)\n    $inner = -1",
         INTERPRETED, _of_width(47), WRONG,
     ),
-    "a hidden layer's rows of W from the first on": Bug(
+    "a hidden layer's rows of W from the first on": Mutant(
         "records.py",
         "+ tl.cast($first, tl.int64) * $reduction, $shape.$BYTES)\n    return",
         ", $shape.$BYTES)\n    return",
         INTERPRETED, f"{_SIZES}::test_inference[wide-0]", WRONG,
     ),
-    "the bias of other columns": Bug(
+    "the bias of other columns": Mutant(
         "records.py", "$pointer($block, $bias) + $first + $outputs", "$pointer($block, $bias) + $outputs",
         INTERPRETED, _of_width(47), WRONG,
     ),
-    "rows of W at the width of one source": Bug(
+    "rows of W at the width of one source": Mutant(
         "records.py", "$weight + $outputs[None, :] * $reduction + (column + $at)", "$weight + $outputs[None, :] * width + (column + $at)",
         INTERPRETED, _parity("customized_sharing-odd"), WRONG,
     ),
-    "a softmax over experts that are not seen": Bug(
+    "a softmax over experts that are not seen": Mutant(
         "forward.py", "tl.where($seen[None, :] >= 0, $z, $NEVER)", "tl.where($seen[None, :] >= 0, $z, 0.0)", INTERPRETED, _parity("ml_mmoe-one_row"), WRONG
     ),
-    "all slots taken for one": Bug(
+    "all slots taken for one": Mutant(
         "bound.py", "$found if $key.$apart or $found.$table.$slots == 1 else $program.$of_one_slot($found)", "$program.$of_one_slot($found)",
         INTERPRETED, _parity("adatt_sp-odd"), WRONG,
     ),
-    "gates that all read one source": Bug(
+    "gates that all read one source": Mutant(
         "plan.py", "$unit.$gate.$read[0] if $unit.$gate else $Source($X, 0, 0)", "units[0].$gate.$read[0]",
         EXECUTED, _executed("ple-torch.bfloat16-one launch"), WRONG,
     ),
-    "experts that all read the first piece of a source": Bug(
+    "experts that all read the first piece of a source": Mutant(
         "records.py", "tl.dot($h[$piece], $w, $z,", "tl.dot($h[0], $w, $z,", EXECUTED, _executed("adatt_sp, whole vectors-torch.bfloat16-one launch"), WRONG
     ),
-    "static weights left out": Bug(
+    "static weights left out": Mutant(
         "forward.py", "+ $static_weight($block, tl.load($block.plan + $units + $u), $read)", "", INTERPRETED, _parity("cross_stitch-tiny"), WRONG
     ),
-    "the softmax of another unit": Bug(
+    "the softmax of another unit": Mutant(
         "forward.py", "(tl.load($block.plan + $units + $UNITS + $u) + $read)", "(tl.load($block.plan + $units + $UNITS) + $read)",
         INTERPRETED, _parity("mmoe-odd"), WRONG,
     ),
-    "what stands beyond a hidden layer": Bug(
+    "what stands beyond a hidden layer": Mutant(
         "records.py", "tl.where($inside[None, :], $apply($hidden, $code, $parameter, $shape.$ACTS), 0.0)", "$apply($hidden, $code, $parameter, $shape.$ACTS)",
         INTERPRETED, f"{_SIZES}::test_an_infinite_input[tanh]", NOT_FINITE,
     ),
-    "one product of tf32 instead of three": Bug(
+    "one product of tf32 instead of three": Mutant(
         "bound.py", 'return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"', 'return "tf32"',
         EXECUTED, _executed("ple-torch.float32-one launch"), WRONG,
     ),
-    "a launch for every stage": Bug(
+    "a launch for every stage": Mutant(
         "plan.py", "else $program.$groups", "else tuple((stage,) for stage in range(len($program.stages)))",
         INTERPRETED, f"{_ACCESSES}::test_launches[towers1-1]", LAUNCHES,
     ),
 }  # fmt: skip
 
 BACKWARD = {
-    "terms of the softmax's gradient exchanged": Bug(
+    "terms of the softmax's gradient exchanged": Mutant(
         "backward.py", "$soft * ($d - $rest)", "$soft * ($rest - $d)", INTERPRETED, _parity("adatt-empty_gate"), WRONG
     ),
-    "a sum computed again in another layout": Bug(
+    "a sum computed again in another layout": Mutant(
         "backward.py", "while $times < 1:", "if $times < 1:", EXECUTED,
         "tests/gpu_free/test_executed.py::test_split_numbers_are_those_of_one_sum", WRONG,
     ),
-    "a derivative left out": Bug("backward.py", "0.0, $dy * $slope)", "0.0, $dy)", INTERPRETED, _of_width(17), WRONG),
-    "a static weight left out of dy": Bug(
+    "a derivative left out": Mutant("backward.py", "0.0, $dy * $slope)", "0.0, $dy)", INTERPRETED, _of_width(17), WRONG),
+    "a static weight left out of dy": Mutant(
         "backward.py", "$w += $static_weight($block, tl.load($block.plan + $reader + 6), tl.load($block.plan + $reader + 7))", "",
         INTERPRETED, _parity("cross_stitch-tiny"), WRONG,
     ),
-    "dz without zeros behind it": Bug("backward.py", "($columns < $padded($width) - $column)[None, :]", "inside[None, :]", INTERPRETED, _of_width(17), WRONG),
-    "gradients of the mixing weights left out": Bug(
+    "dz without zeros behind it": Mutant(
+        "backward.py", "($columns < $padded($width) - $column)[None, :]", "inside[None, :]", INTERPRETED, _of_width(17), WRONG
+    ),
+    "gradients of the mixing weights left out": Mutant(
         "backward.py", "$d += tl.load(given, mask=$live, other=0.0).to(tl.float32)", "", INTERPRETED, _parity("mmoe-odd"), WRONG
     ),
-    "a source's gradient not added to what is there": Bug(
+    "a source's gradient not added to what is there": Mutant(
         "backward_plan.py", "int($source in $self.$written)]", "0]", INTERPRETED, _parity("mmoe-odd"), WRONG
     ),
-    "the last chunk not added": Bug("backward.py", "for $chunk in range(chunks):", "for $chunk in range(chunks - 1):", INTERPRETED, _CHUNKS, WRONG),
-    "what stands beyond an expert": Bug(
+    "the last chunk not added": Mutant("backward.py", "for $chunk in range(chunks):", "for $chunk in range(chunks - 1):", INTERPRETED, _CHUNKS, WRONG),
+    "what stands beyond an expert": Mutant(
         "backward.py", "tl.where($inside[None, :], $expert($block, $shape, $one, $column, $columns, $inside), 0.0)",
         "$expert($block, $shape, $one, $column, $columns, $inside)", INTERPRETED, f"{_SIZES}::test_an_infinite_input[tanh]", NOT_FINITE,
     ),
 }  # fmt: skip
 
-BUGS = {**MEMORY, **FORWARD, **BACKWARD}
-# One of each way to find a bug, in seconds.
+MUTANTS = {**MEMORY, **FORWARD, **BACKWARD}
+# One of each way to find a mutant, in seconds.
 QUICK = ("a row mask lost on a store", "a softmax over experts that are not seen", "a launch for every stage", "alignment claimed of odd widths")
