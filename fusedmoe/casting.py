@@ -1,10 +1,14 @@
-"""Parameters in a lower dtype, for kernels that read one dtype: all in one piece of memory and one operator, and so are their gradients."""
+"""Autocast: whether it is on, a call without it, and tensors in another dtype.
+
+Parameters are cast for kernels that read one dtype: all in one piece of memory and one operator, and so are their gradients.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -49,3 +53,23 @@ def _places(shapes: tuple[torch.Size, ...]) -> tuple[tuple[tuple[torch.Size, tup
     firsts = list(itertools.accumulate((-(-shape.numel() // NUMBERS) * NUMBERS for shape in shapes), initial=0))
     strides = [torch.empty(shape, device="meta").stride() for shape in shapes]
     return tuple(zip(shapes, strides, firsts, strict=False)), firsts[-1]
+
+
+def autocasts(kind: str) -> bool:
+    """Whether devices of a kind have autocast; torch raises where one asks those that have none whether it is on."""
+    return torch.amp.is_autocast_available(kind)
+
+
+# torch.compile of 2.11 cannot trace into it: it is called while tracing, and its answer is a constant (as in `backends.py`).
+autocasts._dynamo_marked_constant = True
+
+
+def without_autocast(x: Tensor):
+    """A block in which the autocast of x's device is off."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 where it is narrower; what is no tensor stays as it is."""
+    return tensor.float() if isinstance(tensor, Tensor) and tensor.dtype in (torch.bfloat16, torch.float16) else tensor

@@ -63,6 +63,17 @@ def split(out: Tensor, weights: Tensor | None, table: Table, tasks_apart: bool) 
     return (*parts, *(by_level(weights, table) if weights is not None else ()))
 
 
+def apart(returned: tuple[Tensor, ...], table: Table, options: Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+    """Tell the outputs from the mixing weights in what an autograd function returned."""
+    count = len(table.tasks) if options.tasks_apart else 1
+    return list(returned[:count]), tuple(returned[count:])
+
+
+def without_graph(out: Tensor, weights: tuple[Tensor, ...], options: Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+    """The same of one output, where no backward will ask which tasks have a gradient."""
+    return per_task(out) if options.tasks_apart else [out], weights
+
+
 class Upstream(NamedTuple):
     """Gradients of outputs: d_out [B, *table.output], zero for tasks that have none; d_weights [B, table.mixing], or None if no level has
     one; and which tasks (without towers, or in one output: all or none) and which levels' mixing weights do have one."""
@@ -121,3 +132,8 @@ def dependent(text: str, tasks: tuple[bool, ...], levels: tuple[bool, ...]) -> t
         units = slots | {level.experts[e].slot for e in experts}
     owners = (p.name.split(".") for p in table.parameters)
     return (root or bool(units), *(".".join(words[: 4 if words[0] == "levels" else 2]) in reached for words in owners))
+
+
+def needs_gradient(x: Tensor, params: Sequence[Tensor]) -> bool:
+    """Whether a call will be asked for gradients."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params))

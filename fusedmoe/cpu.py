@@ -1,0 +1,179 @@
+"""The backend `cpu`: autograd around the operator that the C++ extension registers, `fusedmoe::network_cpu`, and its backward.
+
+Their fake kernels, autograd and autocast are registered here, for `torch.compile` and for callers of the bare operator. The formulas stand in
+`reference/operator.py`, which also gives the second derivatives.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, library
+
+from fusedmoe import codec, outputs
+from fusedmoe.backends import EXTENSION, transforming
+from fusedmoe.casting import at_least_float32, without_autocast
+from fusedmoe.checks import check
+from fusedmoe.outputs import Options, apart, by_level, needs_gradient, without_graph
+from fusedmoe.reference import operator as reference
+from fusedmoe.table import Table
+
+# What the operator's `save` asks it to keep for backward.
+SAVE_NOTHING, SAVE_ALL, SAVE_LEAST = 0, 1, 2
+
+
+class _Network(torch.autograd.Function):
+    """The operator's autograd, as registered below, without the dispatcher's detour through Python, which costs more than a small network.
+
+    It returns what `outputs.split` does: autograd tells which of the tensors have a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, table: Table, save: int, mixing: bool, tasks_apart: bool, x: Tensor, *params: Tensor):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, weights, saved = torch.ops.fusedmoe.network_cpu(x, params, codec.encode(table), save, mixing)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, saved, *params)
+        ctx.table, ctx.tasks_apart = table, tasks_apart
+        return outputs.split(out, weights if mixing else None, table, tasks_apart)
+
+    @staticmethod
+    def backward(ctx, *d_outputs):
+        x, *_ = ctx.saved_tensors
+        upstream = outputs.join(d_outputs, x, ctx.table, ctx.tasks_apart)
+        d_x, d_params = _gradients(ctx.saved_tensors, upstream, codec.encode(ctx.table), ctx.needs_input_grad[4:])
+        return None, None, None, None, d_x, *d_params
+
+
+def run(x: Tensor, params: list[Tensor], table: Table, options: Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+    """Return the outputs, one or one a task, and each level's mixing weights."""
+    text, mixing = codec.encode(table), options.mixing
+    save = SAVE_LEAST if options.recompute else SAVE_ALL
+    if torch.compiler.is_compiling():
+        out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, save if needs_gradient(x, params) else SAVE_NOTHING, mixing)
+    elif needs_gradient(x, params):
+        return apart(_Network.apply(table, save, mixing, options.tasks_apart, x, *params), table, options)
+    else:
+        # Without a graph to build, the Python autograd kernel would only cost time.
+        with torch._C._AutoDispatchBelowAutograd():
+            out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, SAVE_NOTHING, mixing)
+    return without_graph(out, by_level(weights, table) if mixing else (), options)
+
+
+def _register() -> None:
+    """Register the fake kernels, autograd and autocast of the operators that the extension defines."""
+    library.register_fake("fusedmoe::network_cpu", _fake_forward)
+    library.register_fake("fusedmoe::network_cpu_backward", _fake_backward)
+    library.register_autograd("fusedmoe::network_cpu", _backward, setup_context=_save)
+    library.register_autograd("fusedmoe::network_cpu_backward", _double_backward, setup_context=_save_for_double)
+    # For callers of the bare operator; `fusion_network` leaves autocast by itself.
+    library.register_autocast("fusedmoe::network_cpu", "cpu", torch.float32)
+
+
+def _fake_forward(x, params, table, save, mixing):
+    from fusedmoe import _C
+
+    network = codec.decode(table)
+    check(x, params, network, lowered=x.dtype == torch.bfloat16)
+    rows = x.shape[0]
+    # Whole vectors of rows (`padded` in csrc/cpu/plan.h), and a header of 16 numbers.
+    kept = (rows + 15) // 16 * 16 * _C.kept(table, save == SAVE_LEAST) + 16 if save else 0
+    # bfloat16 and float16 are kept in float32.
+    state = x.new_empty(kept, dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(rows, *network.output), x.new_empty(rows, network.mixing if mixing else 0), state
+
+
+def _fake_backward(d_out, d_weights, x, params, saved, table, needs):
+    wanted = [x, *params]
+    return [tensor.new_empty(tensor.shape) for tensor, flag in zip(wanted, needs, strict=True) if flag == "1"]
+
+
+def _save(ctx, inputs, output):
+    x, params, table, _, _ = inputs
+    saved = output[2]
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, saved, *params)
+    ctx.table = table
+
+
+def _backward(ctx, d_out, d_weights, _):
+    need_x, need_params, *_ = ctx.needs_input_grad
+    x, *_ = ctx.saved_tensors
+    table = codec.decode(ctx.table)
+    whole = outputs.join((d_out, *(by_level(d_weights, table) if d_weights is not None and d_weights.shape[1] else ())), x, table, tasks_apart=False)
+    d_x, d_params = _gradients(ctx.saved_tensors, whole, ctx.table, (need_x, *need_params))
+    return d_x, d_params, None, None, None
+
+
+def _gradients(tensors, upstream: outputs.Upstream, table: str, needed: tuple[bool, ...]) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Run the backward operator for x and the parameters that need it; None for those on which no output with a gradient depends."""
+    x, saved, *params = tensors
+    d_out, d_weights, tasks, levels = upstream
+    flags, text = _wanted(table, tasks, levels, needed)
+    arguments = (d_out, d_weights, x, params, saved, table, text)
+    if not torch.compiler.is_compiling() and (transforming() or torch._C._functorch.is_legacy_batchedtensor(d_out)):
+        return _batched(*arguments)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        results = torch.ops.fusedmoe.network_cpu_backward(*arguments)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            results = torch.ops.fusedmoe.network_cpu_backward(*arguments)
+    if len(results) == len(params) and not flags[0]:
+        return None, results
+    remaining = iter(results)
+    d_x, *d_params = [next(remaining) if flag else None for flag in flags]
+    return d_x, d_params
+
+
+@functools.lru_cache(maxsize=4096)
+def _wanted(text: str, tasks: tuple[bool, ...], levels: tuple[bool, ...], needed: tuple[bool, ...]) -> tuple[tuple[bool, ...], str]:
+    """For x and each parameter, whether to compute its gradient: it is needed, and some wanted output depends on it; and as the operator takes it."""
+    flags = tuple(a and b for a, b in zip(outputs.dependent(text, tasks, levels), needed, strict=True))
+    return flags, "".join("1" if flag else "0" for flag in flags)
+
+
+def _batched(d_out, d_weights, x, params, saved, table, needs) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients under vmap (`is_grads_batched`), which can batch the reference's plain PyTorch but no C++ kernel."""
+    grads = _plain_gradients(d_out, d_weights, x, params, codec.decode(table))
+    d_x, *d_params = [d if flag == "1" else None for d, flag in zip(grads, needs, strict=True)]
+    return d_x, d_params
+
+
+def _plain_gradients(d_out, d_weights, x, params, network: Table) -> list[Tensor | None]:
+    """The reference's backward, in float32 where x is narrower, as the kernels sum; each gradient in the dtype of its tensor."""
+    d_out, d_weights, wide, *raised = [t if t is None else at_least_float32(t) for t in (d_out, d_weights, x, *params)]
+    d_x, d_params = reference.backward(wide, raised, network, d_out, by_level(d_weights, network))
+    return [d if d is None else d.to(t.dtype) for d, t in zip((d_x, *d_params), (x, *params), strict=True)]
+
+
+def _save_for_double(ctx, inputs, output):
+    d_out, d_weights, x, params, _, table, needs = inputs
+    ctx.save_for_backward(d_out, d_weights, x, *params)
+    ctx.table = table
+    ctx.needs = needs
+
+
+def _double_backward(ctx, dd):
+    """Differentiate the reference's backward, which is plain differentiable PyTorch."""
+    network = codec.decode(ctx.table)
+    again = torch.is_grad_enabled()
+    # A third derivative goes on through their history. An alias each, because d_out may itself depend on x: that path is not ours.
+    tensors = [t if t is None else t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
+    d_out, d_weights, x, *params = tensors
+    with torch.enable_grad(), without_autocast(x):
+        grads = _plain_gradients(d_out, d_weights, x, params, network)
+        wanted = [d for d, flag in zip(grads, ctx.needs, strict=True) if flag == "1"]
+        pairs = [(d, g) for d, g in zip(wanted, dd, strict=True) if g is not None and d is not None and d.requires_grad]
+        inputs = [t for t in tensors if t is not None]
+        results = iter([None] * len(inputs))
+        if pairs:
+            results = iter(torch.autograd.grad([d for d, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True, create_graph=again))
+    d_d_out, d_d_weights, dd_x, *dd_params = [None if t is None else next(results) for t in tensors]
+    return d_d_out, d_d_weights, dd_x, dd_params, None, None, None
+
+
+if EXTENSION is not None:
+    _register()
