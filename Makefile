@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo picture test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda test-cuda-all test-oldest test-rehearsal gpu gpu-report lint bench bench-all report model build wheel clean
+.PHONY: help demo picture drawings test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda test-cuda-all test-oldest test-rehearsal gpu gpu-report lint bench bench-all report model build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -31,6 +31,7 @@ say = @echo "==> $(1)"
 help:
 	@echo "make demo    train a three-task AdaTT on Census-Income twice, plain and fused; draw build/demo.png"
 	@echo "make picture the same, and put the picture into README (docs/demo.png)"
+	@echo "make drawings  draw docs/levels.png: one level, and who reads what in MMoE, PLE and AdaTT"
 	@echo "make test    run the tests"
 	@echo "make test-cpp            run the kernels' own C++ test alone; make test has it too"
 	@echo "make test-cpp-sanitized  the same under the address and undefined-behaviour sanitizers"
@@ -47,7 +48,7 @@ help:
 	@echo "make lint    run ruff"
 	@echo "make bench   time what the backend's floors name, ten minutes to an hour by machine; save bench/results/cpu.json"
 	@echo "make bench-all  the whole grid, hours; goes on where an earlier run of the same commit stopped"
-	@echo "make report  write README's tables of speeds, docs/speed.md and the pictures from that JSON"
+	@echo "make report  write README's speeds, docs/speed.md and the pictures from that JSON"
 	@echo "make model   write docs/gpu.md's tables of times modelled from the kernels' plans; no GPU is needed"
 	@echo "make build   set up and build the extension only; FUSEDMOE_BUILD=cuda adds the CUDA kernels, here and wherever make builds"
 	@echo "make wheel   build a wheel, install it elsewhere and run it there"
@@ -59,6 +60,9 @@ demo: build
 
 picture: demo
 	@cp build/demo.png docs/demo.png
+
+drawings: build
+	@$(PYTHON) bench/drawings.py
 
 test: build
 	$(call say,running the tests)

@@ -181,10 +181,12 @@ def test_readme_says_what_was_measured(report):
     memory = {name: {"saved_bytes": size, "peak_bytes": None} for name, size in (("fused", 10**6), ("eager", 4 * 10**6))}
     saved = results_of(record(), record(threads=2), record(mode="training step", memory=memory))
     text = report["readme"](saved)
-    assert "| MMoE T3e8, inference | **4.0** / 2.0 / 1.5, 50% |" in text
-    for told in ("Fast CPU", "`0123456789` with changes", "200 GFLOP/s", "torch 2.13.0", "float32, 2 threads:", "39 tensors", '"medium" computes in bfloat16'):
-        assert told in text
+    assert "| MMoE T3e8, inference | **4.0** |" in text and "these are 1.5 to 1.5 times as fast" in text
     page = report["page"](saved)
+    for told in ("Fast CPU", "`0123456789` with changes", "torch 2.13.0"):
+        assert told in text and told in page
+    assert "200 GFLOP/s" in page and '"medium" computes in bfloat16' in page
+    assert "| MMoE T3e8, inference | **4.0** / 2.0 / 1.5, 50% |" in page and "float32, 2 threads:" in page and "39 tensors" in page
     assert "0.500 [0.500, 0.500] (bfloat16)" in page and "OpenVINO (3 of 3 cases): not installed" in page
     assert "- MMoE T3e8, inference, B = 64: 1.00" in page and "| MMoE T3e8, float32, 64 | 1.00 | 4.00 | 0.25 | - | - | - |" in page
 
@@ -208,6 +210,6 @@ def test_the_tables_are_put_between_the_markers(report):
 def test_readme_shows_the_saved_results(report):
     assert report["SOURCE"].exists(), "run `make bench`"
     saved = results.load(report["SOURCE"])
-    drawn = [name for name in ("speed", "peak", "memory") if f"(docs/{name}.png)" in (ROOT / "README.md").read_text()]
+    drawn = [name for name in ("speed", "peak", "memory") if (ROOT / f"docs/{name}.png").exists()]
     assert report["readme"](saved, drawn) in (ROOT / "README.md").read_text(), "run `make report`"
-    assert report["page"](saved) == (ROOT / "docs/speed.md").read_text(), "run `make report`"
+    assert report["page"](saved, drawn) == (ROOT / "docs/speed.md").read_text(), "run `make report`"
