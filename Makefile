@@ -45,7 +45,7 @@ help:
 	@echo "make test-rehearsal      make gpu on a stub of CUDA's driver, with the versions of make test-oldest: all but the kernels runs"
 	@echo "make gpu     on a machine with a device: parity, times, counters, in ten minutes; PART=b runs one part, RESUME=1 what is still missing"
 	@echo "make gpu-report          write bench/results/gpu.md from what it measured"
-	@echo "make lint    run ruff"
+	@echo "make lint    run ruff and mypy"
 	@echo "make bench   time what the backend's floors name, ten minutes to an hour by machine; save bench/results/cpu.json"
 	@echo "make bench-all  the whole grid, hours; goes on where an earlier run of the same commit stopped"
 	@echo "make report  write README's speeds, docs/speed.md and the pictures from that JSON"
@@ -131,9 +131,10 @@ gpu-report:
 	@$(GPU_PYTHON) bench/gpu_report.py --json $(GPU_JSON)
 
 lint: $(STAMPS)/requirements
-	$(call say,checking the style)
+	$(call say,checking style and types)
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
 
 bench: build
 	$(call say,timing what the floors name: ten minutes to an hour by machine; keep the machine idle)

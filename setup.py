@@ -261,7 +261,7 @@ if int(__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
 setup(
     package_dir={"fusedmoe": "fusedmoe", "fusedmoe.kernels": "kernels"},
     packages=[*find_packages(include=["fusedmoe", "fusedmoe.*"]), "fusedmoe.kernels"],
-    package_data={"fusedmoe": ["data/*"]},
+    package_data={"fusedmoe": ["data/*", "py.typed", "_C.pyi"]},
     ext_modules=[Extension(f"fusedmoe.{name}", sources=[]) for name in ("_C", *(["_cuda"] if with_cuda() else []))],
     cmdclass={"build_ext": Build},
 )

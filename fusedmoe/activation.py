@@ -31,7 +31,7 @@ class Activation:
     name: str = "relu"
     parameter: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.name not in DEFAULT_PARAMETER:
             raise ValueError(f"activation: expected one of {', '.join(DEFAULT_PARAMETER)}, got {self.name!r}")
         if isinstance(self.parameter, bool) or not isinstance(self.parameter, (int, float)) or not math.isfinite(self.parameter):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from fusedmoe import dtype as dtypes
+from fusedmoe.tracing import constant
 
 # That of torch 2.10 and 2.11. Every kernel compiles with it and with 3.9 for every architecture (tests/gpu_free/
 # test_budgets.py), and in both interpreters computes what the reference does; with 3.7 the largest tiles were compiled
@@ -96,23 +97,22 @@ def _looked_for_cuda() -> str | None:
     return None if torch.cuda.is_available() else f"expected a build of torch that finds the GPU, got {torch.__version__}"
 
 
+@constant
 def _no_cuda() -> str | None:
     """Return why the CUDA kernels cannot run on this machine, or None."""
     return _looked_for_cuda()
 
 
+@constant
 def _no_triton() -> str | None:
     """Return why Triton's kernels cannot run on this machine, or None. Triton itself is imported by the first call that needs it."""
     return _looked_for_triton()
 
 
+@constant
 def _no_kernels_for(device: torch.device) -> str | None:
     """Return why the kernels of the GPU backends cannot run on this device, or None."""
     return _too_old(device)
-
-
-# What torch.compile's `assume_constant_result` sets, without importing it: the functions are called and not traced.
-_no_triton._dynamo_marked_constant = _no_cuda._dynamo_marked_constant = _no_kernels_for._dynamo_marked_constant = True
 
 
 def transforming() -> bool:

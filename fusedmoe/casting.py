@@ -8,10 +8,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fusedmoe.tracing import constant
 
 # Each begins at a multiple of 16 bytes of the narrowest dtype, which vector loads want.
 NUMBERS = 8
@@ -30,7 +33,7 @@ def lowered(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 class _Cast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.dtype = tensors[0].dtype
         ctx.set_materialize_grads(False)
         places, total = _places(tuple(t.shape for t in tensors))
@@ -40,7 +43,7 @@ class _Cast(torch.autograd.Function):
         return cast
 
     @staticmethod
-    def backward(ctx, *d: Tensor | None):
+    def backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = [one for one in d if one is not None]
         # Through itself: gradients that are to be differentiated again are.
         found = iter(_Cast.apply(ctx.dtype, *wanted) if wanted else ())
@@ -55,16 +58,16 @@ def _places(shapes: tuple[torch.Size, ...]) -> tuple[tuple[tuple[torch.Size, tup
     return tuple(zip(shapes, strides, firsts, strict=False)), firsts[-1]
 
 
+@constant
 def autocasts(kind: str) -> bool:
-    """Whether devices of a kind have autocast; torch raises where one asks those that have none whether it is on."""
+    """Whether devices of a kind have autocast; torch raises where one asks those that have none whether it is on.
+
+    torch.compile of 2.11 cannot trace into it.
+    """
     return torch.amp.is_autocast_available(kind)
 
 
-# torch.compile of 2.11 cannot trace into it: it is called while tracing, and its answer is a constant (as in `backends.py`).
-autocasts._dynamo_marked_constant = True
-
-
-def without_autocast(x: Tensor):
+def without_autocast(x: Tensor) -> AbstractContextManager:
     """A block in which the autocast of x's device is off."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext()

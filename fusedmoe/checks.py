@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from fusedmoe.storage import require_memory
 from fusedmoe.table import Table
 
 
-def check(x, params, table, lowered: bool = False) -> None:
+def check(x: Any, params: Any, table: Any, lowered: bool = False) -> None:
     """Raise TypeError or ValueError, saying what, where, expected and got, unless the three fit together.
 
     `lowered`: x is bfloat16 by autocast, and the parameters may be float32.

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from typing import Any
 
 from fusedmoe.table import Table
-from fusedmoe.words import fields, inside_optional, item_of, read
+from fusedmoe.words import fields, inside_optional, is_record, item_of, read
 
 
 def encode(table: Table) -> str:
     """Return the word stream of a table. Raises: TypeError for anything else."""
     if not isinstance(table, Table):
         raise TypeError(f"table: expected a fusedmoe.Table, got {type(table).__name__}")
-    return table.text
+    return table.text  # type: ignore[attr-defined]  # no field: it would be a word of itself
 
 
 @functools.lru_cache(maxsize=4096)
@@ -51,7 +52,7 @@ def from_json(text: str) -> Table:
     return _build(Table, value, "table")
 
 
-def _build(kind, value, where: str):
+def _build(kind: Any, value: Any, where: str) -> Any:
     """Turn parsed JSON into `kind`, checking every type on the way."""
     if inside_optional(kind) is not None:
         return None if value is None else _build(inside_optional(kind), value, where)
@@ -59,7 +60,7 @@ def _build(kind, value, where: str):
         if not isinstance(value, list):
             raise ValueError(f"{where}: expected a list, got {value!r}")
         return tuple(_build(item_of(kind), item, f"{where}[{i}]") for i, item in enumerate(value))
-    if dataclasses.is_dataclass(kind):
+    if is_record(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{where}: expected an object, got {value!r}")
         known = [name for name, _, _ in fields(kind)]

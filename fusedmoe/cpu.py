@@ -142,10 +142,10 @@ def _batched(d_out, d_weights, x, params, saved, table, needs) -> tuple[Tensor |
     return d_x, d_params
 
 
-def _plain_gradients(d_out, d_weights, x, params, network: Table) -> list[Tensor | None]:
+def _plain_gradients(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], network: Table) -> list[Tensor | None]:
     """The reference's backward, in float32 where x is narrower, as the kernels sum; each gradient in the dtype of its tensor."""
-    d_out, d_weights, wide, *raised = [t if t is None else at_least_float32(t) for t in (d_out, d_weights, x, *params)]
-    d_x, d_params = reference.backward(wide, raised, network, d_out, by_level(d_weights, network))
+    d_levels = by_level(at_least_float32(d_weights), network) if d_weights is not None else (None,) * len(network.levels)
+    d_x, d_params = reference.backward(at_least_float32(x), [at_least_float32(p) for p in params], network, at_least_float32(d_out), d_levels)
     return [d if d is None else d.to(t.dtype) for d, t in zip((d_x, *d_params), (x, *params), strict=True)]
 
 

@@ -16,7 +16,7 @@ class Dtype:
 DTYPES = {row.name: row for row in (Dtype("float64", 2.0**-53), Dtype("float32", 2.0**-24), Dtype("float16", 2.0**-11), Dtype("bfloat16", 2.0**-8))}
 
 
-def row(dtype) -> Dtype:
+def row(dtype: object) -> Dtype:
     """Return the row of a `torch.dtype`. Raises: TypeError for a dtype that has none."""
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:

@@ -378,7 +378,7 @@ def _per_task(num_tasks: int, counts: int | Sequence[int]) -> list[int]:
     return [require_integer(m, "num_task_experts", 0, MOST_SLOTS) for m in result]
 
 
-def _sequence(value, what: str, form: str = "a list of layer widths") -> tuple:
+def _sequence(value: object, what: str, form: str = "a list of layer widths") -> tuple:
     """`value` as a tuple; text is no list."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ValueError(f"{what}: expected {form}, got {value!r}")

@@ -63,6 +63,7 @@ def freeze(model: nn.Module) -> FreezeReport:
         if reason:
             declined.append(replace(finding.entry, reason=reason))
         else:
+            assert finding.binding is not None
             finding.binding.freeze(finding.entry.backend)
             frozen.append(finding.entry)
     return FreezeReport(tuple(frozen), tuple(declined))

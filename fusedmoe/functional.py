@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn import ParameterList
@@ -17,9 +18,14 @@ from torch.nn import ParameterList
 from fusedmoe.activation import Activation, activation
 from fusedmoe.op import fusion_network
 from fusedmoe.table import SELECTORS, Expert, Gate, Layer, Level, Selector, Static, Table, Unit
+from fusedmoe.tracing import constant
 
 __all__ = ["LevelWiring", "fusion_level", "fusion_network", "mixing_weights"]
 
+# The forms of `fusion_level`'s arguments; its docstring gives the shapes.
+Layers = Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]
+Gates = Tensor | Sequence[Tensor | tuple[Tensor, Tensor | None] | None]
+Statics = Tensor | Sequence[tuple[Sequence[int], Tensor | Sequence[float]] | None]
 # What may stand where the docstrings say list.
 LISTS = (list, tuple, range, ParameterList)
 
@@ -42,7 +48,7 @@ class LevelWiring:
     selectors: tuple[Selector | None, ...] | None = None
     activation: str | Activation = "relu"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.slots is not None:
             object.__setattr__(self, "slots", _indices(self.slots, "wiring.slots"))
         if self.selectors is not None:
@@ -56,7 +62,16 @@ class LevelWiring:
 DEFAULT = LevelWiring()
 
 
-def fusion_level(x: Tensor, weights, biases, gates, wiring: LevelWiring = DEFAULT, sees=None, static=None, backend: str = "auto") -> Tensor:
+def fusion_level(
+    x: Tensor,
+    weights: Layers,
+    biases: Layers | None,
+    gates: Gates | None,
+    wiring: LevelWiring = DEFAULT,
+    sees: Sequence[Sequence[int] | None] | None = None,
+    static: Statics | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Run one fusion level: out[b,u] = sum over e of (softmax_e(G[u] q[b,u] + c[u]) + v[u,e]) * MLP_e(x[b, slot(e)]).
 
     Lists may be tuples or `nn.ParameterList` throughout.
@@ -84,7 +99,16 @@ def fusion_level(x: Tensor, weights, biases, gates, wiring: LevelWiring = DEFAUL
     return fusion_network(x, params, table, backend)
 
 
-def mixing_weights(x: Tensor, weights, biases, gates, wiring: LevelWiring = DEFAULT, sees=None, static=None, backend: str = "auto") -> Tensor:
+def mixing_weights(
+    x: Tensor,
+    weights: Layers,
+    biases: Layers | None,
+    gates: Gates | None,
+    wiring: LevelWiring = DEFAULT,
+    sees: Sequence[Sequence[int] | None] | None = None,
+    static: Statics | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Return the mixing weights w = p + v of the level that `fusion_level` would run, [B, U, E], differentiable.
 
     Args, Raises, Source: see `fusion_level`. The experts are run too, because a gate may read them.
@@ -92,6 +116,10 @@ def mixing_weights(x: Tensor, weights, biases, gates, wiring: LevelWiring = DEFA
     params, table = _read(x, weights, biases, gates, wiring, sees, static)
     _, (mixing,) = fusion_network(x, params, table, backend, return_mixing_weights=True)
     return mixing
+
+
+# The fields of a `Static`: experts, values, tensor, offset.
+_StaticKey = tuple[tuple[int, ...], tuple[str, ...] | None, int | None, int]
 
 
 class _Key(NamedTuple):
@@ -109,7 +137,7 @@ class _Key(NamedTuple):
     # Of each unit, the experts its gate sees and whether it has a bias; None: no gate.
     gates: tuple[tuple[tuple[int, ...], bool] | None, ...]
     # Of each unit, the fields of its `Static`; None: no static weights.
-    statics: tuple[tuple[tuple[int, ...], tuple[str, ...] | None, int | None, int] | None, ...]
+    statics: tuple[_StaticKey | None, ...]
     static_shapes: tuple[tuple[int, ...], ...]
     # The slot of each expert, and the kind and index of each unit's selector; None: the default.
     reads: tuple[int, ...] | None
@@ -118,7 +146,7 @@ class _Key(NamedTuple):
     activation: tuple[str, str | None]
 
 
-def _read(x, weights, biases, gates, wiring, sees, static) -> tuple[list[Tensor], Table]:
+def _read(x: Any, weights: Any, biases: Any, gates: Any, wiring: Any, sees: Any, static: Any) -> tuple[list[Tensor], Table]:
     """The operator's parameters, in its order, and the level's table."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor [B, D] or [B, S, D], got {_name(x)}")
@@ -145,14 +173,14 @@ def _read(x, weights, biases, gates, wiring, sees, static) -> tuple[list[Tensor]
         statics=tuple(statics) or (None,) * len(maps),
         static_shapes=tuple(tuple(operator.index(size) for size in v.shape) for v in learned),
         reads=wiring.slots,
-        selectors=None if wiring.selectors is None else tuple(s and (s.kind, operator.index(s.index)) for s in wiring.selectors),
+        selectors=None if wiring.selectors is None else tuple(None if s is None else (s.kind, operator.index(s.index)) for s in wiring.selectors),
         activation=(kind, None) if isinstance(kind, str) else (kind.name, kind.parameter.hex()),
     )
     params += [tensor for pair in maps if pair is not None for tensor in pair if tensor is not None]
     return params + learned, _table(tuple(key))
 
 
-def _name(value) -> str:
+def _name(value: object) -> str:
     """What a message says it got."""
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)}"
@@ -161,14 +189,14 @@ def _name(value) -> str:
     return type(value).__name__
 
 
-def _items(value, where: str, form: str) -> list:
+def _items(value: object, where: str, form: str) -> list:
     """The items of a list; raise TypeError, with the form it should have, for anything else."""
     if not isinstance(value, LISTS):
         raise TypeError(f"{where}: expected {form}, got {_name(value)}")
     return list(value)
 
 
-def _indices(value, where: str) -> tuple[int, ...]:
+def _indices(value: object, where: str) -> tuple[int, ...]:
     """A tuple of integers. `Table` checks their range; their type cannot wait, for True and 1 make the same key."""
     items = _items(value, where, "a tuple of integers")
     for item in items:
@@ -177,7 +205,7 @@ def _indices(value, where: str) -> tuple[int, ...]:
     return tuple(operator.index(item) for item in items)
 
 
-def _check_selector(value, where: str) -> None:
+def _check_selector(value: object, where: str) -> None:
     """Raise TypeError unless `value` is None or a Selector with a kind and an integer; `Table` checks the integer's range."""
     if value is None:
         return
@@ -189,7 +217,7 @@ def _check_selector(value, where: str) -> None:
         raise TypeError(f"{where}: expected an integer as index, got {value.index!r}")
 
 
-def _experts(weights, biases) -> tuple[tuple[tuple[int, ...], ...], list[Tensor]]:
+def _experts(weights: Any, biases: Any) -> tuple[tuple[tuple[int, ...], ...], list[Tensor]]:
     """The widths of each expert's layers, and its parameters in the operator's order."""
     layers = _layers(weights, "weights", "[E, H, D]", "[H, D]")
     offsets = [] if biases is None else _layers(biases, "biases", "[E, H]", "[H]")
@@ -205,7 +233,7 @@ def _experts(weights, biases) -> tuple[tuple[tuple[int, ...], ...], list[Tensor]
     return widths, [tensors[e] for e in range(count) for stack in stacks for tensors in stack]
 
 
-def _layers(value, name: str, stacked: str, single: str) -> list[list[Tensor]]:
+def _layers(value: Any, name: str, stacked: str, single: str) -> list[list[Tensor]]:
     """result[j][e]: the tensor of layer j of expert e, from any of the forms that `fusion_level` takes."""
     dim = single.count(",") + 1
     form = f"{stacked} or a list of E tensors {single}"
@@ -219,7 +247,7 @@ def _layers(value, name: str, stacked: str, single: str) -> list[list[Tensor]]:
     return [_layer(item, f"{name}, layer {j}", stacked, single) for j, item in enumerate(items)]
 
 
-def _layer(value, where: str, stacked: str, single: str) -> list[Tensor]:
+def _layer(value: Any, where: str, stacked: str, single: str) -> list[Tensor]:
     """result[e]: the tensor of expert e, from a stacked tensor or a list."""
     dim = single.count(",") + 1
     if isinstance(value, Tensor):
@@ -234,7 +262,7 @@ def _layer(value, where: str, stacked: str, single: str) -> list[Tensor]:
     return items
 
 
-def _tensor(value, dim: int, where: str, form: str) -> None:
+def _tensor(value: object, dim: int, where: str, form: str) -> None:
     """Raise TypeError unless `value` is a tensor, ValueError unless it has `dim` axes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{where}: expected a tensor {form}, got {_name(value)}")
@@ -242,7 +270,7 @@ def _tensor(value, dim: int, where: str, form: str) -> None:
         raise ValueError(f"{where}: expected {form}, got {_name(value)}")
 
 
-def _gates(gates) -> list[tuple[Tensor, Tensor | None] | None]:
+def _gates(gates: Any) -> list[tuple[Tensor, Tensor | None] | None]:
     """(G, c or None) of each unit, None for a unit without a gate; empty where there are no gates."""
     if gates is None:
         return []
@@ -269,12 +297,12 @@ def _gates(gates) -> list[tuple[Tensor, Tensor | None] | None]:
     return result
 
 
-def _sees(sees, maps, experts: int) -> list[tuple[int, ...]]:
+def _sees(sees: Any, maps: list[tuple[Tensor, Tensor | None] | None], experts: int) -> list[tuple[int, ...]]:
     """The experts that each unit's gate sees; () for a unit without a gate."""
     items = [None] * len(maps) if sees is None else _items(sees, "sees", "one tuple of experts a unit")
     if len(items) != len(maps):
         raise ValueError(f"sees: expected {len(maps)} items, one a unit, got {len(items)}")
-    result = []
+    result: list[tuple[int, ...]] = []
     for u, (item, pair) in enumerate(zip(items, maps, strict=True)):
         if pair is None:
             if item is not None:
@@ -287,7 +315,7 @@ def _sees(sees, maps, experts: int) -> list[tuple[int, ...]]:
     return result
 
 
-def _static(static, experts: int) -> tuple[list, list[Tensor]]:
+def _static(static: Any, experts: int) -> tuple[list[_StaticKey | None], list[Tensor]]:
     """`_Key.statics` (empty where there are none), and the learned tensors that they are elements of."""
     if static is None:
         return [], []
@@ -295,7 +323,8 @@ def _static(static, experts: int) -> tuple[list, list[Tensor]]:
         if static.dim() != 2 or static.shape[1] != experts:
             raise ValueError(f"static: expected [U, {experts}], one column an expert, got {_name(static)}")
         return [(tuple(range(experts)), None, 0, u * experts) for u in range(len(static))], [static]
-    result, learned = [], []
+    result: list[_StaticKey | None] = []
+    learned: list[Tensor] = []
     for u, item in enumerate(_items(static, "static", "None, [U, E], or a list of one item a unit")):
         if item is None:
             result.append(None)
@@ -318,14 +347,10 @@ def _static(static, experts: int) -> tuple[list, list[Tensor]]:
     return result, learned
 
 
+@constant
 def _table(key: tuple) -> Table:
     """Return the table of a level, given the fields of its `_Key`."""
     return _build(_Key(*key))
-
-
-# Dynamo shall call it and take the result for a constant, not trace it. `torch.compiler.assume_constant_result` sets this
-# attribute, but imports Dynamo to do so: 1 s at every import of this library.
-_table._dynamo_marked_constant = True
 
 
 @functools.lru_cache(maxsize=1024)
@@ -354,13 +379,14 @@ def _build(key: _Key) -> Table:
 
 def _build_gate(key: _Key, u: int, selector: tuple[str, int] | None) -> Gate | None:
     """The gate of unit u."""
-    if key.gates[u] is None:
+    fields = key.gates[u]
+    if fields is None:
         if selector is not None:
             raise ValueError(f"wiring.selectors, unit {u}: expected None, because the unit has no gate, got {Selector(*selector)}")
         return None
     if selector is None and 1 < key.slots <= u:
         raise ValueError(f"wiring.selectors, unit {u}: expected a Selector, because x has no slot {u} but {key.slots} slots, got None")
-    sees, bias = key.gates[u]
+    sees, bias = fields
     return Gate(Selector(*(selector or ("slot", u if key.slots > 1 else 0))), sees, bias=bias)
 
 

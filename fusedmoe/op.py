@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def fusion_network(
     return_mixing_weights: bool = False,
     recompute: bool = False,
     tasks_apart: bool = False,
-):
+) -> Any:
     """Run a network of fusion levels, and its task towers if it has any: SYSTEMS' operator for every level in turn.
 
         out[b,u,:] = sum over e in reads(u) of (softmax_e(G[u] q[b,u] + c[u]) + v[u,e]) * MLP_e(x[b, slot(e)])
@@ -83,7 +84,7 @@ def fusion_network(
     return _run(x, params, table, Options(backend, return_mixing_weights, recompute, tasks_apart))
 
 
-def _run(x: Tensor, params: list[Tensor], table: Table, options: Options, lowered: bool = False):
+def _run(x: Tensor, params: list[Tensor], table: Table, options: Options, lowered: bool = False) -> Any:
     """Run the backend that serves the call, autocast left behind; `lowered` as in `check`."""
     slots = x if x.dim() == 3 else x.unsqueeze(1)
     run = RUN[choose(options.backend, x.device, x.dtype)]
@@ -123,7 +124,7 @@ def _lower_dtype(x: Tensor, params: list[Tensor], backend: str) -> torch.dtype |
 
 
 @functools.cache
-def _kernels():
+def _kernels() -> Any:
     """The operator of the GPU backends, imported by the first call."""
     return importlib.import_module("fusedmoe.kernels.operator")
 
@@ -139,7 +140,7 @@ def _run_kernels(backend: str, x: Tensor, params: list[Tensor], table: Table, op
     return apart(_kernels().run(x, params, table, options), table, options)
 
 
-RUN = {
+RUN: dict[str, Callable[[Tensor, list[Tensor], Table, Options], tuple[Sequence[Tensor], tuple[Tensor, ...]]]] = {
     "cpu": cpu.run,
     "triton": functools.partial(_run_kernels, "triton"),
     "cuda": functools.partial(_run_kernels, "cuda"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -38,7 +38,11 @@ def for_tasks(out: Tensor, table: Table) -> Tensor:
     return torch.stack([torch.cat([units[u] for u in task.units], dim=-1) for task in table.tasks], dim=1)
 
 
-def by_level(weights: Tensor | None, table: Table) -> tuple[Tensor | None, ...]:
+@overload
+def by_level(weights: Tensor, table: Table) -> tuple[Tensor, ...]: ...
+@overload
+def by_level(weights: None, table: Table) -> tuple[None, ...]: ...
+def by_level(weights: Tensor | None, table: Table) -> tuple[Tensor, ...] | tuple[None, ...]:
     """Split mixing weights (or their gradients) [B, table.mixing] into one [B, U, E] a level; None for each level where there are none."""
     if weights is None:
         return (None,) * len(table.levels)
@@ -91,7 +95,7 @@ def join(gradients: Sequence[Tensor | None], x: Tensor, table: Table, tasks_apar
     outs, weights = gradients[:count], gradients[count:]
     tasks, levels = tuple(d is not None for d in outs), tuple(d is not None for d in weights)
     if not tasks_apart:
-        d_out = outs[0] if tasks[0] else x.new_zeros(rows, *shape)
+        d_out = x.new_zeros(rows, *shape) if outs[0] is None else outs[0]
         tasks *= len(table.tasks) if table.has_towers else 1
     else:
         d_out = torch.stack([x.new_zeros(rows, shape[1]) if d is None else d for d in outs], dim=1)
@@ -99,8 +103,11 @@ def join(gradients: Sequence[Tensor | None], x: Tensor, table: Table, tasks_apar
     if any(levels):
         sizes = [len(level.units) * len(level.experts) for level in table.levels]
         d_weights = torch.cat([x.new_zeros(rows, n) if d is None else d.flatten(1) for d, n in zip(weights, sizes, strict=True)], dim=1)
-    d_out, d_weights = (d if d is None or d.dtype == x.dtype else d.to(x.dtype) for d in (d_out, d_weights))
-    return Upstream(d_out, d_weights, tasks, levels or (False,) * len(table.levels))
+    return Upstream(_of_dtype(d_out, x.dtype), None if d_weights is None else _of_dtype(d_weights, x.dtype), tasks, levels or (False,) * len(table.levels))
+
+
+def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -119,7 +126,7 @@ def dependent(text: str, tasks: tuple[bool, ...], levels: tuple[bool, ...]) -> t
     root = False
     for number, level in reversed(list(enumerate(table.levels))):
         experts = {e for u in units for e in level.units[u].reads}
-        slots = set()
+        slots: set[int] = set()
         for u in units | (table.live[number][0] if levels[number] else set()):
             gate, static = level.units[u].gate, level.units[u].static
             if static and static.tensor is not None and static.experts:

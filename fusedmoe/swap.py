@@ -265,7 +265,7 @@ def _take_out(module: nn.Module, forward: FusedForward) -> None:
         del module.__dict__["forward"]
 
 
-def require_module(model, function: str) -> None:
+def require_module(model: object, function: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: expected an nn.Module, got {type(model).__name__}")
 

@@ -12,8 +12,10 @@ concatenation of its units. Every family in `families.py` is a function that ret
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from fusedmoe.activation import RELU, Activation
 from fusedmoe.words import write
@@ -25,7 +27,7 @@ SELECTORS = ("slot", "root", "expert")
 MOST_SLOTS, MOST_ELEMENTS = 1 << 20, 1 << 40
 
 
-def require_integer(value, where: str, least: int = 0, most: int = MOST_ELEMENTS) -> int:
+def require_integer(value: Any, where: str, least: int = 0, most: int = MOST_ELEMENTS) -> int:
     """Return `value`. Raises: ValueError, naming the place, unless it is an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{where}: expected an integer of at least {least}, got {value!r}")
@@ -34,12 +36,12 @@ def require_integer(value, where: str, least: int = 0, most: int = MOST_ELEMENTS
     return value
 
 
-def _tuple(value, of: type, where: str) -> None:
+def _tuple(value: object, of: type, where: str) -> None:
     if not isinstance(value, tuple) or not all(isinstance(item, of) for item in value):
         raise ValueError(f"{where}: expected a tuple of {of.__name__}, got {value!r}")
 
 
-def require_indices(value, count: int, where: str, what: str, least: int = 0) -> None:
+def require_indices(value: object, count: int, where: str, what: str, least: int = 0) -> None:
     """Raise ValueError, naming the place, unless `value` is a tuple of distinct integers below `count`, and of at least `least`."""
     form = f"a tuple of {'at least one index' if least else 'indices'}, none twice"
     if not isinstance(value, tuple) or len(value) < least:
@@ -51,7 +53,7 @@ def require_indices(value, count: int, where: str, what: str, least: int = 0) ->
         raise ValueError(f"{where}: expected {form}, got {value!r}")
 
 
-def _instance(value, of: type, where: str) -> None:
+def _instance(value: object, of: type, where: str) -> None:
     if not isinstance(value, of):
         raise ValueError(f"{where}: expected a {of.__name__}, got {value!r}")
 
@@ -164,7 +166,7 @@ class Table:
     statics: tuple[tuple[int, ...], ...] = ()
     root: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_integer(self.slots, "table.slots", 1, MOST_SLOTS)
         require_integer(self.width, "table.width", 1)
         require_integer(self.root, "table.root")
@@ -238,6 +240,7 @@ class Table:
                 raise ValueError(f"{where}: expected a tuple of {len(static.experts)} finite floats, got {static.values!r}")
             return
         require_indices((static.tensor,), len(self.statics), where, "static tensors")
+        assert static.tensor is not None
         size = product(self.statics[static.tensor])
         if static.offset + len(static.experts) > size:
             last = static.offset + len(static.experts) - 1
@@ -292,8 +295,8 @@ class Table:
         wanted = {u for task in self.tasks for u in task.units} if self.has_towers else set(range(top))
         result = []
         for level in reversed(self.levels):
-            experts = set()
-            slots = set()
+            experts: set[int] = set()
+            slots: set[int] = set()
             for u in wanted:
                 gate = level.units[u].gate
                 experts.update(level.units[u].reads)
@@ -344,7 +347,9 @@ class Table:
 
     def selector_width(self, level: int, unit: int) -> int:
         """The width of the vector that the gate of this unit reads."""
-        selector = self.levels[level].units[unit].gate.selector
+        gate = self.levels[level].units[unit].gate
+        assert gate is not None
+        selector = gate.selector
         if selector.kind == "expert":
             return self.levels[level].experts[selector.index].layers[-1].width
         return self.width if selector.kind == "root" else self.widths[level][selector.index]
@@ -357,7 +362,7 @@ class Table:
         return maps + mixes
 
 
-def product(sizes) -> int:
+def product(sizes: Iterable[int]) -> int:
     """The product of integers; 1 for none."""
     result = 1
     for size in sizes:

@@ -203,7 +203,8 @@ def expectation(given: Problem, network: Network = eager, neighbours: int = NEIG
     def allowed(name: str, value: Tensor | None) -> float:
         if value is None:
             return 0.0
-        plain = scale * max(error(run[name], exact[name]) for run, exact in runs)
+        pairs = [(run[name], exact[name]) for run, exact in runs]
+        plain = scale * max(error(got, true) for got, true in pairs if got is not None and true is not None)
         return bound(plain, value, dtype) + (0.0 if measured == dtype else plain)
 
     return {name: (value, allowed(name, value)) for name, value in truth.items()}

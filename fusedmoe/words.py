@@ -10,28 +10,35 @@ import dataclasses
 import functools
 import types
 import typing
+from collections.abc import Iterator
+from typing import Any
 
 
 @functools.cache
-def fields(cls: type) -> tuple[tuple[str, object, bool], ...]:
+def fields(cls: Any) -> tuple[tuple[str, Any, bool], ...]:
     """(name, type, has a default) of each field."""
     hints = typing.get_type_hints(cls)
     return tuple((f.name, hints[f.name], f.default is not dataclasses.MISSING) for f in dataclasses.fields(cls))
 
 
-def inside_optional(kind) -> object | None:
+def is_record(kind: Any) -> bool:
+    """Whether `kind` is a dataclass."""
+    return dataclasses.is_dataclass(kind)
+
+
+def inside_optional(kind: Any) -> Any:
     """The type inside `kind | None`, or None if `kind` is not optional."""
     if isinstance(kind, types.UnionType):
         return next(arg for arg in typing.get_args(kind) if arg is not type(None))
     return None
 
 
-def item_of(kind) -> object | None:
+def item_of(kind: Any) -> Any:
     """The item type of a tuple type, or None if `kind` is no tuple type."""
     return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
 
 
-def write(value, kind, words: list[str]) -> None:
+def write(value: Any, kind: Any, words: list[str]) -> None:
     """Append the words of `value`, which is of type `kind`."""
     if inside_optional(kind) is not None:
         words.append("0" if value is None else "1")
@@ -41,7 +48,7 @@ def write(value, kind, words: list[str]) -> None:
         words.append(str(len(value)))
         for item in value:
             write(item, item_of(kind), words)
-    elif dataclasses.is_dataclass(kind):
+    elif is_record(kind):
         for name, field, _ in fields(kind):
             write(getattr(value, name), field, words)
     elif kind is bool:
@@ -50,20 +57,20 @@ def write(value, kind, words: list[str]) -> None:
         words.append(repr(value) if kind is float else str(value))
 
 
-def read(kind, words):
+def read(kind: Any, words: Iterator[str]) -> Any:
     """Return the value of type `kind` that the iterator `words` begins with. Raises: ValueError for words that are none."""
     if inside_optional(kind) is not None:
         return read(inside_optional(kind), words) if _flag(words) else None
     if item_of(kind) is not None:
         return tuple(read(item_of(kind), words) for _ in range(_count(words)))
-    if dataclasses.is_dataclass(kind):
+    if is_record(kind):
         return kind(*(read(field, words) for _, field, _ in fields(kind)))
     if kind is bool:
         return _flag(words)
     return kind(_word(words))
 
 
-def _word(words) -> str:
+def _word(words: Iterator[str]) -> str:
     # A StopIteration inside the generator of `read` would end the tuple early.
     word = next(words, None)
     if word is None:
@@ -71,14 +78,14 @@ def _word(words) -> str:
     return word
 
 
-def _flag(words) -> bool:
+def _flag(words: Iterator[str]) -> bool:
     word = _word(words)
     if word not in ("0", "1"):
         raise ValueError(f"expected 0 or 1, got {word!r}")
     return word == "1"
 
 
-def _count(words) -> int:
+def _count(words: Iterator[str]) -> int:
     count = int(_word(words))
     if count < 0:
         raise ValueError(f"expected a length, got {count}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ class Fused:
     """
 
     wiring: Callable[[nn.Module], Wiring]
+    _binding: Binding
 
     def __init__(self, *args, backend: str = "auto", recompute: bool = False, **kwargs) -> None:
         require(backend)
@@ -55,7 +57,8 @@ class Fused:
 
         Raises: Unfusable if the module was changed inside before it was bound.
         """
+        module = cast(nn.Module, self)
         # A shallow copy comes with the binding of the original.
-        if "_binding" not in self.__dict__ or not self._binding.binds(self):
-            self._binding = Binding(self, type(self).wiring(self))
+        if "_binding" not in self.__dict__ or not self._binding.binds(module):
+            self._binding = Binding(module, type(self).wiring(module))
         return self._binding

@@ -156,6 +156,6 @@ class CentralTaskArch(Fused, layers.CentralTaskArch):
 
     wiring = staticmethod(wiring.central)
 
-    def forward(self, task_arch_input: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, task_arch_input: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]  # as the library has it
         """Return a list of T outputs [B, 1] from [B, D]. Raises: as `Fused.forward`."""
         return self.bind().run(task_arch_input, self.backend, recompute=self.recompute, tasks_apart=True)

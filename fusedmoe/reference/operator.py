@@ -93,12 +93,13 @@ def backward(x: Tensor, params: Sequence[Tensor], table: Table, d_out: Tensor, d
     run = _run(x, params, table)
     grads: list[Tensor | None] = [None] * len(params)
     d_slots = _backward_towers(run, params, table, d_out, grads)
-    d_root = None
+    d_root: Tensor | None = None
     for number in reversed(range(len(table.levels))):
         down = _LevelBackward(table.levels[number], run.layout, number, run.levels[number], params, grads)
         d_slots, d_selected = down.slots_and_root(d_slots, d_weights[number])
-        d_root = _add(d_root, d_selected)
-    d_slots[table.root] = _add(d_slots.get(table.root), d_root)
+        d_root = d_root if d_selected is None else _add(d_root, d_selected)
+    if d_root is not None:
+        d_slots[table.root] = _add(d_slots.get(table.root), d_root)
     d_x = torch.stack([_or_zero(d_slots.get(s), x[:, s]) for s in range(table.slots)], 1)
     return d_x, tuple(grads)
 
@@ -218,7 +219,7 @@ def _mixing_weights(level: Level, u: int, state: _LevelState, params: Sequence[T
     """w[u,e] = p[u,e] + v[u,e], each [B], for the experts that unit u reads, ascending."""
     unit = level.units[u]
     w: dict[int, Tensor] = {}
-    if u in state.p:
+    if unit.gate and u in state.p:
         w = dict(zip(unit.gate.sees, state.p[u].unbind(-1), strict=True))
     if unit.static:
         for e, v in zip(unit.static.experts, _static_values(unit.static, params, statics, x), strict=True):
@@ -246,10 +247,8 @@ def _dense(level: Level, state: _LevelState, x: Tensor) -> Tensor:
     return torch.stack([torch.stack([state.w.get(u, {}).get(e, zero) for e in range(len(level.experts))], -1) for u in range(len(level.units))], 1)
 
 
-def _add(total: Tensor | None, term: Tensor | None) -> Tensor | None:
-    if total is None or term is None:
-        return term if total is None else total
-    return total + term
+def _add(total: Tensor | None, term: Tensor) -> Tensor:
+    return term if total is None else total + term
 
 
 def _or_zero(d: Tensor | None, like: Tensor) -> Tensor:
@@ -293,17 +292,18 @@ class _LevelBackward(NamedTuple):
         """Return the gradients of the level's slots and of the root input, given those of its units and mixing weights."""
         d_y: dict[int, Tensor] = {}
         d_slots: dict[int, Tensor] = {}
-        d_root = None
+        d_root: Tensor | None = None
         for u in sorted(d_units):
             for e, w in self.state.w[u].items():
                 d_y[e] = _add(d_y.get(e), w[:, None] * d_units[u])
         for u in sorted(d_units):
             d_w = self.mixing_weights(u, d_units[u], d_weights)
             self.static_weights(u, d_w)
-            if u not in self.state.p:
+            gate = self.description.units[u].gate
+            if gate is None or u not in self.state.p:
                 continue
-            selector = self.description.units[u].gate.selector
-            d_q = self.gate(u, d_w)
+            selector = gate.selector
+            d_q = self.gate(u, gate.sees, d_w)
             if selector.kind == "root":
                 d_root = _add(d_root, d_q)
             else:
@@ -330,10 +330,10 @@ class _LevelBackward(NamedTuple):
         padded = F.pad(d_v, (static.offset, v.numel() - static.offset - len(d_v)))
         self.grads[place] = _add(self.grads[place], padded.reshape(v.shape))
 
-    def gate(self, u: int, d_w: dict[int, Tensor]) -> Tensor:
+    def gate(self, u: int, sees: tuple[int, ...], d_w: dict[int, Tensor]) -> Tensor:
         """dz[u,e] = p[u,e] (t[e] - sum over e' of p[u,e'] t[e']) with t = dw - c; returns dq[u]."""
         p = self.state.p[u]
-        d_p = torch.stack([d_w[e] for e in self.description.units[u].gate.sees], -1)
+        d_p = torch.stack([d_w[e] for e in sees], -1)
         t = d_p - (p * d_p).sum(-1, keepdim=True)
         d_z = p * (t - (p * t).sum(-1, keepdim=True))
         return _backward_mlp(self.layout.gates[self.number][u], self.state.gates[u], d_z, self.params, self.grads)
