@@ -75,7 +75,7 @@ def test_rows_beyond_the_batch_are_multiplied_too():
     assert all(few.moved < many.moved for few, many in zip(one, full, strict=True))
 
 
-@pytest.mark.parametrize(("most", "rows"), [(0, 80), (256, 24)], ids=["a launch a level", "one launch"])
+@pytest.mark.parametrize(("most", "rows"), [(0, 80), pytest.param(256, 24, marks=pytest.mark.slow)], ids=["a launch a level", "one launch"])
 def test_a_training_step_moves_the_bytes_of_its_plan(monkeypatch, most, rows):
     """Vectors and scalars, which do not pass through shared memory, are read by up to as many warps as a program has."""
     monkeypatch.setattr(tiles, "WHOLE_ROWS", most)
