@@ -35,8 +35,8 @@ from typing import NamedTuple
 import gpu_launches
 import torch
 from gpu_launches import Launched
-from report import replace_between, rows_of
 from roofline import ARCH, MEGA, Eager
+from tables import replace_between, rows_of
 
 from fusedmoe.kernels.program import Program, fused, lower, of_one_slot
 from fusedmoe.kernels.tiles import WHOLE_ROWS, Tiles, choose

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from tables import replace_between, rows_of
 
 from fusedmoe.speed.case import OURS
 from fusedmoe.speed.command import absent_arms
@@ -24,12 +26,6 @@ def milliseconds(seconds: float) -> str:
     """Return seconds as milliseconds with three digits."""
     value = 1e3 * seconds
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
-
-
-def rows_of(cells: Iterable[Sequence[str]]) -> list[str]:
-    """Return rows of a Markdown table; the first is its head, whose first column is aligned left."""
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return [lines[0], f"|---|{'---:|' * (lines[0].count('|') - 2)}", *lines[1:]]
 
 
 def threads_of(count: int) -> str:
@@ -193,14 +189,6 @@ def page(results: Mapping, pictures: Sequence[str] = ()) -> str:
     return "\n".join([*lines, *(["", overhead_line(results)] if overhead_line(results) else [])]) + "\n"
 
 
-def replace_between(text: str, content: str, begin: str = BEGIN, end: str = END, name: str = "README.md") -> str:
-    """Return the text of the file `name` with `content` between two markers. Raises: ValueError if one of them is missing."""
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"{name}: expected the lines {begin!r} and {end!r} once each, got {text.count(begin)} and {text.count(end)}")
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
-
-
 def main() -> int:
     """Write tables and pictures; return the exit status: 2 where there is nothing to report yet."""
     if not SOURCE.exists():
@@ -212,7 +200,7 @@ def main() -> int:
     results = load(SOURCE)
     drawn = draw(results, PAGE.parent)
     PAGE.write_text(page(results, drawn))
-    README.write_text(replace_between(README.read_text(), readme(results, drawn)))
+    README.write_text(replace_between(README.read_text(), readme(results, drawn), BEGIN, END, README.name))
     print(f"README.md, {PAGE.relative_to(ROOT)}: {len(results['cases'])} cases; pictures: {', '.join(drawn) or 'none'}")
     return 0
 

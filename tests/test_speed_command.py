@@ -143,7 +143,10 @@ def test_the_machine_is_described():
 
 @pytest.fixture(scope="module")
 def report():
-    return runpy.run_path(str(ROOT / "bench" / "report.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        # Scripts of a folder find one another.
+        patch.syspath_prepend(str(ROOT / "bench"))
+        return runpy.run_path(str(ROOT / "bench" / "report.py"))
 
 
 def record(**more):
@@ -200,11 +203,11 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
 
 def test_the_tables_are_put_between_the_markers(report):
     begin, end = report["BEGIN"], report["END"]
-    once = report["replace_between"](f"above\n{begin}\nold\n{end}\nbelow\n", "new")
+    once = report["replace_between"](f"above\n{begin}\nold\n{end}\nbelow\n", "new", begin, end, "page")
     assert once == f"above\n{begin}\n\nnew\n\n{end}\nbelow\n"
-    assert report["replace_between"](once, "new") == once
+    assert report["replace_between"](once, "new", begin, end, "page") == once
     with pytest.raises(ValueError, match="once each, got 0 and 0"):
-        report["replace_between"]("no markers", "new")
+        report["replace_between"]("no markers", "new", begin, end, "page")
 
 
 def test_readme_shows_the_saved_results(report):

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
 import gpu_launches
 import gpu_model
 from gpu_launches import Launched
-from report import replace_between
+from tables import replace_between
 
 BF16, LAYER, B = torch.bfloat16, "AdaTT T3m2", 4096
 # Products of its two levels: six experts of 256 x 256 and of 128 x 256; gates of three units over six experts, each level.
