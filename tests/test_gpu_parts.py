@@ -254,3 +254,14 @@ def test_a_machine_without_a_device_runs_nothing(tmp_path):
     (line,) = said.stderr.strip().splitlines()
     assert line.startswith("gpu: expected a device, got a machine without one that PyTorch finds (")
     assert not (tmp_path / "gpu.json").exists()
+
+
+# What a machine with a device may lack; `make gpu` may ask for none of it.
+EXTRAS = ("rich", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "pytest_benchmark", "hypothesis", "mypy", "ruff")
+
+
+@pytest.mark.parametrize("part", ["gpu_first", "gpu_parity", "gpu_times", "gpu_shares", "gpu_tools", "gpu_tuning"])
+def test_a_part_asks_for_no_package_beyond_the_necessary(part):
+    program = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS})); import {part}"
+    result = subprocess.run([sys.executable, "-c", program], cwd=BENCH, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
