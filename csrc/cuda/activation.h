@@ -19,10 +19,7 @@ __device__ __forceinline__ Shares shares(float z) {
   const float t = expf(-fabsf(z)), larger = 1.0f / (1.0f + t), smaller = t * larger;
   return z < 0.0f ? Shares{smaller, larger} : Shares{larger, smaller};
 }
-__device__ __forceinline__ float sigmoid(float z) {
-  const float t = expf(-fabsf(z));
-  return (z >= 0.0f ? 1.0f : t) / (1.0f + t);
-}
+__device__ __forceinline__ float sigmoid(float z) { return shares(z).share; }
 // Near 0 the difference loses its digits: Taylor's series, whose next term is below a roundoff for |z| < 1/4.
 __device__ __forceinline__ float tangent(float z) {
   const float t = expf(-2.0f * fabsf(z)), large = (1.0f - t) / (1.0f + t), u = z * z;
