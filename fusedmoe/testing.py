@@ -236,13 +236,17 @@ def assert_parity(network: Network, given: Problem, names: Iterable[str] | None 
 def neighbour(given: Problem, seed: int) -> Problem:
     """Return the problem with every number moved up or down by a rounding or two in its dtype: another draw of the rounding errors."""
     generator = torch.Generator().manual_seed(seed)
-    step = 2 * dtypes.row(given.x.dtype).roundoff
 
     def move(tensor: Tensor) -> Tensor:
-        sign = 2 * torch.randint(2, tensor.shape, generator=generator) - 1
-        return (tensor.double() * (1 + step * sign)).to(tensor.dtype)
+        return moved(tensor, generator)
 
     return Problem(given.table, move(given.x), tuple(map(move, given.params)), move(given.d_out), tuple(map(move, given.d_weights)))
+
+
+def moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the tensor with every number moved up or down by a rounding or two in its dtype."""
+    sign = 2 * torch.randint(2, tensor.shape, generator=generator) - 1
+    return (tensor.double() * (1 + 2 * dtypes.row(tensor.dtype).roundoff * sign)).to(tensor.dtype)
 
 
 # The activation of a family's tiny, ragged, one-expert and empty-gate cases; between them they cover all; the others use relu.
