@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
-from fusedmoe.kernels.plan import Ints, Launch, Plan
+from fusedmoe.kernels import layout
+from fusedmoe.kernels.layout import EXPERT_KIND, MATRIX_KIND, SOURCE_KIND, STATIC_KIND
+from fusedmoe.kernels.plan import Launch, Plan, Writer
 from fusedmoe.kernels.program import COLUMN, NOTHING, Map, Program, Source, Stage, X, rounded_up
-
-# Kinds of a tile, and of a task of `gradients`.
-EXPERT, SOURCE = range(2)
-MATRIX, STATIC = range(2)
-# Numbers of a tile, of a reader, of a map that reads a source, of a gate that does, and of a term of a static weight.
-TILE, READER, USE, SELECTION, TERM = 3, 8, 5, 9, 4
+from fusedmoe.table import product
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +36,14 @@ def backward_plan_of(plan: Plan, whole: bool, columns: int, block_n: int) -> Bac
         columns: of a row-local tile, and of the tile of a dW.
         block_n: rows of the tile of a dW.
     """
-    return _Writer(plan, columns, block_n).write(whole)
+    return _BackwardWriter(plan, columns, block_n).write(whole)
 
 
-class _Writer:
+class _BackwardWriter:
     def __init__(self, plan: Plan, columns: int, block_n: int):
         self.softmax = plan.rows
         self.program: Program = plan.program
-        self.ints = Ints(self.program)
+        self.writer = Writer(self.program)
         self.block, self.block_n = columns, block_n
         self.dz: dict[tuple[int, str, int], int] = {}  # column of dz of a stage's expert, or of a unit's gate
         self.columns = 0
@@ -77,45 +75,61 @@ class _Writer:
             else:
                 launches.append(self.launch(stages, phases, own=False))
         tasks = self.tasks()
-        place = self.ints.put(tasks)
-        return BackwardPlan(tuple(self.ints.ints), tuple(self.ints.floats), tuple(launches), self.columns, self.rows, place, len(tasks))
+        place = self.writer.put(tasks)
+        return BackwardPlan(tuple(self.writer.ints), tuple(self.writer.floats), tuple(launches), self.columns, self.rows, place, len(tasks))
 
     def launch(self, stages: tuple[int, ...], phases: list[list[tuple[int, int]]], own: bool) -> Launch:
         """A launch whose tiles have a program each (`own`), or all the same one."""
-        tiles = [(kind, record, int(at == 0 and not own)) for phase in phases for at, (kind, record) in enumerate(phase)]
-        first = self.ints.put(number for tile in tiles for number in tile)
-        ends = [(first + TILE * i, first + TILE * (i + 1)) for i in range(len(tiles))] if own else [(first, first + TILE * len(tiles))]
-        return Launch(stages, self.ints.put(end for pair in ends for end in pair), len(ends))
+        tiles = [
+            layout.BACKWARD_TILE.write(kind=kind, record=record, wait=int(i == 0 and not own))
+            for phase in phases
+            for i, (kind, record) in enumerate(phase)
+        ]
+        first = self.writer.put(number for tile in tiles for number in tile)
+        return self.writer.launch(stages, first, len(tiles), layout.BACKWARD_TILE.size, own)
 
     def experts(self, number: int) -> list[tuple[int, int]]:
         stage = self.program.stages[number]
         tiles = []
         for e, one in enumerate(stage.experts):
-            record = self.ints.map(one)
+            record = self.writer.map(one)
             for tile, column in enumerate(range(0, one.width, self.block)):
-                readers: list[int] = []
-                for u, unit in enumerate(stage.units):
-                    for place, read in enumerate(unit.reads):
-                        if read.expert == e:
-                            first, _, distance = self.dw[number, u]
-                            rows = [self.softmax[number, u] + place, first + tile * distance + place]
-                            readers += [*self.ints.place(number, unit.column), *rows, self.ints.unit(number, u), place]
-                head = [record, column, one.width, self.dz[number, "expert", e], len(readers) // READER]
-                tiles.append((EXPERT, self.ints.put(head + readers)))
+                readers = [
+                    self.reader(number, u, place, tile)
+                    for u, unit in enumerate(stage.units)
+                    for place, read in enumerate(unit.reads)
+                    if read.expert == e
+                ]
+                dz = self.dz[number, "expert", e]
+                head = layout.EXPERT_TILE.write(linear=record, column=column, width=one.width, dz=dz, readers=len(readers))
+                tiles.append((EXPERT_KIND, self.writer.put(itertools.chain(head, *readers))))
         return tiles
+
+    def reader(self, number: int, u: int, place: int, tile: int) -> list[int]:
+        """A unit that reads an expert, for one tile of the expert's columns."""
+        first, _, stride = self.dw[number, u]
+        return layout.READER.write(
+            place=self.writer.place(number, self.program.stages[number].units[u].column),
+            p=self.softmax[number, u] + place,
+            dw=first + tile * stride + place,
+            unit=self.writer.unit(number, u),
+            read=place,
+        )
 
     def sources(self, number: int) -> list[tuple[int, int]]:
         stage = self.program.stages[number]
-        uses: dict[Source, list[int]] = {}
-        selections: dict[Source, list[list[int]]] = {}
+        uses: dict[Source, list[list[int]]] = {}
+        selections: dict[Source, list[tuple[int, Map]]] = {}
         for e, one in enumerate(stage.experts):
             first = 0
             for source in one.sources:
-                uses.setdefault(source, []).extend([one.weight, one.width, one.reduction, first, self.dz[number, "expert", e]])
+                dz = self.dz[number, "expert", e]
+                use = layout.USE.write(weight=one.weight, outputs=one.width, reduction=one.reduction, first=first, dz=dz)
+                uses.setdefault(source, []).append(use)
                 first += source.width
         for u, unit in enumerate(stage.units):
             if unit.gate:
-                selections.setdefault(unit.gate.sources[0], []).append(self.selection(number, u, unit.gate))
+                selections.setdefault(unit.gate.sources[0], []).append((u, unit.gate))
         everything = [*uses, *(source for source in selections if source not in uses)]
         if number == 0:
             slots = [Source(X, s, self.program.table.width) for s in range(self.program.table.slots)]
@@ -123,23 +137,39 @@ class _Writer:
         tiles = []
         for source in everything:
             for column in range(0, source.width, self.block):
-                chosen = [number for one in selections.get(source, []) for number in (*one, int(column == 0))]
-                head = [*self.ints.place(source.stage, source.column), column, source.width, int(source in self.written)]
-                body = [len(uses.get(source, [])) // USE, len(chosen) // SELECTION, *uses.get(source, []), *chosen]
-                tiles.append((SOURCE, self.ints.put(head + body)))
+                used = uses.get(source, [])
+                chosen = [self.selection(number, u, gate, store=column == 0) for u, gate in selections.get(source, [])]
+                head = layout.SOURCE_TILE.write(
+                    place=self.writer.place(source.stage, source.column),
+                    column=column,
+                    width=source.width,
+                    add=int(source in self.written),
+                    uses=len(used),
+                    selections=len(chosen),
+                )
+                tiles.append((SOURCE_KIND, self.writer.put(itertools.chain(head, *used, *chosen))))
         self.written |= set(everything)
         return tiles
 
-    def selection(self, number: int, u: int, gate: Map) -> list[int]:
-        first, tiles, distance = self.dw[number, u]
-        head = [self.ints.unit(number, u), gate.weight, gate.reduction, self.dz[number, "gate", u]]
-        return [*head, self.softmax[number, u], first, tiles, distance]
+    def selection(self, number: int, u: int, gate: Map, store: bool) -> list[int]:
+        first, tiles, stride = self.dw[number, u]
+        return layout.SELECTION.write(
+            unit=self.writer.unit(number, u),
+            weight=gate.weight,
+            reduction=gate.reduction,
+            dz=self.dz[number, "gate", u],
+            p=self.softmax[number, u],
+            dw=first,
+            tiles=tiles,
+            stride=stride,
+            store=int(store),
+        )
 
     def tasks(self) -> list[int]:
         """The records of every tile of a dW, and of every element of a learned static tensor."""
         places, _ = self.program.gradients
         tasks: list[int] = []
-        terms: dict[int, list[int]] = {}
+        terms: dict[int, list[list[int]]] = {}
         for number, stage in enumerate(self.program.stages):
             for e, one in enumerate(stage.experts):
                 if one.weight != NOTHING:
@@ -148,27 +178,37 @@ class _Writer:
                 if unit.gate:
                     tasks += self.matrix(unit.gate, self.dz[number, "gate", u], places)
                 if unit.static != NOTHING:
-                    first, tiles, distance = self.dw[number, u]
+                    first, tiles, stride = self.dw[number, u]
                     for place, read in enumerate(unit.reads):
                         if read.element != NOTHING:
                             mixing = unit.mixing[place] if unit.mixing else NOTHING
-                            terms.setdefault(places[unit.static] + read.element, []).extend([first + place, tiles, distance, mixing])
+                            term = layout.TERM.write(dw=first + place, tiles=tiles, stride=stride, mixing=mixing)
+                            terms.setdefault(places[unit.static] + read.element, []).append(term)
         for static in sorted({unit.static for stage in self.program.stages for unit in stage.units} - {NOTHING}):
-            size = 1
-            for length in self.program.table.parameters[static].shape:
-                size *= length
+            size = product(self.program.table.parameters[static].shape)
             for element in range(places[static], places[static] + size):
-                mine = terms.get(element, [])
-                tasks.append(self.ints.put([STATIC, element, len(mine) // TERM, *mine]))
+                own = terms.get(element, [])
+                head = layout.STATIC_TASK.write(kind=STATIC_KIND, element=element, terms=len(own))
+                tasks.append(self.writer.put(itertools.chain(head, *own)))
         return tasks
 
     def matrix(self, one: Map, dz: int, places: tuple[int, ...]) -> list[int]:
         tasks, first = [], 0
         for source in one.sources:
-            place = [*self.ints.place(source.stage, source.column), source.width, first]
-            for n in range(0, one.width, self.block_n):
-                for k in range(0, source.width, self.block):
-                    bias = places[one.bias] if one.bias != NOTHING and first == 0 and k == 0 else NOTHING
-                    tasks.append(self.ints.put([MATRIX, places[one.weight], bias, one.width, one.reduction, dz, n, k, *place]))
+            for row in range(0, one.width, self.block_n):
+                for column in range(0, source.width, self.block):
+                    with_bias = one.bias != NOTHING and first == 0 and column == 0
+                    task = layout.MATRIX_TASK.write(
+                        kind=MATRIX_KIND,
+                        weight=places[one.weight],
+                        bias=places[one.bias] if with_bias else NOTHING,
+                        outputs=one.width,
+                        reduction=one.reduction,
+                        dz=dz,
+                        row=row,
+                        column=column,
+                        source=self.writer.source(source, first),
+                    )
+                    tasks.append(self.writer.put(task))
             first += source.width
         return tasks

@@ -11,22 +11,37 @@ The accumulators of the units are a tuple of 2-D tensors: a 3-D one, or experts 
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels import plan as plans
-from fusedmoe.kernels.records import COLUMN, NEVER, SOURCE, Block, Shape, activated, aligned, copied, linear, rows_of, static_weight, tiles_of
+from fusedmoe.kernels import layout
+from fusedmoe.kernels.records import (
+    COLUMN,
+    NEVER,
+    UNIT,
+    Block,
+    Offsets,
+    Shape,
+    activated,
+    aligned,
+    copied,
+    linear,
+    rows_of,
+    static_weight,
+    tiles_of,
+)
 
-WRITE_SOFTMAX, WRITE_WEIGHTS = tl.constexpr(1), tl.constexpr(2)
-TILE, GROUP_HEAD = tl.constexpr(plans.TILE), tl.constexpr(plans.GROUP_HEAD)
+WRITE_SOFTMAX, WRITE_WEIGHTS = tl.constexpr(layout.WRITE_SOFTMAX), tl.constexpr(layout.WRITE_WEIGHTS)
+TILE, GROUP, RUN = Offsets(layout.TILE), Offsets(layout.GROUP), Offsets(layout.RUN)
+EXPERT_READ, GATE_READ = Offsets(layout.EXPERT_READ), Offsets(layout.GATE_READ)
 
 
 @triton.jit
 def softmax(block, shape: tl.constexpr, unit, h, p, READS: tl.constexpr):
     """Write p of a unit, one row of `p` a read: the softmax over what its gate sees, 0 elsewhere."""
-    gate = tl.load(block.plan + unit)
+    gate = tl.load(block.plan + unit + UNIT.gate)
     reads = tl.arange(0, READS)
-    inside = reads < tl.load(block.plan + unit + 1)
+    inside = reads < tl.load(block.plan + unit + UNIT.reads)
     result = tl.zeros((shape.BLOCK_B, READS), tl.float32)
     if gate >= 0:
-        seen = tl.load(block.plan + tl.load(block.plan + unit + 2) + reads, mask=inside, other=-1)
+        seen = tl.load(block.plan + tl.load(block.plan + unit + UNIT.seen) + reads, mask=inside, other=-1)
         z = linear(block, shape, gate, 0, h, seen, seen >= 0, shape.KEEP, READS)
         z = tl.where(seen[None, :] >= 0, z, NEVER)
         exponential = tl.exp(z - tl.max(z, 1)[:, None])
@@ -38,24 +53,25 @@ def softmax(block, shape: tl.constexpr, unit, h, p, READS: tl.constexpr):
 @triton.jit
 def softmaxes(block, shape: tl.constexpr, group, p, READS: tl.constexpr):
     """Write p of every unit of a group, those whose gates read one source after another: its tile is loaded once."""
-    selector = tl.load(block.plan + group + 4) + 1
+    selector = tl.load(block.plan + group + GROUP.selectors) + 1
     for _ in range(tl.load(block.plan + selector - 1)):
         h = ()
         if shape.KEEP > 0:
             h = tiles_of(block, shape, selector)
-        count = tl.load(block.plan + selector + SOURCE)
+        count = tl.load(block.plan + selector + RUN.count)
         for i in range(count):
-            unit = selector + SOURCE + 1 + 2 * i
-            softmax(block, shape, tl.load(block.plan + unit), h, p + tl.load(block.plan + unit + 1).to(tl.int64) * block.B, READS)
-        selector += SOURCE + 1 + 2 * count
+            read = selector + RUN.size + GATE_READ.size * i
+            row = tl.load(block.plan + read + GATE_READ.row).to(tl.int64)
+            softmax(block, shape, tl.load(block.plan + read + GATE_READ.unit), h, p + row * block.B, READS)
+        selector += RUN.size + GATE_READ.size * count
 
 
 @triton.jit
 def write_weights(block, unit, p, weights, mixing):
     """weights[row, column of a read] = p + v."""
-    columns = tl.load(block.plan + unit + 10)
+    columns = tl.load(block.plan + unit + UNIT.mixing)
     if columns >= 0:
-        for read in range(tl.load(block.plan + unit + 1)):
+        for read in range(tl.load(block.plan + unit + UNIT.reads)):
             soft = tl.load(p + tl.cast(read, tl.int64) * block.B + block.rows, mask=block.live, other=0.0)
             at = weights + block.row * mixing + tl.load(block.plan + columns + read)
             w = soft + static_weight(block, unit, read)
@@ -68,7 +84,7 @@ def added(block, units, record, p, y, mixed, UNITS: tl.constexpr):
     result = ()
     for u in tl.static_range(UNITS):
         total = mixed[u]
-        read = tl.load(block.plan + record + 1 + u)
+        read = tl.load(block.plan + record + EXPERT_READ.size + u)
         if read >= 0:
             soft = p + (tl.load(block.plan + units + UNITS + u) + read).to(tl.int64) * block.B
             w = tl.load(soft + block.rows, mask=block.live, other=0.0) + static_weight(block, tl.load(block.plan + units + u), read)
@@ -80,32 +96,32 @@ def added(block, units, record, p, y, mixed, UNITS: tl.constexpr):
 @triton.jit
 def mix(block, shape: tl.constexpr, group, column, p, UNITS: tl.constexpr, COPIES: tl.constexpr, AHEAD: tl.constexpr):
     """Columns `column`.. of every unit of a group: out[u] = sum over e of (p + v) y[e]."""
-    units = group + GROUP_HEAD
+    units = group + GROUP.size
     columns = tl.arange(0, shape.BLOCK_H)
-    live = columns < aligned(block, group + 1, shape.STORE) - column
+    live = columns < aligned(block, group + GROUP.width, shape.STORE) - column
     mixed = ()
     for _ in tl.static_range(UNITS):
         mixed = mixed + (tl.zeros((shape.BLOCK_B, shape.BLOCK_H), tl.float32),)  # noqa: RUF005
     record = units + 2 * UNITS
-    for _ in range(tl.load(block.plan + group + 2)):
+    for _ in range(tl.load(block.plan + group + GROUP.runs)):
         h = ()
         if shape.KEEP > 0:
             h = tiles_of(block, shape, record)
-        count = tl.load(block.plan + record + SOURCE)
-        record += SOURCE + 1
+        count = tl.load(block.plan + record + RUN.count)
+        record += RUN.size
         for _ in tl.range(count, num_stages=AHEAD):
-            one = tl.load(block.plan + record)
+            one = tl.load(block.plan + record + EXPERT_READ.linear)
             y = activated(block, shape, one, linear(block, shape, one, column, h, columns, live, shape.KEEP, shape.BLOCK_H))
             mixed = added(block, units, record, p, y, mixed, UNITS)
-            record += 1 + UNITS
-    for _ in range(tl.load(block.plan + group + 3) if COPIES else 0):
-        y = copied(block, shape, tl.load(block.plan + record), column, columns, live)
+            record += EXPERT_READ.size + UNITS
+    for _ in range(tl.load(block.plan + group + GROUP.copies) if COPIES else 0):
+        y = copied(block, shape, tl.load(block.plan + record + EXPERT_READ.linear), column, columns, live)
         mixed = added(block, units, record, p, y, mixed, UNITS)
-        record += 1 + UNITS
+        record += EXPERT_READ.size + UNITS
     for u in tl.static_range(UNITS):
         unit = tl.load(block.plan + units + u)
         if unit >= 0:
-            first, distance = rows_of(block, unit + 6, shape.STORE)
+            first, distance = rows_of(block, unit + UNIT.place, shape.STORE)
             to = first + column + block.rows[:, None] * distance + columns[None, :]
             tl.store(to, mixed[u].to(block.out.dtype.element_ty), mask=block.live[:, None] & live[None, :])
 
@@ -125,18 +141,18 @@ def forward(
         ALIGN, ALIGN * x.dtype.element_ty.primitive_bitwidth // 8, STORE, ACTS, INNER, KEEP, BLOCK_B, BLOCK_H, BLOCK_K, STAGES, PRECISION
     )
     program = plan + place + 2 * tl.program_id(1)
-    for tile in range(tl.load(program), tl.load(program + 1), TILE):
-        group = tl.load(plan + tile)
-        units = group + GROUP_HEAD
-        scratch = p + row + tl.load(plan + tile + 2).to(tl.int64) * B
-        what = tl.load(plan + tile + 3)
-        if tl.load(plan + tile + 4) != 0:
+    for tile in range(tl.load(program), tl.load(program + 1), TILE.size):
+        group = tl.load(plan + tile + TILE.group)
+        units = group + GROUP.size
+        scratch = p + row + tl.load(plan + tile + TILE.softmax).to(tl.int64) * B
+        task = tl.load(plan + tile + TILE.task)
+        if tl.load(plan + tile + TILE.wait) != 0:
             # What the tiles before wrote is visible to all threads of this program.
             tl.debug_barrier()
-        if what >= WRITE_SOFTMAX:
+        if task >= WRITE_SOFTMAX:
             softmaxes(block, shape, group, scratch, READS)
             tl.debug_barrier()
             if WEIGHTS:
-                for u in range(tl.where(what == WRITE_WEIGHTS, tl.load(plan + group), 0)):
+                for u in range(tl.where(task == WRITE_WEIGHTS, tl.load(plan + group + GROUP.units), 0)):
                     write_weights(block, tl.load(plan + units + u), scratch + tl.load(plan + units + UNITS + u).to(tl.int64) * B, weights, mixing)
-        mix(block, shape, group, aligned(block, tile + 1, COLUMN), scratch, UNITS, COPIES, AHEAD)
+        mix(block, shape, group, aligned(block, tile + TILE.column, COLUMN), scratch, UNITS, COPIES, AHEAD)

@@ -1,15 +1,6 @@
-"""The integers that kernels read: a program with its units in groups and its columns in tiles, written into one array.
+"""The plan of a forward: a program with its units in groups and its columns in tiles, as records in one array of integers.
 
-Records point at each other by their place in the array. `Ints` writes them; the orders below are what `records.py` reads.
-
-    source   kind, column or slot, distance of rows, offset of the buffer in numbers a row, width, first column of W
-    map      weight, bias, width, K, activation, its parameter (place among the floats), map inside (or -1), number of sources, sources
-    unit     map of the gate, number of reads, seen rows, static tensor, its elements, fixed values, where it goes (4 of a source), columns of its
-             mixing weights
-    group    number of units, width, numbers of runs and of copies, its selectors; units and their first rows of softmax; runs; copies
-    selectors  their number; of each the source, number of units whose gates read it; units and their first rows of softmax
-    run      the source of its experts, their number; experts: map and place in each unit's reads; a copy is an expert too
-    tile     group, first column, first row of softmax, whether to compute the softmax, whether to wait for the tiles before
+Records name each other by their place in the array; `layout.py` says what their fields mean.
 """
 
 from __future__ import annotations
@@ -20,14 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fusedmoe.activation import DEFAULT_PARAMETER
+from fusedmoe.kernels import layout
+from fusedmoe.kernels.layout import FROM_BUFFER, FROM_X, NO_SOFTMAX, TO_OUTPUT, WRITE_SOFTMAX, WRITE_WEIGHTS
 from fusedmoe.kernels.program import NOTHING, Map, Mix, Program, Source, Stage, X
 
 # The number by which a plan names an activation.
 CODES = {name: code for code, name in enumerate(DEFAULT_PARAMETER)}
-# Kinds of a source: input slot, buffer of a stage, the output.
-FROM_X, FROM_BUFFER, TO_OUTPUT = range(3)
-# Numbers of a tile, of a map before its sources, of a source, and of a group before its units.
-TILE, MAP_HEAD, SOURCE, GROUP_HEAD = 5, 8, 6, 5
 
 
 @dataclass(frozen=True)
@@ -76,8 +65,8 @@ class Plan:
     units: int
 
 
-class Ints:
-    """Writes records, each once."""
+class Writer:
+    """Writes records into one array, each once."""
 
     def __init__(self, program: Program):
         self.program = program
@@ -86,48 +75,66 @@ class Ints:
         self.known: dict[object, int] = {}
 
     def put(self, values: Iterable[int]) -> int:
+        """Append integers, and return the place of the first one."""
         place = len(self.ints)
         self.ints += values
         return place
+
+    def launch(self, stages: Sequence[int], first: int, tiles: int, size: int, own: bool) -> Launch:
+        """A launch of tiles that lie one after another: each has a program of its own (`own`), or all have the same one."""
+        bounds = [first + size * tile for tile in range(tiles + 1)] if own else [first, first + size * tiles]
+        place = self.put(end for pair in itertools.pairwise(bounds) for end in pair)
+        return Launch(tuple(stages), place, len(bounds) - 1)
 
     def put_floats(self, values: Sequence[float]) -> int:
         place = len(self.floats)
         self.floats += values
         return place
 
-    def place(self, stage: int, column: int) -> tuple[int, int, int, int]:
-        """The first four numbers of a source."""
+    def place(self, stage: int, column: int) -> list[int]:
+        """Where columns of x, of a stage's buffer or of the output begin."""
         if stage == X:
-            return FROM_X, column, 0, 0
+            return layout.PLACE.write(kind=FROM_X, column=column, stride=0, buffer=0)
         width = self.program.stages[stage].width
         if stage + 1 == len(self.program.stages):
-            return TO_OUTPUT, column, width, 0
-        return FROM_BUFFER, column, width, self.program.offsets[stage]
+            return layout.PLACE.write(kind=TO_OUTPUT, column=column, stride=width, buffer=0)
+        return layout.PLACE.write(kind=FROM_BUFFER, column=column, stride=width, buffer=self.program.offsets[stage])
 
-    def sources(self, sources: tuple[Source, ...]) -> list[int]:
-        result, first = [], 0
-        for source in sources:
-            result += [*self.place(source.stage, source.column), source.width, first]
-            first += source.width
-        return result
+    def source(self, source: Source, first: int = 0) -> list[int]:
+        """A source that is multiplied by the columns of W from `first` on."""
+        return layout.SOURCE.write(place=self.place(source.stage, source.column), width=source.width, first=first)
 
     def map(self, one: Map) -> int:
         if one not in self.known:
-            parameter = self.put_floats([one.activation.parameter])
-            inner = self.map(one.inner) if one.inner else NOTHING
-            head = [one.weight, one.bias, one.width, one.reduction, CODES[one.activation.name], parameter, inner, len(one.sources)]
-            self.known[one] = self.put(head + self.sources(one.sources))
+            head = layout.LINEAR.write(
+                weight=one.weight,
+                bias=one.bias,
+                width=one.width,
+                reduction=one.reduction,
+                activation=CODES[one.activation.name],
+                parameter=self.put_floats([one.activation.parameter]),
+                hidden=self.map(one.inner) if one.inner else NOTHING,
+                sources=len(one.sources),
+            )
+            firsts = itertools.accumulate((source.width for source in one.sources), initial=0)
+            sources = [number for source, first in zip(one.sources, firsts, strict=False) for number in self.source(source, first)]
+            self.known[one] = self.put(head + sources)
         return self.known[one]
 
     def unit(self, stage: int, number: int) -> int:
         if (stage, number) not in self.known:
             unit: Mix = self.program.stages[stage].units[number]
-            gate = self.map(unit.gate) if unit.gate else NOTHING
-            seen = self.put(read.seen for read in unit.reads)
-            elements = self.put(read.element for read in unit.reads)
-            mixing = self.put(unit.mixing) if unit.mixing else NOTHING
-            fixed = self.put_floats([read.value for read in unit.reads])
-            self.known[stage, number] = self.put([gate, len(unit.reads), seen, unit.static, elements, fixed, *self.place(stage, unit.column), mixing])
+            values = layout.UNIT.write(
+                gate=self.map(unit.gate) if unit.gate else NOTHING,
+                reads=len(unit.reads),
+                seen=self.put(read.seen for read in unit.reads),
+                statics=unit.static,
+                elements=self.put(read.element for read in unit.reads),
+                fixed=self.put_floats([read.value for read in unit.reads]),
+                place=self.place(stage, unit.column),
+                mixing=self.put(unit.mixing) if unit.mixing else NOTHING,
+            )
+            self.known[stage, number] = self.put(values)
         return self.known[stage, number]
 
     def group(self, stage: int, group: Group, most: int) -> int:
@@ -138,23 +145,34 @@ class Ints:
         records = [self.unit(stage, u) for u in group.units]
         maps = [self.map(level.experts[e]) for e in group.experts]
         places = [{read.expert: i for i, read in enumerate(unit.reads)} for unit in units]
-        experts = {e: [one, *(place.get(e, NOTHING) for place in places), *padding] for e, one in zip(group.experts, maps, strict=True)}
+        experts = {
+            e: [*layout.EXPERT_READ.write(linear=one), *(place.get(e, NOTHING) for place in places), *padding]
+            for e, one in zip(group.experts, maps, strict=True)
+        }
         copies = [e for e in group.experts if level.experts[e].weight == NOTHING]
-        runs = [list(run) for _, run in itertools.groupby((e for e in group.experts if e not in copies), key=lambda e: level.experts[e].read)]
-        body = []
-        for run in runs:
-            body += [*self.sources(level.experts[run[0]].read[:1]), len(run), *(number for e in run for number in experts[e])]
+        computed = [e for e in group.experts if e not in copies]
+        runs = [list(run) for _, run in itertools.groupby(computed, key=lambda e: level.experts[e].read)]
+        body = [number for run in runs for number in self.run(level.experts[run[0]].read[0], [experts[e] for e in run])]
         body += [number for e in copies for number in experts[e]]
         selectors = self.selectors(units, list(zip(records, rows, strict=True)))
-        return self.put([len(units), units[0].width, len(runs), len(copies), selectors, *records, *padding, *rows, *padding, *body])
+        head = layout.GROUP.write(
+            units=len(units), width=units[0].width, runs=len(runs), copies=len(copies), selectors=selectors
+        )
+        return self.put([*head, *records, *padding, *rows, *padding, *body])
+
+    def run(self, source: Source, readers: Sequence[Sequence[int]]) -> list[int]:
+        """A source, and the records of those that read it."""
+        head = layout.RUN.write(source=self.source(source), count=len(readers))
+        return [*head, *(number for reader in readers for number in reader)]
 
     def selectors(self, units: list[Mix], places: list[tuple[int, int]]) -> int:
-        """What the gates of these units read, each source once; units without a gate read nothing."""
-        by_source: dict[Source, list[int]] = {}
-        for unit, place in zip(units, places, strict=True):
-            by_source.setdefault(unit.gate.read[0] if unit.gate else Source(X, 0, 0), []).extend(place)
-        bodies = [[*self.sources((source,)), len(of) // 2, *of] for source, of in by_source.items()]
-        return self.put([len(bodies), *(number for body in bodies for number in body)])
+        """The number of sources that the gates of these units read, and each with its gates; units without a gate read nothing."""
+        by_source: dict[Source, list[list[int]]] = {}
+        for unit, (record, row) in zip(units, places, strict=True):
+            source = unit.gate.read[0] if unit.gate else Source(X, 0, 0)
+            by_source.setdefault(source, []).append(layout.GATE_READ.write(unit=record, row=row))
+        runs = [self.run(source, gates) for source, gates in by_source.items()]
+        return self.put([len(runs), *(number for run in runs for number in run)])
 
 
 def launches_of(program: Program, whole: bool) -> tuple[tuple[int, ...], ...]:
@@ -174,7 +192,7 @@ def plan_of(program: Program, whole: bool, most: int, columns: int) -> Plan:
 
     A launch of one stage gives each tile a program of its own. A launch of several runs all tiles in each program, stage after stage.
     """
-    write = Ints(program)
+    write = Writer(program)
     softmax, launches, first_rows = 0, [], {}
     for launch in launches_of(program, whole):
         stages = [stage for stage in launch if program.stages[stage].units]
@@ -192,10 +210,10 @@ def plan_of(program: Program, whole: bool, most: int, columns: int) -> Plan:
                 for column in range(0, max(units[0].width, 1), columns):
                     # A program of its own has a softmax of its own: no two programs write to one address.
                     fresh = column == 0 or len(stages) == 1
-                    tiles.append([record, column, softmax, int(fresh) + int(fresh and column == 0), int(wait)])
+                    task = NO_SOFTMAX if not fresh else WRITE_WEIGHTS if column == 0 else WRITE_SOFTMAX
+                    tiles.append(layout.TILE.write(group=record, column=column, softmax=softmax, task=task, wait=int(wait)))
                     softmax += rows if len(stages) == 1 or column + columns >= units[0].width else 0
                     wait = False
         first = write.put(number for tile in tiles for number in tile)
-        ends = [(first + TILE * i, first + TILE * (i + 1)) for i in range(len(tiles))] if len(stages) == 1 else [(first, first + TILE * len(tiles))]
-        launches.append(Launch(tuple(stages), write.put(end for pair in ends for end in pair), len(ends)))
+        launches.append(write.launch(stages, first, len(tiles), layout.TILE.size, own=len(stages) == 1))
     return Plan(program, tuple(write.ints), tuple(write.floats), tuple(launches), softmax, first_rows, most)

@@ -1,4 +1,4 @@
-"""How kernels read the records of `plan.py`, and the linear map that all of them share.
+"""How kernels read the records of a plan (`layout.py`), and the linear map that all of them share.
 
 `Block` is what a program knows of its rows, `Shape` what it was compiled for; both pass through every function below.
 """
@@ -8,11 +8,22 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels import plan, program
+from fusedmoe.kernels import layout, program
 from fusedmoe.kernels.activation import apply
 
-FROM_X, FROM_BUFFER = tl.constexpr(plan.FROM_X), tl.constexpr(plan.FROM_BUFFER)
-MAP_HEAD, SOURCE = tl.constexpr(plan.MAP_HEAD), tl.constexpr(plan.SOURCE)
+
+class Offsets(tl.constexpr):
+    """A record as a constant of kernels: `UNIT.gate` in a kernel is `layout.UNIT.gate`, compiled and interpreted."""
+
+    def __getattr__(self, field: str) -> int:
+        # Triton's compiler asks the value itself; its interpreter runs kernels as plain Python.
+        if field.startswith("_") or "value" not in self.__dict__:
+            raise AttributeError(field)
+        return getattr(self.value, field)
+
+
+FROM_X, FROM_BUFFER = tl.constexpr(layout.FROM_X), tl.constexpr(layout.FROM_BUFFER)
+PLACE, SOURCE, LINEAR, UNIT = Offsets(layout.PLACE), Offsets(layout.SOURCE), Offsets(layout.LINEAR), Offsets(layout.UNIT)
 COLUMN = tl.constexpr(program.COLUMN)
 NEVER = tl.constexpr(float("-inf"))
 
@@ -80,11 +91,11 @@ def rows_of(block, source, ALIGN: tl.constexpr):
 
     An address as an integer until the end: what is said of alignment stays with the last operation, and not with the branches of an `if`.
     """
-    kind = tl.load(block.plan + source)
-    column = tl.load(block.plan + source + 1).to(tl.int64)
+    kind = tl.load(block.plan + source + PLACE.kind)
+    column = tl.load(block.plan + source + PLACE.column).to(tl.int64)
     base = tl.where(kind == FROM_X, block.x.to(tl.int64), tl.where(kind == FROM_BUFFER, block.buffers.to(tl.int64), block.out.to(tl.int64)))
-    distance = tl.where(kind == FROM_X, block.x_row.to(tl.int64), tl.load(block.plan + source + 2).to(tl.int64))
-    before = tl.load(block.plan + source + 3).to(tl.int64) * block.B + tl.where(kind == FROM_X, column * block.x_slot, column)
+    distance = tl.where(kind == FROM_X, block.x_row.to(tl.int64), tl.load(block.plan + source + PLACE.stride).to(tl.int64))
+    before = tl.load(block.plan + source + PLACE.buffer).to(tl.int64) * block.B + tl.where(kind == FROM_X, column * block.x_slot, column)
     size: tl.constexpr = block.x.dtype.element_ty.primitive_bitwidth // 8
     first = (base + (before + block.row * distance) * size).to(block.x.dtype)
     # Inside a tile 32 bits reach; what is larger stands in the scalars.
@@ -95,12 +106,12 @@ def rows_of(block, source, ALIGN: tl.constexpr):
 def streamed(block, shape: tl.constexpr, one, weight, outputs, live, BLOCK_N: tl.constexpr):
     """W h of a map without one inside, both read in pieces of BLOCK_K."""
     z = tl.zeros((shape.BLOCK_B, BLOCK_N), tl.float32)
-    reduction = aligned(block, one + 3, shape.ALIGN)
-    for s in range(tl.load(block.plan + one + 7)):
-        source = one + MAP_HEAD + s * SOURCE
+    reduction = aligned(block, one + LINEAR.reduction, shape.ALIGN)
+    for s in range(tl.load(block.plan + one + LINEAR.sources)):
+        source = one + LINEAR.size + s * SOURCE.size
         first, distance = rows_of(block, source, shape.ALIGN)
-        width = aligned(block, source + 4, shape.ALIGN)
-        column = aligned(block, source + 5, shape.ALIGN)
+        width = aligned(block, source + SOURCE.width, shape.ALIGN)
+        column = aligned(block, source + SOURCE.first, shape.ALIGN)
         for k in tl.range(0, width, shape.BLOCK_K, num_stages=shape.STAGES):
             at = k + tl.arange(0, shape.BLOCK_K)
             inside = at < width
@@ -114,7 +125,7 @@ def streamed(block, shape: tl.constexpr, one, weight, outputs, live, BLOCK_N: tl
 def tiles_of(block, shape: tl.constexpr, source):
     """The rows of a source, KEEP / BLOCK_K tiles [BLOCK_B, BLOCK_K] side by side, zero beyond its width."""
     first, distance = rows_of(block, source, shape.ALIGN)
-    width = aligned(block, source + 4, shape.ALIGN)
+    width = aligned(block, source + SOURCE.width, shape.ALIGN)
     tiles = ()
     for piece in tl.static_range(shape.KEEP // shape.BLOCK_K):
         at = tl.arange(0, shape.BLOCK_K) + piece * shape.BLOCK_K
@@ -138,7 +149,7 @@ def kept(block, shape: tl.constexpr, weight, reduction, h, outputs, live, BLOCK_
 def layer(block, shape: tl.constexpr, one, weight, h, outputs, live, KEEP: tl.constexpr, BLOCK_N: tl.constexpr):
     """W h of a map without one inside: of `h` where it is kept, else of what the map's sources say."""
     if KEEP > 0:
-        z = kept(block, shape, weight, aligned(block, one + 3, shape.ALIGN), h, outputs, live, BLOCK_N)
+        z = kept(block, shape, weight, aligned(block, one + LINEAR.reduction, shape.ALIGN), h, outputs, live, BLOCK_N)
     else:
         z = streamed(block, shape, one, weight, outputs, live, BLOCK_N)
     return z
@@ -150,18 +161,18 @@ def linear(block, shape: tl.constexpr, one, first, h, outputs, live, KEEP: tl.co
 
     Where the map has one inside (INNER), that hidden layer is computed BLOCK_K outputs at a time and goes into the product from registers.
     """
-    reduction = aligned(block, one + 3, shape.ALIGN)
-    weight = tl.multiple_of(pointer(block, tl.load(block.plan + one)) + tl.cast(first, tl.int64) * reduction, shape.BYTES)
+    reduction = aligned(block, one + LINEAR.reduction, shape.ALIGN)
+    weight = tl.multiple_of(pointer(block, tl.load(block.plan + one + LINEAR.weight)) + tl.cast(first, tl.int64) * reduction, shape.BYTES)
     inner = -1
     if shape.INNER:
-        inner = tl.load(block.plan + one + 6)
+        inner = tl.load(block.plan + one + LINEAR.hidden)
     if inner >= 0:
         z = tl.zeros((shape.BLOCK_B, BLOCK_N), tl.float32)
         at = tl.arange(0, shape.BLOCK_K)
         for k in range(0, reduction, shape.BLOCK_K):
             inside = at < reduction - k
             hidden = plain(block, shape, inner, k, h, at, inside, KEEP, shape.BLOCK_K)
-            code, parameter = tl.load(block.plan + inner + 4), tl.load(block.floats + tl.load(block.plan + inner + 5))
+            code, parameter = tl.load(block.plan + inner + LINEAR.activation), tl.load(block.floats + tl.load(block.plan + inner + LINEAR.parameter))
             # Beyond the layer stands 0 h, which is NaN where h is infinite, and NaN x 0 is NaN.
             hidden = tl.where(inside[None, :], apply(hidden, code, parameter, shape.ACTS), 0.0)
             w = tl.load(weight + outputs[None, :] * reduction + (k + at)[:, None], mask=inside[:, None] & live[None, :], other=0.0)
@@ -174,8 +185,8 @@ def linear(block, shape: tl.constexpr, one, first, h, outputs, live, KEEP: tl.co
 @triton.jit
 def plain(block, shape: tl.constexpr, one, first, h, outputs, live, KEEP: tl.constexpr, BLOCK_N: tl.constexpr):
     """z of a map that has none inside, as `linear`."""
-    reduction = aligned(block, one + 3, shape.ALIGN)
-    weight = tl.multiple_of(pointer(block, tl.load(block.plan + one)) + tl.cast(first, tl.int64) * reduction, shape.BYTES)
+    reduction = aligned(block, one + LINEAR.reduction, shape.ALIGN)
+    weight = tl.multiple_of(pointer(block, tl.load(block.plan + one + LINEAR.weight)) + tl.cast(first, tl.int64) * reduction, shape.BYTES)
     return biased(block, one, first, layer(block, shape, one, weight, h, outputs, live, KEEP, BLOCK_N), outputs, live)
 
 
@@ -187,7 +198,7 @@ def biased(block, one, first, z, outputs, live):
     computes to the loop's yield, and where every use of the product stands in some `if`, and none leads there, crashes
     on a null pointer (which comes out as `PassManager::run failed`).
     """
-    bias = tl.load(block.plan + one + 1)
+    bias = tl.load(block.plan + one + LINEAR.bias)
     b = tl.zeros(outputs.shape, tl.float32)
     if bias >= 0:
         b = tl.load(pointer(block, bias) + first + outputs, mask=live, other=0.0).to(tl.float32)
@@ -197,13 +208,13 @@ def biased(block, one, first, z, outputs, live):
 @triton.jit
 def activated(block, shape: tl.constexpr, one, z):
     """act(z) of the map `one`."""
-    return apply(z, tl.load(block.plan + one + 4), tl.load(block.floats + tl.load(block.plan + one + 5)), shape.ACTS)
+    return apply(z, tl.load(block.plan + one + LINEAR.activation), tl.load(block.floats + tl.load(block.plan + one + LINEAR.parameter)), shape.ACTS)
 
 
 @triton.jit
 def expert(block, shape: tl.constexpr, one, column, columns, live):
     """z = W h + b of columns `column`.. of an expert, or its copied source."""
-    if tl.load(block.plan + one) >= 0:
+    if tl.load(block.plan + one + LINEAR.weight) >= 0:
         z = linear(block, shape, one, column, (), columns, live, 0, shape.BLOCK_H)
     else:
         z = copied(block, shape, one, column, columns, live)
@@ -213,7 +224,7 @@ def expert(block, shape: tl.constexpr, one, column, columns, live):
 @triton.jit
 def copied(block, shape: tl.constexpr, one, column, columns, live):
     """Columns `column`.. of the source of a map that is a copy."""
-    first, distance = rows_of(block, one + MAP_HEAD, shape.ALIGN)
+    first, distance = rows_of(block, one + LINEAR.size, shape.ALIGN)
     at = first + column + block.rows[:, None] * distance + columns[None, :]
     return tl.load(at, mask=block.live[:, None] & live[None, :], other=0.0).to(tl.float32)
 
@@ -221,10 +232,10 @@ def copied(block, shape: tl.constexpr, one, column, columns, live):
 @triton.jit
 def static_weight(block, unit, read):
     """v of one read: its fixed value, and its element of the learned tensor."""
-    v = tl.load(block.floats + tl.load(block.plan + unit + 5) + read)
-    tensor = tl.load(block.plan + unit + 3)
+    v = tl.load(block.floats + tl.load(block.plan + unit + UNIT.fixed) + read)
+    tensor = tl.load(block.plan + unit + UNIT.statics)
     if tensor >= 0:
-        element = tl.load(block.plan + tl.load(block.plan + unit + 4) + read)
+        element = tl.load(block.plan + tl.load(block.plan + unit + UNIT.elements) + read)
         if element >= 0:
             v += tl.load(pointer(block, tensor) + element).to(tl.float32)
     return v
