@@ -10,22 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, prod
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from roofline import traffic
 
-from fusedmoe.kernels import backward as kernels
-from fusedmoe.kernels.backward_plan import EXPERT, TILE, BackwardPlan, backward_plan_of
+from fusedmoe.kernels import layout
+from fusedmoe.kernels.backward_plan import BackwardPlan, backward_plan_of
 from fusedmoe.kernels.launch_triton import ADD_BLOCK
-from fusedmoe.kernels.plan import FROM_X, plan_of
+from fusedmoe.kernels.layout import EXPERT_KIND, FROM_X, MATRIX_KIND
+from fusedmoe.kernels.plan import plan_of
 from fusedmoe.kernels.program import COLUMN, NOTHING, Map, Program, X, rounded_up
-from fusedmoe.kernels.records import MAP_HEAD, SOURCE
 from fusedmoe.kernels.tiles import CHUNK, Tiles
 
 FLOAT = 4  # bytes of float32
-# Numbers in records: a reader, a use, a selection, a static element's term; a map's before its sources, and a source's.
-READER, USE, SELECTION, TERM = (size.value for size in (kernels.READER, kernels.USE, kernels.SELECTION, kernels.TERM))
-HEAD, STEP = MAP_HEAD.value, SOURCE.value
 
 
 class Launched(NamedTuple):
@@ -125,9 +123,9 @@ def backward(program: Program, tiles: Tiles, rows: int, size: int) -> list[Launc
         count = _Rows(written, tiles, size)
         ends = written.ints[launch.place : launch.place + 2 * launch.programs]
         for first, end in zip(ends[::2], ends[1::2], strict=True):
-            for tile in range(first, end, TILE):
-                kind, record = written.ints[tile : tile + 2]
-                (count.expert if kind == EXPERT else count.source)(record)
+            for place in range(first, end, layout.BACKWARD_TILE.size):
+                tile = layout.BACKWARD_TILE.unpack(written.ints, place)
+                (count.expert if tile.kind == EXPERT_KIND else count.source)(tile.record)
         total, padded = count.sum, blocks * tiles.rows
         name = f"backward_rows, {', '.join(program.stages[stage].name for stage in launch.stages)}"
         moved = rows * total.row + blocks * total.block
@@ -148,89 +146,99 @@ class _Rows:
         self.ints, self.block, self.size = plan.ints, tiles.columns, size
         self.sum = _Sum()
 
-    def named(self, kind: str, place: int, width: int) -> None:
-        """Columns of x, a buffer or the output (`h`), or of their gradients (`d`), which records name by four numbers."""
-        at = self.ints[place : place + 4]
+    def named(self, kind: str, place: tuple[int, ...], width: int) -> None:
+        """Columns of x, a buffer or the output (`h`), or of their gradients (`d`), by their place."""
         # Slots of x are one tensor, and those of d_x are not.
-        self.sum.tensor((kind, FROM_X) if kind == "h" and at[0] == FROM_X else (kind, *at), row=width * self.size)
+        self.sum.tensor((kind, FROM_X) if kind == "h" and place[0] == FROM_X else (kind, *place), row=width * self.size)
 
     def expert(self, record: int) -> None:
         ints, size, add = self.ints, self.size, self.sum
-        one, column, width, dz, readers = ints[record : record + 5]
-        weight, bias, _, reduction = ints[one : one + 4]
-        columns = min(self.block, width - column)
-        for source in range(one + HEAD, one + HEAD + STEP * ints[one + HEAD - 1], STEP):
-            self.named("h", source, ints[source + 4])
-        if weight == NOTHING:
+        tile = layout.EXPERT_TILE.unpack(ints, record)
+        linear, first_source = layout.LINEAR.unpack(ints, tile.linear), tile.linear + layout.LINEAR.size
+        columns = min(self.block, tile.width - tile.column)
+        for place in _places(first_source, layout.SOURCE, linear.sources):
+            source = layout.SOURCE.unpack(ints, place)
+            self.named("h", source.place, source.width)
+        if linear.weight == NOTHING:
             add.moves(row=columns * size)
         else:
-            add.moves(row=reduction * size, block=columns * (reduction + (bias != NOTHING)) * size)
-            add.tensor(("weight", weight), block=width * reduction * size)
-            add.tensor(("bias", weight), block=width * (bias != NOTHING) * size)
-            add.products += 2 * columns * reduction
-        for reader in range(record + 5, record + 5 + READER * readers, READER):
-            self.named("d", reader, width)
+            biased = linear.bias != NOTHING
+            add.moves(row=linear.reduction * size, block=columns * (linear.reduction + biased) * size)
+            add.tensor(("weight", linear.weight), block=tile.width * linear.reduction * size)
+            add.tensor(("bias", linear.weight), block=tile.width * biased * size)
+            add.products += 2 * columns * linear.reduction
+        for place in _places(record + layout.EXPERT_TILE.size, layout.READER, tile.readers):
+            reader = layout.READER.unpack(ints, place)
+            self.named("d", reader.place, tile.width)
             add.moves(row=columns * size + 2 * FLOAT)
-            add.tensor(("p", ints[reader + 4]), row=FLOAT)
-            add.tensor(("dw", ints[reader + 5]), row=FLOAT)
-            unit, place = ints[reader + 6], ints[reader + 7]
-            add.moves(block=(ints[ints[unit + 4] + place] != NOTHING) * size)
+            add.tensor(("p", reader.p), row=FLOAT)
+            add.tensor(("dw", reader.dw), row=FLOAT)
+            elements = layout.UNIT.unpack(ints, reader.unit).elements
+            add.moves(block=(ints[elements + reader.read] != NOTHING) * size)
             # g y into dw, w g into dy.
             add.mixes += 4 * columns
-        add.moves(row=min(self.block, rounded_up(width, COLUMN) - column) * size)
-        add.tensor(("dz", dz), row=rounded_up(width, COLUMN) * size)
+        add.moves(row=min(self.block, rounded_up(tile.width, COLUMN) - tile.column) * size)
+        add.tensor(("dz", tile.dz), row=rounded_up(tile.width, COLUMN) * size)
 
     def source(self, record: int) -> None:
         ints, size, add = self.ints, self.size, self.sum
-        column, width, adds, uses, selections = ints[record + 4 : record + 9]
-        columns = min(self.block, width - column)
-        add.moves(row=(1 + adds) * columns * size)
-        self.named("d", record, width)
-        for use in range(record + 9, record + 9 + USE * uses, USE):
-            weight, outputs, reduction, _, dz = ints[use : use + USE]
-            if weight == NOTHING:
+        tile = layout.SOURCE_TILE.unpack(ints, record)
+        columns = min(self.block, tile.width - tile.column)
+        add.moves(row=(1 + tile.add) * columns * size)
+        self.named("d", tile.place, tile.width)
+        uses = record + layout.SOURCE_TILE.size
+        for place in _places(uses, layout.USE, tile.uses):
+            use = layout.USE.unpack(ints, place)
+            if use.weight == NOTHING:
                 add.moves(row=columns * size)
             else:
-                add.moves(row=rounded_up(outputs, COLUMN) * size, block=outputs * columns * size)
-                add.tensor(("weight", weight), block=outputs * reduction * size)
-                add.products += 2 * outputs * columns
-            add.tensor(("dz", dz), row=rounded_up(outputs, COLUMN) * size)
-        for selection in range(record + 9 + USE * uses, record + 9 + USE * uses + SELECTION * selections, SELECTION):
-            self.selection(selection, columns)
+                add.moves(row=rounded_up(use.outputs, COLUMN) * size, block=use.outputs * columns * size)
+                add.tensor(("weight", use.weight), block=use.outputs * use.reduction * size)
+                add.products += 2 * use.outputs * columns
+            add.tensor(("dz", use.dz), row=rounded_up(use.outputs, COLUMN) * size)
+        for place in _places(uses + layout.USE.size * tile.uses, layout.SELECTION, tile.selections):
+            self.selection(layout.SELECTION.unpack(ints, place), columns)
 
-    def selection(self, record: int, columns: int) -> None:
+    def selection(self, selection: SimpleNamespace, columns: int) -> None:
         ints, size, add = self.ints, self.size, self.sum
-        unit, weight, reduction, dz, p, dw, tiles, distance, stores = ints[record : record + SELECTION]
-        reads = ints[unit + 1]
-        seen = sum(place != NOTHING for place in ints[ints[unit + 2] : ints[unit + 2] + reads])
-        add.moves(row=reads * FLOAT * (1 + tiles) + stores * seen * size, block=seen * columns * size)
+        unit = layout.UNIT.unpack(ints, selection.unit)
+        seen = sum(row != NOTHING for row in ints[unit.seen : unit.seen + unit.reads])
+        moved = unit.reads * FLOAT * (1 + selection.tiles) + selection.store * seen * size
+        add.moves(row=moved, block=seen * columns * size)
         add.products += 2 * seen * columns
-        add.tensor(("weight", weight), block=seen * reduction * size)
-        add.tensor(("dz", dz), row=seen * size)
-        for read in range(reads):
-            add.tensor(("p", p + read), row=FLOAT)
-            for tile in range(tiles):
-                add.tensor(("dw", dw + tile * distance + read), row=FLOAT)
+        add.tensor(("weight", selection.weight), block=seen * selection.reduction * size)
+        add.tensor(("dz", selection.dz), row=seen * size)
+        for read in range(unit.reads):
+            add.tensor(("p", selection.p + read), row=FLOAT)
+            for tile in range(selection.tiles):
+                add.tensor(("dw", selection.dw + tile * selection.stride + read), row=FLOAT)
+
+
+def _places(first: int, record: layout.Record, count: int) -> range:
+    """Where records of one kind begin that lie one after another."""
+    return range(first, first + record.size * count, record.size)
 
 
 def _gradients(plan: BackwardPlan, tiles: Tiles, rows: int, size: int) -> Launched:
     """The launch that sums dW, db and dv over chunks of rows, in float32."""
     ints, add, chunks = plan.ints, _Sum(), ceil(rows / CHUNK)
     for task in ints[plan.place : plan.place + plan.tasks]:
-        if ints[task] == 0:
-            _, bias, outputs, _, dz, n, k, *source, width, _ = ints[task + 1 : task + 14]
-            tile, columns = min(tiles.outputs, outputs - n), min(tiles.columns, width - k)
-            read = min(tiles.outputs, rounded_up(outputs, COLUMN) - n)
-            add.moves(row=(read + columns) * size, block=tile * (columns + (bias != NOTHING)) * FLOAT)
+        if ints[task + layout.MATRIX_TASK.kind] == MATRIX_KIND:
+            matrix = layout.MATRIX_TASK.unpack(ints, task)
+            source = layout.SOURCE.unpack(matrix.source, 0)
+            tile, columns = min(tiles.outputs, matrix.outputs - matrix.row), min(tiles.columns, source.width - matrix.column)
+            read = min(tiles.outputs, rounded_up(matrix.outputs, COLUMN) - matrix.row)
+            add.moves(row=(read + columns) * size, block=tile * (columns + (matrix.bias != NOTHING)) * FLOAT)
             add.products += 2 * tile * columns
-            add.tensor(("dz", dz), row=rounded_up(outputs, COLUMN) * size)
-            add.tensor(("h", *source) if source[0] != FROM_X else ("h", FROM_X), row=width * size)
+            add.tensor(("dz", matrix.dz), row=rounded_up(matrix.outputs, COLUMN) * size)
+            add.tensor(("h", *source.place) if source.place[0] != FROM_X else ("h", FROM_X), row=source.width * size)
         else:
-            for term in range(task + 3, task + 3 + TERM * ints[task + 2], TERM):
-                first, tiles_of_dw, distance, _ = ints[term : term + TERM]
-                add.moves(row=tiles_of_dw * FLOAT)
-                for tile in range(tiles_of_dw):
-                    add.tensor(("dw", first + tile * distance), row=FLOAT)
+            terms = layout.STATIC_TASK.unpack(ints, task).terms
+            for place in _places(task + layout.STATIC_TASK.size, layout.TERM, terms):
+                term = layout.TERM.unpack(ints, place)
+                add.moves(row=term.tiles * FLOAT)
+                for tile in range(term.tiles):
+                    add.tensor(("dw", term.dw + tile * term.stride), row=FLOAT)
             add.moves(block=FLOAT)
     add.tensor(("parts",), block=chunks * add.block)
     padded = sum(rounded_up(min(CHUNK, rows - first), tiles.reduction) for first in range(0, rows, CHUNK))

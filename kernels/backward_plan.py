@@ -81,9 +81,7 @@ class _BackwardWriter:
     def launch(self, stages: tuple[int, ...], phases: list[list[tuple[int, int]]], own: bool) -> Launch:
         """A launch whose tiles have a program each (`own`), or all the same one."""
         tiles = [
-            layout.BACKWARD_TILE.write(kind=kind, record=record, wait=int(i == 0 and not own))
-            for phase in phases
-            for i, (kind, record) in enumerate(phase)
+            layout.BACKWARD_TILE.pack(kind=kind, record=record, wait=int(i == 0 and not own)) for phase in phases for i, (kind, record) in enumerate(phase)
         ]
         first = self.writer.put(number for tile in tiles for number in tile)
         return self.writer.launch(stages, first, len(tiles), layout.BACKWARD_TILE.size, own)
@@ -95,20 +93,17 @@ class _BackwardWriter:
             record = self.writer.map(one)
             for tile, column in enumerate(range(0, one.width, self.block)):
                 readers = [
-                    self.reader(number, u, place, tile)
-                    for u, unit in enumerate(stage.units)
-                    for place, read in enumerate(unit.reads)
-                    if read.expert == e
+                    self.reader(number, u, place, tile) for u, unit in enumerate(stage.units) for place, read in enumerate(unit.reads) if read.expert == e
                 ]
                 dz = self.dz[number, "expert", e]
-                head = layout.EXPERT_TILE.write(linear=record, column=column, width=one.width, dz=dz, readers=len(readers))
+                head = layout.EXPERT_TILE.pack(linear=record, column=column, width=one.width, dz=dz, readers=len(readers))
                 tiles.append((EXPERT_KIND, self.writer.put(itertools.chain(head, *readers))))
         return tiles
 
     def reader(self, number: int, u: int, place: int, tile: int) -> list[int]:
         """A unit that reads an expert, for one tile of the expert's columns."""
         first, _, stride = self.dw[number, u]
-        return layout.READER.write(
+        return layout.READER.pack(
             place=self.writer.place(number, self.program.stages[number].units[u].column),
             p=self.softmax[number, u] + place,
             dw=first + tile * stride + place,
@@ -124,7 +119,7 @@ class _BackwardWriter:
             first = 0
             for source in one.sources:
                 dz = self.dz[number, "expert", e]
-                use = layout.USE.write(weight=one.weight, outputs=one.width, reduction=one.reduction, first=first, dz=dz)
+                use = layout.USE.pack(weight=one.weight, outputs=one.width, reduction=one.reduction, first=first, dz=dz)
                 uses.setdefault(source, []).append(use)
                 first += source.width
         for u, unit in enumerate(stage.units):
@@ -139,7 +134,7 @@ class _BackwardWriter:
             for column in range(0, source.width, self.block):
                 used = uses.get(source, [])
                 chosen = [self.selection(number, u, gate, store=column == 0) for u, gate in selections.get(source, [])]
-                head = layout.SOURCE_TILE.write(
+                head = layout.SOURCE_TILE.pack(
                     place=self.writer.place(source.stage, source.column),
                     column=column,
                     width=source.width,
@@ -153,7 +148,7 @@ class _BackwardWriter:
 
     def selection(self, number: int, u: int, gate: Map, store: bool) -> list[int]:
         first, tiles, stride = self.dw[number, u]
-        return layout.SELECTION.write(
+        return layout.SELECTION.pack(
             unit=self.writer.unit(number, u),
             weight=gate.weight,
             reduction=gate.reduction,
@@ -182,13 +177,13 @@ class _BackwardWriter:
                     for place, read in enumerate(unit.reads):
                         if read.element != NOTHING:
                             mixing = unit.mixing[place] if unit.mixing else NOTHING
-                            term = layout.TERM.write(dw=first + place, tiles=tiles, stride=stride, mixing=mixing)
+                            term = layout.TERM.pack(dw=first + place, tiles=tiles, stride=stride, mixing=mixing)
                             terms.setdefault(places[unit.static] + read.element, []).append(term)
         for static in sorted({unit.static for stage in self.program.stages for unit in stage.units} - {NOTHING}):
             size = product(self.program.table.parameters[static].shape)
             for element in range(places[static], places[static] + size):
                 own = terms.get(element, [])
-                head = layout.STATIC_TASK.write(kind=STATIC_KIND, element=element, terms=len(own))
+                head = layout.STATIC_TASK.pack(kind=STATIC_KIND, element=element, terms=len(own))
                 tasks.append(self.writer.put(itertools.chain(head, *own)))
         return tasks
 
@@ -198,7 +193,7 @@ class _BackwardWriter:
             for row in range(0, one.width, self.block_n):
                 for column in range(0, source.width, self.block):
                     with_bias = one.bias != NOTHING and first == 0 and column == 0
-                    task = layout.MATRIX_TASK.write(
+                    task = layout.MATRIX_TASK.pack(
                         kind=MATRIX_KIND,
                         weight=places[one.weight],
                         bias=places[one.bias] if with_bias else NOTHING,

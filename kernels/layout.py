@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 # Kinds of a source: a slot of x, a buffer that a segment has written, the output.
 FROM_X, FROM_BUFFER, TO_OUTPUT = range(3)
@@ -36,7 +37,7 @@ class Record:
             setattr(self, field, self.size)
             self.size += meaning.size if isinstance(meaning, Record) else 1
 
-    def write(self, **values: int | Sequence[int]) -> list[int]:
+    def pack(self, **values: int | Sequence[int]) -> list[int]:
         """Return the record's integers. Raises: TypeError unless every field is given, and nothing else."""
         if values.keys() != self.fields.keys():
             raise TypeError(f"record {self.name}: expected {', '.join(self.fields)}, got {', '.join(values)}")
@@ -48,6 +49,15 @@ class Record:
                 raise TypeError(f"record {self.name}: expected {meaning} as {field}, got {value}")
             numbers += inside
         return numbers
+
+    def unpack(self, ints: Sequence[int], place: int) -> SimpleNamespace:
+        """Return the fields of the record that begins at a place; one that stands inside as a tuple of its integers."""
+        found = SimpleNamespace()
+        for field, meaning in self.fields.items():
+            first = place + getattr(self, field)
+            inside = isinstance(meaning, Record)
+            setattr(found, field, tuple(ints[first : first + meaning.size]) if inside else ints[first])
+        return found
 
     def __repr__(self) -> str:
         # With every offset: Triton compiles a kernel anew where the text of a constant that it reads has changed.

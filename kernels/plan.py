@@ -94,19 +94,19 @@ class Writer:
     def place(self, stage: int, column: int) -> list[int]:
         """Where columns of x, of a stage's buffer or of the output begin."""
         if stage == X:
-            return layout.PLACE.write(kind=FROM_X, column=column, stride=0, buffer=0)
+            return layout.PLACE.pack(kind=FROM_X, column=column, stride=0, buffer=0)
         width = self.program.stages[stage].width
         if stage + 1 == len(self.program.stages):
-            return layout.PLACE.write(kind=TO_OUTPUT, column=column, stride=width, buffer=0)
-        return layout.PLACE.write(kind=FROM_BUFFER, column=column, stride=width, buffer=self.program.offsets[stage])
+            return layout.PLACE.pack(kind=TO_OUTPUT, column=column, stride=width, buffer=0)
+        return layout.PLACE.pack(kind=FROM_BUFFER, column=column, stride=width, buffer=self.program.offsets[stage])
 
     def source(self, source: Source, first: int = 0) -> list[int]:
         """A source that is multiplied by the columns of W from `first` on."""
-        return layout.SOURCE.write(place=self.place(source.stage, source.column), width=source.width, first=first)
+        return layout.SOURCE.pack(place=self.place(source.stage, source.column), width=source.width, first=first)
 
     def map(self, one: Map) -> int:
         if one not in self.known:
-            head = layout.LINEAR.write(
+            head = layout.LINEAR.pack(
                 weight=one.weight,
                 bias=one.bias,
                 width=one.width,
@@ -124,7 +124,7 @@ class Writer:
     def unit(self, stage: int, number: int) -> int:
         if (stage, number) not in self.known:
             unit: Mix = self.program.stages[stage].units[number]
-            values = layout.UNIT.write(
+            values = layout.UNIT.pack(
                 gate=self.map(unit.gate) if unit.gate else NOTHING,
                 reads=len(unit.reads),
                 seen=self.put(read.seen for read in unit.reads),
@@ -146,7 +146,7 @@ class Writer:
         maps = [self.map(level.experts[e]) for e in group.experts]
         places = [{read.expert: i for i, read in enumerate(unit.reads)} for unit in units]
         experts = {
-            e: [*layout.EXPERT_READ.write(linear=one), *(place.get(e, NOTHING) for place in places), *padding]
+            e: [*layout.EXPERT_READ.pack(linear=one), *(place.get(e, NOTHING) for place in places), *padding]
             for e, one in zip(group.experts, maps, strict=True)
         }
         copies = [e for e in group.experts if level.experts[e].weight == NOTHING]
@@ -155,14 +155,12 @@ class Writer:
         body = [number for run in runs for number in self.run(level.experts[run[0]].read[0], [experts[e] for e in run])]
         body += [number for e in copies for number in experts[e]]
         selectors = self.selectors(units, list(zip(records, rows, strict=True)))
-        head = layout.GROUP.write(
-            units=len(units), width=units[0].width, runs=len(runs), copies=len(copies), selectors=selectors
-        )
+        head = layout.GROUP.pack(units=len(units), width=units[0].width, runs=len(runs), copies=len(copies), selectors=selectors)
         return self.put([*head, *records, *padding, *rows, *padding, *body])
 
     def run(self, source: Source, readers: Sequence[Sequence[int]]) -> list[int]:
         """A source, and the records of those that read it."""
-        head = layout.RUN.write(source=self.source(source), count=len(readers))
+        head = layout.RUN.pack(source=self.source(source), count=len(readers))
         return [*head, *(number for reader in readers for number in reader)]
 
     def selectors(self, units: list[Mix], places: list[tuple[int, int]]) -> int:
@@ -170,7 +168,7 @@ class Writer:
         by_source: dict[Source, list[list[int]]] = {}
         for unit, (record, row) in zip(units, places, strict=True):
             source = unit.gate.read[0] if unit.gate else Source(X, 0, 0)
-            by_source.setdefault(source, []).append(layout.GATE_READ.write(unit=record, row=row))
+            by_source.setdefault(source, []).append(layout.GATE_READ.pack(unit=record, row=row))
         runs = [self.run(source, gates) for source, gates in by_source.items()]
         return self.put([len(runs), *(number for run in runs for number in run)])
 
@@ -211,7 +209,7 @@ def plan_of(program: Program, whole: bool, most: int, columns: int) -> Plan:
                     # A program of its own has a softmax of its own: no two programs write to one address.
                     fresh = column == 0 or len(stages) == 1
                     task = NO_SOFTMAX if not fresh else WRITE_WEIGHTS if column == 0 else WRITE_SOFTMAX
-                    tiles.append(layout.TILE.write(group=record, column=column, softmax=softmax, task=task, wait=int(wait)))
+                    tiles.append(layout.TILE.pack(group=record, column=column, softmax=softmax, task=task, wait=int(wait)))
                     softmax += rows if len(stages) == 1 or column + columns >= units[0].width else 0
                     wait = False
         first = write.put(number for tile in tiles for number in tile)

@@ -20,8 +20,6 @@ struct RowsCall {
 
 template <class T, int ROWS, int COLUMNS, int THREADS>
 struct RowsBackward {
-  // Numbers of a tile, of a reader, and of a gate that reads a source.
-  static constexpr int tile_size = 3, reader_size = 8, selection_size = 9;
   static constexpr int stages = 3;
   using Up = Product<T, ROWS, COLUMNS, THREADS>;
   using Down = Product<T, ROWS, COLUMNS, THREADS, Lie::along, Lie::across>;
@@ -45,26 +43,26 @@ struct RowsBackward {
     return {first, width - first < call.columns ? width - first : call.columns};
   }
 
-  // Record: map, column, width, column of dz, number of readers; readers: where g stands (4), row of p, row of dw, unit, place among its reads.
   __device__ __forceinline__ void expert_tile(int record) const {
-    const int one = plan(record), width = plan(record + 2);
-    const Columns columns = columns_of(plan(record + 1), width);
+    using Tile = ExpertTileRecord;
+    const int one = plan(record + Tile::linear), width = plan(record + Tile::width);
+    const Columns columns = columns_of(plan(record + Tile::column), width);
     Sums z, dy;
     Up::clear(z);
-    if (plan(one) >= 0) linear(one, columns, z);
-    else add_tile<Up>(block.rows_of(one + map_head), columns, block.live, call.aligned, z);
+    if (plan(one + LinearRecord::weight) >= 0) linear(one, columns, z);
+    else add_tile<Up>(block.rows_of(one + LinearRecord::size), columns, block.live, call.aligned, z);
     // Beyond the expert's columns stands 0 h, which is NaN where h is infinite.
     Up::visit(z, [&](int, int column, float& low, float& high) {
       if (column >= columns.live) low = 0.0f;
       if (column + 1 >= columns.live) high = 0.0f;
     });
     Up::clear(dy);
-    readers(record + 5, plan(record + 4), one, columns, z, dy);
+    readers(record + Tile::size, plan(record + Tile::readers), one, columns, z, dy);
     slope(one, z, dy);
     // Of the partial sums, all have been read. Zeros up to the next map's column, so that products over dz need not stop within a vector.
     sync_block();
     const Row<T> to = dz();
-    store_tile<Up>(shared(), dy, Row<T>{to.first + plan(record + 3), to.distance}, columns_of(columns.first, padded(width)), block.live, true);
+    store_tile<Up>(shared(), dy, Row<T>{to.first + plan(record + Tile::dz), to.distance}, columns_of(columns.first, padded(width)), block.live, true);
   }
 
   __device__ __forceinline__ void linear(int one, const Columns& columns, Sums& z) const {
@@ -73,9 +71,9 @@ struct RowsBackward {
     const auto fetch = [&](int at) { pieces(shared(at)); };
     ring.start(fetch);
     FUSEDMOE_CUDA_ROLLED
-    for (int source = 0; source < plan(one + 7); source++)
+    for (int source = 0; source < plan(one + LinearRecord::sources); source++)
       FUSEDMOE_CUDA_ROLLED
-      for (int left = plan(one + map_head + source * source_size + 4); left > 0; left -= piece<T>) {
+      for (int left = plan(one + LinearRecord::size + source * SourceRecord::size + SourceRecord::width); left > 0; left -= piece<T>) {
         const char* a = shared(ring.step(fetch));
         Up::multiply(a, a + Up::PanelA::bytes, z, call.once, columns.live);
       }
@@ -90,12 +88,12 @@ struct RowsBackward {
     Sums g;
     load_gradient(reader, count, columns, g);
     FUSEDMOE_CUDA_ROLLED
-    for (int i = 0; i < count; i++, reader += reader_size) {
-      const float* p = block.softmax(plan(reader + 4));
-      const float v = block.static_weight(plan(reader + 6), plan(reader + 7));
+    for (int i = 0; i < count; i++, reader += ReaderRecord::size) {
+      const float* p = block.softmax(plan(reader + ReaderRecord::p));
+      const float v = block.static_weight(plan(reader + ReaderRecord::unit), plan(reader + ReaderRecord::read));
       // On its way while this one is added up.
       Sums next;
-      load_gradient(reader + reader_size, count - 1 - i, columns, next);
+      load_gradient(reader + ReaderRecord::size, count - 1 - i, columns, next);
       // Two of them take turns, so that one barrier stands between the sums of one reader and those of the next but one.
       float* parts = reinterpret_cast<float*>(shared()) + i % 2 * Up::across * ROWS;
       FUSEDMOE_CUDA_UNROLL
@@ -119,7 +117,7 @@ struct RowsBackward {
         float sum = 0.0f;
         FUSEDMOE_CUDA_UNROLL
         for (int part = 0; part < Up::across; part++) sum += parts[part * ROWS + thread()];
-        store_global(dw(plan(reader + 5)) + thread(), sum);
+        store_global(dw(plan(reader + ReaderRecord::dw)) + thread(), sum);
       }
       g = next;
     }
@@ -127,14 +125,14 @@ struct RowsBackward {
   // g of the first of `count` readers, or zeros of none.
   __device__ __forceinline__ void load_gradient(int reader, int count, const Columns& columns, Sums& g) const {
     Up::clear(g);
-    if (count > 0) add_tile<Up>(block.rows_of(reader, call.of.below), columns, block.live, call.stored, g);
+    if (count > 0) add_tile<Up>(block.rows_of(reader + ReaderRecord::place, call.of.below), columns, block.live, call.stored, g);
   }
 
   // dy x a'(z).
   __device__ __forceinline__ void slope(int one, const Sums& z, Sums& dy) const {
-    const float parameter = block.number(plan(one + 5));
-    const bool relu = Act(plan(one + 4)) == Act::relu;
-    choose(plan(one + 4), [&](auto act) {
+    const float parameter = block.number(plan(one + LinearRecord::parameter));
+    const bool relu = Act(plan(one + LinearRecord::activation)) == Act::relu;
+    choose(plan(one + LinearRecord::activation), [&](auto act) {
       FUSEDMOE_CUDA_UNROLL
       for (int m = 0; m < Up::M; m++)
         FUSEDMOE_CUDA_UNROLL
@@ -148,17 +146,15 @@ struct RowsBackward {
     });
   }
 
-  // Record: where d stands (4), column, width, whether to add to it, numbers of uses and of selections; uses; selections: unit, weight, K, column
-  // of dz, row of p, first row of dw, tiles of dw, rows from tile to tile, whether to store dz.
   __device__ __forceinline__ void source_tile(int record) const {
-    const Columns columns = columns_of(plan(record + 4), plan(record + 5));
-    const int uses = record + 9, count = plan(record + 7);
+    const Columns columns = columns_of(plan(record + SourceTileRecord::column), plan(record + SourceTileRecord::width));
+    const int uses = record + SourceTileRecord::size, count = plan(record + SourceTileRecord::uses);
     Sums d;
     Up::clear(d);
     add_uses(uses, count, columns, d);
-    add_gates(uses + count * UsePieces<T, Down>::size, plan(record + 8), columns, d);
-    const Row<T> to = block.rows_of(record, call.of.below);
-    if (plan(record + 6) != 0) add_tile<Up>(to, columns, block.live, call.aligned, d);
+    add_gates(uses + count * UseRecord::size, plan(record + SourceTileRecord::selections), columns, d);
+    const Row<T> to = block.rows_of(record + SourceTileRecord::place, call.of.below);
+    if (plan(record + SourceTileRecord::add) != 0) add_tile<Up>(to, columns, block.live, call.aligned, d);
     // Behind both products the block has read its stages.
     store_tile<Up>(shared(), d, to, columns, block.live, call.aligned);
   }
@@ -170,14 +166,14 @@ struct RowsBackward {
     const auto fetch = [&](int at) { pieces(shared(at)); };
     ring.start(fetch);
     FUSEDMOE_CUDA_ROLLED
-    for (int i = 0; i < count; i++, use += UsePieces<T, Down>::size) {
-      if (plan(use) < 0) {
+    for (int i = 0; i < count; i++, use += UseRecord::size) {
+      if (plan(use + UseRecord::weight) < 0) {
         const Row<T> of = dz();
-        add_tile<Up>(Row<T>{of.first + plan(use + 4), of.distance}, columns, block.live, call.aligned, d);
+        add_tile<Up>(Row<T>{of.first + plan(use + UseRecord::dz), of.distance}, columns, block.live, call.aligned, d);
         continue;
       }
       FUSEDMOE_CUDA_ROLLED
-      for (int left = plan(use + 1); left > 0; left -= piece<T>) {
+      for (int left = plan(use + UseRecord::outputs); left > 0; left -= piece<T>) {
         const char* a = shared(ring.step(fetch));
         Down::multiply(a, a + Down::PanelA::bytes, d, call.once, columns.live);
       }
@@ -197,7 +193,7 @@ struct RowsBackward {
         store_logits_gradient(selection, of, read, a, columns.first == 0);
         copy_gate(selection, read, columns, a + Choice::PanelA::bytes);
         read += reads_step;
-        if (read >= plan(plan(selection) + 1)) read = 0, count--, selection += selection_size;
+        if (read >= plan(plan(selection + SelectionRecord::unit) + UnitRecord::reads)) read = 0, count--, selection += SelectionRecord::size;
       }
       commit_copies();
       // A product wants the whole warp, whose lanes have each gone their way.
@@ -212,9 +208,9 @@ struct RowsBackward {
 
   // Rows of G in the order of the unit's reads; one that is not seen is zero.
   __device__ __forceinline__ void copy_gate(int selection, int read, const Columns& columns, char* to) const {
-    const int unit = plan(selection);
-    const Rows rows{plan(unit + 1) - read, plan(selection + 2), block.network.plan + plan(unit + 2) + read};
-    copy_panel<typename Choice::PanelB, THREADS>(to, block.parameter(plan(selection + 1)) + columns.first, columns.live, call.aligned, rows);
+    const int unit = plan(selection + SelectionRecord::unit);
+    const Rows rows{plan(unit + UnitRecord::reads) - read, plan(selection + SelectionRecord::reduction), block.network.plan + plan(unit + UnitRecord::seen) + read};
+    copy_panel<typename Choice::PanelB, THREADS>(to, block.parameter(plan(selection + SelectionRecord::weight)) + columns.first, columns.live, call.aligned, rows);
   }
 
   // What the softmax's backward of a gate takes off the d of its row: their mean under p, and what its rounding left of it, the mean of what remains.
@@ -225,14 +221,14 @@ struct RowsBackward {
   // Each row has a few neighbouring lanes, of which each has every lanes-th read.
   static constexpr int lanes = THREADS / ROWS;
   __device__ __forceinline__ int my_row() const { return thread() / lanes; }
-  __device__ __forceinline__ float probability(int selection, int read) const { return load_global(block.softmax(plan(selection + 4) + read) + my_row()); }
+  __device__ __forceinline__ float probability(int selection, int read) const { return load_global(block.softmax(plan(selection + SelectionRecord::p) + read) + my_row()); }
   __device__ __forceinline__ float weight_gradient(int selection, int read) const {
     float d = 0.0f;
-    const int tiles = plan(selection + 6), first = plan(selection + 5) + read, distance = plan(selection + 7);
+    const int tiles = plan(selection + SelectionRecord::tiles), first = plan(selection + SelectionRecord::dw) + read, distance = plan(selection + SelectionRecord::stride);
     // Several on their way at a time.
     FUSEDMOE_CUDA_UNROLL_SOME
     for (int tile = 0; tile < tiles; tile++) d += load_global(dw(first + tile * distance) + my_row());
-    const int columns = call.of.network.weights ? plan(plan(selection) + 10) : -1;
+    const int columns = call.of.network.weights ? plan(plan(selection + SelectionRecord::unit) + UnitRecord::mixing) : -1;
     if (columns >= 0) {
       const T* given = static_cast<const T*>(call.of.network.weights) + (block.row + my_row()) * block.network.mixing;
       d += widened(load_global(given + plan(columns + read)));
@@ -247,7 +243,7 @@ struct RowsBackward {
   }
   // The mean under p of d - off. What is not seen has p = 0, and may have a d that is not finite.
   __device__ __forceinline__ float mean_gradient(int selection, float off) const {
-    const int reads = my_row() < block.live ? plan(plan(selection) + 1) : 0;
+    const int reads = my_row() < block.live ? plan(plan(selection + SelectionRecord::unit) + UnitRecord::reads) : 0;
     float sum = 0.0f;
     FUSEDMOE_CUDA_ROLLED
     for (int read = thread() % lanes; read < reads; read += lanes) {
@@ -259,15 +255,15 @@ struct RowsBackward {
   }
   // dz of a gate from one of its reads on: [ROWS, reads_step] to shared memory, and to dz where this tile is the one to store it.
   __device__ __forceinline__ void store_logits_gradient(int selection, const Softmax& of, int first, char* panel, bool storing) const {
-    const int unit = plan(selection), reads = my_row() < block.live ? plan(unit + 1) - first : 0;
+    const int unit = plan(selection + SelectionRecord::unit), reads = my_row() < block.live ? plan(unit + UnitRecord::reads) - first : 0;
     FUSEDMOE_CUDA_ROLLED
     for (int i = thread() % lanes; i < reads_step; i += lanes) {
       T d_z = rounded<T>(0.0f);
       if (i < reads) {
         const float p = probability(selection, first + i);
         if (p != 0.0f) d_z = rounded<T>(p * (weight_gradient(selection, first + i) - of.mean - of.rest));
-        const int seen = plan(plan(unit + 2) + first + i);
-        if (storing && seen >= 0 && plan(selection + 8) != 0) store_global(dz().first + my_row() * call.of.dz_row + plan(selection + 3) + seen, d_z);
+        const int seen = plan(plan(unit + UnitRecord::seen) + first + i);
+        if (storing && seen >= 0 && plan(selection + SelectionRecord::store) != 0) store_global(dz().first + my_row() * call.of.dz_row + plan(selection + SelectionRecord::dz) + seen, d_z);
       }
       *reinterpret_cast<T*>(panel + my_row() * Choice::PanelA::pitch + i * int(sizeof(T))) = d_z;
     }
@@ -278,11 +274,12 @@ struct RowsBackward {
       for (int i = thread(); i < call.of.tasks; i += THREADS) store_global(call.of.arrived + i, 0);
     const int program = call.place + 2 * block_y(), first = plan(program), end = plan(program + 1);
     FUSEDMOE_CUDA_ROLLED
-    for (int tile = first; tile < end; tile += tile_size) {
+    for (int tile = first; tile < end; tile += BackwardTileRecord::size) {
       // The block has read its shared memory, and sees what the tiles before wrote.
       if (tile != first) sync_block();
-      if (plan(tile) == 0) expert_tile(plan(tile + 1));
-      else source_tile(plan(tile + 1));
+      const int record = plan(tile + BackwardTileRecord::record);
+      if (plan(tile + BackwardTileRecord::kind) == expert_kind) expert_tile(record);
+      else source_tile(record);
     }
   }
 };

@@ -47,7 +47,7 @@ __device__ __forceinline__ void add_tile(const Row<T>& from, const Columns& colu
 // z += b.
 template <class P, class T>
 __device__ __forceinline__ void add_bias(const Block<T>& block, int one, const Columns& columns, typename P::Sums& z) {
-  const int number = block.plan(one + 1);
+  const int number = block.plan(one + LinearRecord::bias);
   if (number < 0) return;
   const T* bias = block.parameter(number) + columns.first;
   const auto term = [&](int column) {
@@ -69,8 +69,8 @@ __device__ __forceinline__ void add_bias(const Block<T>& block, int one, const C
 // z = act(z).
 template <class P, class T>
 __device__ __forceinline__ void activate(const Block<T>& block, int one, typename P::Sums& z) {
-  const float parameter = block.number(block.plan(one + 5));
-  choose(block.plan(one + 4), [&](auto act) {
+  const float parameter = block.number(block.plan(one + LinearRecord::parameter));
+  choose(block.plan(one + LinearRecord::activation), [&](auto act) {
     P::visit(z, [&](int, int, float& low, float& high) {
       low = act.value(low, parameter);
       high = act.value(high, parameter);

@@ -9,10 +9,6 @@
 
 namespace fusedmoe::cuda {
 
-enum What { write_softmax = 1, write_weights = 2 };
-// Numbers of a tile, and of a group before its units.
-constexpr int tile_size = 5, group_head = 5;
-
 // The tiles of one instance: at most UNITS units are mixed at a time.
 template <class T, int ROWS, int COLUMNS, int UNITS, int THREADS, bool INNER>
 struct Forward {
@@ -32,10 +28,14 @@ struct Forward {
 
   // What the plan says of a tile is read where it is needed, each time: accumulators need the registers. Its group's units, and the rows of
   // their softmax, or of one of their reads.
-  __device__ __forceinline__ int unit(int tile, int u) const { return plan(plan(tile) + group_head + u); }
+  __device__ __forceinline__ int group(int tile) const { return plan(tile + TileRecord::group); }
+  __device__ __forceinline__ int unit(int tile, int u) const { return plan(group(tile) + GroupRecord::size + u); }
   __device__ __forceinline__ float* softmax(int tile, int u, int read = 0) const {
-    return block().softmax(plan(tile + 2) + plan(plan(tile) + group_head + call.units + u) + read);
+    return block().softmax(plan(tile + TileRecord::softmax) + plan(group(tile) + GroupRecord::size + call.units + u) + read);
   }
+
+  // Integers of an expert in a run: its record, and its place among the reads of each unit.
+  __device__ __forceinline__ int expert_size() const { return ExpertReadRecord::size + call.units; }
 
   // A tile: the logits of its gates and what its units mix come from one loop over maps, so that its code is there once.
   __device__ __forceinline__ void run(int tile) const {
@@ -43,29 +43,29 @@ struct Forward {
     Maps maps{call, layout};
     int record = 0, parity = 0;
     FUSEDMOE_CUDA_ROLLED
-    for (bool gates = plan(tile + 3) >= write_softmax;; gates = false) {
+    for (bool gates = plan(tile + TileRecord::task) >= write_softmax;; gates = false) {
       if (!gates)
         FUSEDMOE_CUDA_UNROLL
         for (int u = 0; u < UNITS; u++) P::clear(mixed[u]);
-      record = gates ? plan(plan(tile) + 4) + 1 : plan(tile) + group_head + 2 * call.units;
-      int runs = plan(gates ? record - 1 : plan(tile) + 2);
-      maps.begin({record, runs, gates ? 2 : 1 + call.units, gates}, columns(tile));
-      if (!gates && runs > 0) put_weights(parity ^= 1, weights_of(tile, record + source_size + 1));
+      record = gates ? plan(group(tile) + GroupRecord::selectors) + 1 : group(tile) + GroupRecord::size + 2 * call.units;
+      int runs = plan(gates ? record - 1 : group(tile) + GroupRecord::runs);
+      maps.begin({record, runs, gates ? GateReadRecord::size : expert_size(), gates}, columns(tile));
+      if (!gates && runs > 0) put_weights(parity ^= 1, weights_of(tile, record + RunRecord::size));
       FUSEDMOE_CUDA_ROLLED
       for (; runs > 0; runs--) {
-        int pieces = 0, count = plan(record + source_size);
-        record += source_size + 1;
+        int pieces = 0, count = plan(record + RunRecord::count);
+        record += RunRecord::size;
         FUSEDMOE_CUDA_ROLLED
-        for (; count > 0; count--, record += gates ? 2 : 1 + call.units) {
-          Columns outputs = gates ? reads(plan(record)) : columns(tile);
+        for (; count > 0; count--, record += gates ? GateReadRecord::size : expert_size()) {
+          Columns outputs = gates ? reads(plan(record + GateReadRecord::unit)) : columns(tile);
           // The expert behind this one, whose weights are on their way while this one is multiplied.
-          const int after = gates ? -1 : count > 1 ? record + 1 + call.units : runs > 1 ? record + 2 + call.units + source_size : -1;
+          const int after = gates ? -1 : count > 1 ? record + expert_size() : runs > 1 ? record + expert_size() + RunRecord::size : -1;
           Part next;
           if (after >= 0) next = weights_of(tile, after);
           FUSEDMOE_CUDA_ROLLED
           for (; outputs.live > 0; outputs.live -= COLUMNS, outputs.list += COLUMNS) {
             Sums z;
-            const int one = gates ? plan(plan(record)) : plan(record);
+            const int one = gates ? plan(plan(record + GateReadRecord::unit) + UnitRecord::gate) : plan(record + ExpertReadRecord::linear);
             pieces = maps.linear(one, outputs, z);
             if (gates) {
               store_logits(tile, record, outputs, z);
@@ -82,28 +82,28 @@ struct Forward {
       maps.finish();
       if (!gates) break;
       normalize(tile);
-      if (plan(tile + 3) == write_weights) store_weights(tile);
+      if (plan(tile + TileRecord::task) == write_weights) store_weights(tile);
     }
     FUSEDMOE_CUDA_ROLLED
-    for (int i = plan(plan(tile) + 3); i > 0; i--, record += 1 + call.units) {
+    for (int i = plan(group(tile) + GroupRecord::copies); i > 0; i--, record += expert_size()) {
       Sums z;
       put_weights(parity ^= 1, weights_of(tile, record));
       sync_block();
       P::clear(z);
-      add_tile<P>(block().rows_of(plan(record) + map_head), columns(tile), block().live, call.aligned, z);
+      add_tile<P>(block().rows_of(plan(record + ExpertReadRecord::linear) + LinearRecord::size), columns(tile), block().live, call.aligned, z);
       add(record, parity, z, mixed);
     }
     FUSEDMOE_CUDA_UNROLL
     for (int u = 0; u < UNITS; u++)
       if (u < call.units && unit(tile, u) >= 0)
-        store_tile<P>(layout.a(0), mixed[u], block().rows_of(unit(tile, u) + 6), columns(tile), block().live, call.stored);
+        store_tile<P>(layout.a(0), mixed[u], block().rows_of(unit(tile, u) + UnitRecord::place), columns(tile), block().live, call.stored);
   }
 
-  __device__ __forceinline__ Columns columns(int tile) const { return {plan(tile + 1), plan(plan(tile) + 1) - plan(tile + 1), -1}; }
+  __device__ __forceinline__ Columns columns(int tile) const { return {plan(tile + TileRecord::column), plan(group(tile) + GroupRecord::width) - plan(tile + TileRecord::column), -1}; }
   // The rows of a unit's gate in the order of its reads; none without a gate.
-  __device__ __forceinline__ Columns reads(int unit) const { return {0, plan(unit) < 0 ? 0 : plan(unit + 1), plan(unit + 2)}; }
+  __device__ __forceinline__ Columns reads(int unit) const { return {0, plan(unit + UnitRecord::gate) < 0 ? 0 : plan(unit + UnitRecord::reads), plan(unit + UnitRecord::seen)}; }
   __device__ __forceinline__ void store_logits(int tile, int record, const Columns& outputs, Sums& z) const {
-    const int first = plan(tile + 2) + plan(record + 1) + outputs.list - plan(plan(record) + 2);
+    const int first = plan(tile + TileRecord::softmax) + plan(record + GateReadRecord::row) + outputs.list - plan(plan(record + GateReadRecord::unit) + UnitRecord::seen);
     float* p = block().softmax(first);
     P::visit(z, [&](int row, int column, float low, float high) {
       const auto store = [&](int read, float value) {
@@ -117,15 +117,15 @@ struct Forward {
   // p of every unit, from the logits that the block has stored.
   __device__ __forceinline__ void normalize(int tile) const {
     FUSEDMOE_CUDA_ROLLED
-    for (int u = 0; u < plan(plan(tile)); u++) normalize(unit(tile, u), softmax(tile, u));
+    for (int u = 0; u < plan(group(tile) + GroupRecord::units); u++) normalize(unit(tile, u), softmax(tile, u));
     sync_block();
   }
   // exp(z) / sum of exp(z) over a unit's reads, each row by a few neighbouring lanes; 0 without a gate.
   __device__ __forceinline__ void normalize(int unit, float* p) const {
     constexpr int lanes = THREADS / ROWS;
     const int row = thread() / lanes, begin = thread() % lanes;
-    const bool live = row < block().live, gated = plan(unit) >= 0;
-    const int reads = live ? plan(unit + 1) : 0;
+    const bool live = row < block().live, gated = plan(unit + UnitRecord::gate) >= 0;
+    const int reads = live ? plan(unit + UnitRecord::reads) : 0;
     const auto at = [&](int read) { return p + read * call.network.rows + row; };
     float largest = -INFINITY, sum = 0.0f;
     if (gated)
@@ -140,10 +140,10 @@ struct Forward {
   // weights[row, column of a read] = p + v, if somebody asked for them.
   __device__ __forceinline__ void store_weights(int tile) const {
     FUSEDMOE_CUDA_ROLLED
-    for (int u = 0; call.network.weights && u < plan(plan(tile)); u++) store_weights(unit(tile, u), softmax(tile, u));
+    for (int u = 0; call.network.weights && u < plan(group(tile) + GroupRecord::units); u++) store_weights(unit(tile, u), softmax(tile, u));
   }
   __device__ __forceinline__ void store_weights(int unit, const float* p) const {
-    const int columns = plan(unit + 10), reads = columns < 0 ? 0 : plan(unit + 1);
+    const int columns = plan(unit + UnitRecord::mixing), reads = columns < 0 ? 0 : plan(unit + UnitRecord::reads);
     FUSEDMOE_CUDA_ROLLED
     for (int i = thread(); i < reads * ROWS; i += THREADS) {
       const int row = i % ROWS, read = i / ROWS;
@@ -162,7 +162,7 @@ struct Forward {
     Part part;
     FUSEDMOE_CUDA_UNROLL
     for (int turn = 0; turn < turns; turn++) {
-      const int i = turn * THREADS + thread(), u = i / ROWS, row = i % ROWS, read = u < call.units ? plan(record + 1 + u) : -1;
+      const int i = turn * THREADS + thread(), u = i / ROWS, row = i % ROWS, read = u < call.units ? plan(record + ExpertReadRecord::size + u) : -1;
       part.p[turn] = part.v[turn] = 0.0f;
       if (read < 0 || row >= block().live) continue;
       part.p[turn] = load_global(softmax(tile, u, read) + row);
@@ -182,7 +182,7 @@ struct Forward {
   __device__ __forceinline__ void add(int record, int parity, const Sums& y, Sums (&mixed)[UNITS]) const {
     FUSEDMOE_CUDA_UNROLL
     for (int u = 0; u < UNITS; u++) {
-      if (u >= call.units || plan(record + 1 + u) < 0) continue;
+      if (u >= call.units || plan(record + ExpertReadRecord::size + u) < 0) continue;
       FUSEDMOE_CUDA_UNROLL
       for (int i = 0; i < P::M; i++)
         FUSEDMOE_CUDA_UNROLL
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(const __grid_c
   const int program = call.place + 2 * block_y();
   typename Of::Maps{call, of.layout}.clear_hidden();
   FUSEDMOE_CUDA_ROLLED
-  for (int tile = of.plan(program); tile < of.plan(program + 1); tile += tile_size) {
+  for (int tile = of.plan(program); tile < of.plan(program + 1); tile += TileRecord::size) {
     of.run(tile);
     // The block has read its shared memory, and will see what this tile wrote.
     sync_block();

@@ -17,7 +17,7 @@ struct GradientsCall {
 
 template <class T, int OUTPUTS, int COLUMNS, int THREADS>
 struct ParameterGradients {
-  static constexpr int term_size = 4, stages = 3;
+  static constexpr int stages = 3;
   using P = Product<T, OUTPUTS, COLUMNS, THREADS, Lie::across, Lie::across>;
   using Sums = typename P::Sums;
   static constexpr int stage = P::PanelA::bytes + P::PanelB::bytes, bytes = stages * stage;
@@ -38,24 +38,25 @@ struct ParameterGradients {
     else store_global(part() + at, value);
   }
 
-  // The rows and columns of a dW that a task makes. Record: 0, where dW begins among the gradients, where db does (-1: not here), N, K, column of
-  // dz, row and column of the tile, a source.
+  // The rows and columns of a dW that a task makes.
   struct Matrix {
     int64_t first;
     int distance, rows, columns, bias;
   };
   __device__ __forceinline__ Matrix matrix_of(int record) const {
-    const int n = plan(record + 6), k = plan(record + 7), source = record + 8, bias = plan(record + 2);
-    const int rows = plan(record + 3) - n, columns = plan(source + 4) - k, distance = plan(record + 4);
-    return {plan(record + 1) + plan(source + 5) + int64_t(n) * distance + k, distance, rows < OUTPUTS ? rows : OUTPUTS,
+    using Task = MatrixTaskRecord;
+    const int n = plan(record + Task::row), k = plan(record + Task::column), source = record + Task::source, bias = plan(record + Task::bias);
+    const int rows = plan(record + Task::outputs) - n, columns = plan(source + SourceRecord::width) - k;
+    const int distance = plan(record + Task::reduction);
+    return {plan(record + Task::weight) + plan(source + SourceRecord::first) + int64_t(n) * distance + k, distance, rows < OUTPUTS ? rows : OUTPUTS,
             columns < call.columns ? columns : call.columns, bias < 0 ? -1 : bias + n};
   }
 
   __device__ __forceinline__ void matrix_tile(int record) const {
     const Matrix to = matrix_of(record);
-    const int n = plan(record + 6), k = plan(record + 7), dz_row = call.of.dz_row;
-    const T* a = static_cast<const T*>(call.of.dz) + block.row * dz_row + plan(record + 5) + n;
-    Row<T> b = block.rows_of(record + 8);
+    const int n = plan(record + MatrixTaskRecord::row), k = plan(record + MatrixTaskRecord::column), dz_row = call.of.dz_row;
+    const T* a = static_cast<const T*>(call.of.dz) + block.row * dz_row + plan(record + MatrixTaskRecord::dz) + n;
+    Row<T> b = block.rows_of(record + MatrixTaskRecord::source);
     b.first += k;
     int left = block.live;
     // What stands between a map's dz and the next one's goes into sums that are not stored.
@@ -151,25 +152,25 @@ struct ParameterGradients {
     if (to.bias >= 0 && thread() < to.rows) add_chunks<1>([&](int) { return int64_t(to.bias) + thread(); });
   }
 
-  // dv of one element: the sum of its dw over the rows. Record: 1, its place among the gradients, number of terms; terms: first row of dw, tiles,
-  // rows from tile to tile, column of its mixing weight.
+  // dv of one element: the sum of its dw over the rows.
   __device__ __forceinline__ void static_element(int record) const {
     float value = 0.0f;
     FUSEDMOE_CUDA_ROLLED
-    for (int i = 0; i < plan(record + 2); i++) value += term(record + 3 + i * term_size);
+    for (int i = 0; i < plan(record + StaticTaskRecord::terms); i++)
+      value += term(record + StaticTaskRecord::size + i * TermRecord::size);
     value = sum_lanes(value);
     float* sums = shared_memory<float>();
     if (lane() == 0) sums[warp()] = value;
     sync_block();
     if (thread() == 0) {
       for (int other = 1; other < THREADS / 32; other++) value += sums[other];
-      store(plan(record + 1), value);
+      store(plan(record + StaticTaskRecord::element), value);
     }
-    if (arrives_last() && thread() == 0) add_chunks<1>([&](int) { return int64_t(plan(record + 1)); });
+    if (arrives_last() && thread() == 0) add_chunks<1>([&](int) { return int64_t(plan(record + StaticTaskRecord::element)); });
   }
   __device__ __forceinline__ float term(int term) const {
-    const int64_t first = plan(term), distance = plan(term + 2);
-    const int tiles = plan(term + 1), column = call.of.network.weights ? plan(term + 3) : -1;
+    const int64_t first = plan(term + TermRecord::dw), distance = plan(term + TermRecord::stride);
+    const int tiles = plan(term + TermRecord::tiles), column = call.of.network.weights ? plan(term + TermRecord::mixing) : -1;
     float value = 0.0f;
     FUSEDMOE_CUDA_ROLLED
     for (int64_t row = block.row + thread(); row < block.row + block.live; row += THREADS) {
@@ -181,7 +182,7 @@ struct ParameterGradients {
 
   __device__ __forceinline__ void run() const {
     const int record = plan(call.place + block_x());
-    if (plan(record) == 0) matrix_tile(record);
+    if (plan(record + MatrixTaskRecord::kind) == matrix_kind) matrix_tile(record);
     else static_element(record);
   }
 };

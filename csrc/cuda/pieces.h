@@ -22,8 +22,8 @@ struct MapPieces {
   // Copy the next piece, if there is one.
   __device__ __forceinline__ void operator()(char* to) {
     while (left <= 0) {
-      if (++source >= block.plan(one + 7)) return;
-      open(one + map_head + source * source_size);
+      if (++source >= block.plan(one + LinearRecord::sources)) return;
+      open(one + LinearRecord::size + source * SourceRecord::size);
     }
     copy_panel<typename P::PanelA, P::threads>(to, h.first, left, aligned, Rows{block.live, h.distance});
     copy_panel<typename P::PanelB, P::threads>(to + P::PanelA::bytes, w.first, left, aligned, Rows{live, w.distance});
@@ -35,17 +35,15 @@ struct MapPieces {
  private:
   __device__ __forceinline__ void open(int record) {
     h = block.rows_of(record);
-    w.distance = block.plan(one + 3);
-    w.first = block.parameter(block.plan(one)) + int64_t(first) * w.distance + block.plan(record + 5);
-    left = block.plan(record + 4);
+    w.distance = block.plan(one + LinearRecord::reduction);
+    w.first = block.parameter(block.plan(one + LinearRecord::weight)) + int64_t(first) * w.distance + block.plan(record + SourceRecord::first);
+    left = block.plan(record + SourceRecord::width);
   }
 };
 
-// d = W^T dz of all maps that read a source, one behind another; those that copy it are left out. A use: weight, N, K, first column of W, column
-// of dz. Columns of W: `live` of them from `first` on.
+// d = W^T dz of all maps that read a source, one behind another; those that copy it are left out. Columns of W: `live` of them from `first` on.
 template <class T, class P>
 struct UsePieces {
-  static constexpr int size = 5;
   const Block<T>& block;
   const Row<T> dz;
   const int first, live;
@@ -58,8 +56,8 @@ struct UsePieces {
   __device__ __forceinline__ void operator()(char* to) {
     while (left <= 0) {
       if (uses == 0) return;
-      if (block.plan(use) >= 0) open();
-      use += size;
+      if (block.plan(use + UseRecord::weight) >= 0) open();
+      use += UseRecord::size;
       uses--;
     }
     // dz is zero up to the next map's column.
@@ -72,10 +70,10 @@ struct UsePieces {
 
  private:
   __device__ __forceinline__ void open() {
-    a = dz.first + block.plan(use + 4);
-    w.distance = block.plan(use + 2);
-    w.first = block.parameter(block.plan(use)) + block.plan(use + 3) + first;
-    left = block.plan(use + 1);
+    a = dz.first + block.plan(use + UseRecord::dz);
+    w.distance = block.plan(use + UseRecord::reduction);
+    w.first = block.parameter(block.plan(use + UseRecord::weight)) + block.plan(use + UseRecord::first) + first;
+    left = block.plan(use + UseRecord::outputs);
   }
 };
 

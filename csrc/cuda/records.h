@@ -1,13 +1,11 @@
-// How kernels read the records of kernels/plan.py; what their numbers mean stands there.
+// How kernels read the records of a plan; kernels/layout.py says what their fields mean.
 #pragma once
 #include "device.h"
 #include "kernels.h"
+#include "layout.h"
 
 namespace fusedmoe::cuda {
 
-enum SourceKind { from_x, from_buffer, to_output };
-// Numbers of a map before its sources, and of a source.
-constexpr int map_head = 8, source_size = 6;
 // Columns of what stages hand on begin at multiples of so many.
 constexpr int column_step = 16;
 // A width up to the next column that a map of its own could begin at.
@@ -34,22 +32,22 @@ struct Block {
     const Addresses& all = network.parameters;
     return static_cast<const T*>(number < Addresses::count ? all.at[number] : load_global(all.more + (number - Addresses::count)));
   }
-  // Where the block's rows of a source stand, or of a unit's four numbers of one. Inside a tile 32 bits reach; what is larger stands in the first.
-  __device__ __forceinline__ Row<T> rows_of(int source, const Places& places) const {
-    const int kind = plan(source);
-    const int64_t column = plan(source + 1), distance = kind == from_x ? places.x_row : plan(source + 2);
-    const int64_t before = plan(source + 3) * network.rows + (kind == from_x ? column * places.x_slot : column);
+  // Where the block's rows of a place stand. Inside a tile 32 bits reach; what is larger stands in the first.
+  __device__ __forceinline__ Row<T> rows_of(int place, const Places& places) const {
+    const int kind = plan(place + PlaceRecord::kind);
+    const int64_t column = plan(place + PlaceRecord::column), distance = kind == from_x ? places.x_row : plan(place + PlaceRecord::stride);
+    const int64_t before = plan(place + PlaceRecord::buffer) * network.rows + (kind == from_x ? column * places.x_slot : column);
     void* base = kind == from_x ? places.x : kind == from_buffer ? places.buffers : places.out;
     return {static_cast<T*>(base) + before + row * distance, int(distance)};
   }
-  __device__ __forceinline__ Row<T> rows_of(int source) const { return rows_of(source, network.places); }
+  __device__ __forceinline__ Row<T> rows_of(int place) const { return rows_of(place, network.places); }
 
   // v of one read: its fixed value, and its element of the learned tensor.
   __device__ __forceinline__ float static_weight(int unit, int read) const {
-    float v = number(plan(unit + 5) + read);
-    const int tensor = plan(unit + 3);
+    float v = number(plan(unit + UnitRecord::fixed) + read);
+    const int tensor = plan(unit + UnitRecord::statics);
     if (tensor >= 0) {
-      const int element = plan(plan(unit + 4) + read);
+      const int element = plan(plan(unit + UnitRecord::elements) + read);
       if (element >= 0) v += widened(load_global(parameter(tensor) + element));
     }
     return v;

@@ -105,8 +105,8 @@ struct Series {
   __device__ __forceinline__ int multiply(int one, Sums& z, int live) {
     int pieces = 0;
     FUSEDMOE_CUDA_ROLLED
-    for (int source = 0; source < plan(one + 7); source++) {
-      int left = plan(one + map_head + source * source_size + 4);
+    for (int source = 0; source < plan(one + LinearRecord::sources); source++) {
+      int left = plan(one + LinearRecord::size + source * SourceRecord::size + SourceRecord::width);
       FUSEDMOE_CUDA_ROLLED
       for (;;) {
         const int place = step();
@@ -127,7 +127,7 @@ struct Series {
     P::clear(z);
     int pieces = 0;
     if constexpr (INNER) {
-      const int inner = plan(one + 6), reduction = inner < 0 ? 1 : plan(one + 3);
+      const int inner = plan(one + LinearRecord::hidden), reduction = inner < 0 ? 1 : plan(one + LinearRecord::reduction);
       FUSEDMOE_CUDA_ROLLED
       for (int first = 0; first < reduction; first += P::columns) {
         Sums h;
@@ -137,7 +137,7 @@ struct Series {
           z = h;
           continue;
         }
-        hand_inside(inner, {first, plan(inner + 2) - first, -1}, h);
+        hand_inside(inner, {first, plan(inner + LinearRecord::width) - first, -1}, h);
         const int place = step();
         P::multiply(layout.hidden(), layout.b(place), z, call.once, outputs.live);
       }

@@ -56,7 +56,7 @@ struct Walk {
     to_copy.to = brings ? to : -1;
     to_copy.columns = left;
     to_copy.list = inside ? -1 : outputs.list;
-    to_copy.live = inside ? block.plan(map + 2) - hidden : outputs.live;
+    to_copy.live = inside ? block.plan(map + LinearRecord::width) - hidden : outputs.live;
     if (brings) to = to + 1 < panels ? to + 1 : 0;
     a += piece<T>;
     b += piece<T>;
@@ -67,15 +67,15 @@ struct Walk {
  private:
   // The map that the list names.
   __device__ __forceinline__ int outer(const Block<T>& block) const {
-    const int named = block.plan(list.record);
-    return list.gates ? block.plan(named) : named;
+    const int named = block.plan(list.record + (list.gates ? GateReadRecord::unit : ExpertReadRecord::linear));
+    return list.gates ? block.plan(named + UnitRecord::gate) : named;
   }
 
   // Begin with the next map, of this run or of a later one, if there is any: a unit may have no gate.
   __device__ __forceinline__ void begin_run(const Block<T>& block) {
     for (; list.runs > 0; list.runs--) {
-      maps = block.plan(list.record + source_size);
-      list.record += source_size + 1;
+      maps = block.plan(list.record + RunRecord::count);
+      list.record += RunRecord::size;
       first = true;
       if (begin_map(block)) return;
     }
@@ -85,8 +85,8 @@ struct Walk {
       const int one = outer(block);
       if (one < 0) continue;
       if (list.gates) {
-        const int unit = block.plan(list.record);
-        outputs = {0, block.plan(unit + 1), block.plan(unit + 2)};
+        const int unit = block.plan(list.record + GateReadRecord::unit);
+        outputs = {0, block.plan(unit + UnitRecord::reads), block.plan(unit + UnitRecord::seen)};
       }
       begin_sources(block, one);
       return true;
@@ -94,7 +94,7 @@ struct Walk {
     return false;
   }
   __device__ __forceinline__ void begin_sources(const Block<T>& block, int one) {
-    const int inner = INNER ? block.plan(one + 6) : -1;
+    const int inner = INNER ? block.plan(one + LinearRecord::hidden) : -1;
     hidden = inner >= 0 ? 0 : -1;
     map = inner >= 0 ? inner : one;
     source = 0;
@@ -104,35 +104,35 @@ struct Walk {
   }
   // Point at the map's source and at the weight's columns for it.
   __device__ __forceinline__ void open(const Block<T>& block) {
-    const int record = map + map_head + source * source_size;
+    const int record = map + LinearRecord::size + source * SourceRecord::size;
     const Row<T> h = block.rows_of(record);
     a = h.first;
     a_distance = h.distance;
-    left = block.plan(record + 4);
-    point(block, map, hidden >= 0 ? hidden : outputs.first, block.plan(record + 5));
+    left = block.plan(record + SourceRecord::width);
+    point(block, map, hidden >= 0 ? hidden : outputs.first, block.plan(record + SourceRecord::first));
   }
   __device__ __forceinline__ void point(const Block<T>& block, int one, int row, int column) {
-    b_distance = block.plan(one + 3);
-    b = block.parameter(block.plan(one)) + int64_t(row) * b_distance + column;
+    b_distance = block.plan(one + LinearRecord::reduction);
+    b = block.parameter(block.plan(one + LinearRecord::weight)) + int64_t(row) * b_distance + column;
   }
 
   // Go on behind the last piece of a source.
   __device__ __forceinline__ void advance(const Block<T>& block) {
     const bool outside = INNER && hidden >= 0 && map == outer(block);
-    if (!outside && ++source < block.plan(map + 7)) return open(block);
+    if (!outside && ++source < block.plan(map + LinearRecord::sources)) return open(block);
     if (!INNER || hidden < 0) return end_map(block);
     const int one = outer(block);
     if (!outside) {
       map = one;
       brings = false;
       point(block, one, outputs.first, hidden);
-      left = block.plan(one + 3) - hidden;
+      left = block.plan(one + LinearRecord::reduction) - hidden;
       left = left < COLUMNS ? left : COLUMNS;
       return;
     }
     hidden += COLUMNS;
-    if (hidden >= block.plan(one + 3)) return end_map(block);
-    map = block.plan(one + 6);
+    if (hidden >= block.plan(one + LinearRecord::reduction)) return end_map(block);
+    map = block.plan(one + LinearRecord::hidden);
     source = 0;
     brings = !keep;
     open(block);

@@ -137,7 +137,7 @@ FORMULAS = {
         "walk.h", "+ int64_t($row) * $b_distance + $column", "+ $column", _FLOAT32, "plain", _matrix("whole vectors", "float32", "a launch a level"), WRONG
     ),
     "the softmax of another unit": Mutant(
-        "forward.h", "+ $group_head + $call.$units + $u) + $read)", "+ $group_head + $call.$units) + $read)", _BFLOAT16, "plain", _WHOLE, NUMBERS
+        "forward.h", "+ $g::$size + $call.$units + $u) + $read)", "+ $g::$size + $call.$units) + $read)", _BFLOAT16, "plain", _WHOLE, NUMBERS
     ),
     "static weights left out": Mutant(
         "forward.h", "$part.$p[$turn] + $part.$v[$turn]", "$part.$p[$turn]", _FLOAT32, "plain", _FEATURES, WRONG
@@ -151,7 +151,7 @@ FORMULAS = {
         "backward.h", "$dy.$at[$m][$n][$k] * $act.$slope($at, $parameter)", "$dy.$at[$m][$n][$k]", _BACKWARD, "plain", _WHOLE, WRONG
     ),
     "a source's gradient not added to what is there": Mutant(
-        "backward.h", "if (plan($record + 6) != 0) $add_tile", "if (false) $add_tile", _BACKWARD, "plain", _FEATURES, WRONG
+        "backward.h", "if (plan($record + $r::$add) != 0) $add_tile", "if (false) $add_tile", _BACKWARD, "plain", _FEATURES, WRONG
     ),
     "what is beside hidden outputs handed on": Mutant(
         "series.h", "$one ? $low : 0.0f, $both ? $high : 0.0f);", "$one ? $low : $low, $both ? $high : $high);", _FLOAT32, "plain",
@@ -162,7 +162,7 @@ FORMULAS = {
     ),
     "the last chunk not added": Mutant("gradients.h", "$chunk < blocks_y(); $chunk++", "$chunk < blocks_y() - 1; $chunk++", _BACKWARD, "plain", _ODD, WRONG),
     "a gradient of another expert's columns": Mutant(
-        "gradients.h", "$dz_row + plan($record + 5) + $n;", "$dz_row + $n;", _BACKWARD, "plain", _WHOLE, WRONG
+        "gradients.h", "$dz_row + plan($record + $r::$dz) + $n;", "$dz_row + $n;", _BACKWARD, "plain", _WHOLE, WRONG
     ),
 }  # fmt: skip
 

@@ -85,9 +85,9 @@ MEMORY = {
     "two programs at one row of softmax": Mutant(
         "plan.py", "$rows if len($stages) == 1 or $column + $columns >=", "$rows if $column + $columns >=", INTERPRETED, _TILES, SHARED
     ),
-    "two programs at one row of dw": Mutant("backward_plan.py", "$first + $tile * $distance + $place]", "$first + $place]", INTERPRETED, _TILES, SHARED),
-    "two programs at one dz of a gate": Mutant("backward_plan.py", "(*$one, int($column == 0))", "(*$one, 1)", INTERPRETED, _TILES, SHARED),
-    "two programs at one bias's gradient": Mutant("backward_plan.py", "$first == 0 and $k == 0", "$first == 0", INTERPRETED, _TILES, SHARED),
+    "two programs at one row of dw": Mutant("backward_plan.py", "dw=$first + $tile * $stride + $place,", "dw=$first + $place,", INTERPRETED, _TILES, SHARED),
+    "two programs at one dz of a gate": Mutant("backward_plan.py", "store=$column == 0", "store=True", INTERPRETED, _TILES, SHARED),
+    "two programs at one bias's gradient": Mutant("backward_plan.py", "$first == 0 and $column == 0", "$first == 0", INTERPRETED, _TILES, SHARED),
     "alignment claimed of odd widths": Mutant(
         "bound.py", "return $lanes if $whole else 1", "return $lanes", EXECUTED, _executed("ple-torch.bfloat16-one launch"), MISALIGNED
     ),
@@ -167,7 +167,7 @@ BACKWARD = {
     ),
     "a derivative left out": Mutant("backward.py", "0.0, $dy * $slope)", "0.0, $dy)", INTERPRETED, _of_width(17), WRONG),
     "a static weight left out of dy": Mutant(
-        "backward.py", "$w += $static_weight($block, tl.load($block.plan + $reader + 6), tl.load($block.plan + $reader + 7))", "",
+        "backward.py", "$w += $static_weight($block, tl.load($block.plan + $reader + $r.$unit), tl.load($block.plan + $reader + $r.$read))", "",
         INTERPRETED, _parity("cross_stitch-tiny"), WRONG,
     ),
     "dz without zeros behind it": Mutant(
@@ -177,7 +177,7 @@ BACKWARD = {
         "backward.py", "$d += tl.load(given, mask=$live, other=0.0).to(tl.float32)", "", INTERPRETED, _parity("mmoe-odd"), WRONG
     ),
     "a source's gradient not added to what is there": Mutant(
-        "backward_plan.py", "int($source in $self.$written)]", "0]", INTERPRETED, _parity("mmoe-odd"), WRONG
+        "backward_plan.py", "int($source in $self.$written)", "0", INTERPRETED, _parity("mmoe-odd"), WRONG
     ),
     "the last chunk not added": Mutant("backward.py", "for $chunk in range(chunks):", "for $chunk in range(chunks - 1):", INTERPRETED, _CHUNKS, WRONG),
     "what stands beyond an expert": Mutant(
