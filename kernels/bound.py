@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fusedmoe.kernels import device, program, tiles
 from fusedmoe.kernels.backward_plan import BackwardPlan, backward_plan_of
-from fusedmoe.kernels.launchers import launcher
 from fusedmoe.kernels.plan import CODES, Launch, Plan, plan_of
 from fusedmoe.kernels.program import Program
 from fusedmoe.kernels.tiles import CHUNK, Tiles, aligned
@@ -236,7 +235,7 @@ def _plan(program: Program, chosen: Tiles) -> Plan:
 
 
 def _shipped(key: Key, found: Program) -> Tiles:
-    return tiles.chosen(found, key.dtype, key.whole, key.many, key.arch, launcher(key.backend).BESIDE_HIDDEN)
+    return tiles.chosen(found, key.dtype, key.whole, key.many, key.arch, tiles.BESIDE_HIDDEN[key.backend])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -16,11 +16,6 @@ from fusedmoe.kernels import device
 from fusedmoe.kernels.bound import Backward, Bound, Forward, chunk_of, common
 from fusedmoe.kernels.plan import Launch
 
-# The last block of each tile's adds up its parts.
-FOR_PARAMETERS = 1
-# In shared memory.
-BESIDE_HIDDEN = True
-
 
 @functools.cache
 def _extension():

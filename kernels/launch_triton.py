@@ -17,6 +17,7 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from fusedmoe.kernels import device
+from fusedmoe.kernels.arguments import Arguments, ForwardArguments, GradientsArguments, RowsArguments, SumArguments
 from fusedmoe.kernels.backward import add_chunks
 from fusedmoe.kernels.backward import backward_rows as backward_rows_kernel
 from fusedmoe.kernels.backward import gradients as gradients_kernel
@@ -25,10 +26,6 @@ from fusedmoe.kernels.forward import forward as forward_kernel
 from fusedmoe.kernels.tiles import Tiles
 from fusedmoe.storage import require_memory
 
-# `gradients` and `add_chunks`.
-FOR_PARAMETERS = 2
-# In registers, which such tiles leave none of.
-BESIDE_HIDDEN = False
 ADD_BLOCK = 1024
 # By name: Triton 3.9 warns where a launch does not say whether to fuse multiplications and additions, and 3.10 will not fuse then.
 OPTIONS = {"enable_fp_fusion": True}
@@ -71,7 +68,7 @@ class Step:
         self.kernel, self.place, self.programs, self.constants = kernel, place, programs, constants
         self.compiled: object = None
 
-    def launch(self, x: int, y: int, *arguments: Tensor | int) -> None:
+    def launch(self, x: int, y: int, arguments: Arguments) -> None:
         """Launch x times y programs. Raises: RuntimeError with the kernel's name, where Triton or the driver has one without it."""
         kernel = _kernel(self.kernel)
         try:
@@ -227,9 +224,23 @@ def _launched(bound: Forward, x: Tensor, steps: list[Step], mixing: bool, table:
     out, memory = x.new_empty((rows, *bound.output)), x.new_empty(size, dtype=torch.uint8)
     weights = x.new_zeros(rows, bound.mixing) if mixing else None
     p, kept = piece(memory, 0, bound.plan.softmax * rows, torch.float32), piece(memory, buffers, bound.program.kept * rows, x.dtype)
-    tensors = x, kept, out, p, x if weights is None else weights, table, bound.ints, bound.floats
     for step in steps if rows else ():
-        step.launch(bound.blocks(rows), step.programs, *tensors, step.place, rows, x_row, x_slot, bound.mixing)
+        arguments = ForwardArguments(
+            x=x,
+            buffers=kept,
+            out=out,
+            p=p,
+            weights=x if weights is None else weights,
+            addresses=table,
+            plan=bound.ints,
+            floats=bound.floats,
+            place=step.place,
+            B=rows,
+            x_row=x_row,
+            x_slot=x_slot,
+            mixing=bound.mixing,
+        )
+        step.launch(bound.blocks(rows), step.programs, arguments)
     return out, weights, memory
 
 
@@ -311,12 +322,26 @@ def _launched_backward(bound: Backward, tensors: tuple, steps: _BackwardSteps, c
     p, buffers = piece(memory, 0, bound.forward.softmax * rows, torch.float32), piece(memory, bound.saved(rows)[0], kept, x.dtype)
     dw, parts = piece(scratch, 0, bound.plan.rows * rows, torch.float32), piece(scratch, places.parts, chunks * total, torch.float32)
     dz, below = piece(scratch, places.dz, rows * bound.plan.columns, x.dtype), piece(scratch, places.buffers, kept, x.dtype)
-    given = x, buffers, d_out, p, dw, d_x, below, d_out, weights, dz, table, bound.ints, bound.floats
+    common = {
+        **{"x": x, "buffers": buffers, "out": d_out, "dw": dw, "d_weights": weights, "dz": dz, "plan": bound.ints},
+        **{"B": rows, "x_row": x_row, "x_slot": x_slot, "dz_row": bound.plan.columns, "mixing": bound.mixing},
+    }
     for step in steps.rows:
-        numbers = step.place, rows, x_row, x_slot, d_x.stride(0), d_x.stride(1), bound.plan.columns, bound.mixing
-        step.launch(bound.blocks(rows), step.programs, *given, *numbers)
+        arguments = RowsArguments(
+            p=p,
+            d_x=d_x,
+            d_buffers=below,
+            d_out=d_out,
+            addresses=table,
+            floats=bound.floats,
+            place=step.place,
+            d_row=d_x.stride(0),
+            d_slot=d_x.stride(1),
+            **common,
+        )
+        step.launch(bound.blocks(rows), step.programs, arguments)
     if steps.gradients:
-        numbers = steps.gradients.place, rows, x_row, x_slot, bound.plan.columns, bound.mixing, total
-        steps.gradients.launch(steps.gradients.programs, chunks, x, buffers, d_out, dw, weights, dz, parts, bound.ints, *numbers)
-        steps.add.launch(steps.add.programs, 1, parts, flat, total, chunks)
+        arguments = GradientsArguments(parts=parts, place=steps.gradients.place, total=total, **common)
+        steps.gradients.launch(steps.gradients.programs, chunks, arguments)
+        steps.add.launch(steps.add.programs, 1, SumArguments(parts, flat, total, chunks))
     return d_x, flat

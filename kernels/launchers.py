@@ -1,31 +1,43 @@
-"""Who launches a network's kernels: a module for each backend, all with the same names, so that `network.py` is one for all of them:
-
-forward                  (bound, x, params, mixing): run a `bound.Forward`; out, the mixing weights or None, and the memory that the backward reads.
-                         Raises for tensors that are not what the table says; what is wrong with them says `checks.check`
-backward                 (bound, d_out, d_weights, x, params, memory, apart): run a `bound.Backward`; d_x and the gradients of all live parameters,
-                         each a tensor (apart), or one after another in one tensor
-FOR_PARAMETERS           how many launches the gradients of the parameters are
-BESIDE_HIDDEN            whether a source is kept beside hidden layers in tiles of 64 rows
-"""
+"""Who launches a network's kernels: one module for each GPU backend, all with the functions of `Launcher`."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from types import ModuleType
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, cast
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    # Not at run time: `import fusedmoe` asks this module for names alone.
+    from fusedmoe.kernels.bound import Backward, Forward
 
 LAUNCHERS = {"triton": "fusedmoe.kernels.launch_triton", "cuda": "fusedmoe.kernels.launch_cuda"}
-# Who finds other tiles than the shipped ones: CUDA's kernels come compiled, and others are not there.
-TUNERS = {"triton": "fusedmoe.kernels.tuning"}
+# How many launches the gradients of the parameters are. Triton: their parts, and the parts' sum; CUDA: in each tile the last block adds its parts.
+GRADIENT_LAUNCHES = {"triton": 2, "cuda": 1}
+
+
+class Launcher(Protocol):
+    """Launches what a call is bound to. Both raise ValueError for tensors that are not what the table says."""
+
+    def forward(self, bound: Forward, x: Tensor, params: Sequence[Tensor], mixing: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return out, the mixing weights or None, and the memory that the backward reads."""
+
+    def backward(
+        self,
+        bound: Backward,
+        d_out: Tensor,
+        d_weights: Tensor | None,
+        x: Tensor,
+        params: Sequence[Tensor],
+        memory: Tensor,
+        apart: bool,
+    ) -> list[Tensor]:
+        """Return d_x and the gradients of all live parameters, each a tensor (`apart`), or one after another in one tensor."""
 
 
 @functools.cache
-def launcher(backend: str) -> ModuleType:
+def launcher(backend: str) -> Launcher:
     """The launcher of a backend, imported when it is first asked for: none needs what the others do."""
-    return importlib.import_module(LAUNCHERS[backend])
-
-
-@functools.cache
-def tuner(backend: str) -> ModuleType | None:
-    """The module whose `of_forward` and `of_backward` find tiles for a call of a backend, or None."""
-    return importlib.import_module(TUNERS[backend]) if backend in TUNERS else None
+    return cast(Launcher, importlib.import_module(LAUNCHERS[backend]))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fusedmoe import codec, outputs
 from fusedmoe.kernels import bound, network, trial
-from fusedmoe.kernels.launchers import tuner
 from fusedmoe.kernels.program import lower
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
@@ -35,10 +35,20 @@ def launching(x: Tensor, backend: str):
     return there(x)
 
 
+def _tuning(backend: str) -> ModuleType | None:
+    """The module that finds tiles by the clock, where that is asked for. CUDA's kernels come compiled: there are no others to try."""
+    if backend != "triton":
+        return None
+    # Here, because it imports Triton, which the cuda backend can do without.
+    from fusedmoe.kernels import tuning
+
+    return tuning if tuning.enabled() else None
+
+
 def _forward(backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool) -> tuple[Tensor, Tensor | None, network.Saved]:
-    x, search = inner(x), tuner(backend)
+    x, search = inner(x), _tuning(backend)
     with launching(x, backend):
-        tiles = search.of_forward(x, params, table, mixing, training) if search and search.enabled() else None
+        tiles = search.of_forward(x, params, table, mixing, training) if search else None
         return network.forward(x, params, table, mixing, training, tiles, backend)
 
 
@@ -81,8 +91,8 @@ def _gradients(
     with there(x):
         if saved.memory is None:
             _, _, saved = network.forward(x, params, table, False, True, saved.tiles, backend)
-        search = tuner(backend)
-        tiles = search.of_backward(d_out, d_weights, x, params, saved, table) if search and search.enabled() else None
+        search = _tuning(backend)
+        tiles = search.of_backward(d_out, d_weights, x, params, saved, table) if search else None
         d_x, d_params = network.backward(d_out, d_weights, x, params, saved, table, tiles, backend)
     return [d_x, *d_params]
 

@@ -22,6 +22,8 @@ LARGE = ("sm_80", "sm_90", "sm_100", "cpu")
 # The most columns of a source that a program keeps for all that read it, by whether it runs all stages. Triton keeps them in registers, and more go to
 # local memory; CUDA's kernels in shared memory, of which two blocks of an A100's multiprocessor could not have more.
 MOST_KEPT = {True: 512, False: 256}
+# Whether it is kept beside hidden layers in tiles of 64 rows, too: Triton's registers have no room for it, shared memory has.
+BESIDE_HIDDEN = {"triton": False, "cuda": True}
 # Columns of the tiles that it is kept in: BLOCK_K of every dtype that keeps one.
 KEPT_PIECE = 64
 # Units are mixed in groups of these sizes, so that tables of nearly so many share a compiled kernel.
@@ -60,7 +62,7 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 
 def choose(program: Program, dtype: torch.dtype, rows: int, arch: str, beside_hidden: bool = False) -> Tiles:
-    """Return the tiles for a call of so many rows on an architecture. beside_hidden: what launchers say of it (launchers.py).
+    """Return the tiles for a call of so many rows on an architecture. beside_hidden: BESIDE_HIDDEN of the backend.
 
     The accumulators of U units and one expert are (U + 1) x BLOCK_B x BLOCK_H numbers, which eight warps hold 64 to 128 of a thread:
     128 x 64 for up to three units, 64 x 64 for four, 64 x 32 for eight. Four warps hold those of 16 x 64. A source is kept where that leaves no

@@ -7,7 +7,7 @@ import torch
 from fusedmoe.kernels import tiles
 from fusedmoe.kernels.backward_plan import backward_plan_of
 from fusedmoe.kernels.device import architecture
-from fusedmoe.kernels.launchers import launcher
+from fusedmoe.kernels.launchers import GRADIENT_LAUNCHES
 from fusedmoe.kernels.plan import plan_of
 from fusedmoe.kernels.program import Program, fused, lower
 from fusedmoe.kernels.trial import history, name_of
@@ -31,7 +31,7 @@ def launches(program: Program, dtype: torch.dtype, rows: int, arch: str, backend
     forward = plan_of(program, chosen.whole, chosen.units, chosen.columns)
     chosen = chosen.backward
     backward = backward_plan_of(forward, chosen.whole, chosen.columns, chosen.outputs)
-    return len(forward.launches), len(backward.launches) + launcher(backend).FOR_PARAMETERS * bool(program.gradients[1])
+    return len(forward.launches), len(backward.launches) + GRADIENT_LAUNCHES[backend] * bool(program.gradients[1])
 
 
 def _stages(program: Program) -> str:

@@ -1,5 +1,6 @@
 """The records of a plan: one description, from which Python, Triton and CUDA have their offsets."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -50,3 +51,18 @@ def test_no_kernel_names_a_field_by_its_number():
         # The end of a program's tiles stands behind their beginning.
         lines = [line for line in lines if "plan(program + 1)" not in line]
         assert not lines, f"{path.name}: expected fields of layout.py, got {lines}"
+
+
+def test_arguments_stand_in_the_order_of_the_kernels():
+    pytest.importorskip("triton")
+    from fusedmoe.kernels import arguments, backward, forward
+
+    kinds = {
+        forward.forward: arguments.ForwardArguments,
+        backward.backward_rows: arguments.RowsArguments,
+        backward.gradients: arguments.GradientsArguments,
+        backward.add_chunks: arguments.SumArguments,
+    }
+    for kernel, kind in kinds.items():
+        given = [name for name, parameter in inspect.signature(kernel.fn).parameters.items() if parameter.annotation is inspect.Parameter.empty]
+        assert list(kind._fields) == given

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fusedmoe.casting import lowered
 from fusedmoe.codec import encode
 from fusedmoe.kernels import device, launch_cuda, registered, tiles, trial
-from fusedmoe.kernels.launchers import launcher
+from fusedmoe.kernels.launchers import GRADIENT_LAUNCHES
 from fusedmoe.nn import AdaTTSp
 from fusedmoe.op import fusion_network
 from fusedmoe.testing import Case, Problem, assert_close, build, cases, evaluate, expectation, problem, smoothed
@@ -79,7 +79,7 @@ def test_launches(levels, towers, monkeypatch):
         assert counts().launches - before == forward
         torch.autograd.grad(out, [x, *params], given.d_out)
         backward = 1 if most else 2 * levels + bool(towers)
-        assert counts().launches - before == forward + backward + launcher("cuda").FOR_PARAMETERS
+        assert counts().launches - before == forward + backward + GRADIENT_LAUNCHES["cuda"]
 
 
 def test_more_parameters_than_travel_with_a_launch():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedmoe.kernels import launch_cuda, network, tiles
+from fusedmoe.kernels import network, tiles
 from fusedmoe.kernels.program import fused
 from fusedmoe.speed.subjects import SUBJECTS, build
 
@@ -40,7 +40,7 @@ def test_the_forward_moves_the_bytes_of_its_plan(name, rows, monkeypatch):
     monkeypatch.setattr(tiles, "MANY_ROWS", many)
     layer = build(SUBJECTS[name], torch.bfloat16)
     table, program = layer.table, fused(layer.table)
-    chosen = tiles.choose(program, torch.bfloat16, batch, "cpu", launch_cuda.BESIDE_HIDDEN)
+    chosen = tiles.choose(program, torch.bfloat16, batch, "cpu", tiles.BESIDE_HIDDEN["cuda"])
     monkeypatch.setattr(roofline, "READERS", {(chosen.rows, inner): readers(chosen.rows) for inner in (False, True)})
     x = torch.randn(batch, table.slots, table.width, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     lent = [(parameter.name, tensor.detach()) for parameter, tensor in zip(table.parameters, layer.params, strict=True)]
