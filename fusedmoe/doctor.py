@@ -14,7 +14,7 @@ import torch
 
 import fusedmoe
 from fusedmoe.backends import backends
-from fusedmoe.kernels import trial
+from fusedmoe.kernels import self_test
 from fusedmoe.kernels.launchers import LAUNCHERS
 
 
@@ -64,7 +64,7 @@ def gpus() -> list[tuple[str, str]]:
 def described(index: int) -> str:
     """The name and architecture of a device, and whether the kernels of each GPU backend have been run on such a one."""
     device = torch.device("cuda", index)
-    return f"{trial.name_of(device)} ({'; '.join(f'{backend} {trial.history(device, backend)}' for backend in LAUNCHERS)})"
+    return f"{self_test.name_of(device)} ({'; '.join(f'{backend} {self_test.history(device, backend)}' for backend in LAUNCHERS)})"
 
 
 def sections() -> dict[str, list[tuple[str, str]]]:

@@ -9,19 +9,20 @@ from fusedmoe.kernels.backward_plan import backward_plan_of
 from fusedmoe.kernels.device import architecture
 from fusedmoe.kernels.launchers import GRADIENT_LAUNCHES
 from fusedmoe.kernels.plan import plan_of
-from fusedmoe.kernels.program import Program, fused, lower
-from fusedmoe.kernels.trial import history, name_of
+from fusedmoe.kernels.program import Program, inline_hidden, lower
+from fusedmoe.kernels.self_test import history, name_of
 from fusedmoe.table import Table
 
 
 def describe_launches(table: Table, dtype: torch.dtype, device: torch.device, backend: str) -> str:
-    """Return lines: the device, and whether these kernels have run on its architecture; launches forward and backward; stages through memory."""
+    """Return lines: the device, and whether these kernels have run on its architecture; launches forward and backward; segments through memory."""
     program = lower(table)
     lines = [f"{backend} on {name_of(device)} ({history(device, backend)})"]
     for rows, batch in ((tiles.WHOLE_ROWS, f"up to {tiles.WHOLE_ROWS} rows"), (tiles.WHOLE_ROWS + 1, "more rows")):
         forward, backward = launches(program, dtype, rows, architecture(device), backend)
         lines.append(f"  {batch}: launches forward {forward}, backward {backward}")
-    lines += [f"  stages of their own, handed on in memory, {when}: {_stages(one)}" for when, one in (("training", program), ("inference", fused(table)))]
+    for when, found in (("training", program), ("inference", inline_hidden(table))):
+        lines.append(f"  segments of their own, handed on in memory, {when}: {_segments(found)}")
     return "\n".join(lines)
 
 
@@ -34,7 +35,7 @@ def launches(program: Program, dtype: torch.dtype, rows: int, arch: str, backend
     return len(forward.launches), len(backward.launches) + GRADIENT_LAUNCHES[backend] * bool(program.gradients[1])
 
 
-def _stages(program: Program) -> str:
-    """The stages in front of the levels' own: hidden layers that do not stay on the chip, and experts that gates select."""
-    front = [program.stages[number] for group in program.groups for number in group[:-1] if program.stages[number].units]
-    return "; ".join(f"{stage.name} ({len(stage.units)} map{'s' * (len(stage.units) != 1)})" for stage in front) or "none"
+def _segments(program: Program) -> str:
+    """The segments in front of the levels' own: hidden layers that do not stay on the chip, and experts that gates select."""
+    front = [program.segments[number] for group in program.levels for number in group[:-1] if program.segments[number].units]
+    return "; ".join(f"{segment.name} ({len(segment.units)} linear{'s' * (len(segment.units) != 1)})" for segment in front) or "none"

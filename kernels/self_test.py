@@ -1,6 +1,6 @@
 """A small parity check before the first use on a device: kernels that nobody has run there raise, with the figure, and never train on.
 
-FUSEDMOE_TRIAL=0 turns it off.
+FUSEDMOE_SELF_TEST=0 turns it off.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fusedmoe.table import Table
 
 # What someone has run with `make gpu` and sent the result of: (backend, name of the architecture) -> where it stands. None so far.
 KNOWN: dict[tuple[str, str], str] = {}
-# One launch for all stages, a launch a level, and tiles of the most rows.
+# One launch for all segments, a launch a level, and tiles of the most rows.
 ROWS = (40, WHOLE_ROWS + 44, MANY_ROWS)
 
 
@@ -84,12 +84,12 @@ def worst(device: torch.device, dtype: torch.dtype, table: Table, rows: int, bac
 
 
 @functools.cache
-def once(device: torch.device, dtype: torch.dtype, backend: str) -> None:
+def check(device: torch.device, dtype: torch.dtype, backend: str) -> None:
     """Check the kernels of a backend on a device and dtype, the first time that they are asked for in this process.
 
     Raises: RuntimeError if they differ from the reference by more than rounding, or in the capture of a CUDA graph.
     """
-    if os.environ.get("FUSEDMOE_TRIAL") == "0":
+    if os.environ.get("FUSEDMOE_SELF_TEST") == "0":
         return
     before_capture(device)
     with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -97,7 +97,7 @@ def once(device: torch.device, dtype: torch.dtype, backend: str) -> None:
     if found > 1.0:
         raise RuntimeError(
             f"backend {backend} on {name_of(device)} ({history(device, backend)}), {dtype}: expected the reference's output and gradients up to rounding, "
-            f'got {found:.3g} times the error allowed; use backend="reference", and please report it (FUSEDMOE_TRIAL=0 turns this check off)'
+            f'got {found:.3g} times the error allowed; use backend="reference", and please report it (FUSEDMOE_SELF_TEST=0 turns this check off)'
         )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusedmoe.kernels import network, trial
+from fusedmoe.kernels import network, self_test
 
 CPU = torch.device("cpu")
 
@@ -11,15 +11,15 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch):
     # On a device it takes milliseconds, here a second a row block.
-    monkeypatch.setattr(trial, "ROWS", (17,))
-    trial.once.cache_clear()
+    monkeypatch.setattr(self_test, "ROWS", (17,))
+    self_test.check.cache_clear()
     yield
-    trial.once.cache_clear()
+    self_test.check.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_right_kernels_pass(dtype):
-    trial.once(CPU, dtype, "triton")
+    self_test.check(CPU, dtype, "triton")
 
 
 @pytest.mark.parametrize("part", ["output", "gradients", "NaN"])
@@ -38,9 +38,9 @@ def test_wrong_kernels_raise(part, monkeypatch):
     monkeypatch.setattr(network, "forward", forward)
     monkeypatch.setattr(network, "backward", backward)
     with pytest.raises(RuntimeError, match=r"backend triton on cpu .never run .*: expected the reference's output and gradients up to rounding, got \S+ times"):
-        trial.once(CPU, torch.float32, "triton")
-    monkeypatch.setenv("FUSEDMOE_TRIAL", "0")
-    trial.once(CPU, torch.float32, "triton")
+        self_test.check(CPU, torch.float32, "triton")
+    monkeypatch.setenv("FUSEDMOE_SELF_TEST", "0")
+    self_test.check(CPU, torch.float32, "triton")
 
 
 def test_a_device_that_computes_nothing_fails(monkeypatch):
@@ -60,16 +60,16 @@ def test_a_device_that_computes_nothing_fails(monkeypatch):
             out, d_x, grads = found
             return torch.zeros_like(out), torch.zeros_like(d_x), [None if d is None else torch.zeros_like(d) for d in grads]
 
-    real = trial.plain
-    monkeypatch.setattr(trial, "ours", lambda x, params, d_out, table, backend: Nothing()(x, params, d_out, table))
-    for table in trial.tables():
-        monkeypatch.setattr(trial, "plain", Nothing())
-        assert trial.worst(CPU, torch.float32, table, 17, "triton") > 1
+    real = self_test.plain
+    monkeypatch.setattr(self_test, "ours", lambda x, params, d_out, table, backend: Nothing()(x, params, d_out, table))
+    for table in self_test.tables():
+        monkeypatch.setattr(self_test, "plain", Nothing())
+        assert self_test.worst(CPU, torch.float32, table, 17, "triton") > 1
 
 
 def test_it_runs_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(trial, "worst", lambda *args: calls.append(args) or 0.0)
+    monkeypatch.setattr(self_test, "worst", lambda *args: calls.append(args) or 0.0)
     for _ in range(3):
-        trial.once(CPU, torch.float32, "triton")
-    assert len(calls) == len(trial.tables())
+        self_test.check(CPU, torch.float32, "triton")
+    assert len(calls) == len(self_test.tables())
