@@ -258,10 +258,15 @@ class Build(build_ext):
 if int(__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
     raise SystemExit(f"fusedmoe: building needs setuptools {OLDEST_SETUPTOOLS} or later, found {__version__}; {PREPARE}.")
 
+# Packages that do not lie in fusedmoe/, and their folders: the kernels, the benchmark and the demonstration.
+ELSEWHERE = {"fusedmoe.kernels": "kernels", "fusedmoe.speed": "bench/speed", "fusedmoe.demo": "examples/census"}
+
 setup(
-    package_dir={"fusedmoe": "fusedmoe", "fusedmoe.kernels": "kernels"},
-    packages=[*find_packages(include=["fusedmoe", "fusedmoe.*"]), "fusedmoe.kernels"],
-    package_data={"fusedmoe": ["data/*", "py.typed", "_C.pyi"]},
+    package_dir={"fusedmoe": "fusedmoe", **ELSEWHERE},
+    packages=[*find_packages(include=["fusedmoe", "fusedmoe.*"]), *ELSEWHERE],
+    # What MANIFEST.in names goes into source archives alone: the data of the demonstration are larger than a wheel may be.
+    include_package_data=False,
+    package_data={"fusedmoe": ["py.typed", "_C.pyi"]},
     ext_modules=[Extension(f"fusedmoe.{name}", sources=[]) for name in ("_C", *(["_cuda"] if with_cuda() else []))],
     cmdclass={"build_ext": Build},
 )

@@ -198,11 +198,32 @@ def test_the_command_runs_on_the_census(tmp_path, capsys):
     assert (tmp_path / "p.png").exists()
 
 
+def test_a_copy_of_the_file_is_read(tmp_path):
+    path = tmp_path / "copy.gz"
+    path.write_bytes(gzip.compress(b"".join(gzip.decompress(census.SOURCE.read_bytes()).splitlines(keepends=True)[:1000])))
+    data = command.load(str(path), seed=0)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [700, 150, 150]
+
+
+def test_an_installation_without_the_data_says_where_they_are(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(census, "SOURCE", tmp_path / "none.gz")
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == command.NO_DATA + "\n"
+    assert "examples/census/census-income.test.gz" in command.NO_DATA and "python -m fusedmoe demo --data" in command.NO_DATA
+
+
+def test_a_file_of_something_else_is_named(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    path.write_text("1, 2, 3\n")
+    assert main(["demo", "--data", str(path)]) == 2
+    assert f"demo: --data {path}: Not a gzipped file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model", "mmoo"], "expected one of single_task, shared_bottom, omoe"),
-        (["--data", "titanic"], "choose from"),
+        (["--data", "titanic"], "expected census, synthetic or a copy of census-income.test.gz, got 'titanic', which is no file"),
         (["--steps", "0"], "expected a whole number of at least 1, got '0'"),
         (["--epochs", "1", "--quick"], "not allowed with"),
     ],

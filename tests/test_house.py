@@ -32,7 +32,6 @@ FLOORS = {
     "fusedmoe.reference.autograd": 4,
     "fusedmoe.kernels": 4,
     "fusedmoe.packed": 4,
-    "fusedmoe.restructured": 4,
     "fusedmoe.op": 5,
     "fusedmoe.functional": 6,
     "fusedmoe.nn": 6,
@@ -50,16 +49,21 @@ LONGEST_FILE, LONGEST_FUNCTION, MOST_ARGUMENTS = 400, 60, 8
 # A kernel's tile is one loop nest over registers, which cannot be cut.
 LONGEST_BODY_OF_CPP = 60
 
-PYTHON = [*sorted(path for folder in ("fusedmoe", "kernels", "bench", "tests", ".ci") for path in (ROOT / folder).rglob("*.py")), ROOT / "setup.py"]
+# Folder -> package: as setup.py puts them together.
+PACKAGES = {"fusedmoe": "fusedmoe", "kernels": "fusedmoe.kernels", "bench/speed": "fusedmoe.speed", "examples/census": "fusedmoe.demo"}
+FOLDERS = ("fusedmoe", "kernels", "bench", "examples", "tests", ".ci")
+PYTHON = [*sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")), ROOT / "setup.py"]
 CPP = sorted(path for folder in ("csrc", "tests") for ending in ("*.h", "*.cpp", "*.cu") for path in (ROOT / folder).rglob(ending))
 SOURCES = [*PYTHON, *CPP]
 
 
-def name_of(path: Path) -> str:
-    """The dotted name of a module of the package."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    parts = ("fusedmoe", *parts) if parts[0] == "kernels" else parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def name_of(path: Path) -> str | None:
+    """The dotted name of a module of the package, or None for any other file."""
+    for folder, package in PACKAGES.items():
+        if path.is_relative_to(ROOT / folder):
+            parts = (package, *path.relative_to(ROOT / folder).with_suffix("").parts)
+            return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return None
 
 
 def room_of(module: str) -> str:
@@ -92,7 +96,7 @@ def upward(importer: str, imported: set[str]) -> list[str]:
     return [f"{importer} imports {other}" for other in sorted(others) if FLOORS[other] >= FLOORS[room]]
 
 
-MODULES = {name_of(path): path for path in PYTHON if path.relative_to(ROOT).parts[0] in ("fusedmoe", "kernels")}
+MODULES = {name: path for path in PYTHON if (name := name_of(path))}
 
 
 def test_imports_point_down():
@@ -195,6 +199,19 @@ def test_kernels_are_not_importable_by_their_bare_name():
     assert bare == []
 
 
+def test_the_library_imports_neither_the_benchmark_nor_the_demonstration():
+    program = "import sys, fusedmoe; print([name for name in sys.modules if name.startswith(('fusedmoe.speed', 'fusedmoe.demo'))])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+def test_every_package_has_its_folder():
+    """What setup.py maps, and nothing else, is what the floors number."""
+    text = (ROOT / "setup.py").read_text()
+    mapped = dict(re.findall(r'"(fusedmoe\.\w+)": "([\w/]+)"', text))
+    assert {"fusedmoe": "fusedmoe"} | mapped == {package: folder for folder, package in PACKAGES.items()}
+
+
 def is_bare_kernels(node: ast.AST) -> bool:
     if isinstance(node, ast.Import):
         return any(alias.name.split(".")[0] == "kernels" for alias in node.names)
@@ -206,7 +223,7 @@ def test_readme_names_commands_that_exist():
     for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         text = (ROOT / page).read_text()
         assert set(re.findall(r"`make ([a-z]+)", text)) | set(re.findall(r"^ *make ([a-z]+)", text, flags=re.MULTILINE)) <= targets
-        for path in re.findall(r"`((?:fusedmoe|csrc|kernels|bench|tests)/[\w./-]*)`", text):
+        for path in re.findall(r"`((?:fusedmoe|csrc|kernels|bench|examples|tests)/[\w./-]*)`", text):
             assert (ROOT / path).exists(), f"{page} names {path}"
 
 

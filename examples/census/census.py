@@ -1,4 +1,4 @@
-"""Census-Income (KDD): 99,762 people, three yes-or-no questions about each. `fusedmoe/data/README.md` names source and licence."""
+"""Census-Income (KDD): 99,762 people, three yes-or-no questions about each. `README.md` beside this file names source and licence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from fusedmoe.demo.dataset import Dataset, Part, split_rows, standardise
 
-SOURCE = Path(__file__).parent.parent / "data" / "census-income.test.gz"
+SOURCE = Path(__file__).parent / "census-income.test.gz"
 
 COLUMNS = (
     *("age", "class of worker", "detailed industry", "detailed occupation", "education", "wage per hour", "enrolled last week", "marital status"),
@@ -74,9 +74,9 @@ def numbers(rows: np.ndarray, train: np.ndarray) -> np.ndarray:
     return standardise(values, train).astype(np.float32)
 
 
-def load(seed: int) -> Dataset:
+def load(seed: int, source: Path = SOURCE) -> Dataset:
     """Read Census-Income and split it by `seed`."""
-    rows = read()
+    rows = read(source)
     parts = split_rows(len(rows), seed)
     codes, sizes = fields(rows)
     inputs, answers = numbers(rows, parts[0]), targets(rows)

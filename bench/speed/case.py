@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from fusedmoe.restructured import Restructured
 from fusedmoe.speed import parity
 from fusedmoe.speed.arms import Arm, Session, Setting, kinds_of
 from fusedmoe.speed.grids import Cell
 from fusedmoe.speed.measuring import pinned
+from fusedmoe.speed.restructured import Restructured
 from fusedmoe.speed.runtimes import Absent
 
 OURS = ("fused", "fused, frozen")

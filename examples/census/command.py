@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,11 @@ from fusedmoe.demo.training import BATCH, INFERENCE_ROUNDS, Arm, compare, make_a
 from fusedmoe.nn.wiring import central
 
 SOURCES = {"census": census.load, "synthetic": synthetic.load}
+# A wheel has the code of this package and not its data.
+NO_DATA = (
+    "demo: this installation does not contain the Census-Income data; download examples/census/census-income.test.gz from the repository of"
+    " fusedmoe and type `python -m fusedmoe demo --data census-income.test.gz`, or train on made-up rows with `--data synthetic`."
+)
 EPOCHS = 8
 QUICK_STEPS = 30
 
@@ -38,11 +44,24 @@ def count(text: str) -> int:
     return int(text)
 
 
+def source(text: str) -> str:
+    """Return a name of `SOURCES` or the path of a file. Raises: ArgumentTypeError for anything else."""
+    if text not in SOURCES and not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"expected {', '.join(SOURCES)} or a copy of {census.SOURCE.name}, got {text!r}, which is no file")
+    return text
+
+
+def load(data: str, seed: int) -> Dataset:
+    """Read what `--data` names. Raises: ValueError or OSError for a file that does not hold the rows of Census-Income."""
+    return SOURCES[data](seed) if data in SOURCES else census.load(seed, Path(data))
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     result = argparse.ArgumentParser(prog="fusedmoe demo", description="Train one multi-task model twice from one seed, plain and fused, and compare.")
     result.add_argument("--model", type=family, default="adatt_sp", metavar="FAMILY", help=f"one of {', '.join(MODELS)} (default: %(default)s)")
-    result.add_argument("--data", choices=SOURCES, default="census", help="what to train on (default: %(default)s)")
+    what = f"what to train on: {', '.join(SOURCES)}, or a copy of {census.SOURCE.name} (default: %(default)s)"
+    result.add_argument("--data", type=source, default="census", help=what)
     length = result.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=count, default=EPOCHS, help="passes over the training rows (default: %(default)s)")
     length.add_argument("--steps", type=count, help="training steps, in place of epochs")
@@ -76,12 +95,19 @@ def status(plain: Arm, fused: Arm) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the demonstration; return the exit status."""
+    """Run the demonstration; return the exit status: 2 where the data cannot be read."""
     options = parser().parse_args(arguments)
+    if options.data == "census" and not census.SOURCE.exists():
+        print(NO_DATA, file=sys.stderr)
+        return 2
     torch.set_num_threads(options.threads)
     console = Console()
-    with console.status(f"reading the {options.data} data"):
-        data = SOURCES[options.data](options.seed)
+    try:
+        with console.status(f"reading the {options.data} data"):
+            data = load(options.data, options.seed)
+    except (OSError, EOFError, ValueError) as error:
+        print(f"demo: --data {options.data}: {error}", file=sys.stderr)
+        return 2
     parts = f"{len(data.train):,} rows to train on, {len(data.validation):,} to validate, {len(data.test):,} to test"
     console.print(f"{data.name}: {parts}; tasks {', '.join(data.tasks)}; {options.threads} threads")
     steps = options.steps or options.epochs * (len(data.train) // BATCH)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fusedmoe.restructured import Restructured
 from fusedmoe.speed.calls import MODES
+from fusedmoe.speed.restructured import Restructured
 from fusedmoe.speed.subjects import Called, Layer, Sizes, Work, build
 
 BATCH_NAME = "batch"
