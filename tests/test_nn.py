@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fusedmoe import nn as fused
 from fusedmoe.activation import DEFAULT_PARAMETER, IDENTITY, PARAMETRIC, RELU, Activation, activation
 from fusedmoe.nn import wiring
-from fusedmoe.nn.wiring import Unfusable, layers_of
+from fusedmoe.nn.wiring import Unfusable
 from fusedmoe.reference import layers
 from fusedmoe.reference.layers.central import BACKBONES
 from fusedmoe.reference.layers.mlp import ACTIVATION_MODULES, activation_module
@@ -182,6 +182,11 @@ def test_a_change_inside_is_refused():
     module.experts[0][1].mlp_net[0].register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match=r"experts\.0\.1\.mlp_net\.0"):
         module(torch.randn(2, 2, D))
+
+
+def layers_of(stack: nn.Module) -> tuple[Layer, ...]:
+    """The layers that the wiring reads from a stack of modules."""
+    return wiring._stack(wiring._steps(stack, "")).layers
 
 
 def test_layers_of_reads_widths_biases_and_activations():

@@ -48,14 +48,6 @@ ACTIVATIONS: dict[type, Callable[[nn.Module], Activation | None]] = {
 }
 
 
-def layers_of(sequential: nn.Module) -> tuple[Layer, ...]:
-    """Return the layers of an `nn.Sequential` of `nn.Linear`, each with or without an activation module after it.
-
-    Raises: Unfusable, naming the place, for anything else.
-    """
-    return _stack(_steps(sequential, "")).layers
-
-
 def shared_bottom(module: nn.Module) -> Wiring:
     """Wire one bottom that is handed to every task.
 
