@@ -51,7 +51,7 @@ LONGEST_BODY_OF_CPP = 60
 
 # Folder -> package: as setup.py puts them together.
 PACKAGES = {"fusedmoe": "fusedmoe", "kernels": "fusedmoe.kernels", "bench/speed": "fusedmoe.speed", "examples/census": "fusedmoe.demo"}
-FOLDERS = ("fusedmoe", "kernels", "bench", "examples", "tests", ".ci")
+FOLDERS = ("fusedmoe", "kernels", "bench", "examples", "docs", "tests", ".ci")
 PYTHON = [*sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")), ROOT / "setup.py"]
 CPP = sorted(path for folder in ("csrc", "tests") for ending in ("*.h", "*.cpp", "*.cu") for path in (ROOT / folder).rglob(ending))
 SOURCES = [*PYTHON, *CPP]
