@@ -59,7 +59,7 @@ def write(value: Any, kind: Any, words: list[str]) -> None:
 
 
 def read(kind: Any, words: Iterator[str]) -> Any:
-    """Return the value of type `kind` that the iterator `words` begins with. Raises: ValueError for words that are none."""
+    """Return the value of type `kind` at the head of `words`. Raises: ValueError for others."""
     if inside_optional(kind) is not None:
         return read(inside_optional(kind), words) if _flag(words) else None
     if item_of(kind) is not None:
