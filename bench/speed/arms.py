@@ -1,7 +1,8 @@
 """The arms of a case: ours, and everything that a user could pick instead. One row of `KINDS` each.
 
-Every arm computes the same network with the same weights on the same rows, and states the precision it computes in: one that rounds
-float32 numbers to bfloat16 on its way is no rival of float32. What cannot run here raises `Absent`, and the reason is reported.
+Every arm computes the same network with the same weights on the same rows, and states the precision
+it computes in: one that rounds float32 numbers to bfloat16 on its way is no rival of float32. What
+cannot run here raises `Absent`, and the reason is reported.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ from fusedmoe.speed.worker import Remote, Workers
 
 INFERENCE = ("inference",)
 BOTH = tuple(MODES)
-# Every pass of Inductor that turns equal linear maps into one batched product; torch leaves them off.
-BATCH_LINEAR = {"pre_grad_fusion_options": {"batch_linear": {}, "batch_linear_lhs": {}}, "post_grad_fusion_options": {"batch_linear_post_grad": {}}}
+# Every pass of Inductor that turns equal linear maps into one batched product; torch leaves them
+# off.
+BATCH_LINEAR = {
+    "pre_grad_fusion_options": {"batch_linear": {}, "batch_linear_lhs": {}},
+    "post_grad_fusion_options": {"batch_linear_post_grad": {}},
+}
 
 
 class Local:
@@ -53,7 +58,8 @@ Arm = Local | Remote
 
 
 class Session:
-    """What the cases of one run share: the workers, the ONNX files, and the backend of the fused arms; a context that ends them.
+    """What the cases of one run share: the workers, the ONNX files, and the backend of the fused
+    arms; a context that ends them.
 
     `runtimes`: whether the workers' runtimes are among the arms.
     """
@@ -72,7 +78,10 @@ class Session:
             self.folder.cleanup()
 
     def onnx(self, setting: Setting, model: str, dtype: torch.dtype) -> str:
-        """Return the path of a network's ONNX file, exported when it is first asked for. Raises: Absent if that fails, every time."""
+        """Return the path of a network's ONNX file, exported when it is first asked for.
+
+        Raises: Absent if that fails, every time.
+        """
         key = (setting.cell.sizes, model, dtype)
         if key not in self.files:
             self.folder = self.folder or TemporaryDirectory()
@@ -88,7 +97,9 @@ class Session:
 
 
 class Setting:
-    """What the arms of a case are made from: the layer in the case's dtype and in float32 with the same numbers, and the rows."""
+    """What the arms of a case are made from: the layer in the case's dtype and in float32 with the
+    same numbers, and the rows.
+    """
 
     def __init__(self, cell: Cell, session: Session) -> None:
         self.cell, self.session = cell, session
@@ -107,18 +118,26 @@ class Setting:
         return MODES[self.cell.mode](forward, list(network.parameters()), self.full_work if full else self.work)
 
     def network(self, model: str, full: bool = False) -> nn.Module:
-        """Return the network as a user writes it: "reference" or "restructured". Raises: Absent where there is no restructured form."""
+        """Return the network as a user writes it: "reference" or "restructured".
+
+        Raises: Absent where there is no restructured form.
+        """
         layer = self.full if full else self.layer
         return network_of(layer, model).train(self.cell.mode != "inference")
 
     def plain(self, dtype: torch.dtype) -> Tensor:
-        """Return the result of the layer as it is, computed in a dtype: its output, or d_x of a training step."""
+        """Return the result of the layer as it is, computed in a dtype: its output, or d_x of a
+        training step.
+        """
         network = Called(copy.deepcopy(self.full.module).to(dtype), self.full.slots)
         work = Work(self.full_work.x.to(dtype), self.full_work.d_out.to(dtype))
         return MODES[self.cell.mode](network, list(network.parameters()), work)().detach().float()
 
     def fused(self) -> nn.Module:
-        """Return a fused copy of the layer. Raises: Absent, with the backend's reason, if it declines."""
+        """Return a fused copy of the layer.
+
+        Raises: Absent, with the backend's reason, if it declines.
+        """
         module = copy.deepcopy(self.layer.module)
         try:
             report = fusedmoe.fuse(module, backend=self.session.backend)
@@ -184,16 +203,20 @@ def runtime(name: str) -> Callable[[Setting, str], Arm]:
         dtype = setting.dtype if name == "onnxruntime" else torch.float32
         path = "" if name == "zentorch" else session.onnx(setting, model, dtype)
         work = setting.full_work
-        job = Job(name, model, cell.sizes, cell.mode, cell.dtype, cell.threads, work.x.numpy(), work.d_out.numpy(), path)
+        job = Job(
+            name, model, cell.sizes, cell.mode, cell.dtype, cell.threads, work.x.numpy(), work.d_out.numpy(), path
+        )
         return session.workers.remote(job)
 
     return make
 
 
 class Kind(NamedTuple):
-    """An arm: its name, whose network it runs ("fused", "reference" or "restructured"), in which modes, how it is made, and what it costs.
+    """An arm: its name, whose network it runs ("fused", "reference" or "restructured"), in which
+    modes, how it is made, and what it costs.
 
-    `precision`: "" for the case's dtype. `costs`: "compile" for what must be compiled for seconds first.
+    `precision`: "" for the case's dtype. `costs`: "compile" for what must be compiled for seconds
+    first.
     """
 
     name: str

@@ -25,7 +25,9 @@ def inference(forward: Forward, params: Sequence[Tensor], work: Work) -> Call:
 
 
 def training_step(forward: Forward, params: Sequence[Tensor], work: Work) -> Call:
-    """Return a call that runs forward and backward, with gradients of x and every parameter, and returns d_x."""
+    """Return a call that runs forward and backward, with gradients of x and every parameter, and
+    returns d_x.
+    """
     wanted = [work.x.detach().requires_grad_(), *params]
 
     def call() -> Tensor:
@@ -49,7 +51,10 @@ def matmul_precision(name: str) -> Iterator[None]:
 
 
 def under_medium(call: Call) -> Call:
-    """Return the call under "medium" float32 matmul precision: oneDNN's kernels in place of MKL's; `medium_computes_in` says in what."""
+    """Return the call under "medium" float32 matmul precision: oneDNN's kernels in place of MKL's.
+
+    `medium_computes_in` says in what.
+    """
 
     def medium() -> Tensor:
         with matmul_precision("medium"):
@@ -59,9 +64,11 @@ def under_medium(call: Call) -> Call:
 
 
 def medium_computes_in() -> str:
-    """Return "bfloat16" if a float32 product under "medium" is nearer to that of bfloat16 numbers than to float32's, else "float32".
+    """Return "bfloat16" if a float32 product under "medium" is nearer to that of bfloat16 numbers
+    than to float32's, else "float32".
 
-    On a CPU with AMX torch rounds the factors to bfloat16; elsewhere "medium" stays float32. No list of processors: a product is tried.
+    On a CPU with AMX torch rounds the factors to bfloat16; elsewhere "medium" stays float32. No
+    list of processors: a product is tried.
     """
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(256, 256, generator=generator) for _ in range(2))

@@ -1,4 +1,6 @@
-"""Which cases are measured: the few of `--quick`, those that the backend's floors name (`make bench`), and all (`make bench-all`)."""
+"""Which cases are measured: the few of `--quick`, those that the backend's floors name (`make
+bench`), and all (`make bench-all`).
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,11 @@ OTHERS = tuple(name for name in SUBJECTS if name not in MAIN)
 
 
 class Cell(NamedTuple):
-    """One case: a named layer, a mode, a batch size, the dtype of x and the parameters, and the number of threads.
+    """One case: a named layer, a mode, a batch size, the dtype of x and the parameters, and the
+    number of threads.
 
-    `compiled`: whether the arms that must be compiled first, for up to a minute, are among its arms.
+    `compiled`: whether the arms that must be compiled first, for up to a minute, are among its
+    arms.
     """
 
     layer: str
@@ -31,7 +35,8 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.layer}, {self.mode}, B = {self.batch}, {self.dtype}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return f"{self.layer}, {self.mode}, B = {self.batch}, {self.dtype}, {threads}"
 
     @property
     def key(self) -> tuple:
@@ -39,18 +44,36 @@ class Cell(NamedTuple):
         return self.layer, tuple(map(str, self.sizes)), self.mode, self.batch, self.dtype, self.threads
 
 
-def cells(layers: Iterable[str], modes: Iterable[str], batches: Sequence[int], dtype: str = "float32", threads: int = 1, compiled: bool = True) -> list[Cell]:
+def cells(
+    layers: Iterable[str],
+    modes: Iterable[str],
+    batches: Sequence[int],
+    dtype: str = "float32",
+    threads: int = 1,
+    compiled: bool = True,
+) -> list[Cell]:
     """Return a case for every combination of the named layers, modes and batch sizes."""
-    return [Cell(name, SUBJECTS[name], mode, batch, dtype, threads, compiled) for name, mode, batch in product(layers, modes, batches)]
+    return [
+        Cell(name, SUBJECTS[name], mode, batch, dtype, threads, compiled)
+        for name, mode, batch in product(layers, modes, batches)
+    ]
 
 
 def quick() -> list[Cell]:
-    """A first look: the main layers at batch sizes whose parity is soon checked, without what must be compiled."""
-    return [*cells(MAIN, ["inference"], (1, 64, 256), compiled=False), *cells(MAIN, ["training step"], (1, 64), compiled=False)]
+    """A first look: the main layers at batch sizes whose parity is soon checked, without what must
+    be compiled.
+    """
+    return [
+        *cells(MAIN, ["inference"], (1, 64, 256), compiled=False),
+        *cells(MAIN, ["training step"], (1, 64), compiled=False),
+    ]
 
 
 def floors() -> list[Cell]:
-    """The cells that the floors of the CPU backend name; with the arms that must be compiled where most of the floors are."""
+    """The cells that the floors of the CPU backend name.
+
+    With the arms that must be compiled where most of the floors are.
+    """
     return [
         *cells(MAIN, ["inference"], (1, 64, 1024)),
         *cells(MAIN, ["inference"], (16,), compiled=False),
@@ -65,7 +88,9 @@ def floors() -> list[Cell]:
 
 def everything() -> list[Cell]:
     """The whole grid: every layer, mode, batch size, dtype and number of threads."""
-    return [cell for threads, dtype in product(THREADS, DTYPES) for cell in cells(SUBJECTS, MODES, BATCHES, dtype, threads)]
+    return [
+        cell for threads, dtype in product(THREADS, DTYPES) for cell in cells(SUBJECTS, MODES, BATCHES, dtype, threads)
+    ]
 
 
 GRIDS = {"quick": quick, "floors": floors, "all": everything}

@@ -1,4 +1,7 @@
-"""What speed depends on: the processor and what it reaches, versions, the commit; nothing that names the host."""
+"""What speed depends on: the processor and what it reaches, versions, the commit.
+
+Nothing that names the host.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ DRAM_BYTES = 2**29
 
 
 def peak_gflops(seconds: float = PEAK_SECONDS) -> float | None:
-    """Measure what one core can do at most in float32: multiply-adds on registers, GFLOP/s. None without the extension."""
+    """Measure what one core can do at most in float32: multiply-adds on registers, GFLOP/s.
+
+    None without the extension.
+    """
     try:
         from fusedmoe import _C
 
@@ -35,7 +41,10 @@ def peak_gflops(seconds: float = PEAK_SECONDS) -> float | None:
 
 
 def caches() -> dict[str, int]:
-    """Return the bytes of each data cache of the first processor by level, "L1" to "L3"; empty where the system does not say."""
+    """Return the bytes of each data cache of the first processor by level, "L1" to "L3".
+
+    Empty where the system does not say.
+    """
     found = {}
     for folder in sorted(CACHES.glob("index*")):
         try:
@@ -48,7 +57,9 @@ def caches() -> dict[str, int]:
 
 
 def read_bandwidth(size: int, seconds: float = 0.2) -> float:
-    """Return the GB/s at which one core sums `size` bytes of float32 by torch.sum, the best of many passes: a floor for what it can read."""
+    """Return the GB/s at which one core sums `size` bytes of float32 by torch.sum, the best of many
+    passes: a floor for what it can read.
+    """
     numbers = torch.ones(size // 4)
     best = float("inf")
     with pinned(1):
@@ -62,7 +73,9 @@ def read_bandwidth(size: int, seconds: float = 0.2) -> float:
 
 
 def bandwidths() -> dict[str, float]:
-    """Return the read bandwidth of L2, L3 and memory, GB/s, each from a working set that fits it and not the level below."""
+    """Return the read bandwidth of L2, L3 and memory, GB/s, each from a working set that fits it
+    and not the level below.
+    """
     sizes = caches()
     sets = {"L2": sizes["L2"] // 2} if "L2" in sizes else {}
     if "L3" in sizes:
@@ -73,7 +86,10 @@ def bandwidths() -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of every package among the rivals; "not installed" for those that are not there."""
+    """Return the versions of Python and of every package among the rivals.
+
+    "not installed" for those that are not there.
+    """
     found = {"python": platform.python_version(), "fusedmoe": fusedmoe.__version__, "torch": torch.__version__}
     for package in sorted({package for needs in NEEDS.values() for package in needs}):
         try:
@@ -84,15 +100,21 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict[str, object]:
-    """Return the commit of the checkout that this package runs from, and whether the tree differs from it; empty where there is none."""
+    """Return the commit of the checkout that this package runs from, and whether the tree differs
+    from it; empty where there is none.
+    """
     root = Path(fusedmoe.__file__).parent.parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         # What this very run writes is no change of what it measures.
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!docs", ":!README.md")
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!docs", ":!README.md"
+        )
         return {"id": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return {}

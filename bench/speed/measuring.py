@@ -1,4 +1,6 @@
-"""How long a call takes: the arms of a case in turn, so that whatever slows the machine down slows all of them."""
+"""How long a call takes: the arms of a case in turn, so that whatever slows the machine down slows
+all of them.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-# Calls of up to 6 ms come in pairs at least, after one that is not timed: caches and sleeping threads of a pool are then warm again.
+# Calls of up to 6 ms come in pairs at least, after one that is not timed: caches and sleeping
+# threads of a pool are then warm again.
 SHORTEST_ROUND = 10e-3
 ROUNDS = 20
-# Threads of a pool spin for about a millisecond after their work (libgomp, ONNX Runtime, TBB) and would take the next arm's processor.
+# Threads of a pool spin for about a millisecond after their work (libgomp, ONNX Runtime, TBB) and
+# would take the next arm's processor.
 SETTLE = 5e-3
 
 
@@ -39,7 +43,10 @@ def repeats_of(call: Callable[[], object]) -> int:
 
 
 def seconds_of(call: Callable[[], object], repeats: int) -> float:
-    """Return the mean seconds of so many calls in a row; short ones after a call that is not timed, for the caches."""
+    """Return the mean seconds of so many calls in a row.
+
+    Short ones after a call that is not timed, for the caches.
+    """
     if repeats > 1:
         call()
     start = time.perf_counter()
@@ -69,7 +76,9 @@ def processors() -> list[int]:
 
 @contextmanager
 def pinned(threads: int) -> Iterator[None]:
-    """Keep this thread, and those it starts, on as many of its processors as there are threads; no collection of garbage meanwhile.
+    """Keep this thread, and those it starts, on as many of its processors as there are threads.
+
+    No collection of garbage meanwhile.
 
     Pinned only while measuring: compilers may use all processors before.
     """
@@ -92,7 +101,9 @@ def pin(cores: Sequence[int]) -> None:
         os.sched_setaffinity(0, cores)
 
 
-def measure(arms: Mapping[str, Clocked], rounds: int = ROUNDS, settle: float = 0.0, advance: Callable[[], None] = lambda: None) -> dict[str, Times]:
+def measure(
+    arms: Mapping[str, Clocked], rounds: int = ROUNDS, settle: float = 0.0, advance: Callable[[], None] = lambda: None
+) -> dict[str, Times]:
     """Time the arms in turn, each round begun by another one; return their times by name.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a training step keeps for its backward, and how far a call raises the memory of the process."""
+"""What a training step keeps for backward, and how far a call raises the process's memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ KILO = 1024
 
 
 def saved_bytes(network: nn.Module, x: Tensor) -> int:
-    """Return the bytes of the tensors that a forward saves for its backward: every storage once, without the parameters and x.
+    """Return the bytes of the tensors that a forward saves for its backward: every storage once,
+    without the parameters and x.
 
     Those two exist anyway.
     """
@@ -41,9 +42,12 @@ def _kilobytes(field: str) -> int:
 
 
 def peak_rise(call: Callable[[], object]) -> int | None:
-    """Return how many bytes the peak resident memory of the process rises in one call; None where Linux's /proc is not there.
+    """Return how many bytes the peak resident memory of the process rises in one call.
 
-    The allocator hands its free memory back first; what it cannot hand back, and so uses again, is missing from the figure.
+    None where Linux's /proc is not there.
+
+    The allocator hands its free memory back first; what it cannot hand back, and so uses again, is
+    missing from the figure.
     """
     if not CLEAR.exists():
         return None
@@ -59,6 +63,13 @@ def peak_rise(call: Callable[[], object]) -> int | None:
     return KILO * max(0, _kilobytes("VmHWM") - before)
 
 
-def memory_of(networks: Sequence[tuple[str, nn.Module]], x: Tensor, calls: dict[str, Callable[[], object]]) -> dict[str, dict[str, int | None]]:
-    """Return for each named network the bytes it saves for backward and the rise of the peak in one of its training steps."""
-    return {name: {"saved_bytes": saved_bytes(network, x), "peak_bytes": peak_rise(calls[name])} for name, network in networks}
+def memory_of(
+    networks: Sequence[tuple[str, nn.Module]], x: Tensor, calls: dict[str, Callable[[], object]]
+) -> dict[str, dict[str, int | None]]:
+    """Return for each named network the bytes it saves for backward and the rise of the peak in one
+    of its training steps.
+    """
+    return {
+        name: {"saved_bytes": saved_bytes(network, x), "peak_bytes": peak_rise(calls[name])}
+        for name, network in networks
+    }

@@ -1,4 +1,6 @@
-"""What a call costs besides its arithmetic: the AdaTT layer with its 39 tensors, each of them tiny, beside a C++ autograd node with as many."""
+"""What a call costs besides its arithmetic: the AdaTT layer with its 39 tensors, each of them tiny,
+beside a C++ autograd node with as many.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,13 @@ TINY = SUBJECTS["AdaTT T3m2"]._replace(input=2, experts=((2,), (2,)))
 
 
 def overhead(session: Session, rounds: int = ROUNDS) -> dict[str, object]:
-    """Return the number of tensors of a call (parameters and x), and the seconds of each arm by name. Raises: Absent if nothing fuses.
+    """Return the number of tensors of a call (parameters and x), and the seconds of each arm by
+    name.
 
-    "forward": the tiny network without gradients; "forward, backward": with gradients of all; "torch.cat": forward and backward of a
-    concatenation of as many leaves.
+    Raises: Absent if nothing fuses.
+
+    "forward": the tiny network without gradients; "forward, backward": with gradients of all;
+    "torch.cat": forward and backward of a concatenation of as many leaves.
     """
     setting = Setting(Cell("tiny", TINY, "training step", 1), session)
     layer = setting.fused().layer
@@ -28,7 +33,11 @@ def overhead(session: Session, rounds: int = ROUNDS) -> dict[str, object]:
         "forward": Local(inference(layer, params, work)),
         "forward, backward": Local(training_step(layer, params, work)),
         # Work's x is the first leaf that a training step makes; the others are its parameters.
-        "torch.cat": Local(training_step(lambda x: torch.cat([x, *leaves[1:]]), leaves[1:], Work(leaves[0].detach(), torch.ones(len(leaves))))),
+        "torch.cat": Local(
+            training_step(
+                lambda x: torch.cat([x, *leaves[1:]]), leaves[1:], Work(leaves[0].detach(), torch.ones(len(leaves)))
+            )
+        ),
     }
     with pinned(1):
         times: dict[str, Times] = measure(arms, rounds)

@@ -28,7 +28,10 @@ class Measured(NamedTuple):
 
 
 def load(name: str) -> Callable:
-    """Return the factory that `package.module:factory` names. Raises: ValueError, with the form expected, if there is none."""
+    """Return the factory that `package.module:factory` names.
+
+    Raises: ValueError, with the form expected, if there is none.
+    """
     module, colon, function = name.partition(":")
     if not (module and colon and function):
         raise ValueError(f"--model: {FORM}; got {name!r}")
@@ -54,7 +57,7 @@ def make(factory: Callable, rows: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def tensors_of(output: object) -> list[Tensor]:
-    """Return the floating-point tensors in an output: a tensor, or tuples, lists and dicts of them."""
+    """Return the floating-point tensors in an output: one, or tuples, lists and dicts of them."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     parts = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
@@ -70,7 +73,9 @@ def inference(model: nn.Module, inputs: Sequence[Tensor]) -> Call:
 
 
 def training_step(model: nn.Module, inputs: Sequence[Tensor]) -> Call:
-    """Return a call that runs the model and the backward of all its outputs, with fixed upstream gradients."""
+    """Return a call that runs the model and the backward of all its outputs, with fixed upstream
+    gradients.
+    """
     params = [param for param in model.parameters() if param.requires_grad]
     d_outs = [torch.randn(out.shape, dtype=out.dtype) for out in tensors_of(model(*inputs))]
 
@@ -81,9 +86,11 @@ def training_step(model: nn.Module, inputs: Sequence[Tensor]) -> Call:
 
 
 def check(model: nn.Module, fused: nn.Module, inputs: Sequence[Tensor]) -> None:
-    """Raise AssertionError unless the fused model's outputs are as near to float64 as the rule of `fusedmoe.testing` allows.
+    """Raise AssertionError unless the fused model's outputs are as near to float64 as the rule of
+    `fusedmoe.testing` allows.
 
-    In evaluation mode, since dropout draws anew at every call; gradients were probed when the layers were fused.
+    In evaluation mode, since dropout draws anew at every call; gradients were probed when the
+    layers were fused.
     """
     exact, *arms = (copy.deepcopy(m).eval() for m in (model, model, fused))
     exact.double()
@@ -98,8 +105,8 @@ def check(model: nn.Module, fused: nn.Module, inputs: Sequence[Tensor]) -> None:
 def measure_model(factory: Callable, rows: int, threads: int, backend: str, rounds: int = ROUNDS) -> Measured:
     """Fuse a copy of the model, hold it against the model, and time both in turn.
 
-    Raises: ValueError if the factory returns something else; AssertionError if the fused model computes something else; RuntimeError
-        for a backend that cannot run.
+    Raises: ValueError if the factory returns something else; AssertionError if the fused model
+        computes something else; RuntimeError for a backend that cannot run.
     """
     model, inputs = make(factory, rows)
     fused = copy.deepcopy(model)
@@ -110,6 +117,9 @@ def measure_model(factory: Callable, rows: int, threads: int, backend: str, roun
     times = {}
     with pinned(threads):
         for mode, call in (("inference", inference), ("training step", training_step)):
-            arms = {name: Local(call(arm.train(mode != "inference"), inputs)) for name, arm in (("fused", fused), ("eager", model))}
+            arms = {
+                name: Local(call(arm.train(mode != "inference"), inputs))
+                for name, arm in (("fused", fused), ("eager", model))
+            }
             times[mode] = measure(arms, rounds, SETTLE if threads > 1 else 0.0)
     return Measured(report, times)

@@ -1,7 +1,9 @@
-"""Nothing is timed that computes something else: outputs and gradients of the arms are held against float64 before the clock starts.
+"""Nothing is timed that computes something else: outputs and gradients of the arms are held against
+float64 before the clock starts.
 
-In float32 the rule of `fusedmoe.testing`, element by element. In bfloat16, where nearly every row is near a ReLU's kink, the same rule
-in the norm of each value: |ours - truth| <= 2 x |plain torch in that dtype - truth| + 8 x roundoff x |truth|.
+In float32 the rule of `fusedmoe.testing`, element by element. In bfloat16, where nearly every row
+is near a ReLU's kink, the same rule in the norm of each value: |ours - truth| <= 2 x |plain torch
+in that dtype - truth| + 8 x roundoff x |truth|.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ def allowed_in_norm(plain_error: float, truth: Tensor, precision: str) -> float:
 
 
 def network_of(layer: Layer, module: torch.nn.Module) -> testing.Network:
-    """Return a module with the layer's keys as a function of x [B, 1, D], which all its slots get, and its parameters."""
+    """Return a module with the layer's keys as a function of x [B, 1, D], which all its slots get,
+    and its parameters.
+    """
 
     def network(x: Tensor, params: Sequence[Tensor], table: Table) -> tuple[Tensor, tuple]:
         slots = x.expand(-1, layer.slots, -1) if layer.slots else x[:, 0]
@@ -51,13 +55,17 @@ def rewritten(network: Restructured) -> testing.Network:
 
 def problem_of(layer: Layer, work: Work) -> testing.Problem:
     """Return the inputs of a case as the parity tests take them."""
-    return testing.Problem(share_input(layer.table), work.x.unsqueeze(1), tuple(param.detach() for param in layer.params), work.d_out, ())
+    return testing.Problem(
+        share_input(layer.table), work.x.unsqueeze(1), tuple(param.detach() for param in layer.params), work.d_out, ()
+    )
 
 
 # A few, because modes and numbers of threads of one layer and batch follow one another.
 @lru_cache(maxsize=4)
 def expectation(sizes: Sizes, batch: int, dtype: torch.dtype) -> Expected:
-    """Return (truth in float64, largest error allowed) by name for the output and all gradients of a layer."""
+    """Return (truth in float64, largest error allowed) by name for the output and all gradients of
+    a layer.
+    """
     layer = build(sizes, dtype)
     given, network = problem_of(layer, rows_for(layer, batch)), network_of(layer, layer.module)
     if dtype == torch.float32:
@@ -69,11 +77,16 @@ def expectation(sizes: Sizes, batch: int, dtype: torch.dtype) -> Expected:
         return max(norm_error(run[name], exact[name]) for run, exact in runs)
 
     precision = str(dtype).removeprefix("torch.")
-    return {name: (truth, 0.0 if truth is None else allowed_in_norm(worst(name), truth, precision)) for name, truth in runs[0][1].items()}
+    return {
+        name: (truth, 0.0 if truth is None else allowed_in_norm(worst(name), truth, precision))
+        for name, truth in runs[0][1].items()
+    }
 
 
 def check(name: str, network: testing.Network, given: testing.Problem, expected: Expected) -> None:
-    """Raise AssertionError, naming the worst, unless output and gradients of an arm are as near to float64 as the rule allows."""
+    """Raise AssertionError, naming the worst, unless output and gradients of an arm are as near to
+    float64 as the rule allows.
+    """
     ours = testing.evaluate(network, given)
     try:
         if given.x.dtype == torch.float32:
@@ -83,12 +96,16 @@ def check(name: str, network: testing.Network, given: testing.Problem, expected:
         for key, (truth, allowed) in expected.items():
             assert (ours[key] is None) == (truth is None), f"{key}: expected {'no ' if truth is None else ''}gradient"
             wrong = 0.0 if truth is None else norm_error(ours[key], truth)
-            assert wrong <= allowed, f"the worst in {key}: expected an error of at most {allowed:.2e} in the norm, got {wrong:.2e}"
+            assert wrong <= allowed, (
+                f"the worst in {key}: expected an error of at most {allowed:.2e} in the norm, got {wrong:.2e}"
+            )
     except AssertionError as error:
         raise AssertionError(f"{name}: {error}") from None
 
 
-def wrong_results(cell: Cell, results: Mapping[str, tuple[Tensor, str]], plain: Mapping[str, Tensor], expected: Expected) -> dict[str, str]:
+def wrong_results(
+    cell: Cell, results: Mapping[str, tuple[Tensor, str]], plain: Mapping[str, Tensor], expected: Expected
+) -> dict[str, str]:
     """Return why the result of an arm is not the network's, for each arm where it is not.
 
     Args:
@@ -97,7 +114,10 @@ def wrong_results(cell: Cell, results: Mapping[str, tuple[Tensor, str]], plain: 
         expected: as `expectation` returns it.
     """
     truth = expected["out"][0] if cell.mode == "inference" else expected["d_x"][0][:, 0]
-    allowed = {precision: allowed_in_norm(norm_error(result.reshape(truth.shape), truth), truth, precision) for precision, result in plain.items()}
+    allowed = {
+        precision: allowed_in_norm(norm_error(result.reshape(truth.shape), truth), truth, precision)
+        for precision, result in plain.items()
+    }
     faults = {}
     for name, (result, precision) in results.items():
         wrong = norm_error(result.reshape(truth.shape), truth)

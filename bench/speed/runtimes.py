@@ -1,7 +1,8 @@
 """Other people's runtimes, as a worker process runs them: zentorch, ONNX Runtime, OpenVINO.
 
-Each takes the network as its users would hand it over: zentorch a module of its own, the other two an ONNX file of the reference layer
-or of the restructured network, with the batch size fixed, since both compile for it.
+Each takes the network as its users would hand it over: zentorch a module of its own, the other two
+an ONNX file of the reference layer or of the restructured network, with the batch size fixed, since
+both compile for it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Absent(Exception):
 
 
 class Job(NamedTuple):
-    """What a worker is to run: which network in which runtime, on which rows (float32 arrays), from which ONNX file if it takes one."""
+    """What a worker is to run: which network in which runtime, on which rows (float32 arrays), from
+    which ONNX file if it takes one.
+    """
 
     runtime: str
     model: str
@@ -55,7 +58,8 @@ class Program(NamedTuple):
 
 
 def network_of(layer: Layer, model: str) -> nn.Module:
-    """Return x [B, D] -> the layer as it is ("reference"), or the restructured network with copies of its parameters.
+    """Return x [B, D] -> the layer as it is ("reference"), or the restructured network with copies
+    of its parameters.
 
     Raises: Absent for a table that the restructured form does not have.
     """
@@ -68,7 +72,10 @@ def network_of(layer: Layer, model: str) -> nn.Module:
 
 
 def export(network: nn.Module, width: int, path: Path) -> None:
-    """Write the network as an ONNX file with a free batch size. Raises: Absent, with the reason, if torch cannot."""
+    """Write the network as an ONNX file with a free batch size.
+
+    Raises: Absent, with the reason, if torch cannot.
+    """
     example = torch.zeros(TRACED_ROWS, width, dtype=next(network.parameters()).dtype)
     # It reports every package that it could support and does not find.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -76,7 +83,9 @@ def export(network: nn.Module, width: int, path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             shapes = ({0: torch.export.Dim(BATCH_NAME)},)
-            torch.onnx.export(network.eval(), (example,), dynamo=True, verbose=False, dynamic_shapes=shapes).save(str(path))
+            torch.onnx.export(network.eval(), (example,), dynamo=True, verbose=False, dynamic_shapes=shapes).save(
+                str(path)
+            )
     except Exception as error:
         raise Absent(f"torch.onnx.export: {first_line(error)}") from None
 
@@ -108,7 +117,9 @@ def onnxruntime_program(job: Job) -> Program:
 
 
 def openvino_program(job: Job) -> Program:
-    """Run an ONNX file by OpenVINO, in the precision asked for: its default on some processors is bfloat16."""
+    """Run an ONNX file by OpenVINO, in the precision asked for: its default on some processors is
+    bfloat16.
+    """
     import openvino
 
     core = openvino.Core()
@@ -118,7 +129,12 @@ def openvino_program(job: Job) -> Program:
         raise Absent(f"it has no bfloat16 on this processor, only {', '.join(able)}")
     model = core.read_model(job.onnx)
     model.reshape(list(job.x.shape))
-    settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": job.threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    settings = {
+        "INFERENCE_PRECISION_HINT": hint,
+        "INFERENCE_NUM_THREADS": job.threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
     compiled = core.compile_model(model, "CPU", settings)
     chosen = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if chosen != hint:
@@ -134,7 +150,10 @@ def openvino_program(job: Job) -> Program:
 
 
 def zentorch_program(job: Job) -> Program:
-    """Compile a network of its own by zentorch's backend of torch.compile; the worker's environment switches its weight cache off."""
+    """Compile a network of its own by zentorch's backend of torch.compile.
+
+    The worker's environment switches its weight cache off.
+    """
     import zentorch  # noqa: F401 - its import registers the backend
 
     dtype = getattr(torch, job.dtype)
@@ -146,4 +165,8 @@ def zentorch_program(job: Job) -> Program:
 
 PROGRAMS = {"onnxruntime": onnxruntime_program, "openvino": openvino_program, "zentorch": zentorch_program}
 # What each needs besides itself to get the network.
-NEEDS = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "zentorch": ("zentorch",)}
+NEEDS = {
+    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "zentorch": ("zentorch",),
+}

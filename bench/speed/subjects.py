@@ -1,4 +1,6 @@
-"""The layers that are timed: a family and its sizes, built as a user writes it, and the rows that it is called on."""
+"""The layers that are timed: a family and its sizes, built as a user writes it, and the rows that
+it is called on.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,8 @@ _ROWS = {layer.family: layer for layer in LAYERS}
 class Sizes(NamedTuple):
     """A layer to time, by its family and what the family's constructor takes.
 
-    `experts` has a list of layer widths per level; `per_task` and `shared` count the experts of a level that tasks own or share,
-    `total` those of a family whose tasks own none.
+    `experts` has a list of layer widths per level; `per_task` and `shared` count the experts of a
+    level that tasks own or share, `total` those of a family whose tasks own none.
     """
 
     family: str
@@ -50,7 +52,9 @@ class Sizes(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A built layer: the module, its wiring, and the slots that its callers expand x to (0: it takes x [B, D])."""
+    """A built layer: the module, its wiring, and the slots that its callers expand x to (0: it
+    takes x [B, D]).
+    """
 
     module: nn.Module
     wiring: Wiring
@@ -93,10 +97,18 @@ def arguments_of(sizes: Sizes) -> dict[str, object]:
     widths = [list(level) for level in sizes.experts]
     if len(widths) > 1 and any(name in names for name in ONE_LEVEL):
         got = ",".join("-".join(map(str, level)) for level in widths)
-        raise ValueError(f"experts: expected the layers of one level for {sizes.family}, joined by hyphens ({got.replace(',', '-')}), got {got}")
+        raise ValueError(
+            f"experts: expected the layers of one level for {sizes.family}, joined by hyphens"
+            f" ({got.replace(',', '-')}), got {got}"
+        )
     neighbours = [list(dict.fromkeys((t, (t + 1) % sizes.tasks))) for t in range(sizes.tasks)]
     offered = {"input_dim": sizes.input, "num_tasks": sizes.tasks, "num_experts": sizes.total, "borrows": neighbours}
-    offered |= {"num_task_experts": sizes.per_task, "num_shared_experts": sizes.shared, "gate_archs": [[] for _ in widths], "gate_arch": []}
+    offered |= {
+        "num_task_experts": sizes.per_task,
+        "num_shared_experts": sizes.shared,
+        "gate_archs": [[] for _ in widths],
+        "gate_arch": [],
+    }
     offered |= {"expert_out_dims": widths, "expert_archs": widths, **dict.fromkeys(ONE_LEVEL, widths[0])}
     return {name: value for name, value in offered.items() if name in names}
 
@@ -115,7 +127,9 @@ def build(sizes: Sizes, dtype: torch.dtype = torch.float32) -> Layer:
 
 
 class Called(nn.Module):
-    """x [B, D] -> the layer, called as `CentralTaskArch` calls it: x expanded to its slots, without a copy."""
+    """x [B, D] -> the layer, called as `CentralTaskArch` calls it: x expanded to its slots, without
+    a copy.
+    """
 
     def __init__(self, layer: nn.Module, slots: int) -> None:
         super().__init__()
@@ -126,17 +140,23 @@ class Called(nn.Module):
 
 
 class Work(NamedTuple):
-    """Inputs of one call: x [B, D], and the upstream gradient, contiguous [B, T, H], as a loss over towers hands it down."""
+    """Inputs of one call: x [B, D], and the upstream gradient, contiguous [B, T, H], as a loss over
+    towers hands it down.
+    """
 
     x: Tensor
     d_out: Tensor
 
 
 def rows_for(layer: Layer, batch: int) -> Work:
-    """Draw rows that are off every ReLU's kink in float32, so that parity does not depend on the order of summation."""
+    """Draw rows that are off every ReLU's kink in float32, so that parity does not depend on the
+    order of summation.
+    """
     generator = torch.Generator().manual_seed(1)
     dtype, table = layer.params[0].dtype, layer.table
     # In bfloat16 nearly every row is near a kink; its gradients are compared in the norm.
     spare = torch.randn(2 * batch + 20, table.width, generator=generator).to(dtype)
-    off = testing.rows_off_kinks(spare.float().unsqueeze(1).expand(-1, table.slots, -1), [p.float() for p in layer.params], table)
+    off = testing.rows_off_kinks(
+        spare.float().unsqueeze(1).expand(-1, table.slots, -1), [p.float() for p in layer.params], table
+    )
     return Work(spare[off][:batch].clone(), torch.randn(batch, *table.output, generator=generator).to(dtype))

@@ -1,8 +1,10 @@
-"""A process that runs one runtime: pools of threads of two runtimes in one process would disturb each other.
+"""A process that runs one runtime: pools of threads of two runtimes in one process would disturb
+each other.
 
-The measuring process says what to build and when to run; between its turns a worker is stopped, so arms of several processes take turns
-like those of one. (Waiting for a message would not do: a runtime's own threads go on spinning for work, on a core that another arm needs.)
-Messages are pickles over the worker's standard input and output.
+The measuring process says what to build and when to run; between its turns a worker is stopped, so
+arms of several processes take turns like those of one. (Waiting for a message would not do: a
+runtime's own threads go on spinning for work, on a core that another arm needs.) Messages are
+pickles over the worker's standard input and output.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def missing(runtime: str) -> str | None:
             version(package)
         except PackageNotFoundError:
             lacking.append(package)
-    return f"not installed: {', '.join(lacking)}; `pip install 'fusedmoe[bench]'` brings the runtimes" if lacking else None
+    return (
+        f"not installed: {', '.join(lacking)}; `pip install 'fusedmoe[bench]'` brings the runtimes" if lacking else None
+    )
 
 
 class Died(Absent):
@@ -45,13 +49,23 @@ class Worker:
         # Open as long as the process runs; `close` closes it.
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         cores = ",".join(map(str, processors()[:threads]))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "ZENDNNL_MATMUL_WEIGHT_CACHE": "0", "PYTHONWARNINGS": "ignore"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "ZENDNNL_MATMUL_WEIGHT_CACHE": "0",
+            "PYTHONWARNINGS": "ignore",
+        }
         command = [sys.executable, "-m", "fusedmoe.speed.worker", cores]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=environment
+        )
         self.runtime = runtime
 
     def ask(self, verb: str, *payload: object) -> object:
-        """Send a request and return the answer. Raises: Absent, with the reason, if the worker cannot or died."""
+        """Send a request and return the answer.
+
+        Raises: Absent, with the reason, if the worker cannot or died.
+        """
         try:
             self._signal("SIGCONT")
             pickle.dump((verb, payload), self.process.stdin)
@@ -104,7 +118,11 @@ class Workers:
             raise Absent(reason)
 
     def remote(self, job: Job) -> Remote:
-        """Return the arm of a job. Raises: Absent, with the reason, if the runtime cannot run it; one that died of its like is not asked again."""
+        """Return the arm of a job.
+
+        Raises: Absent, with the reason, if the runtime cannot run it; one that died of its like is
+            not asked again.
+        """
         kind = (job.runtime, job.mode, job.dtype)
         if kind in self.died:
             raise Absent(self.died[kind])

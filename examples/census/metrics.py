@@ -8,7 +8,9 @@ import numpy as np
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     """Return the chance that a positive row scores above a negative one, ties counting half.
 
-        AUC = (sum of the positives' ranks - P (P + 1) / 2) / (P N)      tied scores share the mean of their ranks
+        AUC = (sum of the positives' ranks - P (P + 1) / 2) / (P N)
+
+    Tied scores share the mean of their ranks.
 
     Args:
         scores: [rows], finite.
@@ -27,7 +29,10 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def explained_variance(predictions: np.ndarray, targets: np.ndarray) -> float:
-    """Return R^2 = 1 - sum (y - prediction)^2 / sum (y - mean y)^2. Raises: ValueError for targets that are all alike."""
+    """Return R^2 = 1 - sum (y - prediction)^2 / sum (y - mean y)^2.
+
+    Raises: ValueError for targets that are all alike.
+    """
     spread = float(((targets - targets.mean()) ** 2).sum())
     if spread == 0:
         raise ValueError("targets: expected numbers that differ, got one value only")

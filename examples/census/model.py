@@ -1,4 +1,6 @@
-"""The model of the demonstration: field embeddings and numbers, then a multi-task network of one family with a tower per task."""
+"""The model of the demonstration: field embeddings and numbers, then a multi-task network of one
+family with a tower per task.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from fusedmoe.reference.layers import ArchInputs, CentralTaskArch, MtlConfigs
 EMBEDDING = 8
 EXPERTS = [[256], [128]]
 TOWER = [64]
-# Two experts a task, as AdaTT's ablations settle on; one shared expert; eight in a pool without owners, as in MMoE's own tests.
+# Two experts a task, as AdaTT's ablations settle on; one shared expert; eight in a pool without
+# owners, as in MMoE's own tests.
 PER_TASK, SHARED, POOL = 2, 1, 8
 
 # The families that CentralTaskArch builds.
@@ -19,7 +22,9 @@ MODELS = {
     "single_task": MtlConfigs("single_task", expert_out_dims=EXPERTS),
     "shared_bottom": MtlConfigs("share_bottom", expert_out_dims=EXPERTS),
     "omoe": MtlConfigs("omoe", num_shared_experts=POOL, expert_out_dims=EXPERTS),
-    "mmoe": MtlConfigs("mmoe", num_shared_experts=POOL, expert_out_dims=[[width for level in EXPERTS for width in level]]),
+    "mmoe": MtlConfigs(
+        "mmoe", num_shared_experts=POOL, expert_out_dims=[[width for level in EXPERTS for width in level]]
+    ),
     "ml_mmoe": MtlConfigs("mmoe", num_shared_experts=POOL, expert_out_dims=EXPERTS),
     "cgc": MtlConfigs("cgc", PER_TASK, SHARED, EXPERTS),
     "ple": MtlConfigs("ple", PER_TASK, SHARED, EXPERTS),
@@ -69,7 +74,9 @@ def loss_of(outputs: Tensor, part: Part, binary: bool) -> Tensor:
 
 
 def expert_names(family: str, tasks: tuple[str, ...], experts: int) -> list[str]:
-    """Name the experts of a level: by their task, with a letter where it has several, the rest "shared"; by number where nobody owns them."""
+    """Name the experts of a level: by their task, with a letter where it has several, the rest
+    "shared"; by number where nobody owns them.
+    """
     if family in POOLED:
         return [str(e + 1) for e in range(experts)]
     each = MODELS[family].num_task_experts
@@ -78,7 +85,10 @@ def expert_names(family: str, tasks: tuple[str, ...], experts: int) -> list[str]
 
 
 def unit_names(tasks: tuple[str, ...], units: int) -> list[str]:
-    """Name the units of a level: by task, with one more "shared"; "all" where there is one for all tasks; else by number."""
+    """Name the units of a level: by task, with one more "shared".
+
+    "all" where there is one for all tasks; else by number.
+    """
     if units == 1:
         return ["all"]
     return [*tasks, "shared"][:units] if units <= len(tasks) + 1 else [str(u + 1) for u in range(units)]

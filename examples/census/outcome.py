@@ -15,7 +15,9 @@ from fusedmoe.table import Table
 
 @dataclass(frozen=True)
 class Outcome:
-    """Both arms after training, their differences at equal weights, and the mean mixing weights of each level [U, E]."""
+    """Both arms after training, their differences at equal weights, and the mean mixing weights of
+    each level [U, E].
+    """
 
     family: str
     data: Dataset
@@ -37,14 +39,22 @@ def scores(arm: Arm, data: Dataset) -> list[float]:
 def as_rich(outcome: Outcome) -> RichTable:
     """Lay the outcome out as the table that ends the demonstration."""
     plain, fused, data = outcome.plain, outcome.fused, outcome.data
-    table = RichTable(title=f"{outcome.family} on {data.name}, batches of {min(BATCH, len(data.train)):,} rows", title_justify="left")
+    table = RichTable(
+        title=f"{outcome.family} on {data.name}, batches of {min(BATCH, len(data.train)):,} rows", title_justify="left"
+    )
     table.add_column()
     for heading in (plain.name, fused.name, "ratio or difference"):
         table.add_column(heading, justify="right")
-    for what, slow, fast in (("training step", plain.step_ms, fused.step_ms), ("inference batch", plain.inference_ms, fused.inference_ms)):
+    for what, slow, fast in (
+        ("training step", plain.step_ms, fused.step_ms),
+        ("inference batch", plain.inference_ms, fused.inference_ms),
+    ):
         table.add_row(what, f"{slow:.2f} ms", f"{fast:.2f} ms", f"[bold]{slow / fast:.2f} x[/bold]")
     table.add_section()
-    for what, difference in (("outputs, same weights", outcome.outputs), ("gradients, same weights", outcome.gradients)):
+    for what, difference in (
+        ("outputs, same weights", outcome.outputs),
+        ("gradients, same weights", outcome.gradients),
+    ):
         table.add_row(what, f"up to {difference.scale:.3g}", "", f"{difference.absolute:.1e}")
     table.add_section()
     measure = "AUC" if data.binary else "R²"

@@ -1,4 +1,6 @@
-"""Draw the one picture: the speed, two loss curves lying on each other, and the mixing weights of each level."""
+"""Draw the one picture: the speed, two loss curves lying on each other, and the mixing weights of
+each level.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ NIGHT, PANEL, GRID = "#0e1320", "#151c2d", "#26304a"
 INK, QUIET = "#e9edf7", "#8b97b4"
 PLAIN, FUSED = "#6f7fa6", "#ffb65c"
 GLOW = LinearSegmentedColormap.from_list("glow", [PANEL, "#3a2d63", "#8c3b7e", "#e0605e", "#ffb65c", "#fff3d0"])
-# Steps over which the loss curves are averaged: a quarter of an epoch of Census-Income hides the batches' noise, not the descent.
+# Steps over which the loss curves are averaged: a quarter of an epoch of Census-Income hides the
+# batches' noise, not the descent.
 SMOOTH = 17
 
 
@@ -34,7 +37,9 @@ def draw(outcome: Outcome, path: Path) -> None:
     levels = len(outcome.mixing)
     figure = Figure(figsize=(15.2, 5.4), facecolor=NIGHT)
     FigureCanvasAgg(figure)
-    outer = figure.add_gridspec(1, 3, width_ratios=[0.8, 1.08, 1.3], left=0.035, right=0.985, top=0.76, bottom=0.13, wspace=0.2)
+    outer = figure.add_gridspec(
+        1, 3, width_ratios=[0.8, 1.08, 1.3], left=0.035, right=0.985, top=0.76, bottom=0.13, wspace=0.2
+    )
     draw_speed(figure.add_subplot(outer[0]), outcome.plain, outcome.fused)
     draw_losses(figure.add_subplot(outer[1]), outcome.plain, outcome.fused)
     inner = outer[2].subgridspec(levels, 1, hspace=0.42)
@@ -67,7 +72,9 @@ def style(axes: Axes) -> None:
 
 
 def draw_speed(axes: Axes, plain: Arm, fused: Arm) -> None:
-    """Draw a pair of bars for a training step and one for a batch of inference, each scaled to its own slower arm."""
+    """Draw a pair of bars for a training step and one for a batch of inference, each scaled to its
+    own slower arm.
+    """
     style(axes)
     pairs = [("training step", plain.step_ms, fused.step_ms), ("inference", plain.inference_ms, fused.inference_ms)]
     for row, (what, slow, fast) in enumerate(pairs):
@@ -77,7 +84,9 @@ def draw_speed(axes: Axes, plain: Arm, fused: Arm) -> None:
             axes.barh(y + offset, value / longest, height=0.34, color=colour)
             axes.text(value / longest + 0.02, y + offset, f"{value:.1f} ms", color=INK, fontsize=10, va="center")
         axes.text(0, y + 0.47, what, color=QUIET, fontsize=10.5, va="bottom")
-        axes.text(1.3, y + 0.44, f"{slow / fast:.1f}×", color=FUSED, fontsize=22, weight="bold", va="bottom", ha="right")
+        axes.text(
+            1.3, y + 0.44, f"{slow / fast:.1f}×", color=FUSED, fontsize=22, weight="bold", va="bottom", ha="right"
+        )
     axes.set_xlim(-0.04, 1.34)
     axes.set_ylim(-0.55, 2.15)
     axes.set_xticks([])
@@ -87,7 +96,10 @@ def draw_speed(axes: Axes, plain: Arm, fused: Arm) -> None:
 
 
 def draw_losses(axes: Axes, plain: Arm, fused: Arm) -> None:
-    """Draw the plain curve broad and the fused one as a thin line inside it; dots are the validation part."""
+    """Draw the plain curve broad and the fused one as a thin line inside it.
+
+    Dots are the validation part.
+    """
     style(axes)
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -106,7 +118,9 @@ def draw_losses(axes: Axes, plain: Arm, fused: Arm) -> None:
 
 
 def draw_mixing(axes: Axes, outcome: Outcome, level: int) -> None:
-    """Draw one level's mixing weights: a row for each unit, a column for each expert, the number in the cell."""
+    """Draw one level's mixing weights: a row for each unit, a column for each expert, the number in
+    the cell.
+    """
     style(axes)
     weights = outcome.mixing[level].numpy()  # [U, E]
     # Static weights may be negative: the colour says how much is taken, the number with which sign.
@@ -114,7 +128,15 @@ def draw_mixing(axes: Axes, outcome: Outcome, level: int) -> None:
     axes.imshow(size, cmap=GLOW, aspect="auto", vmin=0, vmax=max(1e-9, size.max()))
     for (u, e), value in np.ndenumerate(weights):
         if e in outcome.table.levels[level].units[u].reads:
-            axes.text(e, u, f"{value:.2f}", ha="center", va="center", fontsize=9, color=NIGHT if size[u, e] > 0.6 * size.max() else INK)
+            axes.text(
+                e,
+                u,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color=NIGHT if size[u, e] > 0.6 * size.max() else INK,
+            )
     units, experts = weights.shape
     axes.set_yticks(range(units), unit_names(outcome.data.tasks, units))
     axes.set_xticks(range(experts), expert_names(outcome.family, outcome.data.tasks, experts))

@@ -1,4 +1,6 @@
-"""Train the same model twice, side by side: one arm as its author wrote it, the other after `fusedmoe.fuse`."""
+"""Train the same model twice, side by side: one arm as its author wrote it, the other after
+`fusedmoe.fuse`.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Arm:
 
     @property
     def step_ms(self) -> float:
-        """Median milliseconds of a training step: gradients zeroed, forward, loss, backward, optimizer."""
+        """Median milliseconds of a training step: gradients zeroed, forward, loss, backward,
+        optimizer.
+        """
         return 1e3 * statistics.median(self.step_seconds[WARM_UP:] or self.step_seconds)
 
     @property
@@ -50,7 +54,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest absolute difference of the two arms, and the largest absolute value it stands beside."""
+    """Largest absolute difference of the two arms, and the largest absolute value."""
 
     absolute: float
     scale: float
@@ -74,7 +78,9 @@ def make_arms(data: Dataset, family: str, seed: int) -> tuple[Arm, Arm]:
 
 
 def batches(data: Dataset, epochs: int, seed: int) -> Iterator[Part]:
-    """Yield the training rows in batches of `BATCH`, shuffled anew in each epoch, the last incomplete batch left out."""
+    """Yield the training rows in batches of `BATCH`, shuffled anew in each epoch, the last
+    incomplete batch left out.
+    """
     generator = torch.Generator().manual_seed(seed)
     size = min(BATCH, len(data.train))
     for _ in range(epochs):
@@ -109,9 +115,11 @@ def validate(arm: Arm, data: Dataset) -> None:
 
 
 def train(arms: tuple[Arm, Arm], data: Dataset, steps: int, seed: int, tick: Callable[[], None]) -> None:
-    """Train both arms on the same batches, one step each in turn, then return each to its best weights by validation loss.
+    """Train both arms on the same batches, one step each in turn, then return each to its best
+    weights by validation loss.
 
-    Whichever arm goes first finds the batch cold, so they take turns at that too. `tick` is called after each pair of steps.
+    Whichever arm goes first finds the batch cold, so they take turns at that too. `tick` is called
+    after each pair of steps.
     """
     per_epoch = max(1, len(data.train) // BATCH)
     for step, batch in zip(range(1, steps + 1), batches(data, -(-steps // per_epoch), seed), strict=False):
@@ -147,7 +155,8 @@ def outputs_and_gradients(model: TabularModel, batch: Part, binary: bool) -> tup
 
 
 def compare(plain: TabularModel, data: Dataset) -> tuple[Difference, Difference]:
-    """Return how far outputs and gradients of a fused copy are from those of `plain`, at the same weights on the same batch.
+    """Return how far outputs and gradients of a fused copy are from those of `plain`, at the same
+    weights on the same batch.
 
     Raises: RuntimeError if a parameter has a gradient in one of them only.
     """
@@ -157,14 +166,15 @@ def compare(plain: TabularModel, data: Dataset) -> tuple[Difference, Difference]
     expected, expected_grads = outputs_and_gradients(copy.deepcopy(plain), batch, data.binary)
     outputs, grads = outputs_and_gradients(fused, batch, data.binary)
     if expected_grads.keys() != grads.keys():
-        raise RuntimeError(f"demo: expected gradients for the same parameters, got {sorted(expected_grads.keys() ^ grads.keys())} for one arm only")
+        alone = sorted(expected_grads.keys() ^ grads.keys())
+        raise RuntimeError(f"demo: expected gradients for the same parameters, got {alone} for one arm only")
     worst = max((grads[name] - expected_grads[name]).abs().max().item() for name in grads)
     largest = max(grad.abs().max().item() for grad in expected_grads.values())
     return Difference((outputs - expected).abs().max().item(), expected.abs().max().item()), Difference(worst, largest)
 
 
 def mixing_weights(model: TabularModel, part: Part) -> list[Tensor]:
-    """Return the mixing weights of each level, averaged over the rows of `part`: a list of [U, E]."""
+    """Return the mixing weights [U, E] of each level, averaged over the rows of `part`."""
     table, keys = central(model.network)
     params = [model.network.get_parameter(key) for key in keys]
     sums = [torch.zeros(len(level.units), len(level.experts), dtype=torch.float64) for level in table.levels]
