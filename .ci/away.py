@@ -1,4 +1,6 @@
-"""Use an installed fusedmoe away from its repository: see where it comes from, fuse a layer, run a forward and a backward, try its commands."""
+"""Use an installed fusedmoe away from its repository: see where it comes from, fuse a layer, run a
+forward and a backward, try its commands.
+"""
 
 import copy
 import subprocess

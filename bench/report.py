@@ -1,4 +1,6 @@
-"""Write README's speeds, docs/speed.md and its pictures from bench/results/cpu.json: `make report`. No figure is typed by hand."""
+"""Write README's speeds, docs/speed.md and its pictures from bench/results/cpu.json: `make report`.
+No figure is typed by hand.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def threads_of(count: int) -> str:
 
 
 def groups(records: Sequence[Mapping], *names: str) -> dict[tuple, list[Mapping]]:
-    """Return the records by the values of some of their fields, in the order in which they were measured."""
+    """Return the records by the values of some of their fields, in the order in which they were
+    measured.
+    """
     found: dict[tuple, list[Mapping]] = {}
     for record in records:
         found.setdefault(tuple(record[name] for name in names), []).append(record)
@@ -68,7 +72,10 @@ def machine_line(results: Mapping) -> str:
 
 
 def summary(record: Mapping, ours: str, peak: float) -> str:
-    """Return `x eager / x best on the layer / x best of all, share of peak`; only the share where no rival is."""
+    """Return `x eager / x best on the layer / x best of all, share of peak`.
+
+    Only the share where no rival is.
+    """
     found, share = ratios(record, ours), share_of_peak(record, peak, ours)
     if share is None:
         return ""
@@ -90,7 +97,9 @@ def compact(records: Sequence[Mapping], peak: float) -> list[str]:
 
 
 def against_own(records: Sequence[Mapping], field: str, base: object, other: object) -> list[str]:
-    """Return lines that compare the fused arm with itself: the other dtype or number of threads against the base, case by case."""
+    """Return lines that compare the fused arm with itself: the other dtype or number of threads
+    against the base, case by case.
+    """
     lines = []
     keys = [name for name in ("layer", "mode", "batch", "dtype", "threads") if name != field]
     for cases in groups(records, *keys).values():
@@ -101,7 +110,9 @@ def against_own(records: Sequence[Mapping], field: str, base: object, other: obj
 
 
 def memory_table(records: Sequence[Mapping]) -> list[str]:
-    """Return a table of the bytes kept for backward and the rise of the peak, of the largest batch of each layer and dtype."""
+    """Return a table of the bytes kept for backward and the rise of the peak, of the largest batch
+    of each layer and dtype.
+    """
     table = [["layer, dtype, B", "saved, MB", "eager", "ratio", "ratio, recompute", "peak memory rises by, MB", "eager"]]
     for (layer, dtype), cases in groups([r for r in records if "fused" in r.get("memory", {})], "layer", "dtype").items():
         largest = max(cases, key=lambda record: record["batch"])
@@ -115,7 +126,10 @@ def memory_table(records: Sequence[Mapping]) -> list[str]:
 
 
 def overhead_line(results: Mapping) -> str:
-    """Return a sentence about what a call costs besides its arithmetic; empty where it was not measured."""
+    """Return a sentence about what a call costs besides its arithmetic.
+
+    Empty where it was not measured.
+    """
     arms = results["overhead"].get("arms")
     if not arms:
         return ""
@@ -127,7 +141,9 @@ def overhead_line(results: Mapping) -> str:
 
 
 def headline(records: Sequence[Mapping]) -> list[str]:
-    """Return README's table: times as fast as eager of the main layers, in float32 on one thread, at HEADLINE_BATCH rows."""
+    """Return README's table: times as fast as eager of the main layers, in float32 on one thread,
+    at HEADLINE_BATCH rows.
+    """
     found = [record for record in records if (record["dtype"], record["threads"]) == ("float32", 1) and "eager" in ratios(record)]
     chosen = [record for record in found if record["batch"] == HEADLINE_BATCH and record["layer"] in MAIN]
     if not chosen:
@@ -173,7 +189,9 @@ def overview(results: Mapping) -> list[str]:
 
 
 def full_table(records: Sequence[Mapping]) -> list[str]:
-    """Return every arm's time: a row for each layer and batch size, a column for each arm that ran in any of them."""
+    """Return every arm's time: a row for each layer and batch size, a column for each arm that ran
+    in any of them.
+    """
     arms = list(dict.fromkeys(name for record in records for name in record["arms"]))
     table = [["layer, B", *arms]]
     for record in records:

@@ -1,4 +1,7 @@
-"""Sphinx: the Markdown pages of this folder, and the reference out of the docstrings. `make docs` builds build/docs."""
+"""Sphinx: the Markdown pages of this folder, and the reference out of the docstrings.
+
+`make docs` builds build/docs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ project, version = "fusedmoe", fusedmoe.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_parser"]
 html_theme = "furo"
 html_title = f"fusedmoe {version}"
-# napoleon reads `Args:` and the like. A name stands in single backticks, and is a link where the reference has it.
+# napoleon reads `Args:` and the like. A name stands in single backticks, and is a link where the
+# reference has it.
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Source"]
 default_role = "py:obj"
@@ -28,7 +32,9 @@ NAME = re.compile(r"[A-Za-z_][\w.]*")
 
 
 def fields(lines: list[str]) -> list[str]:
-    """Return the lines with sections of the form `Returns: [B, H].` as fields, which napoleon leaves alone."""
+    """Return the lines with sections of the form `Returns: [B, H].` as fields, which napoleon
+    leaves alone.
+    """
     result: list[str] = []
     inside = False
     for line in lines:
@@ -45,7 +51,9 @@ def fields(lines: list[str]) -> list[str]:
 
 
 def literal(lines: list[str]) -> list[str]:
-    """Return the lines with every indented block behind an empty line marked as literal: formulas and programs."""
+    """Return the lines with every indented block behind an empty line marked as literal: formulas
+    and programs.
+    """
     result: list[str] = []
     above = ""
     for line in lines:
@@ -58,7 +66,10 @@ def literal(lines: list[str]) -> list[str]:
 
 
 def plain(lines: list[str]) -> list[str]:
-    """Return the lines with stars and bars as they stand; what is in backticks and no dotted name becomes literal."""
+    """Return the lines with stars and bars as they stand.
+
+    What is in backticks and no dotted name becomes literal.
+    """
     result: list[str] = []
     block = False
     for line in lines:
@@ -74,7 +85,9 @@ def plain(lines: list[str]) -> list[str]:
 
 
 def setup(app) -> None:
-    """Rewrite docstrings before napoleon reads them, and links to pages outside this folder before MyST does."""
+    """Rewrite docstrings before napoleon reads them, and links to pages outside this folder before
+    MyST does.
+    """
 
     def rewrite(app, what, name, given, options, lines) -> None:
         lines[:] = fields(plain(literal(lines)))

@@ -1,4 +1,6 @@
-"""The house's own rules: imports point down, files and functions stay small, and README's commands exist."""
+"""The house's own rules: imports point down, files and functions stay small, and README's commands
+exist.
+"""
 
 import ast
 import re
@@ -38,7 +40,8 @@ FLOORS = {
     "fusedmoe.adapters": 7,
     "fusedmoe.swap": 8,
     "fusedmoe.freezing": 9,
-    # The package itself gathers the public names of the floors below; only what stands above may import it.
+    # The package itself gathers the public names of the floors below; only what stands above may
+    # import it.
     "fusedmoe": 10,
     "fusedmoe.doctor": 11,
     "fusedmoe.demo": 11,
@@ -67,7 +70,10 @@ def name_of(path: Path) -> str | None:
 
 
 def room_of(module: str) -> str:
-    """The longest entry of FLOORS that the module lies in; the package's own entry stands for `fusedmoe/__init__.py` alone."""
+    """The longest entry of FLOORS that the module lies in.
+
+    The package's own entry stands for `fusedmoe/__init__.py` alone.
+    """
     parts = module.split(".")
     for size in range(len(parts), 1, -1):
         if ".".join(parts[:size]) in FLOORS:
@@ -128,7 +134,10 @@ def functions_of(path: Path) -> list[ast.FunctionDef]:
 
 
 def arguments_of(function: ast.FunctionDef) -> int:
-    """How many arguments a caller may give, `self` and `cls` not counted; 0 for a kernel of Triton's, to which a launch hands pointers and numbers."""
+    """How many arguments a caller may give, `self` and `cls` not counted.
+
+    0 for a kernel of Triton's, to which a launch hands pointers and numbers.
+    """
     if any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list):
         return 0
     given = function.args
@@ -144,7 +153,9 @@ def test_functions_are_short(path):
 
 
 def bodies_of(text: str) -> list[tuple[int, int]]:
-    """First and last line of every outermost block of C++ that is no namespace, class, struct, enum or extern "C"."""
+    """First and last line of every outermost block of C++ that is no namespace, class, struct, enum
+    or extern "C".
+    """
     text = re.sub(r"//.*", "", text)
     # Braces in text and characters are none.
     text = re.sub(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\'', "0", text)

@@ -1,4 +1,7 @@
-"""The fused modules: the reference layer's parameters and results; and the wiring, which refuses what a table cannot express."""
+"""The fused modules: the reference layer's parameters and results.
+
+And the wiring, which refuses what a table cannot express.
+"""
 
 import copy
 import pickle
@@ -28,8 +31,9 @@ def central(room, name: str, task_mlp: list[int]) -> nn.Module:
     return room.CentralTaskArch(layers.MtlConfigs(name, 2, 2, ARCHS), layers.ArchInputs(3, task_mlp, activation_type="silu"), D)
 
 
-# What builds the layer from a room (the reference's or the fused one's), and the slots of its input (0: [B, D]). SiLU everywhere: the
-# gradient of ReLU depends on the order of summation near its kink.
+# What builds the layer from a room (the reference's or the fused one's), and the slots of its input
+# (0: [B, D]). SiLU everywhere: the gradient of ReLU depends on the order of summation near its
+# kink.
 BUILDS: dict[str, tuple[Callable[..., nn.Module], int]] = {
     "SingleTask": (lambda room: room.SingleTask(D, [6, 4], 3, "silu"), 0),
     "SharedBottom": (lambda room: room.SharedBottom(D, [6, 4], 3, "silu"), 0),
@@ -71,7 +75,10 @@ def network(module: nn.Module, keys: tuple[str, ...]) -> Network:
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_the_module_computes_what_the_reference_layer_does(name):
-    """In float64 within float32's bounds: what is tested is which parameter goes where; `test_parity.py` tests the arithmetic."""
+    """In float64 within float32's bounds: what is tested is which parameter goes where.
+
+    `test_parity.py` tests the arithmetic.
+    """
     build, slots = BUILDS[name]
     reference, ours = build(layers), build(fused)
     table, keys = type(ours).wiring(ours)

@@ -1,4 +1,7 @@
-"""The command of the benchmark, the file it writes and what README makes of it. No test asserts a time."""
+"""The command of the benchmark, the file it writes and what README makes of it.
+
+No test asserts a time.
+"""
 
 import json
 import runpy

@@ -1,4 +1,6 @@
-"""The table: what contradicts itself is refused by name, what is written comes back, what no output needs is known."""
+"""The table: what contradicts itself is refused by name, what is written comes back, what no output
+needs is known.
+"""
 
 from dataclasses import replace
 
@@ -215,7 +217,8 @@ def test_parameters_in_order():
 
 def test_live_is_what_some_output_depends_on():
     table = CASES["every_feature"]
-    # Upper unit 3 has no task; the lower units 0 to 4 feed the upper experts 0 to 4, unit 5 nobody, and with it expert 4.
+    # Upper unit 3 has no task; the lower units 0 to 4 feed the upper experts 0 to 4, unit 5 nobody,
+    # and with it expert 4.
     assert table.live == ((frozenset({0, 1, 2, 3, 4}), frozenset({0, 1, 2, 3})), (frozenset({0, 1, 2}), frozenset({0, 1, 2, 3, 4})))
     dead = {p.name.rsplit(".", 1)[0] for p in table.parameters if not p.live}
     assert dead == {"levels.0.experts.4.0", "levels.0.gates.3", "levels.0.gates.5", "statics"}
