@@ -19,6 +19,7 @@ napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Source"]
 default_role = "py:obj"
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 80
 myst_heading_anchors = 3
@@ -27,6 +28,8 @@ myst_heading_anchors = 3
 FIELDS = {"Args": "Arguments", "Returns": "returns", "Raises": "raises", "Source": "Source"}
 SECTION = re.compile(rf"({'|'.join(FIELDS)}):( .+)?")
 
+# A size alone, as in `num_tasks: T.`, would begin a list from T on.
+LETTER = re.compile(r"(?<=: )[A-Za-z](?=\.( |$))")
 # What may be a link.
 NAME = re.compile(r"[A-Za-z_][\w.]*")
 
@@ -78,7 +81,7 @@ def plain(lines: list[str]) -> list[str]:
         if block or len(parts) % 2 == 0:
             result.append(line)
             continue
-        prose = [re.sub(r"[*|]", r"\\\g<0>", part) for part in parts[::2]]
+        prose = [LETTER.sub(r"\\\g<0>", re.sub(r"[*|]", r"\\\g<0>", part)) for part in parts[::2]]
         names = [f"`{part}`" if NAME.fullmatch(part) else f"``{part}``" for part in parts[1::2]]
         result.append("".join(a + b for a, b in zip(prose, [*names, ""], strict=True)))
     return result

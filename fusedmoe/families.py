@@ -5,7 +5,7 @@ Arguments that mean the same in every family:
     input_width    D, the width of an input vector.
     expert_widths  one list per level: the widths of an expert's layers. [[256], [128]] is two
                    levels of one-layer experts, [[256, 128]] one level of two-layer experts.
-    num_tasks      T.
+    num_tasks      T, the number of tasks.
     activation     what follows every layer of an expert and every hidden layer of a gate or tower.
     towers         the widths of each task's tower; its last layer is linear. Empty: no towers.
 
@@ -59,7 +59,7 @@ def omoe(
     """Mix all experts once for all tasks: out[t] = sum over e of softmax(G x)[e] * y[e].
 
     Args:
-        num_experts: n.
+        num_experts: n, the number of experts.
         gate_widths: the widths of the gate's hidden layers.
     Returns: a table over x [B, 1, D] with one unit that all tasks read.
     Source: MMoE, equation 5.
@@ -80,7 +80,7 @@ def mmoe(
     """Mix all experts for each task: out[t] = sum over e of softmax(G[t] x)[e] * y[e].
 
     Args:
-        num_experts: n.
+        num_experts: n, the number of experts.
         gate_widths: the widths of the gates' hidden layers.
     Returns: a table over x [B, 1, D] with output [B, T, H].
     Source: MMoE, equations 6 to 8.

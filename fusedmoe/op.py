@@ -62,16 +62,13 @@ def fusion_network(
         tasks_apart: return a list of T outputs [B, O] instead of one tensor. Then the tower of a
             task whose output has no gradient gets none either.
 
-    Returns:
-        out, of x's dtype: [B, T, O] with towers; [B, U, H] if the table has no tasks; otherwise
+    Returns: out, of x's dtype: [B, T, O] with towers; [B, U, H] if the table has no tasks; otherwise
         [B, T, H'], the concatenation of the units that each task reads. (A single unit that all
         tasks read is expanded, not copied.) With `return_mixing_weights`: (out, a tuple with
         [B, U, E] for each level), zero where a unit does not read an expert.
-
-    Raises:
-        TypeError, ValueError: x, a parameter and the table do not fit together; says which,
-            expected and got.
-        RuntimeError: the backend cannot run here, or not with these tensors; says why.
+    Raises: TypeError, ValueError if x, the parameters and the table do not fit together; says
+        which, expected and got. RuntimeError if the backend cannot run here, or not with these
+        tensors; says why.
 
     The module's docstring says what holds for gradients, dtypes and autocast.
 

@@ -23,10 +23,10 @@ class AdaTTSp(nn.Module):
         x <- out
 
     Args:
-        input_dim: D.
+        input_dim: D, the width of an input vector.
         expert_out_dims: per level the layer widths of an expert.
-        num_tasks: T.
-        num_task_experts: m experts per task.
+        num_tasks: T, the number of tasks.
+        num_task_experts: m, the experts of each task.
         self_exp_res_connect: whether v exists: learned [T, m] per level, or ones when m = 1.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, T, D] to [B, T, H].
@@ -91,10 +91,10 @@ class AdaTT(nn.Module):
     The shared unit (u = T) exists below the last level; the shared experts are its own.
 
     Args:
-        input_dim: D.
+        input_dim: D, the width of an input vector.
         expert_out_dims: per level the layer widths of an expert.
-        num_tasks: T.
-        num_shared_experts: m_s, 0 or more.
+        num_tasks: T, the number of tasks.
+        num_shared_experts: m_s, the number of shared experts, 0 or more.
         num_task_experts: m_t, one number for all tasks; or else
         num_task_expert_list: one m_t for each task.
         self_exp_res_connect: whether v exists: learned [L, m_t] per task and [L - 1, m_s] for the

@@ -151,7 +151,7 @@ class CentralTaskArch(nn.Module):
     Args:
         mtl_configs: the backbone.
         opts: the tasks and their towers.
-        input_dim: D.
+        input_dim: D, the width of an input vector.
     Returns: forward maps [B, D] to a list of T tensors [B, 1].
     Raises: ValueError, TypeError at construction, naming the argument or the field, what was
         expected and what came.

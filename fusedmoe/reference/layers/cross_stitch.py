@@ -17,9 +17,9 @@ class CrossStitch(nn.Module):
         y[t] = MLP_t(x[t]);   out[u] = sum over t of v[u, t] * y[t];   x <- out
 
     Args:
-        input_dim: D.
+        input_dim: D, the width of an input vector.
         expert_archs: per level the layer widths of an expert.
-        num_tasks: T.
+        num_tasks: T, the number of tasks.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, T, D] to [B, T, H].
     Raises: ValueError, TypeError at construction, naming the argument, what was expected and what

@@ -17,7 +17,7 @@ class MLMMoE(nn.Module):
         y[e] = MLP_e(h[e]);   out[u] = sum over e of softmax(G[u] x)[e] * y[e];   h <- out
 
     Args:
-        input_dim: D.
+        input_dim: D, the width of an input vector.
         expert_archs: per level the layer widths of an expert.
         gate_archs: per level the hidden widths of a gate.
         num_tasks: T, the units of the last level.

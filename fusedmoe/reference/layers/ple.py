@@ -21,11 +21,11 @@ class PLE(nn.Module):
     The shared unit exists below the last level.
 
     Args:
-        input_dim: D.
+        input_dim: D, the width of an input vector.
         expert_out_dims: per level the layer widths of an expert.
-        num_tasks: T.
+        num_tasks: T, the number of tasks.
         num_task_experts: m_t, one number for all tasks or a list of T.
-        num_shared_experts: m_s, 0 or more.
+        num_shared_experts: m_s, the number of shared experts, 0 or more.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, T + 1, D], the shared slot last, to [B, T, H].
     Raises: ValueError, TypeError at construction, naming the argument, what was expected and what

@@ -22,9 +22,9 @@ class SharedBottom(nn.Module):
     """Hand one bottom to every task: out[t] = MLP(x).
 
     Args:
-        input_dim: D.
+        input_dim: D, the width of an input vector.
         hidden_dims: the layer widths of the bottom.
-        num_tasks: T.
+        num_tasks: T, the number of tasks.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, D] to [B, T, H], expanded from [B, H] (stride 0 over tasks).
     Raises: ValueError, TypeError at construction, naming the argument, what was expected and what
@@ -66,9 +66,9 @@ class AsymmetricSharing(nn.Module):
     """Task t combines the bottoms of the tasks it borrows: MLP_e(x) for e in borrows[t].
 
     Args:
-        input_dim: D.
+        input_dim: D, the width of an input vector.
         hidden_dims: the layer widths of each bottom.
-        num_tasks: T.
+        num_tasks: T, the number of tasks.
         borrows: one list of task indices per task, its own included where it uses its own bottom.
         combine: "sum", "mean" or "concat".
         activation: its name in any case, or an `Activation`.
