@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import fusedmoe
 from fusedmoe.kernels import self_test
 from fusedmoe.kernels.launchers import LAUNCHERS
-from fusedmoe.restructured import Restructured
 from fusedmoe.speed.calls import MODES, Call
 from fusedmoe.speed.parity import allowed_in_norm, norm_error
+from fusedmoe.speed.restructured import Restructured
 from fusedmoe.speed.subjects import SUBJECTS, Called, Layer, Work, build
 
 ROUNDS = 20

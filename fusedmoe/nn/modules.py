@@ -1,6 +1,7 @@
 """One class per family: the reference layer with a fused forward.
 
-`G` are gate weights, `v` static weights, `y[e] = MLP_e(input of e)`, softmax over the experts that the unit sees.
+`G` are gate weights, `v` static weights, `y[e] = MLP_e(input of e)`, softmax over the experts that
+the unit sees.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fusedmoe.reference import layers
 class SingleTask(Fused, layers.SingleTask):
     """out[t] = y[t]: a bottom per task; [B, D] to [B, T, H].
 
-    Args: those of `fusedmoe.reference.layers.SingleTask`, and `backend` (keyword only).
+    Args: those of `fusedmoe.reference.layers.SingleTask`, `backend` and `recompute`.
     Raises: at construction as `Fused`, at a call as `Fused.forward`.
     Source: MMoE, section 6.1.
     """
@@ -26,7 +27,7 @@ class SingleTask(Fused, layers.SingleTask):
 class SharedBottom(Fused, layers.SharedBottom):
     """out[t] = y[0]: one bottom for all tasks; [B, D] to [B, T, H], expanded.
 
-    Args: those of `fusedmoe.reference.layers.SharedBottom`, and `backend` (keyword only).
+    Args: those of `fusedmoe.reference.layers.SharedBottom`, `backend` and `recompute`.
     Raises: at construction as `Fused`, at a call as `Fused.forward`.
     Source: MMoE, equation 1.
     """
@@ -35,9 +36,9 @@ class SharedBottom(Fused, layers.SharedBottom):
 
 
 class OMoE(Fused, layers.OMoE):
-    """out[t] = sum over e of softmax(G x)[e] * y[e]: one gate for all tasks; [B, D] to [B, T, H], expanded.
+    """out[t] = sum over e of softmax(G x)[e] * y[e]: one gate for all tasks; [B, D] to [B, T, H].
 
-    Args: those of `fusedmoe.reference.layers.OMoE`, and `backend` (keyword only).
+    Args: those of `fusedmoe.reference.layers.OMoE`, `backend` and `recompute`.
     Raises: at construction as `Fused`, at a call as `Fused.forward`.
     Source: MMoE, equation 5.
     """
@@ -48,7 +49,7 @@ class OMoE(Fused, layers.OMoE):
 class MMoE(Fused, layers.MMoE):
     """out[t] = sum over e of softmax(G[t] x)[e] * y[e]: a gate per task; [B, D] to [B, T, H].
 
-    Args: those of `fusedmoe.reference.layers.MMoE`, and `backend` (keyword only).
+    Args: those of `fusedmoe.reference.layers.MMoE`, `backend` and `recompute`.
     Raises: at construction as `Fused`, at a call as `Fused.forward`.
     Source: MMoE, equations 6 to 8.
     """
@@ -57,9 +58,9 @@ class MMoE(Fused, layers.MMoE):
 
 
 class MLMMoE(Fused, layers.MLMMoE):
-    """Levels of MMoE, every gate on the root input, expert e of a level reading unit e of the level below; [B, D] to [B, T, H].
+    """Levels of MMoE: expert e reads unit e of the level below, every gate x; [B, D] to [B, T, H].
 
-    Args: those of `fusedmoe.reference.layers.MLMMoE`, and `backend` (keyword only).
+    Args: those of `fusedmoe.reference.layers.MLMMoE`, `backend` and `recompute`.
     Raises: at construction as `Fused`, at a call as `Fused.forward`.
     Source: AdaTT, section 4.1; PLE, figure 1h.
     """
@@ -70,7 +71,7 @@ class MLMMoE(Fused, layers.MLMMoE):
 class CGC(Fused, layers.CGC):
     """out[t] = sum over own(t) and shared e of softmax(G[t] x)[e] * y[e]; [B, D] to [B, T, H].
 
-    Args: those of `fusedmoe.reference.layers.CGC`, and `backend` (keyword only).
+    Args: those of `fusedmoe.reference.layers.CGC`, `backend` and `recompute`.
     Raises: at construction as `Fused`, at a call as `Fused.forward`.
     Source: PLE, equations 2 to 5.
     """
@@ -79,9 +80,11 @@ class CGC(Fused, layers.CGC):
 
 
 class PLE(Fused, layers.PLE):
-    """out[u] = sum over sees(u) of softmax(G[u] x[u])[e] * y[e], the shared unit seeing all; [B, T + 1, D], shared last, to [B, T, H].
+    """out[u] = sum over sees(u) of softmax(G[u] x[u])[e] * y[e]; the shared unit sees all experts.
 
-    Args: those of `fusedmoe.reference.layers.PLE`, and `backend` (keyword only).
+    It maps [B, T + 1, D], the shared slot last, to [B, T, H].
+
+    Args: those of `fusedmoe.reference.layers.PLE`, `backend` and `recompute`.
     Raises: at construction as `Fused`, at a call as `Fused.forward`.
     Source: PLE, equations 6 and 7.
     """
@@ -90,9 +93,11 @@ class PLE(Fused, layers.PLE):
 
 
 class AdaTTSp(Fused, layers.AdaTTSp):
-    """out[t] = sum over all e of (softmax(G[t] x[t])[e] + v[t, e]) * y[e], v zero outside own(t); [B, T, D] to [B, T, H].
+    """out[t] = sum over all e of (softmax(G[t] x[t])[e] + v[t, e]) * y[e]; [B, T, D] to [B, T, H].
 
-    Args: those of `fusedmoe.reference.layers.AdaTTSp`, and `backend` (keyword only).
+    v[t, e] is zero for experts that do not belong to task t.
+
+    Args: those of `fusedmoe.reference.layers.AdaTTSp`, `backend` and `recompute`.
     Raises: at construction as `Fused`, at a call as `Fused.forward`.
     Source: AdaTT, equations 2 to 10.
     """
@@ -101,9 +106,11 @@ class AdaTTSp(Fused, layers.AdaTTSp):
 
 
 class AdaTT(Fused, layers.AdaTT):
-    """As AdaTTSp, with shared experts and, below the last level, a shared unit that owns them; [B, T + 1, D], shared last, to [B, T, H].
+    """As AdaTTSp, with shared experts and, below the last level, a shared unit that owns them.
 
-    Args: those of `fusedmoe.reference.layers.AdaTT`, and `backend` (keyword only).
+    It maps [B, T + 1, D], the shared slot last, to [B, T, H].
+
+    Args: those of `fusedmoe.reference.layers.AdaTT`, `backend` and `recompute`.
     Raises: at construction as `Fused`, at a call as `Fused.forward`.
     Source: AdaTT, section 3.2.
     """
@@ -117,7 +124,7 @@ AdaTTWSharedExps = AdaTT
 class CrossStitch(Fused, layers.CrossStitch):
     """out[u] = sum over t of v[u, t] * y[t], v learned; [B, T, D] to [B, T, H].
 
-    Args: those of `fusedmoe.reference.layers.CrossStitch`, and `backend` (keyword only).
+    Args: those of `fusedmoe.reference.layers.CrossStitch`, `backend` and `recompute`.
     Raises: at construction as `Fused`, at a call as `Fused.forward`.
     Source: Misra et al., CVPR 2016, equation 1.
     """
@@ -126,9 +133,11 @@ class CrossStitch(Fused, layers.CrossStitch):
 
 
 class AsymmetricSharing(Fused, layers.AsymmetricSharing):
-    """out[t] = sum, mean or concatenation of y[e] over the e that t borrows; [B, D] to [B, T, H] or [B, T, n H].
+    """out[t] = sum, mean or concatenation of the bottoms y[e] that task t borrows.
 
-    Args: those of `fusedmoe.reference.layers.AsymmetricSharing`, and `backend` (keyword only).
+    It maps [B, D] to [B, T, H], or to [B, T, n H] for a concatenation of n bottoms.
+
+    Args: those of `fusedmoe.reference.layers.AsymmetricSharing`, `backend` and `recompute`.
     Raises: at construction as `Fused`, at a call as `Fused.forward`.
     Source: PLE, section 3.2.
     """
@@ -137,9 +146,9 @@ class AsymmetricSharing(Fused, layers.AsymmetricSharing):
 
 
 class CustomizedSharing(Fused, layers.CustomizedSharing):
-    """out[t] = [y[t], y[T]]: a bottom per task and a shared one, concatenated; [B, D] to [B, T, 2 H].
+    """out[t] = [y[t], y[T]]: a task's own bottom and a shared one; [B, D] to [B, T, 2 H].
 
-    Args: those of `fusedmoe.reference.layers.CustomizedSharing`, and `backend` (keyword only).
+    Args: those of `fusedmoe.reference.layers.CustomizedSharing`, `backend` and `recompute`.
     Raises: at construction as `Fused`, at a call as `Fused.forward`.
     Source: PLE, section 3.2.
     """
@@ -148,9 +157,11 @@ class CustomizedSharing(Fused, layers.CustomizedSharing):
 
 
 class CentralTaskArch(Fused, layers.CentralTaskArch):
-    """A backbone and a tower per task in one operator call: out[t] = W[t] MLP[t](backbone(x)[t]) + b[t]; [B, D] to a list of T [B, 1].
+    """A backbone and a tower per task: out[t] = W[t] MLP[t](backbone(x)[t]) + b[t].
 
-    Args: those of `fusedmoe.reference.layers.CentralTaskArch`, and `backend` (keyword only).
+    It maps [B, D] to a list of T tensors [B, 1].
+
+    Args: those of `fusedmoe.reference.layers.CentralTaskArch`, `backend` and `recompute`.
     Raises: at construction as `Fused`, at a call as `Fused.forward`.
     """
 

@@ -1,8 +1,9 @@
-"""Read a layer's wiring off its structure: the table it computes, and which of its parameters is which of the operator's.
+"""Read a layer's wiring off its structure: its table, and its parameters in the operator's order.
 
-One function per layer class. Each reads only attributes and submodules that the public AdaTT library's layer has too, takes widths,
-biases and activations from the modules as they are, and raises `Unfusable` for anything that its table could not express. The
-counts come from a function of `families.py`, so a wiring says nothing about slots, sees or selectors.
+One function per layer class. Each reads only attributes and submodules that the public AdaTT
+library's layer has too, takes widths, biases and activations from the modules as they are, and
+raises `Unfusable` for anything that its table could not express. The counts come from a function of
+`families.py`, so a wiring says nothing about slots, sees or selectors.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Wiring(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """An MLP: the width of its input, its layers, and the keys of their parameters in the operator's order."""
+    """An MLP: its input width, its layers, and their parameters' keys in the operator's order."""
 
     width: int
     layers: tuple[Layer, ...]
@@ -46,14 +47,6 @@ ACTIVATIONS: dict[type, Callable[[nn.Module], Activation | None]] = {
     # Another beta or threshold is another function.
     nn.Softplus: lambda module: Activation("softplus") if (module.beta, module.threshold) == (1, 20) else None,
 }
-
-
-def layers_of(sequential: nn.Module) -> tuple[Layer, ...]:
-    """Return the layers of an `nn.Sequential` of `nn.Linear`, each with or without an activation module after it.
-
-    Raises: Unfusable, naming the place, for anything else.
-    """
-    return _stack(_steps(sequential, "")).layers
 
 
 def shared_bottom(module: nn.Module) -> Wiring:
@@ -215,7 +208,11 @@ def central(module: nn.Module) -> Wiring:
 
 
 def _gated(module: nn.Module, family: Callable[..., Table], arguments: Sequence, gates: str, static: str = "") -> Wiring:
-    """Wire a family with the experts `experts.{level}.{expert}`, the gates `{gates}.{level}.{unit}` and the static tensors `{static}.{i}`."""
+    """Wire a family whose submodules stand in lists.
+
+    These are the experts `experts.{level}.{expert}`, the gates `{gates}.{level}.{unit}` and the
+    static tensors `{static}.{i}`.
+    """
     _check_children(module, "experts", gates, *([static] if static else []))
     found = [_each(level, path, _softmax_of) for path, level in _items(getattr(module, gates), gates)]
     tensors = [f"{static}.{name}" for name in getattr(module, static)._parameters] if static else []
@@ -233,7 +230,8 @@ def _wire(
     """Put the layers found into the family's table, and list the keys in the operator's order.
 
     Args:
-        family: called with the input width, the experts' widths, the number of tasks and `arguments`.
+        family: called with the input width, the experts' widths, the number of tasks and
+            `arguments`.
         experts, gates: found per level; no gates for a family without any.
         statics: the keys of the static tensors.
     """
@@ -264,7 +262,7 @@ def _gate(gate: Gate, found: Stack) -> Gate:
 
 
 def _checked(module: nn.Module, wiring: Wiring) -> Wiring:
-    """Return the wiring if the module has every key, in the shape that the table gives it, and nothing besides."""
+    """Return the wiring if the module has exactly these keys, in the shapes of the table."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for key, expected in zip(wiring.keys, wiring.table.parameters, strict=True):
         if key not in parameters:
@@ -360,7 +358,7 @@ def _stack(steps: Sequence[tuple[str, nn.Module]]) -> Stack:
 
 
 def _steps(module: nn.Module, where: str) -> list[tuple[str, nn.Module]]:
-    """(path, module) of what runs one after the other inside Sequentials and MLP modules (one child, `mlp_net`)."""
+    """(path, module) of what runs in turn in Sequentials and in MLPs (a child `mlp_net`)."""
     if type(module) is not nn.Sequential and list(module._modules) != ["mlp_net"]:
         return [(where, module)]
     # Not named_children(): it leaves out the second use of a shared activation module.
@@ -376,7 +374,7 @@ def _read(module: nn.Module, *names: str) -> list:
 
 
 def _check_children(module: nn.Module, *names: str) -> None:
-    """Raise Unfusable unless the module has these submodules, no others, and no parameters or buffers of its own."""
+    """Raise Unfusable unless the module has exactly these submodules and no tensors of its own."""
     if set(module._modules) != set(names):
         raise Unfusable(f"{type(module).__name__}: expected the submodules {', '.join(names)}, got {', '.join(module._modules) or 'none'}")
     own = [*module._parameters, *module._buffers]

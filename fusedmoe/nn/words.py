@@ -7,7 +7,7 @@ from fusedmoe.table import Expert, Layer, Selector, Static, Table, Unit, product
 
 
 def describe_table(table: Table) -> str:
-    """Return a table in words: its sizes, and per level the experts and units, equal neighbours on one line."""
+    """Return a table in words: sizes, then experts and units per level, equal ones on one line."""
     count = sum(product(p.shape) for p in table.parameters)
     slots = f"[B, {table.slots}, {table.width}]" if table.slots > 1 else f"[B, {table.width}]"
     out = table.output
