@@ -81,9 +81,10 @@ def _fake_forward(x, params, table, save, mixing):
     check(x, params, network, lowered=x.dtype == torch.bfloat16)
     rows = x.shape[0]
     # Whole vectors of rows (`padded` in csrc/cpu/plan.h), and a header of 16 numbers.
-    kept = (rows + 15) // 16 * 16 * _C.kept(table, save == SAVE_LEAST) + 16 if save else 0
+    padded = -(-rows // _C.LANE_MULTIPLE) * _C.LANE_MULTIPLE
+    size = padded * _C.saved_width(table, save == SAVE_LEAST) + _C.HEADER_SIZE if save else 0
     # bfloat16 and float16 are kept in float32.
-    state = x.new_empty(kept, dtype=torch.promote_types(x.dtype, torch.float32))
+    state = x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
     return x.new_empty(rows, *network.output), x.new_empty(rows, network.mixing if mixing else 0), state
 
 

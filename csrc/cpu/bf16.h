@@ -1,4 +1,4 @@
-// bfloat16: the operands of the maps are rounded to it, everything else is float32. A word of 32 bits is two neighbours of a reduction,
+// bfloat16: the operands of the linears are rounded to it, everything else is float32. A word of 32 bits is two neighbours of a reduction,
 // the first one in the low half: two weights of one row as PyTorch stores them, or two rows of a panel, joined.
 #pragma once
 #include <type_traits>
@@ -44,8 +44,8 @@ inline void pair_rows(const float* from, int64_t n, int64_t ld, int64_t columns,
     for (; v < columns; v++) to[v] = join(splat(first[v]), splat(two ? second[v] : 0.0f))[0];
   }
 }
-inline float widened(uint16_t half) {
-  const uint32_t bits = uint32_t(half) << 16;
+inline float widened(uint16_t bf16) {
+  const uint32_t bits = uint32_t(bf16) << 16;
   float x;
   memcpy(&x, &bits, 4);
   return x;
@@ -57,8 +57,8 @@ inline void round_row(const float* from, int64_t n, uint16_t* to) {
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) {
     words r = rounded(load<float>(from + i)) >> 16;
-    typedef uint16_t halves __attribute__((vector_size(FUSEDMOE_VECTOR_BYTES / 2), aligned(2), may_alias));
-    *(halves*)(to + i) = __builtin_convertvector(r, halves);
+    typedef uint16_t shorts __attribute__((vector_size(FUSEDMOE_VECTOR_BYTES / 2), aligned(2), may_alias));
+    *(shorts*)(to + i) = __builtin_convertvector(r, shorts);
   }
   for (; i < n; i++) {
     floats_of x = splat(from[i]);
@@ -68,9 +68,9 @@ inline void round_row(const float* from, int64_t n, uint16_t* to) {
 
 inline void widen_row(const uint16_t* from, int64_t n, float* to) {
   constexpr int lanes = Lanes<float>::count;
-  typedef uint16_t halves __attribute__((vector_size(FUSEDMOE_VECTOR_BYTES / 2), aligned(2), may_alias));
+  typedef uint16_t shorts __attribute__((vector_size(FUSEDMOE_VECTOR_BYTES / 2), aligned(2), may_alias));
   int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) store<float>(to + i, (floats_of)(__builtin_convertvector(*(const halves*)(from + i), words) << 16));
+  for (; i + lanes <= n; i += lanes) store<float>(to + i, (floats_of)(__builtin_convertvector(*(const shorts*)(from + i), words) << 16));
   for (; i < n; i++) to[i] = widened(from[i]);
 }
 
@@ -86,7 +86,7 @@ inline floats_of multiply_add(floats_of acc, uint32_t w, words x) {
 }
 
 // C[m][v] (+)= sum over k of A(m, k) B(k, v): A(m, k) = a[m * lda + k], bfloat16; B(2 j, v) and B(2 j + 1, v) share the word b[j * ldb + v].
-struct HalfProduct {
+struct Bf16Product {
   const uint16_t* a;
   int64_t lda;
   const uint32_t* b;
@@ -101,7 +101,7 @@ struct HalfProduct {
 };
 
 template <int M, int V>
-__attribute__((noinline)) void half_tile(const HalfProduct& p) {
+__attribute__((noinline)) void half_tile(const Bf16Product& p) {
   constexpr int lanes = Lanes<float>::count;
   const uint32_t* b = p.b;
   floats_of c[M][V] = {};
@@ -131,7 +131,7 @@ __attribute__((noinline)) void half_tile(const HalfProduct& p) {
 }
 
 template <int V, int M>
-inline void half_rows(HalfProduct p, int64_t rows) {
+inline void half_rows(Bf16Product p, int64_t rows) {
   for (; rows >= M; rows -= M) {
     half_tile<M, V>(p);
     p.a += M * p.lda;
@@ -143,11 +143,11 @@ inline void half_rows(HalfProduct p, int64_t rows) {
 }
 
 // The words of a chain: as many bytes of B as in float32 (gemm.h), so that they stay in L1 for all rows.
-constexpr int64_t half_chain = 2 * chain;
+constexpr int64_t bf16_k_block = 2 * k_block;
 
-inline void half_columns(const HalfProduct& whole, int64_t rows, int64_t columns) {
+inline void half_columns(const Bf16Product& whole, int64_t rows, int64_t columns) {
   constexpr int lanes = Lanes<float>::count;
-  HalfProduct p = whole;
+  Bf16Product p = whole;
   while (columns > 0) {
     const int64_t width = columns > lanes ? 2 * lanes : lanes;
     p.columns = columns < width ? columns : 0;
@@ -170,15 +170,15 @@ inline void half_columns(const HalfProduct& whole, int64_t rows, int64_t columns
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
 // `columns` of C; B has them up to the next full vector.
-inline void multiply(const HalfProduct& whole, int64_t rows, int64_t columns) {
+inline void multiply(const Bf16Product& whole, int64_t rows, int64_t columns) {
 #if defined(__AMX_BF16__)
   // Below, a tile would be mostly padding: the gradient of a weight over few rows.
   if (whole.k >= tile_k) return multiply_tiles(whole, rows, columns);
 #endif
-  for (int64_t k = 0; k < whole.k; k += half_chain) {
-    HalfProduct p = whole;
-    const bool last = k + half_chain >= whole.k;
-    p.k = last ? whole.k - k : half_chain;
+  for (int64_t k = 0; k < whole.k; k += bf16_k_block) {
+    Bf16Product p = whole;
+    const bool last = k + bf16_k_block >= whole.k;
+    p.k = last ? whole.k - k : bf16_k_block;
     p.a += k;
     p.b += k / 2 * p.ldb;
     p.add = whole.add || k > 0;
