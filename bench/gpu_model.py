@@ -94,16 +94,16 @@ def fill(programs: int, sms: int) -> float:
     return programs / (sms * ceil(programs / sms))
 
 
-def walls(one: Launched, gpu: Gpu, dtype: torch.dtype) -> dict[str, float]:
+def walls(launched: Launched, gpu: Gpu, dtype: torch.dtype) -> dict[str, float]:
     """Seconds of a launch by what could bound it."""
-    filled = fill(one.programs, gpu.sms)
-    reached = REACHED * (1.0 if one.rows >= WIDE else gpu.narrow)
+    filled = fill(launched.programs, gpu.sms)
+    reached = REACHED * (1.0 if launched.rows >= WIDE else gpu.narrow)
     return {
-        "products": one.products / (gpu.peak(dtype) * reached * filled),
-        "mixes": one.mixes / (gpu.fma * filled),
-        "HBM": one.once / gpu.hbm,
-        "L2": one.moved / gpu.l2,
-        "intake": one.moved / (gpu.sms * INTAKE * filled),
+        "products": launched.products / (gpu.peak(dtype) * reached * filled),
+        "mixes": launched.mixes / (gpu.fma * filled),
+        "HBM": launched.once / gpu.hbm,
+        "L2": launched.moved / gpu.l2,
+        "intake": launched.moved / (gpu.sms * INTAKE * filled),
     }
 
 
@@ -124,8 +124,8 @@ class Time(NamedTuple):
 def time_of(launches: list[Launched], gpu: Gpu, dtype: torch.dtype, launch: float) -> Time:
     """Add up a network's launches, of `launch` seconds each besides their work."""
     by: Counter[str] = Counter(launches=launch * len(launches))
-    for one in launches:
-        wall, seconds = max(walls(one, gpu, dtype).items(), key=lambda item: item[1])
+    for launched in launches:
+        wall, seconds = max(walls(launched, gpu, dtype).items(), key=lambda item: item[1])
         by[wall] += seconds
     return Time(by)
 
@@ -197,8 +197,8 @@ def crossing(layer: str, mode: str, gpu: Gpu, dtype: torch.dtype, launch: float)
 
 def cell(stream: Time, graph: Time) -> str:
     """Microseconds in a stream / in a CUDA graph, and the highest wall of the former."""
-    one, other = (f"{time.seconds / MICRO:.{0 if time.seconds >= 100 * MICRO else 1}f}" for time in (stream, graph))
-    return f"{one} / {other} {stream.nearest}"
+    streamed, graphed = (f"{time.seconds / MICRO:.{0 if time.seconds >= 100 * MICRO else 1}f}" for time in (stream, graph))
+    return f"{streamed} / {graphed} {stream.nearest}"
 
 
 def times_table(layer: str, mode: str, dtype: torch.dtype) -> list[str]:
@@ -217,12 +217,12 @@ def launch_table(layer: str, rows: int, gpu: str, dtype: torch.dtype) -> list[st
     """What each launch of the form with one a level does, and its walls on one GPU in microseconds."""
     table = [["", "programs", "fill", "GFLOP", "MB once", "MB moved", *walls(Launched("", 1, 1, 0, 0, 0, 0), GPUS[gpu], dtype)]]
     for mode in MODES:
-        for one in launches_of(layer, mode, rows, LEVELS, dtype):
-            seconds = walls(one, GPUS[gpu], dtype)
+        for launched in launches_of(layer, mode, rows, LEVELS, dtype):
+            seconds = walls(launched, GPUS[gpu], dtype)
             high = max(seconds, key=seconds.get)
             cells = [f"**{value / MICRO:.1f}**" if wall == high else f"{value / MICRO:.1f}" for wall, value in seconds.items()]
-            counts = [f"{one.products / GIGA:.2f}", f"{one.once / MEGA:.1f}", f"{one.moved / MEGA:.1f}"]
-            table.append([f"{mode}: {one.name}", str(one.programs), f"{fill(one.programs, GPUS[gpu].sms):.2f}", *counts, *cells])
+            counts = [f"{launched.products / GIGA:.2f}", f"{launched.once / MEGA:.1f}", f"{launched.moved / MEGA:.1f}"]
+            table.append([f"{mode}: {launched.name}", str(launched.programs), f"{fill(launched.programs, GPUS[gpu].sms):.2f}", *counts, *cells])
     return rows_of(table)
 
 

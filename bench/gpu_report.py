@@ -106,7 +106,7 @@ def tuning(results: dict[str, dict]) -> list[str]:
     """Part f."""
     rows = []
     for key, found in results.items():
-        tried = sum(len(one["milliseconds"]) for one in found["chosen"].values())
+        tried = sum(len(chosen["milliseconds"]) for chosen in found["chosen"].values())
         rows.append([key, *(number(found[name]) for name in ("shipped_ms", "tuned_ms", "tuning_seconds")), str(tried)])
     return table(["", "shipped, ms", "tuned, ms", "tuning, s", "tiles tried"], rows)
 

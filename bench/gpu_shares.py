@@ -56,7 +56,7 @@ def share(cell: Cell, backend: str) -> dict:
     seconds = medians({"ours": timed})["ours"]["device_ms"] * 1e-3
     form = LEVELS if cell.rows > WHOLE_ROWS else WHOLE
     launches = launches_of(cell.layer, cell.mode, cell.rows, form, getattr(torch, cell.dtype))
-    once, products = sum(one.once for one in launches), sum(one.products for one in launches)
+    once, products = sum(launched.once for launched in launches), sum(launched.products for launched in launches)
     return {
         "cell": cell._asdict(),
         "backend": backend,

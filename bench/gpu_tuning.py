@@ -44,7 +44,7 @@ def tune(cell: Cell) -> dict:
             seconds = time.perf_counter() - began
             tuned = medians({"ours": call})["ours"]["device_ms"]
         files = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("tiles-*.json"))]
-    chosen = {one["key"]["work"]: {"tiles": one["tiles"], "milliseconds": one["milliseconds"]} for one in files}
+    chosen = {chosen["key"]["work"]: {"tiles": chosen["tiles"], "milliseconds": chosen["milliseconds"]} for chosen in files}
     return {"cell": cell._asdict(), "shipped_ms": shipped, "tuned_ms": tuned, "tuning_seconds": seconds, "chosen": chosen}
 
 

@@ -45,10 +45,10 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *d: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted = [one for one in d if one is not None]
+        wanted = [gradient for gradient in d if gradient is not None]
         # Through itself: gradients that are to be differentiated again are.
         found = iter(_Cast.apply(ctx.dtype, *wanted) if wanted else ())
-        return None, *(None if one is None else next(found) for one in d)
+        return None, *(None if gradient is None else next(found) for gradient in d)
 
 
 @functools.lru_cache(maxsize=256)

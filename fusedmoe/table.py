@@ -39,9 +39,9 @@ def require_integer(value: Any, where: str, least: int = 0, most: int = MOST_ELE
     return value
 
 
-def _tuple(value: object, of: type, where: str) -> None:
-    if not isinstance(value, tuple) or not all(isinstance(item, of) for item in value):
-        raise ValueError(f"{where}: expected a tuple of {of.__name__}, got {value!r}")
+def _tuple(value: object, kind: type, where: str) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(item, kind) for item in value):
+        raise ValueError(f"{where}: expected a tuple of {kind.__name__}, got {value!r}")
 
 
 def require_indices(value: object, count: int, where: str, what: str, least: int = 0) -> None:
@@ -56,9 +56,9 @@ def require_indices(value: object, count: int, where: str, what: str, least: int
         raise ValueError(f"{where}: expected {form}, got {value!r}")
 
 
-def _instance(value: object, of: type, where: str) -> None:
-    if not isinstance(value, of):
-        raise ValueError(f"{where}: expected a {of.__name__}, got {value!r}")
+def _instance(value: object, kind: type, where: str) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"{where}: expected a {kind.__name__}, got {value!r}")
 
 
 @dataclass(frozen=True)

@@ -69,13 +69,13 @@ def _uploaded(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
     return persistent(device, lambda: torch.tensor(numbers, dtype=torch.int64, device=device))
 
 
-def _remember(tables: OrderedDict[Key, Made], key: Key, one: Made) -> Made:
+def _remember(tables: OrderedDict[Key, Made], key: Key, made: Made) -> Made:
     """Keep one of the last TABLES that were asked for."""
     tables.pop(key, None)
     while len(tables) >= TABLES:
         tables.popitem(last=False)
-    tables[key] = one
-    return one
+    tables[key] = made
+    return made
 
 
 def addresses(params: Sequence[Tensor], device: torch.device) -> tuple[Tensor, bool]:

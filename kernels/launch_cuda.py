@@ -42,7 +42,7 @@ def _tiles(bound: Bound, **values: int):
 def _filled(bound: Bound, name: str, launches: Sequence[Launch], **values: object) -> int:
     """Fill in the extension's record of what a call is bound to, keep it, and return its address, which the operators take."""
     found = _extension().Bound()
-    steps = [_step(place=one.place, programs=one.programs, stores=bound.stores(one)) for one in launches]
+    steps = [_step(place=launch.place, programs=launch.programs, stores=bound.stores(launch)) for launch in launches]
     for field, value in {**common(bound), "steps": steps, **values}.items():
         setattr(found, field, value)
     bound.made["record"], bound.made[name] = found, found.address

@@ -180,8 +180,8 @@ def _forward_steps(bound: Forward, align: int, mixing: bool) -> list[Step]:
     if key not in bound.made:
         more = {"UNITS": bound.plan.units, "WEIGHTS": mixing, "HIDDEN": bound.program.hidden, "COPIES": bound.program.copies, "RESIDENT": bound.tiles.resident}
         more = {**_shared(bound, align), **more, "AHEAD": _ahead(bound)}
-        steps = [({**more, "STORE": store(bound.program, one.segments, align)}, one) for one in bound.plan.launches]
-        bound.made[key] = [Step("forward", one.place, one.programs, fixed) for fixed, one in steps]
+        steps = [({**more, "STORE": store(bound.program, launch.segments, align)}, launch) for launch in bound.plan.launches]
+        bound.made[key] = [Step("forward", launch.place, launch.programs, fixed) for fixed, launch in steps]
     return bound.made[key]
 
 
@@ -256,8 +256,8 @@ def _backward_steps(bound: Backward, align: int, given: bool, chunk: int) -> _Ba
     key = align, given, chunk
     if key not in bound.made:
         shared, plan = {**_shared(bound, align), "WEIGHTS": given}, bound.plan
-        steps = [({**shared, "STORE": store(bound.program, one.segments, align)}, one) for one in plan.launches]
-        rows = [Step("backward_rows", one.place, one.programs, fixed) for fixed, one in steps]
+        steps = [({**shared, "STORE": store(bound.program, launch.segments, align)}, launch) for launch in plan.launches]
+        rows = [Step("backward_rows", launch.place, launch.programs, fixed) for fixed, launch in steps]
         of_parameters = {**shared, "CHUNK": chunk, "BLOCK_N": bound.tiles.outputs}
         for name in ("READS", "ACTS", "BLOCK_B"):
             del of_parameters[name]

@@ -109,7 +109,7 @@ def candidates(program: Program, dtype: torch.dtype, rows: int, arch: str, backw
     shipped, other = (tiles.choose(program, dtype, count, arch) for count in (rows, tiles.WHOLE_ROWS + (rows <= tiles.WHOLE_ROWS)))
     # What a CUDA graph may like best: few rows, and columns spread over many programs.
     small = tiles.choose(program, dtype, 1, arch)._replace(whole=False)
-    found = [one.backward if backward else one for one in (shipped, other, small)]
+    found = [candidate.backward if backward else candidate for candidate in (shipped, other, small)]
     for name, (least, most) in LIMITS.items():
         size = getattr(found[0], name)
         sizes = (size - 1, size + 1) if name in ONE_BY_ONE else (size // 2, size * 2)
@@ -166,11 +166,11 @@ def _chosen(key: Key, program: Program, x: Tensor, run: Callable[[Tiles], object
 def _timed(key: Key, several: tuple[Tiles, ...], run: Callable[[Tiles], object]) -> Tiles:
     """Time the candidates and keep the fastest, the shipped one in front; those that do not fit the device are left out."""
     times: dict[Tiles, float] = {}
-    for one in several:
+    for candidate in several:
         try:
-            times[one] = milliseconds(functools.partial(run, one))
+            times[candidate] = milliseconds(functools.partial(run, candidate))
         except UNFIT:
-            if one == several[0]:
+            if candidate == several[0]:
                 raise
     best = min(times, key=times.__getitem__)
     _write(key, best, times)
@@ -213,9 +213,8 @@ def _read(key: Key, several: tuple[Tiles, ...]) -> Tiles | None:
 def _write(key: Key, best: Tiles, times: dict[Tiles, float]) -> None:
     """Keep a choice for other processes, with all times for whoever wants to look; warn where that cannot be."""
     path = _path(key)
-    text = json.dumps(
-        {"key": key._asdict(), "tiles": best._asdict(), "milliseconds": [{**one._asdict(), "milliseconds": time} for one, time in times.items()]}, indent=1
-    )
+    tried = [{**candidate._asdict(), "milliseconds": time} for candidate, time in times.items()]
+    text = json.dumps({"key": key._asdict(), "tiles": best._asdict(), "milliseconds": tried}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as part:
