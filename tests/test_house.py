@@ -17,6 +17,7 @@ FLOORS = {
     "fusedmoe.activation": 0,
     "fusedmoe.dtype": 0,
     "fusedmoe.tracing": 0,
+    "fusedmoe.validation": 0,
     "fusedmoe.casting": 1,
     "fusedmoe.storage": 0,
     "fusedmoe._C": 0,
