@@ -84,7 +84,7 @@ def _obstacle(finding: Finding) -> str | None:
     """Return why a layer cannot be frozen, or None."""
     if finding.binding is None:
         return "it is not fused; fusedmoe.fuse(model) before"
-    for key, parameter in zip(finding.binding.keys, finding.binding.tensors(), strict=True):
+    for key, parameter in zip(finding.binding.parameters.keys, finding.binding.tensors(), strict=True):
         if type(parameter) not in (nn.Parameter, Tensor):
             return f"{key}: expected an ordinary parameter, got {type(parameter).__name__}"
         if parameter.is_inference():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from fusedmoe.adapters import FusedForward, Match, Unfusable, installed, on_instance, recognise, register_adapter, runs_the_class
+from fusedmoe.adapters import FusedForward, Recognised, Unfusable, installed, on_instance, recognise, register_adapter, runs_the_class
 from fusedmoe.backends import candidates, choose, require
 from fusedmoe.kernels.launchers import LAUNCHERS
 from fusedmoe.nn.binding import Binding
@@ -70,12 +70,12 @@ class FuseReport:
 
 @dataclass(frozen=True)
 class Finding:
-    """A module that somebody recognised, or came near to. One of `binding` (fused), `match` (fusable) and `entry.reason` (declined) says which."""
+    """A module that somebody recognised, or came near to. One of `binding` (fused), `fusable` and `entry.reason` (declined) says which."""
 
     entry: Entry
     module: nn.Module
     binding: Binding | None = None
-    match: Match | None = None
+    fusable: Recognised | None = None
 
     @property
     def frozen(self) -> bool:
@@ -109,7 +109,7 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
             if runs_the_class(module) or forward.binding.change():
                 _take_out(module, forward)
         findings = [_with_choice(finding, backend) for finding in walk(model, "", set())]
-        planned = [(finding.module, _forward(finding.module, finding.match, backend, recompute)) for finding in findings if finding.match]
+        planned = [(finding.module, _forward(finding.module, finding.fusable, backend, recompute)) for finding in findings if finding.fusable]
     except BaseException:
         for module, own, forward, retired in before:
             module.__dict__["forward"] = own
@@ -118,7 +118,7 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
     for module, forward in planned:
         module.__dict__["forward"] = forward
     return FuseReport(
-        tuple(finding.entry for finding in findings if finding.match),
+        tuple(finding.entry for finding in findings if finding.fusable),
         tuple(finding.entry for finding in findings if finding.entry.reason),
         tuple(finding.entry for finding in findings if finding.binding and not finding.entry.reason),
     )
@@ -147,7 +147,8 @@ def describe(model: nn.Module) -> str:
     require_module(model, "describe")
     texts = []
     for finding in walk(model, "", set()):
-        table = finding.binding.table if finding.binding else finding.match.wiring.table if finding.match else None
+        binding = finding.binding or (finding.fusable.binding if finding.fusable else None)
+        table = binding.table if binding else None
         lines = [*describe_table(table).splitlines(), *_launches(finding, table)] if table else []
         state = ", frozen" if finding.frozen and not finding.entry.reason else ""
         texts.append("\n".join([str(_with_choice(finding, finding.entry.backend).entry) + state, *(f"  {line}" for line in lines)]))
@@ -175,9 +176,9 @@ def _launches(finding: Finding, table: Table) -> list[str]:
 def _with_choice(finding: Finding, backend: str) -> Finding:
     """Say in the entry which backend runs the module: the one that it has, or `backend` for one that is to be fused."""
     entry = finding.entry
-    if entry.reason or not (finding.match or finding.binding):
+    if entry.reason or not (finding.fusable or finding.binding):
         return finding
-    name = backend if finding.match else entry.backend
+    name = backend if finding.fusable else entry.backend
     if name != "auto":
         return replace(finding, entry=replace(entry, backend=name))
     parameter = next(finding.module.parameters())
@@ -189,14 +190,14 @@ def _with_choice(finding: Finding, backend: str) -> Finding:
     if finding.binding:
         return replace(finding, entry=replace(entry, backend=f"auto (reference: {faster})"))
     reason = f'only the reference could run it, slower than the layer itself ({faster}); backend="reference" asks for that'
-    return replace(finding, entry=replace(entry, reason=reason), match=None)
+    return replace(finding, entry=replace(entry, reason=reason), fusable=None)
 
 
-def _forward(module: nn.Module, match: Match, backend: str, recompute: bool) -> FusedForward:
+def _forward(module: nn.Module, found: Recognised, backend: str, recompute: bool) -> FusedForward:
     """Return the forward for a module. Raises: RuntimeError if the backend asked for cannot serve its parameters."""
     parameter = next(module.parameters())
     choose(backend, parameter.device, parameter.dtype)
-    return FusedForward(module, match, backend, recompute)
+    return FusedForward(found, backend, recompute)
 
 
 def walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[Finding]:
@@ -207,7 +208,7 @@ def walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[Finding]:
     finding = _find(module, path)
     if finding:
         yield finding
-        if finding.binding or finding.match or _wrapper(module):
+        if finding.binding or finding.fusable or _wrapper(module):
             return
     for name, child in module._modules.items():
         if child is not None:
@@ -227,10 +228,10 @@ def _find(module: nn.Module, path: str) -> Finding | None:
             change = binding.change()
             reason = f"was changed inside after it was fused. {change}" if change else ""
             return Finding(replace(entry, family=family, backend=backend, reason=reason), module, binding)
-        match = recognise(module)
+        found = recognise(module)
     except Unfusable as error:
         return Finding(replace(entry, reason=str(error)), module)
-    return Finding(replace(entry, family=match.family, backend="none (not fused)"), module, match=match) if match else None
+    return Finding(replace(entry, family=found.match.family, backend="none (not fused)"), module, fusable=found) if found else None
 
 
 def _fused(module: nn.Module) -> tuple[str, str, Binding] | None:

@@ -10,9 +10,10 @@ from torch import nn
 from fusedmoe.adapters import adatt_library
 from fusedmoe.adapters.conditions import require_fusable
 from fusedmoe.adapters.extent import require_small
-from fusedmoe.adapters.forward import FusedForward, Match, installed, on_instance, one_per_task, runs_the_class, whole
+from fusedmoe.adapters.forward import CURE, FusedForward, Match, Recognised, input_name, installed, on_instance, one_per_task, runs_the_class, whole
 from fusedmoe.adapters.probe import require_agreement
 from fusedmoe.nn.binding import Binding
+from fusedmoe.nn.parameters import Parameters
 from fusedmoe.nn.wiring import Unfusable, Wiring
 
 Adapter = Callable[[nn.Module], Wiring | Match | None]
@@ -63,8 +64,8 @@ def register_adapter(function: Adapter) -> Callable[[], None]:
     return unregister
 
 
-def recognise(module: nn.Module) -> Match | None:
-    """Return what `module` computes, probed; None if no adapter knows it.
+def recognise(module: nn.Module) -> Recognised | None:
+    """Return what `module` computes, probed, and its parameters bound to the table; None if no adapter knows it.
 
     Raises: Unfusable, with the reason, if an adapter knows it but it cannot be fused exactly. RuntimeError, naming both, if an
         adapter raises anything else on the module; TypeError if it returns something else.
@@ -74,41 +75,39 @@ def recognise(module: nn.Module) -> Match | None:
         if found is not None:
             match = found if isinstance(found, Match) else Match(_name(adapter), found, 2 if found.table.slots == 1 else 3)
             require_fusable(module)
-            _require_exact(module, match)
-            return match
+            return _probed(module, match)
     return _recognise_library(module)
 
 
-def _recognise_library(module: nn.Module) -> Match | None:
+def _recognise_library(module: nn.Module) -> Recognised | None:
     """Try each layer of the public library whose marks the module has."""
     layers = adatt_library.candidates(module)
     if not layers:
         adatt_library.require_no_experts(module)
         return None
     require_fusable(module)
-    found = []
-    reasons = []
+    unlike: list[str] = []
+    differing: list[str] = []
     for layer in layers:
+        reasons = unlike
         try:
-            found.append(adatt_library.match(module, layer))
+            match = adatt_library.match(module, layer)
+            reasons = differing
+            return _probed(module, match)
         except Unfusable as error:
             reasons.append(f"{layer.family}: {error}")
     # What came as far as the probe says more than what failed before.
-    reasons = [] if found else reasons
-    for match in found:
-        try:
-            _require_exact(module, match)
-            return match
-        except Unfusable as error:
-            reasons.append(f"{match.family}: {error}")
-    raise Unfusable("; ".join(reasons))
+    raise Unfusable("; ".join(differing or unlike))
 
 
-def _require_exact(module: nn.Module, match: Match) -> None:
+def _probed(module: nn.Module, match: Match) -> Recognised:
+    """Bind the module to a match that computes what it does. Raises: Unfusable if it does not."""
     # Before anything is copied; then shapes: their messages are clearer than the probe's.
     require_small(module, match.wiring.keys)
-    Binding(module, match.wiring)
+    parameters = Parameters(module, match.wiring)
+    argument = input_name(module)
     require_agreement(module, match)
+    return Recognised(match, argument, Binding(module, match.wiring.table, parameters, CURE))
 
 
 def _ask(adapter: Adapter, module: nn.Module) -> Wiring | Match | None:

@@ -38,8 +38,8 @@ LAYERS = (
     Layer("ml_mmoe", ROOT_GATED, wiring.ml_mmoe, 2),
     Layer("cross_stitch", frozenset({"experts", "stitchs"}), wiring.cross_stitch, 3),
     Layer("shared_bottom", frozenset({"bottom_projection"}), wiring.shared_bottom, 2),
-    Layer("single_task", BOTTOMS, wiring.single_task, 2),
     Layer("asymmetric_sharing", BOTTOMS, wiring.asymmetric_sharing, 2),
+    Layer("single_task", BOTTOMS, wiring.single_task, 2),
     Layer("customized_sharing", BOTTOMS, wiring.customized_sharing, 2),
 )
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from fusedmoe import dtype as dtypes
 from fusedmoe.adapters.forward import around, runs_the_class
-from fusedmoe.nn.binding import obstacles
+from fusedmoe.nn.binding import require_plain
 from fusedmoe.nn.wiring import Unfusable
 
 
@@ -18,12 +18,10 @@ def require_fusable(module: nn.Module) -> None:
     outer = around(module)
     if outer:
         raise Unfusable(f"it lies inside a {outer.name} that is fused; fusedmoe.unfuse(model) before")
-    reason = next(obstacles(module), None)
-    if reason:
-        raise Unfusable(reason)
+    require_plain(module)
     first = None
     for name, parameter in module.named_parameters():
-        _require_plain(name, parameter)
+        _require_ordinary(name, parameter)
         kind = (parameter.dtype, parameter.device)
         first = first or (name, *kind)
         if kind != first[1:]:
@@ -32,7 +30,7 @@ def require_fusable(module: nn.Module) -> None:
         raise Unfusable("it has no parameters")
 
 
-def _require_plain(name: str, parameter: torch.Tensor) -> None:
+def _require_ordinary(name: str, parameter: torch.Tensor) -> None:
     if type(parameter) not in (nn.Parameter, torch.Tensor):
         raise Unfusable(f"{name}: expected an ordinary parameter, got {type(parameter).__name__}")
     if parameter.device.type == "meta":

@@ -48,29 +48,34 @@ class Match(NamedTuple):
     returns: Callable[[Tensor], object] = whole
 
 
+class Recognised(NamedTuple):
+    """A match that was probed, the name of the one input of the module's forward, and the module's parameters bound to the table."""
+
+    match: Match
+    argument: str
+    binding: Binding
+
+
 class FusedForward:
     """Compute what the module's class computes, by one call of the operator over the module's own parameters.
 
     Args:
-        module: the module on which it is, or will be, set as the instance attribute `forward`. `nn.Module.__call__` finds it there,
-            so that hooks on the module stay around it. It does not keep the module alive.
-        match: what the module computes.
+        found: what the module computes. The module is the one on which this is, or will be, set as the instance attribute
+            `forward`. `nn.Module.__call__` finds it there, so that hooks on the module stay around it. It does not keep the module alive.
         backend, recompute: handed to the operator at every call.
-
-    Raises: Unfusable as `Binding` does, and if the forward of the module's class does not take exactly one input.
 
     Called with a module first, as a function of the class is, it computes for that module: what its class does, if it is another
     than the one it was made for (a copy, whose forward was bound by somebody who wrapped it).
     """
 
-    def __init__(self, module: nn.Module, match: Match, backend: str, recompute: bool = False):
-        self.family = match.family
+    def __init__(self, found: Recognised, backend: str, recompute: bool = False):
+        self.family = found.match.family
         self.backend = backend
         self.recompute = recompute
-        self.rank = match.rank
-        self.returns = match.returns
-        self.argument = _input_of(module)
-        self.binding = Binding(module, match.wiring, CURE)
+        self.rank = found.match.rank
+        self.returns = found.match.returns
+        self.argument = found.argument
+        self.binding = found.binding
         self.retired = False
         _LIVE.add(weakref.ref(self, _LIVE.discard))
 
@@ -160,8 +165,8 @@ def runs_the_class(module: nn.Module) -> bool:
     return on_instance(module) is not None and installed(module) is None
 
 
-def _input_of(module: nn.Module) -> str:
-    """Return the name of the one input of the forward of the module's class."""
+def input_name(module: nn.Module) -> str:
+    """Return the name of the one input of the forward of the module's class. Raises: Unfusable if it takes another number of them."""
     names = list(inspect.signature(type(module).forward).parameters.values())[1:]
     if len(names) != 1 or names[0].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
         raise Unfusable(f"its forward takes ({', '.join(map(str, names))}), expected one input")

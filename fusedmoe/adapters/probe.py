@@ -17,10 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedmoe.adapters.forward import FusedForward, Match
+from fusedmoe.adapters.forward import Match, one_per_task
 from fusedmoe.adapters.surroundings import put_back
 from fusedmoe.nn.binding import HOOKS
+from fusedmoe.nn.parameters import Parameters
 from fusedmoe.nn.wiring import Unfusable
+from fusedmoe.op import fusion_network
 
 # Of the rows of one batch: those of usual features, and some on which activations saturate or are nearly linear.
 ROW_SCALES = (1.0, 8.0, 0.125)
@@ -75,7 +77,7 @@ def _compare(module: nn.Module, match: Match, dtype: torch.dtype, allowed: float
 
     shape = (table.width,) if match.rank == 2 else (table.slots, table.width)
     inputs = [case._replace(x=case.x.to(device, dtype)) for case in _inputs(draw, shape, dtype)]
-    fused = FusedForward(clone, match, "reference")
+    fused = _fused(clone, match)
     for training in (True, False):
         clone.train(training)
         for case in inputs:
@@ -83,6 +85,18 @@ def _compare(module: nn.Module, match: Match, dtype: torch.dtype, allowed: float
             if worst > allowed:
                 where = f"in {'train' if training else 'eval'} mode, on {case.name}"
                 raise Unfusable(f"{where}, its forward computes something else: {name} differs by {worst:.1e} of its norm, allowed {allowed:.1e}")
+
+
+def _fused(module: nn.Module, match: Match) -> Callable[[Tensor], object]:
+    """Return what the wiring says that the module computes, as a function of its input."""
+    parameters = Parameters(module, match.wiring)
+    apart = match.returns is one_per_task
+
+    def forward(x: Tensor) -> object:
+        out = fusion_network(x, parameters.tensors(), match.wiring.table, "reference", tasks_apart=apart)
+        return out if apart else match.returns(out)
+
+    return forward
 
 
 def _inputs(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[_Input]:
@@ -103,7 +117,9 @@ def _inputs(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...], d
         yield _Input(f"a row with {value}", x)
 
 
-def _difference(module: nn.Module, fused: FusedForward, case: _Input, draw: Callable[[tuple[int, ...]], Tensor], allowed: float) -> tuple[float, str]:
+def _difference(
+    module: nn.Module, fused: Callable[[Tensor], object], case: _Input, draw: Callable[[tuple[int, ...]], Tensor], allowed: float
+) -> tuple[float, str]:
     """Run both forwards on one input. Return the largest relative difference in norm, and the name of the value that has it."""
     x = case.x.clone().requires_grad_(case.gradients)
     with torch.set_grad_enabled(case.gradients):

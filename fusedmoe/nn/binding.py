@@ -21,7 +21,8 @@ from torch.nn.utils import parametrize
 
 from fusedmoe.backends import EXTENSION as WATCH
 from fusedmoe.nn.frozen import Frozen, require_serving
-from fusedmoe.nn.wiring import Unfusable, Wiring
+from fusedmoe.nn.parameters import Parameters
+from fusedmoe.nn.wiring import Unfusable
 from fusedmoe.op import fusion_network
 from fusedmoe.outputs import per_task
 from fusedmoe.table import Table
@@ -51,14 +52,13 @@ class _Setting(NamedTuple):
 
 
 class Binding:
-    """The parameters of `module` in the operator's order, and the structure for which `wiring` holds.
+    """The parameters of `module`, and the structure for which its table holds.
 
     Args:
-        module: the layer; its `state_dict` keys are read, nothing is written to it.
-        wiring: the table and, in the order of `table.parameters`, the keys.
+        module: the layer, for which `require_plain` did not raise; nothing is written to it.
+        table: what it computes.
+        parameters: where its parameters are.
         cure: what a message about a later change inside the module tells the user to do.
-
-    Raises: Unfusable if something inside the module already stands between it and its table, or a parameter has another shape.
 
     It holds references to what is in the module, never copies of tensors: parameters replaced or changed in place are seen at the
     next call. To the module itself it holds a weak one, so that it may be stored there and `del module` frees both at once;
@@ -66,16 +66,11 @@ class Binding:
     looked for: that is so for any compiled module.
     """
 
-    def __init__(self, module: nn.Module, wiring: Wiring, cure: str = CURE):
+    def __init__(self, module: nn.Module, table: Table, parameters: Parameters, cure: str = CURE):
         self._module = weakref.ref(module)
         self.cure = cure
-        self.table: Table = wiring.table
-        self.keys = tuple(wiring.keys)
-        reason = next(obstacles(module), None)
-        if reason:
-            raise Unfusable(reason)
-        self._places = [_place(module, key) for key in self.keys]
-        self._check_shapes()
+        self.table = table
+        self.parameters = parameters
         self._class = type(module)
         self._tables = {name: value for name, value in vars(module).items() if name in OWN}
         places = list(module.named_modules())
@@ -121,7 +116,7 @@ class Binding:
         Raises: RuntimeError if one of them is no longer a parameter of its submodule.
         """
         try:
-            return [parameters[leaf] for parameters, leaf in self._places]
+            return self.parameters.tensors()
         except KeyError:
             raise RuntimeError(self._changed(self.change())) from None
 
@@ -153,8 +148,7 @@ class Binding:
         for setting, bound in self._tensors:
             if not _holds(self._value(setting), bound):
                 return f"{_join(setting.path, setting.name)}: expected the values of the tensor it was fused with, got others"
-        missing = [key for key, (parameters, leaf) in zip(self.keys, self._places, strict=True) if not isinstance(parameters.get(leaf), Tensor)]
-        return _missing(missing[0]) if missing else None
+        return self.parameters.changed(self.module)
 
     def run(self, x: Tensor, backend: str = "auto", return_mixing_weights: bool = False, recompute: bool = False, tasks_apart: bool = False):
         """Return `fusion_network` over the module's parameters.
@@ -190,7 +184,7 @@ class Binding:
 
     def freeze(self, backend: str) -> None:
         """Pack the module's parameters for serving with `backend`, or anew. Raises: RuntimeError as `fusedmoe.packed.pack`."""
-        frozen = Frozen(self._places, self.table, backend)
+        frozen = Frozen(self.parameters.places, self.table, backend)
         with _FREEZING:
             self.frozen = frozen
 
@@ -209,7 +203,7 @@ class Binding:
         if change := self.change():
             raise RuntimeError(self._changed(change))
         if thawed:
-            what = frozen.changed(self.keys, self.tensors()) if backend == frozen.backend else "its backend"
+            what = frozen.changed(self.parameters.keys, self.tensors()) if backend == frozen.backend else "its backend"
             warnings.warn(f"{type(self.module).__name__} is no longer frozen: {what} was changed; fusedmoe.freeze(model) packs it again", stacklevel=4)
         return None
 
@@ -277,32 +271,15 @@ class Binding:
     def _changed(self, change: str) -> str:
         return f"{type(self.module).__name__} was changed inside after it was fused. {change}. Cure: {self.cure}"
 
-    def _check_shapes(self) -> None:
-        if len(self.keys) != len(self.table.parameters):
-            raise Unfusable(f"its table has {len(self.table.parameters)} parameters, but {len(self.keys)} keys were given")
-        for key, parameter, (parameters, leaf) in zip(self.keys, self.table.parameters, self._places, strict=True):
-            if tuple(parameters[leaf].shape) != parameter.shape:
-                raise Unfusable(f"{key}: expected shape {list(parameter.shape)}, got {list(parameters[leaf].shape)}")
-
-
-def _missing(key: str) -> str:
-    return f"{key}: expected a parameter, got none (parametrized, pruned or deleted?)"
-
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _place(module: nn.Module, key: str) -> tuple[dict, str]:
-    """Return the `_parameters` dict that holds `key`, and its name there."""
-    path, _, leaf = key.rpartition(".")
-    try:
-        parameters = module.get_submodule(path)._parameters
-    except AttributeError:
-        raise Unfusable(f"{key}: expected a parameter, got no submodule {path!r}") from None
-    if not isinstance(parameters.get(leaf), Tensor):
-        raise Unfusable(f"{key}: expected a parameter, got {'None' if leaf in parameters else 'no such name'}")
-    return parameters, leaf
+def require_plain(module: nn.Module) -> None:
+    """Raise Unfusable, naming the place, if something inside `module` stands between its forward and its parameters."""
+    for obstacle in obstacles(module):
+        raise Unfusable(obstacle)
 
 
 def obstacles(module: nn.Module) -> Iterator[str]:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fusedmoe.backends import require
-from fusedmoe.nn.binding import Binding
+from fusedmoe.nn.binding import Binding, require_plain
+from fusedmoe.nn.parameters import Parameters
 from fusedmoe.nn.wiring import Unfusable, Wiring
 
 
@@ -60,5 +61,7 @@ class Fused:
         module = cast(nn.Module, self)
         # A shallow copy comes with the binding of the original.
         if "_binding" not in self.__dict__ or not self._binding.binds(module):
-            self._binding = Binding(module, type(self).wiring(module))
+            wiring = type(self).wiring(module)
+            require_plain(module)
+            self._binding = Binding(module, wiring.table, Parameters(module, wiring))
         return self._binding
