@@ -106,7 +106,7 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
     before = [(module, module.__dict__["forward"], forward, forward.retired) for module, forward in _ours(model)]
     try:
         for module, _, forward, _ in before:
-            if runs_the_class(module) or forward.binding.change():
+            if runs_the_class(module) or forward.binding.changed():
                 _take_out(module, forward)
         findings = [_with_choice(finding, backend) for finding in walk(model, "", set())]
         planned = [(finding.module, _forward(finding.module, finding.fusable, backend, recompute)) for finding in findings if finding.fusable]
@@ -225,7 +225,7 @@ def _find(module: nn.Module, path: str) -> Finding | None:
         fused = _fused(module)
         if fused:
             family, backend, binding = fused
-            change = binding.change()
+            change = binding.changed()
             reason = f"was changed inside after it was fused. {change}" if change else ""
             return Finding(replace(entry, family=family, backend=backend, reason=reason), module, binding)
         found = recognise(module)

@@ -16,7 +16,7 @@ from .swap_cases import LAYERS, WIDTHS, D, T, central
 
 @pytest.fixture
 def counts(monkeypatch) -> dict[str, int]:
-    """How often a table was checked, a binding was made and `obstacles` was asked."""
+    """How often a table was checked, a binding was made and `interceptions` was asked."""
     found = {"tables": 0, "bindings": 0, "looks inside": 0}
 
     def count(owner: object, attribute: str, word: str) -> None:
@@ -30,7 +30,7 @@ def counts(monkeypatch) -> dict[str, int]:
 
     count(Table, "__post_init__", "tables")
     count(Binding, "__init__", "bindings")
-    count(binding, "obstacles", "looks inside")
+    count(binding, "interceptions", "looks inside")
     return found
 
 

@@ -10,7 +10,7 @@ from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 import torch
 from torch import Tensor, nn
 
-from fusedmoe.nn.binding import HOOKS
+from fusedmoe.nn.guards import HOOKS
 from fusedmoe.nn.wiring import Unfusable
 
 # A mask, a table of positions, a few lists of names. The probe looks at every object again after each of its calls.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fusedmoe.adapters.forward import Match, one_per_task
 from fusedmoe.adapters.surroundings import put_back
-from fusedmoe.nn.binding import HOOKS
+from fusedmoe.nn.guards import HOOKS
 from fusedmoe.nn.parameters import Parameters
 from fusedmoe.nn.wiring import Unfusable
 from fusedmoe.op import fusion_network
