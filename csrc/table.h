@@ -1,4 +1,4 @@
-// A network as data, as fusedmoe/table.py defines it: what `decode` reads is the word stream that fusedmoe/words.py writes.
+// A network as data, as fusedmoe/table.py defines it: what `decode` reads is the token stream that fusedmoe/encoding.py writes.
 #pragma once
 #include <cstdint>
 #include <optional>

@@ -18,8 +18,8 @@ from fusedmoe.adapters import FusedForward, Recognised, Unfusable, installed, on
 from fusedmoe.backends import candidates, choose, require
 from fusedmoe.kernels.launchers import LAUNCHERS
 from fusedmoe.nn.binding import Binding
+from fusedmoe.nn.describe import describe_table
 from fusedmoe.nn.fused import Fused
-from fusedmoe.nn.words import describe_table
 from fusedmoe.table import Table
 
 
@@ -165,7 +165,7 @@ def _launches(finding: Finding, table: Table) -> list[str]:
     if chosen not in LAUNCHERS:
         return []
     # Here, because it may import Triton.
-    from fusedmoe.kernels.words import describe_launches
+    from fusedmoe.kernels.describe import describe_launches
 
     try:
         return describe_launches(table, parameter.dtype, parameter.device, chosen).splitlines()

@@ -20,8 +20,8 @@ from functools import cached_property
 from typing import ParamSpec
 
 from fusedmoe.activation import RELU, Activation
+from fusedmoe.encoding import write
 from fusedmoe.validation import MOST_SLOTS, require_indices, require_instance, require_integer, require_tuple
-from fusedmoe.words import write
 
 SELECTORS = ("slot", "root", "expert")
 Arguments = ParamSpec("Arguments")
@@ -134,7 +134,7 @@ class Table(Draft):
         statics: the shapes of the learned static tensors, which units of any level may share.
         root: the input slot that selectors of kind "root" read.
 
-    `text` is the table as the operator takes it (`words.py`).
+    `text` is the table as the operator takes it (`encoding.py`).
 
     Raises: ValueError, naming the place, what was expected and what came, for a table that contradicts itself, or that has more than
         2^20 slots, units or experts in a level, or a width or static tensor beyond 2^40.
@@ -161,9 +161,9 @@ class Table(Draft):
         self._check_tasks(widths)
         # The operator's argument. Written here, once: at a call it would cost more than a small network, and
         # torch.compile could not trace it.
-        words: list[str] = []
-        write(self, Table, words)
-        object.__setattr__(self, "text", " ".join(words))
+        tokens: list[str] = []
+        write(self, Table, tokens)
+        object.__setattr__(self, "text", " ".join(tokens))
 
     def _check_level(self, level: Level, where: str, slots: tuple[int, ...]) -> tuple[int, ...]:
         """Check one level over slots of these widths; return the widths of its units."""

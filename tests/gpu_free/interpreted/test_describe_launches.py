@@ -9,7 +9,7 @@ from torch import nn
 
 from fusedmoe import nn as fused_nn
 from fusedmoe.kernels import tiles, trial
-from fusedmoe.kernels.words import describe_launches
+from fusedmoe.kernels.describe import describe_launches
 from fusedmoe.reference import layers
 from fusedmoe.swap import describe, fuse
 from fusedmoe.testing import build, every_feature
