@@ -26,4 +26,4 @@ fused(x).sum().backward()
 # Sums of a few dozen float32 products of size 1, in two orders.
 if not report.fused or difference > 64 * 2.0**-24 or any(p.grad is None for p in fused.parameters()):
     raise SystemExit(f"expected the reference layer's numbers and all gradients, got a difference of {difference} and\n{report}")
-print(f"fusedmoe {fusedmoe.__version__} works from {Path(fusedmoe.__file__).parent}; backends: {fusedmoe.backends()}")
+print(f"fusedmoe {fusedmoe.__version__} works from {Path(fusedmoe.__file__).parent}; backends: {fusedmoe.available_backends()}")

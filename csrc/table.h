@@ -77,7 +77,7 @@ struct Table {
   std::vector<int64_t> output;                                          // {T, width} with towers, {U, H} without
 };
 
-// Read a word stream; throws std::invalid_argument for text that `encode` did not write.
+// Read a token stream; throws std::invalid_argument for text that `encode` did not write.
 Table decode(const std::string& text);
 
 }  // namespace fusedmoe

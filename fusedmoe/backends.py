@@ -173,7 +173,7 @@ def candidates(device: torch.device) -> list[Backend]:
     return [row for row in BACKENDS if row.devices is None or device.type in row.devices]
 
 
-def backends() -> dict[str, str | None]:
+def available_backends() -> dict[str, str | None]:
     """Return every backend by name, in order of preference: None where it can run, otherwise the reason why it cannot."""
     return {row.name: row.unavailable() for row in BACKENDS}
 

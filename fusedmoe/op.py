@@ -39,7 +39,7 @@ def fusion_network(
         x: [B, S, D], or [B, D] where the table has one slot; any strides (an expanded x is read once).
         params: the tensors of `table.parameters`, in that order, of x's dtype and device.
         table: what reads what.
-        backend: "auto" (the first that can), or one of `fusedmoe.backends()`.
+        backend: "auto" (the first that can), or one of `fusedmoe.available_backends()`.
         return_mixing_weights: return the mixing weights too; they are differentiable.
         recompute: keep for backward only x, what each softmax gave and what each level handed on; experts, gates' hidden layers and
             towers run once more in backward. The results are the same bits. (The reference keeps its inputs alone, always.)

@@ -111,9 +111,9 @@ def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def dependent(text: str, tasks: tuple[bool, ...], levels: tuple[bool, ...]) -> tuple[bool, ...]:
+def dependent(table_text: str, tasks: tuple[bool, ...], levels: tuple[bool, ...]) -> tuple[bool, ...]:
     """Return `dependencies` of the table of this text, which is a key that hashes fast."""
-    return dependencies(codec.decode(text), tasks, levels)
+    return dependencies(codec.decode(table_text), tasks, levels)
 
 
 def dependencies(table: Table, tasks: tuple[bool, ...], levels: tuple[bool, ...]) -> tuple[bool, ...]:

@@ -239,7 +239,7 @@ def _fused(module: nn.Module) -> tuple[str, str, Binding] | None:
     forward = installed(module)
     if forward:
         return forward.family, forward.backend, forward.binding
-    return (type(module).wiring.__name__, module.backend, module.bind()) if isinstance(module, Fused) else None
+    return (type(module).make_wiring.__name__, module.backend, module.bind()) if isinstance(module, Fused) else None
 
 
 def _wrapper(module: nn.Module) -> str:
