@@ -1,7 +1,8 @@
 """Dataclasses as text, tokens between spaces: the fields in order, depth first, by their types.
 
-A tuple is its length and its items, an optional value is 0 or 1 and the value, booleans are 0 or 1, floats are written so that they
-come back exactly. `table.py` writes a table so, `codec.py` reads it, and so does `csrc/table.cpp`.
+A tuple is its length and its items, an optional value is 0 or 1 and the value, booleans are 0 or 1,
+floats are written so that they come back exactly. `table.py` writes a table so, `codec.py` reads
+it, and so does `csrc/table.cpp`.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def write(value: Any, kind: Any, tokens: list[str]) -> None:
 
 
 def read(kind: Any, tokens: Iterator[str]) -> Any:
-    """Return the value of type `kind` that the iterator `tokens` begins with. Raises: ValueError for tokens that are of no such value."""
+    """Return the value of type `kind` that the iterator `tokens` begins with.
+
+    Raises: ValueError for tokens that are of no such value.
+    """
     if inside_optional(kind) is not None:
         return read(inside_optional(kind), tokens) if _flag(tokens) else None
     if item_of(kind) is not None:

@@ -1,9 +1,10 @@
 """Swap the layers of a model for one call of the operator each: in place, per instance, reversible.
 
-`fuse` sets one attribute, `forward`, on the instance of a layer; `nn.Module.__call__` finds it before the method of the class.
-Class, module tree, parameters, buffers, hooks and `state_dict` stay what they were, and `unfuse` deletes the attribute. Where another
-library has set a forward of its own around that one since, a layer counts as fused all the same, and is left as it is; `unfuse`
-then has ours run the class's under it.
+`fuse` sets one attribute, `forward`, on the instance of a layer; `nn.Module.__call__` finds it
+before the method of the class. Class, module tree, parameters, buffers, hooks and `state_dict` stay
+what they were, and `unfuse` deletes the attribute. Where another library has set a forward of its
+own around that one since, a layer counts as fused all the same, and is left as it is; `unfuse` then
+has ours run the class's under it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from fusedmoe.adapters import FusedForward, Recognised, Unfusable, installed, on_instance, recognise, register_adapter, runs_the_class
+from fusedmoe.adapters import (
+    FusedForward,
+    Recognised,
+    Unfusable,
+    installed,
+    on_instance,
+    recognise,
+    register_adapter,
+    runs_the_class,
+)
 from fusedmoe.backends import candidates, choose, require
 from fusedmoe.kernels.launchers import LAUNCHERS
 from fusedmoe.nn.binding import Binding
@@ -25,7 +35,7 @@ from fusedmoe.table import Table
 
 @dataclass(frozen=True)
 class Entry:
-    """One module of a model: where it is, what it was found to be, and what runs it or why nothing does."""
+    """One module of a model: its place, its family, and the backend or why there is none."""
 
     path: str
     module: str
@@ -46,7 +56,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What `fuse` did: the layers it fused, those that were fused already, and what it left alone, with the reasons.
+    """What `fuse` did: the layers it fused, those that were fused already, and what it left alone,
+    with the reasons.
 
     True if anything was fused by this call.
     """
@@ -70,7 +81,10 @@ class FuseReport:
 
 @dataclass(frozen=True)
 class Finding:
-    """A module that somebody recognised, or came near to. One of `binding` (fused), `fusable` and `entry.reason` (declined) says which."""
+    """A module that somebody recognised, or came near to.
+
+    One of `binding` (fused), `fusable` and `entry.reason` (declined) says which.
+    """
 
     entry: Entry
     module: nn.Module
@@ -88,18 +102,22 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
     """Let every layer of `model` that is recognised run as one call of the operator, in place.
 
     Args:
-        model: any module; it may be a layer itself. Layers are found by their structure, outermost first, and each is probed
-            numerically on a copy before it is trusted. A layer whose inside was changed after it was fused is looked at anew.
-        backend: "auto" chooses at every call, and leaves a layer alone that only the reference could run, slower than the layer
-            itself; a name runs that backend or raises.
-        recompute: keep for backward only what levels hand on and what each softmax gave (docs/speed.md has the bytes), and run experts
-            and towers once more in backward. The results are the same bits. Layers that are fused already keep what they have:
-            `unfuse` them before.
+        model: any module; it may be a layer itself. Layers are found by their structure, outermost
+            first, and each is probed numerically on a copy before it is trusted. A layer whose
+            inside was changed after it was fused is looked at anew.
+        backend: "auto" chooses at every call, and leaves a layer alone that only the reference
+            could run, slower than the layer itself; a name runs that backend or raises.
+        recompute: keep for backward only what levels hand on and what each softmax gave
+            (docs/speed.md has the bytes), and run experts and towers once more in backward. The
+            results are the same bits. Layers that are fused already keep what they have: `unfuse`
+            them before.
 
-    Returns: the report. What could not be fused exactly runs as before, and stands in `declined` with the reason.
+    Returns: the report. What could not be fused exactly runs as before, and stands in `declined`
+    with the reason.
 
-    Raises: TypeError if `model` is no module, ValueError for an unknown backend, RuntimeError with the reason for one that cannot
-        run here, or not with the dtype and device of a layer. The model is then as it was.
+    Raises: TypeError if `model` is no module, ValueError for an unknown backend, RuntimeError with
+        the reason for one that cannot run here, or not with the dtype and device of a layer. The
+        model is then as it was.
     """
     require_module(model, "fuse")
     require(backend)
@@ -109,7 +127,8 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
             if runs_the_class(module) or forward.binding.changed():
                 _take_out(module, forward)
         findings = [_with_choice(finding, backend) for finding in walk(model, "", set())]
-        planned = [(finding.module, _forward(finding.module, finding.fusable, backend, recompute)) for finding in findings if finding.fusable]
+        fusable = [(finding.module, finding.fusable) for finding in findings if finding.fusable]
+        planned = [(module, _forward(module, recognised, backend, recompute)) for module, recognised in fusable]
     except BaseException:
         for module, own, forward, retired in before:
             module.__dict__["forward"] = own
@@ -125,9 +144,11 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every layer of `model` that `fuse` fused the forward of its class back; the model is bit for bit what it was.
+    """Give every layer of `model` that `fuse` fused the forward of its class back; the model is bit
+    for bit what it was.
 
-    Modules of `fusedmoe.nn` have no other forward and stay. A model without fused layers is left alone.
+    Modules of `fusedmoe.nn` have no other forward and stay. A model without fused layers is left
+    alone.
 
     Raises: TypeError if `model` is no module.
     """
@@ -138,9 +159,10 @@ def unfuse(model: nn.Module) -> None:
 
 
 def describe(model: nn.Module) -> str:
-    """Return the wiring of every layer found in `model`, fused or not: experts, slots, units, what they see, gates, static
-    weights, widths, parameters and FLOPs; and the backend of those that are fused, and whether they are frozen. Where that is triton or cuda, or
-    would be, what it launches, and whether its kernels have ever run on the device's architecture. The model is not changed.
+    """Return the wiring of every layer found in `model`, fused or not: experts, slots, units, what
+    they see, gates, static weights, widths, parameters and FLOPs; and the backend of those that are
+    fused, and whether they are frozen. Where that is triton or cuda, or would be, what it launches,
+    and whether its kernels have ever run on the device's architecture. The model is not changed.
 
     Raises: TypeError if `model` is no module.
     """
@@ -151,12 +173,16 @@ def describe(model: nn.Module) -> str:
         table = binding.table if binding else None
         lines = [*describe_table(table).splitlines(), *_launches(finding, table)] if table else []
         state = ", frozen" if finding.frozen and not finding.entry.reason else ""
-        texts.append("\n".join([str(_with_choice(finding, finding.entry.backend).entry) + state, *(f"  {line}" for line in lines)]))
-    return "\n".join(texts) if texts else "no layer of this model was recognised; fusedmoe.register_adapter can teach one"
+        entry = _with_choice(finding, finding.entry.backend).entry
+        texts.append("\n".join([f"{entry}{state}", *(f"  {line}" for line in lines)]))
+    nothing = "no layer of this model was recognised; fusedmoe.register_adapter can teach one"
+    return "\n".join(texts) or nothing
 
 
 def _launches(finding: Finding, table: Table) -> list[str]:
-    """What the kernels of a GPU backend launch for a module that they run, or would once it is fused."""
+    """What the kernels of a GPU backend launch for a module that they run, or would once it is
+    fused.
+    """
     parameter = next(finding.module.parameters())
     try:
         chosen = choose(finding.entry.backend if finding.binding else "auto", parameter.device, parameter.dtype)
@@ -174,7 +200,9 @@ def _launches(finding: Finding, table: Table) -> list[str]:
 
 
 def _with_choice(finding: Finding, backend: str) -> Finding:
-    """Say in the entry which backend runs the module: the one that it has, or `backend` for one that is to be fused."""
+    """Say in the entry which backend runs the module: the one that it has, or `backend` for one
+    that is to be fused.
+    """
     entry = finding.entry
     if entry.reason or not (finding.fusable or finding.binding):
         return finding
@@ -189,12 +217,16 @@ def _with_choice(finding: Finding, backend: str) -> Finding:
     faster = "; ".join(f"{row.name}: {row.declines(parameter.device, parameter.dtype)}" for row in rest)
     if finding.binding:
         return replace(finding, entry=replace(entry, backend=f"auto (reference: {faster})"))
-    reason = f'only the reference could run it, slower than the layer itself ({faster}); backend="reference" asks for that'
+    reason = f"only the reference could run it, slower than the layer itself ({faster})"
+    reason += '; backend="reference" asks for that'
     return replace(finding, entry=replace(entry, reason=reason), fusable=None)
 
 
 def _forward(module: nn.Module, found: Recognised, backend: str, recompute: bool) -> FusedForward:
-    """Return the forward for a module. Raises: RuntimeError if the backend asked for cannot serve its parameters."""
+    """Return the forward for a module.
+
+    Raises: RuntimeError if the backend asked for cannot serve its parameters.
+    """
     parameter = next(module.parameters())
     choose(backend, parameter.device, parameter.dtype)
     return FusedForward(found, backend, recompute)
@@ -231,11 +263,15 @@ def _find(module: nn.Module, path: str) -> Finding | None:
         found = recognise(module)
     except Unfusable as error:
         return Finding(replace(entry, reason=str(error)), module)
-    return Finding(replace(entry, family=found.match.family, backend="none (not fused)"), module, fusable=found) if found else None
+    if found is None:
+        return None
+    return Finding(replace(entry, family=found.match.family, backend="none (not fused)"), module, fusable=found)
 
 
 def _fused(module: nn.Module) -> tuple[str, str, Binding] | None:
-    """Return (family, backend, binding) of a module that `fuse` fused, or that is one of `fusedmoe.nn`."""
+    """Return (family, backend, binding) of a module that `fuse` fused, or that is one of
+    `fusedmoe.nn`.
+    """
     forward = installed(module)
     if forward:
         return forward.family, forward.backend, forward.binding
@@ -245,7 +281,8 @@ def _fused(module: nn.Module) -> tuple[str, str, Binding] | None:
 def _wrapper(module: nn.Module) -> str:
     """Return why nothing below a wrapper of PyTorch's can be fused; empty for other modules."""
     if isinstance(module, nn.DataParallel):
-        return "it copies its modules to every device in each call; fused layers would read the first device's parameters. Use DistributedDataParallel"
+        reason = "it copies its modules to every device in each call"
+        return f"{reason}; fused layers would read the first device's parameters. Use DistributedDataParallel"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by TorchScript; fuse the model before"
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
@@ -259,7 +296,9 @@ def _ours(model: nn.Module) -> list[tuple[nn.Module, FusedForward]]:
 
 
 def _take_out(module: nn.Module, forward: FusedForward) -> None:
-    """Give a module the forward of its class back; what others set around ours stays, and runs that."""
+    """Give a module the forward of its class back; what others set around ours stays, and runs
+    that.
+    """
     # A shallow copy has the forward of its original.
     forward.retired = forward.retired or forward.binding.binds(module)
     if on_instance(module) is forward:

@@ -11,7 +11,10 @@ MOST_SLOTS, MOST_ELEMENTS = 1 << 20, 1 << 40
 
 
 def require_integer(value: Any, where: str, least: int = 0, most: int = MOST_ELEMENTS) -> int:
-    """Return `value`. Raises: ValueError, naming the place, unless it is an integer from `least` to `most`."""
+    """Return `value`.
+
+    Raises: ValueError, naming the place, unless it is an integer from `least` to `most`.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{where}: expected an integer of at least {least}, got {value!r}")
     if value > most:
@@ -26,7 +29,10 @@ def require_tuple(value: object, kind: type, where: str) -> None:
 
 
 def require_indices(value: object, count: int, where: str, what: str, least: int = 0) -> None:
-    """Raise ValueError, naming the place, unless `value` is a tuple of distinct integers below `count`, and of at least `least`."""
+    """Raise ValueError, naming the place, unless `value` is a tuple of at least `least` indices.
+
+    An index is an integer from 0 to `count` - 1; none may come twice.
+    """
     form = f"a tuple of {'at least one index' if least else 'indices'}, none twice"
     if not isinstance(value, tuple) or len(value) < least:
         raise ValueError(f"{where}: expected {form}, got {value!r}")
@@ -52,8 +58,10 @@ def require_sequence(value: object, what: str, form: str = "a list of layer widt
 
 def require_level_widths(widths: Widths) -> list[tuple[int, ...]]:
     """`expert_widths` as tuples, one per level."""
-    if isinstance(widths, str) or not isinstance(widths, Sequence) or not all(isinstance(level, Sequence) for level in widths) or not widths:
-        raise ValueError(f"expert_widths: expected one list of layer widths per level, as in [[256], [128]], got {widths!r}")
+    lists = isinstance(widths, Sequence) and not isinstance(widths, str)
+    if not lists or not widths or not all(isinstance(level, Sequence) for level in widths):
+        form = "one list of layer widths per level, as in [[256], [128]]"
+        raise ValueError(f"expert_widths: expected {form}, got {widths!r}")
     return [tuple(level) for level in widths]
 
 
@@ -61,7 +69,8 @@ def require_one_level(widths: Widths) -> tuple[int, ...]:
     """`expert_widths` of a family of one level."""
     levels = require_level_widths(widths)
     if len(levels) != 1:
-        raise ValueError(f"expert_widths: expected the layer widths of one level, as in [[256, 128]], got {len(levels)} levels")
+        form = "the layer widths of one level, as in [[256, 128]]"
+        raise ValueError(f"expert_widths: expected {form}, got {len(levels)} levels")
     return levels[0]
 
 

@@ -15,13 +15,17 @@ from fusedmoe.table import Table
 
 
 def describe_launches(table: Table, dtype: torch.dtype, device: torch.device, backend: str) -> str:
-    """Return lines: the device, and whether these kernels have run on its architecture; launches forward and backward; stages through memory."""
+    """Return lines on the device, the launches forward and backward, and stages through memory.
+
+    The first line says whether these kernels have run on the device's architecture.
+    """
     program = lower(table)
     lines = [f"{backend} on {name_of(device)} ({history(device, backend)})"]
     for rows, batch in ((tiles.WHOLE_ROWS, f"up to {tiles.WHOLE_ROWS} rows"), (tiles.WHOLE_ROWS + 1, "more rows")):
         forward, backward = launches(program, dtype, rows, architecture(device), backend)
         lines.append(f"  {batch}: launches forward {forward}, backward {backward}")
-    lines += [f"  stages of their own, handed on in memory, {when}: {_stages(one)}" for when, one in (("training", program), ("inference", fused(table)))]
+    for mode, lowered in (("training", program), ("inference", fused(table))):
+        lines.append(f"  stages of their own, handed on in memory, {mode}: {_stages(lowered)}")
     return "\n".join(lines)
 
 
@@ -35,6 +39,7 @@ def launches(program: Program, dtype: torch.dtype, rows: int, arch: str, backend
 
 
 def _stages(program: Program) -> str:
-    """The stages in front of the levels' own: hidden layers that do not stay on the chip, and experts that gates select."""
-    front = [program.stages[number] for group in program.groups for number in group[:-1] if program.stages[number].units]
-    return "; ".join(f"{stage.name} ({len(stage.units)} map{'s' * (len(stage.units) != 1)})" for stage in front) or "none"
+    """The stages before the levels' own: hidden layers in memory, experts that gates select."""
+    front = [program.stages[number] for group in program.groups for number in group[:-1]]
+    counts = [(stage.name, len(stage.units)) for stage in front if stage.units]
+    return "; ".join(f"{name} ({count} map{'s' * (count != 1)})" for name, count in counts) or "none"

@@ -1,4 +1,4 @@
-"""What a module must be before its wiring is of interest: one that PyTorch calls plainly, with plain parameters of one kind."""
+"""What a module must be before its wiring is read: called plainly, with plain parameters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from fusedmoe.nn.wiring import Unfusable
 
 
 def require_fusable(module: nn.Module) -> None:
-    """Raise Unfusable, with the reason and the place, if nothing that is found in the module could be fused exactly."""
+    """Raise Unfusable, with reason and place, if nothing in the module could be fused exactly."""
     if "forward" in module.__dict__ and not runs_the_class(module):
-        raise Unfusable(f"it has a forward of its own set on the instance ({getattr(module.forward, '__qualname__', type(module.forward).__name__)})")
+        name = getattr(module.forward, "__qualname__", type(module.forward).__name__)
+        raise Unfusable(f"it has a forward of its own set on the instance ({name})")
     outer = around(module)
     if outer:
         raise Unfusable(f"it lies inside a {outer.name} that is fused; fusedmoe.unfuse(model) before")

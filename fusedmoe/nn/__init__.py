@@ -1,6 +1,8 @@
-"""Layers fused from the start: the classes of `fusedmoe.reference.layers` with one operator call as their forward.
+"""Layers that are fused from the start.
 
-Constructor arguments, `state_dict` keys and initial weights are those of the reference layer of the same name; `backend` is added.
+Each is the class of `fusedmoe.reference.layers` of the same name, with one call of the operator as
+its forward. Constructor arguments, `state_dict` keys and initial weights are the same; the
+constructors also take `backend` and `recompute`.
 """
 
 from fusedmoe.nn.modules import (

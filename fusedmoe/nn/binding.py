@@ -1,4 +1,4 @@
-"""Bind a module's own parameters to a table: read them at every call, and notice when the module's inside has changed since."""
+"""Bind a module's own parameters to its table, and notice when its inside has changed since."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FREEZING = threading.Lock()
 
 
 def require_plain(module: nn.Module) -> None:
-    """Raise Unfusable, naming the place, if something inside `module` stands between its forward and its parameters."""
+    """Raise Unfusable, with place, if something stands between the forward and its parameters."""
     for interception in interceptions(module):
         raise Unfusable(interception)
 
@@ -39,10 +39,11 @@ class Binding:
         parameters: where its parameters are.
         cure: what a message about a later change inside the module tells the user to do.
 
-    It holds references to what is in the module, never copies of parameters: those replaced or changed in place are seen at the
-    next call. To the module itself it holds a weak one, so that it may be stored there and `del module` frees both at once;
-    `deepcopy` and `pickle` carry both, bound to each other. In code that torch.compile made, hooks added afterwards are not
-    looked for: that is so for any compiled module.
+    It holds references to what is in the module, never copies of parameters: those replaced or
+    changed in place are seen at the next call. To the module itself it holds a weak one, so that it
+    may be stored there and `del module` frees both at once; `deepcopy` and `pickle` carry both,
+    bound to each other. In code that torch.compile made, hooks added afterwards are not looked for:
+    that is so for any compiled module.
     """
 
     def __init__(self, module: nn.Module, table: Table, parameters: Parameters, cure: str = CURE):
@@ -59,12 +60,12 @@ class Binding:
 
     @property
     def module(self) -> nn.Module:
-        """The module; a stand-in with the same inside once it is freed while something still holds its forward."""
+        """The module; once it is freed, a stand-in for who holds its forward."""
         module = self._module()
         return self._stand_in() if module is None else module
 
     def binds(self, module: nn.Module) -> bool:
-        """Whether `module` is the one: not a shallow copy of it, or another that was given its forward."""
+        """Whether `module` is the bound one: not a shallow copy, nor another with its forward."""
         return self._module() is module
 
     def contains(self, module: nn.Module) -> bool:
@@ -82,18 +83,25 @@ class Binding:
             raise self._error(self.changed()) from None
 
     def changed(self) -> str | None:
-        """Return what was changed inside the module since it was bound, in words; None if nothing was."""
+        """Return what was changed inside the module since it was bound, or None."""
         module = self.module
         return self.guards.changed(module) or self.parameters.changed(module)
 
     def check(self) -> None:
-        """Raise RuntimeError, naming the place, unless the module's inside is as it was when it was bound."""
+        """Raise RuntimeError, naming the place, unless the module's inside is as it was."""
         if self.guards.differ(self.module):
             change = self.changed()
             if change:
                 raise self._error(change)
 
-    def run(self, x: Tensor, backend: str = "auto", return_mixing_weights: bool = False, recompute: bool = False, tasks_apart: bool = False):
+    def run(
+        self,
+        x: Tensor,
+        backend: str = "auto",
+        return_mixing_weights: bool = False,
+        recompute: bool = False,
+        tasks_apart: bool = False,
+    ):
         """Return `fusion_network` over the module's parameters.
 
         Args:
@@ -102,11 +110,12 @@ class Binding:
             return_mixing_weights: also return the mixing weights of every level.
             recompute, tasks_apart: as `fusion_network` has them.
 
-        Raises: RuntimeError if the module's inside was changed since it was bound; as `require_serving` if it is frozen.
+        Raises: RuntimeError if the module's inside was changed since it was bound; as
+        `require_serving` if it is frozen.
 
-        A frozen module runs from its packed parameters, and is thawed, with a warning, where they are no longer the module's. Code
-        that torch.compile made reads the module's parameters themselves, under the same conditions; so do calls for the mixing
-        weights, under none.
+        A frozen module runs from its packed parameters, and is thawed, with a warning, where they
+        are no longer the module's. Code that torch.compile made reads the module's parameters
+        themselves, under the same conditions; so do calls for the mixing weights, under none.
         """
         self.check()
         # Once: another thread may freeze or thaw the module meanwhile.
@@ -126,20 +135,23 @@ class Binding:
             raise
 
     def freeze(self, backend: str) -> None:
-        """Pack the module's parameters for serving with `backend`, or anew. Raises: RuntimeError as `fusedmoe.packed.pack`."""
+        """Pack the module's parameters for serving with `backend`, or anew.
+
+        Raises: RuntimeError as `fusedmoe.packed.pack`.
+        """
         frozen = Frozen(self.parameters, self.table, backend)
         with _FREEZING:
             self.frozen = frozen
 
     def _run_frozen(self, frozen: Frozen, x: Tensor, backend: str) -> Tensor | None:
-        """Return the output from packed parameters, or None where they cannot give it; thaw the module if they are outdated."""
+        """Return the output of packed parameters, or None; thaw the module if it is outdated."""
         # Asked here: after a graph break torch.compile may begin with this very function.
         if torch.compiler.is_compiling():
             return None
         if backend == frozen.backend and frozen.holds():
             return frozen.run(x)
         with _FREEZING:
-            # Of threads that find it outdated one thaws it and warns; what another has packed anew stays.
+            # Of threads that find it outdated one thaws it and warns. What another one packed stays.
             thawed = self.frozen is frozen
             if thawed:
                 self.frozen = None
@@ -147,13 +159,15 @@ class Binding:
             raise self._error(change)
         if thawed:
             what = frozen.changed() if backend == frozen.backend else "its backend"
-            warnings.warn(f"{type(self.module).__name__} is no longer frozen: {what} was changed; fusedmoe.freeze(model) packs it again", stacklevel=4)
+            name, cure = type(self.module).__name__, "fusedmoe.freeze(model) packs it again"
+            warnings.warn(f"{name} is no longer frozen: {what} was changed; {cure}", stacklevel=4)
         return None
 
     def _stand_in(self) -> nn.Module:
-        """Put in the place of a module that is gone one with its parameters, its submodules and what its forward reads."""
+        """Replace a module that is gone by one with its parameters, submodules and attributes."""
         module = self._class.__new__(self._class)
-        vars(module).update(self._tables | self.guards.attributes(), training=any(inner.training for inner in self.guards.inner))
+        training = any(inner.training for inner in self.guards.inner)
+        vars(module).update(self._tables | self.guards.attributes(), training=training)
         self._strong = module
         self._module = weakref.ref(module)
         return module
@@ -168,4 +182,5 @@ class Binding:
         self.frozen = None
 
     def _error(self, change: str | None) -> RuntimeError:
-        return RuntimeError(f"{type(self.module).__name__} was changed inside after it was fused. {change}. Cure: {self.cure}")
+        name = type(self.module).__name__
+        return RuntimeError(f"{name} was changed inside after it was fused. {change}. Cure: {self.cure}")

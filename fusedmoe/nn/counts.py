@@ -1,4 +1,4 @@
-"""Counts that a module's attributes name, held against what is there before a family counts up to them."""
+"""Compare the counts in a module's attributes with what the module has."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def require_counts(family: Callable[..., Table], tasks, arguments: Sequence, exp
     """Raise Unfusable for counts far beyond what a module has.
 
     Args:
-        tasks, arguments: what `family` is to be called with; of other types than it takes, they are for it to refuse.
+        tasks, arguments: what `family` is to be called with; of other types than it takes, they are
+            for it to refuse.
         experts, gates: how many of them there are on a level.
     """
     most = MOST_SHARING if family in SHARING else max(experts, gates) + MORE

@@ -1,4 +1,4 @@
-"""The parameters of a module packed once for serving, and the guards that undo that when one of them changes."""
+"""Parameters that are packed once for serving, and the guards that tell when they are outdated."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from fusedmoe.nn.parameters import Parameters
 from fusedmoe.packed import pack, runner
 from fusedmoe.table import Table
 
-# No WeakSet: to iterate one while another thread adds to it is an error, a list of a set is made in one step.
+# No WeakSet: another thread may add to it during an iteration. A list of a set is made in one step.
 _LIVE: set[weakref.ref[Steps]] = set()
 
 
 @functools.cache
 def _hear_of_optimizers() -> None:
-    """From the first frozen layer on, hear of every optimizer's steps: the fused ones of torch write without changing a version."""
+    """From the first frozen layer on, hear of every optimizer's steps.
+
+    The fused optimizers of torch write without changing a version.
+    """
 
     def after(optimizer: torch.optim.Optimizer, *_) -> None:
         parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -35,7 +38,10 @@ def _hear_of_optimizers() -> None:
 
 
 class Steps:
-    """A guard: no optimizer may step over these parameters. `last` is the place of one over which one has."""
+    """A guard: no optimizer may step over these parameters.
+
+    `last` is the place of one over which one has.
+    """
 
     def __init__(self, parameters: Sequence[Tensor]):
         self.parameters = parameters
@@ -62,23 +68,26 @@ class Writes:
         return self._any_written(self.tensors, self.stamps)
 
     def place(self, tensors: Sequence[Tensor]) -> int | None:
-        """Return the place of the first of `tensors`, in the order of the guarded ones, that is another or was written to."""
-        pairs = zip(self.tensors, tensors, self.stamps, strict=True)
-        return next((i for i, (bound, tensor, stamp) in enumerate(pairs) if tensor is not bound or self._stamp(tensor) != stamp), None)
+        """Return the place of the first of `tensors` that is not the guarded one, as it was."""
+        for i, (bound, tensor, stamp) in enumerate(zip(self.tensors, tensors, self.stamps, strict=True)):
+            if tensor is not bound or self._stamp(tensor) != stamp:
+                return i
+        return None
 
 
 class Frozen:
-    """The packed parameters of a module, and the guards that tell when those in the module are other ones.
+    """The packed parameters of a module, and the guards of those in the module.
 
     Args:
         parameters: where the module has them.
         table: the layer's table.
         backend: "auto" or a name, as the layer has it.
 
-    A parameter is the same if it is the same object, of the same version, at the same address, with the same number in its middle,
-    and no optimizer stepped over it. Its memory is kept until the layer is thawed, because another tensor at that address would look
-    the same. A write that PyTorch does not count (through `.data`, a NumPy view, from another process) and that spares the middle of
-    every parameter cannot be seen.
+    A parameter is the same if it is the same object, of the same version, at the same address, with
+    the same number in its middle, and no optimizer stepped over it. Its memory is kept until the
+    layer is thawed, because another tensor at that address would look the same. A write that
+    PyTorch does not count (through `.data`, a NumPy view, from another process) and that spares the
+    middle of every parameter cannot be seen.
     """
 
     def __init__(self, parameters: Parameters, table: Table, backend: str):
@@ -87,7 +96,7 @@ class Frozen:
         self.backend = backend
         holders = {id(holder): holder for holder, _ in parameters.places}
         self._contents = Contents(holders.values())
-        # Out of what was held: another thread may have put a parameter in the place of one meanwhile.
+        # Out of what was held: another thread may have replaced a parameter meanwhile.
         held = dict(zip(holders, self._contents.bound, strict=True))
         self._bound = tuple(held[id(holder)][name] for holder, name in parameters.places)
         self._memory = tuple(parameter.detach() for parameter in self._bound)
@@ -107,7 +116,9 @@ class Frozen:
         return "a parameter" if place is None else self.parameters.keys[place]
 
     def run(self, x: Tensor) -> Tensor | None:
-        """Return the layer's output; None under a transform of torch.func, which only the layer's parameters themselves can follow.
+        """Return the layer's output; None under a transform of torch.func.
+
+        Such a transform can follow the layer's parameters alone, not the packed ones.
 
         Raises: TypeError, ValueError for a wrong x.
         """
@@ -123,18 +134,23 @@ class Frozen:
 
 
 def require_serving(module: nn.Module, x: Tensor, parameters: Callable[[], Sequence[Tensor]]) -> None:
-    """Raise RuntimeError, with the cure, for a call of a frozen layer in training mode, where gradients are needed or under autocast.
+    """Raise RuntimeError, with the cure, for a call that a frozen layer cannot serve.
 
-    Whether its parameters are still those that were packed does not matter, and torch.compile can trace it: such a call is refused
-    wherever it stands.
+    That is one in training mode, where gradients are needed, or under autocast.
+
+    Whether its parameters are still those that were packed does not matter, and torch.compile can
+    trace it: such a call is refused wherever it stands.
     """
     if module.training:
         raise RuntimeError(_refusal(module, "evaluation mode", "training mode", "model.eval(), or "))
     if torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in (x, *parameters())):
-        raise RuntimeError(_refusal(module, "a call without gradients", "one that needs them", "torch.inference_mode(), or "))
+        cure = "torch.inference_mode(), or "
+        raise RuntimeError(_refusal(module, "a call without gradients", "one that needs them", cure))
     if torch.is_autocast_enabled("cpu"):
-        raise RuntimeError(_refusal(module, f"a call in {parameters()[0].dtype}, as it was packed", "one under autocast", ""))
+        expected = f"a call in {parameters()[0].dtype}, as it was packed"
+        raise RuntimeError(_refusal(module, expected, "one under autocast", ""))
 
 
 def _refusal(module: nn.Module, expected: str, got: str, cure: str) -> str:
-    return f"{type(module).__name__} is frozen for serving: expected {expected}, got {got}. Cure: {cure}fusedmoe.unfreeze(model)"
+    problem = f"{type(module).__name__} is frozen for serving: expected {expected}, got {got}"
+    return f"{problem}. Cure: {cure}fusedmoe.unfreeze(model)"

@@ -20,17 +20,19 @@ PROMISE = """    Args: those of `fusedmoe.reference.layers.{layer}`, `backend` a
 
 
 class Fused:
-    """Give a reference layer's class one operator call as its forward: the same result from the same parameters under the same keys.
+    """Give a reference layer one call of the operator as its forward.
 
-    A subclass puts this class before the layer's and names `make_wiring`, the function that reads the layer's wiring off it:
-    `class MMoE(Fused, layers.MMoE, make_wiring=wiring.mmoe)`. What its arguments are and what it raises is put into its docstring.
+    The result is the same, from the same parameters under the same keys.
+    A subclass puts this class before the layer's and names `make_wiring`, the function that reads
+    the layer's wiring off it: `class MMoE(Fused, layers.MMoE, make_wiring=wiring.mmoe)`. What its
+    arguments are and what it raises is put into its docstring.
 
     Args:
         backend: a name out of `fusedmoe.available_backends()`, or "auto"; keyword only.
         recompute: keep less for backward and run experts and towers again there; keyword only.
         others: those of the layer.
-    Raises: at construction ValueError or TypeError, naming the argument, what was expected and what came, and RuntimeError for a
-        backend that cannot run here.
+    Raises: at construction ValueError or TypeError, naming the argument, what was expected and what
+        came; RuntimeError for a backend that cannot run on this machine.
     """
 
     make_wiring: Callable[[nn.Module], Wiring]
@@ -52,22 +54,27 @@ class Fused:
         try:
             self.bind()
         except Unfusable as error:
-            # Whoever calls a constructor gave it something wrong; that no table has it is the library's view.
+            # Whoever calls a constructor gave it something wrong; that no table has it is the
+            # library's view.
             raise ValueError(str(error)) from None
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the layer's output by one operator call.
 
         Args:
-            inputs: [B, S, D], S the slots of the class; [B, D] for a class whose tasks share one input.
+            inputs: [B, S, D], S the slots of the class; [B, D] for a class whose tasks share one
+                input.
         Returns: [B, T, H], of the dtype of `inputs`.
-        Raises: TypeError, ValueError for inputs of another type, shape, dtype or device; RuntimeError if the module was changed
-            inside since it was bound (a hook, another submodule), or if the backend cannot take these inputs.
+        Raises: TypeError, ValueError for inputs of another type, shape, dtype or device;
+            RuntimeError if the module was changed inside since it was bound (a hook, another
+            submodule), or if the backend cannot take these inputs.
         """
         return self.bind().run(inputs, self.backend, recompute=self.recompute)
 
     def bind(self) -> Binding:
-        """Return the module's parameters bound to its table. Copies and pickles carry the binding, bound to the copy.
+        """Return the module's parameters bound to its table.
+
+        Copies and pickles carry the binding, bound to the copy.
 
         Raises: Unfusable if the module was changed inside before it was bound.
         """

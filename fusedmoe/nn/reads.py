@@ -1,4 +1,4 @@
-"""What the forward of a module's class reads off the module: the names in its bytecode that the module or its class has."""
+"""Which attributes the forward of a module's class reads: the names in its bytecode."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from types import CodeType
 
 from torch import nn
 
-# What a forward may read without the table having to change: modes, and the choice of backend and memory.
+# Attributes that no table depends on: modes, and the choice of backend and memory.
 FREE = {"training", "inplace", "backend", "recompute"}
-# A forward set on an instance has a message of its own; that of the module itself is what `fuse` sets.
+# `interceptions` tells of a forward set on a submodule; that of the module itself is set by `fuse`.
 SET_BY_US = {"forward", "_binding"}
 
 
 def names_read(owner: nn.Module) -> list[str]:
-    """Return the names that the forward of the owner's class reads off it: attributes, buffers, and what stands in the class."""
+    """Return the names of attributes, buffers and class attributes that the forward reads."""
     held = owner.__dict__.keys() | owner._buffers.keys() | {name for base in _bases(type(owner)) for name in vars(base)}
     return sorted(_names_in_forward(type(owner)) & held - FREE - SET_BY_US)
 
 
 def value_of(owner: nn.Module, name: str) -> object:
-    """Return the attribute or buffer of the owner, or else what stands in its class; None if there is none."""
+    """Return the attribute, buffer or class attribute of this name, or None."""
     if name in owner.__dict__:
         return owner.__dict__[name]
     if name in owner._buffers:
@@ -33,7 +33,7 @@ def _bases(cls: type) -> tuple[type, ...]:
 
 
 def _names_in_forward(cls: type) -> set[str]:
-    """Return the attribute names in the forwards of a class and its bases, and in the methods that those name."""
+    """Return the names in the forwards of a class and its bases, and in the methods they name."""
     bases = _bases(cls)
     found: set[str] = set()
     waiting = ["forward"]

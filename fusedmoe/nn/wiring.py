@@ -1,15 +1,16 @@
-"""Read a layer's wiring off its structure: the table it computes, and which of its parameters is which of the operator's.
+"""Read a layer's wiring off its structure: its table, and its parameters in the operator's order.
 
-One row per layer class. Each reads only attributes and submodules that the public AdaTT library's layer has too, takes widths,
-biases and activations from the modules as they are, and raises `Unfusable` for anything that its table could not express. Slots,
-sees and selectors come from a function of `families.py`.
+One row per layer class. Each reads only attributes and submodules that the public AdaTT library's
+layer has too, takes widths, biases and activations from the modules as they are, and raises
+`Unfusable` for anything that its table could not express. Slots, sees and selectors come from a
+function of `families.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import nn
 
@@ -36,14 +37,14 @@ class DraftWiring(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """An MLP: the width of its input, its layers, and the keys of their parameters in the operator's order."""
+    """An MLP: its input width, its layers, and their parameters' keys in the operator's order."""
 
     width: int
     layers: tuple[Layer, ...]
     keys: tuple[str, ...]
 
 
-ACTIVATIONS: dict[type, Callable[[nn.Module], Activation | None]] = {
+ACTIVATIONS: dict[type, Callable[[Any], Activation | None]] = {
     nn.Identity: lambda module: IDENTITY,
     nn.ReLU: lambda module: Activation("relu"),
     nn.Sigmoid: lambda module: Activation("sigmoid"),
@@ -58,7 +59,8 @@ ACTIVATIONS: dict[type, Callable[[nn.Module], Activation | None]] = {
 
 
 def layers_of(sequential: nn.Module) -> tuple[Layer, ...]:
-    """Return the layers of an `nn.Sequential` of `nn.Linear`, each with or without an activation module after it.
+    """Return the layers of an `nn.Sequential` of `nn.Linear`, each with or without an activation
+    module after it.
 
     Raises: Unfusable, naming the place, for anything else.
     """
@@ -67,12 +69,16 @@ def layers_of(sequential: nn.Module) -> tuple[Layer, ...]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a layer class keeps the parts of a family's network. Called with a module it returns that one's `Wiring`.
+    """Where a layer class keeps the parts of a family's network.
+
+    Called with a module it returns that one's `Wiring`.
 
     Args:
-        family: a function of `families.py`, called with the input width, the experts' widths, `num_tasks` and `arguments`.
+        family: a function of `families.py`, called with the input width, the experts' widths,
+            `num_tasks` and `arguments`.
         arguments: the module's attributes that it takes besides.
-        experts: `experts` and `bottoms` are lists, the former of levels; `bottom_projection` is one MLP.
+        experts: `experts` and `bottoms` are lists, the former of levels; `bottom_projection` is one
+            MLP.
         gates, statics: the submodules that hold them; empty for none.
         arrange: what makes the arguments of the attributes.
 
@@ -97,18 +103,20 @@ class Layout:
         """Return the wiring of a module before its table is checked."""
         arguments = self.arrange(*_read(module, *self.arguments))
         _check_children(module, *filter(None, (self.experts, self.gates, self.statics)))
-        gates = [_each(level, path, _softmax_of) for path, level in _items(getattr(module, self.gates), self.gates)] if self.gates else []
+        levels = _items(getattr(module, self.gates), self.gates) if self.gates else []
+        gates = [_each(level, path, _softmax_of) for path, level in levels]
         statics = _statics(getattr(module, self.statics), self.statics) if self.statics else []
         experts = EXPERTS[self.experts](getattr(module, self.experts), self.experts)
         return _wire(module, self.family, experts, arguments, gates, statics)
 
 
 def _with_shared_count(counts: Sequence[int], static_weights: bool) -> tuple:
-    """The arguments of `families.adatt`: the counts of tasks and of the shared unit stand in one list."""
+    """Arrange the arguments of `families.adatt`: the shared unit's count is the last of a list."""
     return counts[:-1], *counts[-1:], static_weights
 
 
 OWN_AND_SHARED = ("num_task_experts", "num_shared_experts")
+STATIC = "self_exp_res_connect"
 
 single_task = Layout(families.single_task, experts="bottoms")
 shared_bottom = Layout(families.shared_bottom, experts="bottom_projection")
@@ -119,8 +127,8 @@ mmoe = Layout(families.mmoe, ("num_experts",), gates="gates")
 ml_mmoe = Layout(families.ml_mmoe, ("num_experts",), gates="gates")
 cgc = Layout(families.cgc, OWN_AND_SHARED, gates="gate_weights")
 ple = Layout(families.ple, OWN_AND_SHARED, gates="gate_weights")
-adatt_sp = Layout(families.adatt_sp, ("num_task_experts", "self_exp_res_connect"), gates="gate_weights", statics="self_exp_weights")
-adatt = Layout(families.adatt, ("num_expert_list", "self_exp_res_connect"), gates="gate_weights", statics="self_exp_weights", arrange=_with_shared_count)
+adatt_sp = Layout(families.adatt_sp, ("num_task_experts", STATIC), gates="gate_weights", statics="self_exp_weights")
+adatt = replace(adatt_sp, family=families.adatt, arguments=("num_expert_list", STATIC), arrange=_with_shared_count)
 cross_stitch = Layout(families.cross_stitch, statics="stitchs")
 
 # By the `mtl_model` of a CentralTaskArch.
@@ -140,7 +148,9 @@ BACKBONES: dict[str, Layout] = {
 
 
 def central(module: nn.Module) -> Wiring:
-    """Wire a backbone `mtl_arch` under the towers `task_modules`; x [B, D] is passed once, the output is [B, T, 1].
+    """Wire a backbone `mtl_arch` under the towers `task_modules`.
+
+    x [B, D] is passed once, the output is [B, T, 1].
 
     Raises: Unfusable, naming the place, for a module that this table could not express.
     """
@@ -149,19 +159,21 @@ def central(module: nn.Module) -> Wiring:
     if name not in BACKBONES:
         raise Unfusable(f"mtl_model: expected one of {', '.join(BACKBONES)}, got {name!r}")
     try:
-        backbone = BACKBONES[name].draft(module.mtl_arch)
+        backbone = BACKBONES[name].draft(module.get_submodule("mtl_arch"))
     except Unfusable as error:
         raise Unfusable(f"mtl_arch: {error}") from None
-    towers = _each(module.task_modules, "task_modules", _mlp)
+    towers = _each(module.get_submodule("task_modules"), "task_modules", _mlp)
     draft = families.share_input(backbone.draft)
     tasks = draft.tasks or tuple(Task((u,)) for u in range(len(draft.levels[-1].units)))
     if len(tasks) != len(towers):
         raise Unfusable(f"task_modules: expected one tower for each of {len(tasks)} tasks, got {len(towers)}")
-    draft = replace(draft, tasks=tuple(replace(task, tower=tower.layers) for task, tower in zip(tasks, towers, strict=True)))
+    pairs = zip(tasks, towers, strict=True)
+    draft = replace(draft, tasks=tuple(replace(task, tower=tower.layers) for task, tower in pairs))
     # The towers' parameters stand before the static tensors.
     last = len(backbone.keys) - len(draft.statics)
     keys = [f"mtl_arch.{key}" for key in backbone.keys]
-    return _checked(module, DraftWiring(draft, (*keys[:last], *(key for tower in towers for key in tower.keys), *keys[last:])))
+    of_towers = (key for tower in towers for key in tower.keys)
+    return _checked(module, DraftWiring(draft, (*keys[:last], *of_towers, *keys[last:])))
 
 
 def _wire(
@@ -175,7 +187,8 @@ def _wire(
     """Put the layers found into the family's draft, and list the keys in the operator's order.
 
     Args:
-        family: called with the input width, the experts' widths, the number of tasks and `arguments`.
+        family: called with the input width, the experts' widths, the number of tasks and
+            `arguments`.
         experts, gates: found per level; no gates for a family without any.
         statics: the keys of the static tensors.
     """
@@ -197,8 +210,12 @@ def _wire(
 
 def _level(level: Level, experts: Sequence[Stack], gates: Sequence[Stack]) -> Level:
     """The level with the layers found in place of the family's."""
-    units = tuple(replace(unit, gate=_gate(unit.gate, gates[u])) if unit.gate else unit for u, unit in enumerate(level.units))
-    return Level(tuple(Expert(expert.slot, stack.layers) for expert, stack in zip(level.experts, experts, strict=True)), units)
+    units = tuple(
+        replace(unit, gate=_gate(unit.gate, gates[u])) if unit.gate else unit for u, unit in enumerate(level.units)
+    )
+    return Level(
+        tuple(Expert(expert.slot, stack.layers) for expert, stack in zip(level.experts, experts, strict=True)), units
+    )
 
 
 def _gate(gate: Gate, found: Stack) -> Gate:
@@ -206,7 +223,7 @@ def _gate(gate: Gate, found: Stack) -> Gate:
 
 
 def _checked(module: nn.Module, found: DraftWiring) -> Wiring:
-    """Return the wiring if the draft is a table, and the module has every key, in the shape that the table gives it, and nothing besides."""
+    """Return the wiring if its draft is a table whose parameters are just those of the module."""
     wiring = Wiring(_accepted(table_of, found.draft), found.keys)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for key, expected in zip(wiring.keys, wiring.table.parameters, strict=True):
@@ -264,7 +281,7 @@ EXPERTS: dict[str, Callable[[nn.Module, str], list[list[Stack]]]] = {
 
 
 def _statics(module: nn.Module, where: str) -> list[str]:
-    """The keys of the static tensors: those of an `nn.ParameterList`, or the weights of a list of `nn.Linear` without bias."""
+    """The keys of the static tensors: a `ParameterList`, or a list of `Linear` without bias."""
     if isinstance(module, nn.ParameterList):
         return [f"{where}.{name}" for name in module._parameters]
     stitches = _items(module, where)
@@ -282,7 +299,8 @@ def _softmax_of(gate: nn.Module, where: str) -> Stack:
         raise Unfusable(f"{where}: expected an nn.Sequential that ends with nn.Softmax(dim=-1), got {_name(gate)}")
     stack = _stack(steps[:-1])
     if not stack.layers or stack.layers[-1].activation != IDENTITY:
-        raise Unfusable(f"{where}: expected an nn.Linear before the softmax, got {_name(steps[-2][1]) if steps[:-1] else 'nothing'}")
+        got = _name(steps[-2][1]) if steps[:-1] else "nothing"
+        raise Unfusable(f"{where}: expected an nn.Linear before the softmax, got {got}")
     return stack
 
 
@@ -313,18 +331,23 @@ def _stack(steps: Sequence[tuple[str, nn.Module]]) -> Stack:
         if kind == IDENTITY:
             continue
         if not bare:
-            raise Unfusable(f"{path}: expected an nn.Linear before {_name(step)}, got none since the activation before it")
+            got = "none since the activation before it"
+            raise Unfusable(f"{path}: expected an nn.Linear before {_name(step)}, got {got}")
         layers[-1] = replace(layers[-1], activation=kind)
         bare = False
     return Stack(width, tuple(layers), tuple(keys))
 
 
 def _steps(module: nn.Module, where: str) -> list[tuple[str, nn.Module]]:
-    """(path, module) of what runs one after the other inside Sequentials and MLP modules (one child, `mlp_net`)."""
+    """(path, module) of what runs in turn inside Sequentials and MLP modules (child `mlp_net`)."""
     if type(module) is not nn.Sequential and list(module._modules) != ["mlp_net"]:
         return [(where, module)]
     # Not named_children(): it leaves out the second use of a shared activation module.
-    return [step for name, child in module._modules.items() for step in _steps(child, f"{where}.{name}" if where else name)]
+    return [
+        step
+        for name, child in module._modules.items()
+        for step in _steps(cast(nn.Module, child), f"{where}.{name}" if where else name)
+    ]
 
 
 def _read(module: nn.Module, *names: str) -> list:
@@ -336,9 +359,10 @@ def _read(module: nn.Module, *names: str) -> list:
 
 
 def _check_children(module: nn.Module, *names: str) -> None:
-    """Raise Unfusable unless the module has these submodules, no others, and no parameters or buffers of its own."""
+    """Raise Unfusable unless the module has just these submodules, and no tensors of its own."""
     if set(module._modules) != set(names):
-        raise Unfusable(f"{type(module).__name__}: expected the submodules {', '.join(names)}, got {', '.join(module._modules) or 'none'}")
+        expected, got = ", ".join(names), ", ".join(module._modules) or "none"
+        raise Unfusable(f"{type(module).__name__}: expected the submodules {expected}, got {got}")
     own = [*module._parameters, *module._buffers]
     if own:
         raise Unfusable(f"{type(module).__name__}: expected no parameter or buffer of its own, got {own[0]}")
