@@ -87,12 +87,14 @@ class Binding:
         module = self.module
         return self.guards.changed(module) or self.parameters.changed(module)
 
-    def check(self) -> None:
-        """Raise RuntimeError, naming the place, unless the module's inside is as it was."""
-        if self.guards.differ(self.module):
+    def unchanged(self) -> nn.Module:
+        """Return the module. Raises: RuntimeError, naming the place, if its inside was changed."""
+        module = self.module
+        if self.guards.differ(module):
             change = self.changed()
             if change:
                 raise self._error(change)
+        return module
 
     def run(
         self,
@@ -117,18 +119,19 @@ class Binding:
         are no longer the module's. Code that torch.compile made reads the module's parameters
         themselves, under the same conditions; so do calls for the mixing weights, under none.
         """
-        self.check()
+        module = self.unchanged()
         # Once: another thread may freeze or thaw the module meanwhile.
         frozen = self.frozen
         if frozen is not None and not return_mixing_weights:
-            require_serving(self.module, x, self.tensors)
+            require_serving(module, x, self.tensors)
             out = self._run_frozen(frozen, x, backend)
             if out is not None:
                 return per_task(out) if tasks_apart else out
         try:
-            return fusion_network(x, self.tensors(), self.table, backend, return_mixing_weights, recompute, tasks_apart)
-        except TypeError:
-            # A parameter set to None is not looked for at every call: the operator refuses it.
+            tensors = self.parameters.tensors()
+            return fusion_network(x, tensors, self.table, backend, return_mixing_weights, recompute, tasks_apart)
+        except (KeyError, TypeError):
+            # Not looked for at every call: a parameter that is gone, or that is None.
             change = self.changed()
             if change:
                 raise self._error(change) from None
@@ -151,7 +154,7 @@ class Binding:
         if backend == frozen.backend and frozen.holds():
             return frozen.run(x)
         with _FREEZING:
-            # Of threads that find it outdated one thaws it and warns. What another one packed stays.
+            # Of threads that find it outdated one thaws it and warns. What another packed stays.
             thawed = self.frozen is frozen
             if thawed:
                 self.frozen = None

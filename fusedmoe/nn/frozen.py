@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fusedmoe.backends import choose, transforming
 from fusedmoe.checks import check
-from fusedmoe.nn.guards import Contents
+from fusedmoe.nn.guards import Contents, any_differ
 from fusedmoe.nn.parameters import Parameters
 from fusedmoe.packed import pack, runner
 from fusedmoe.table import Table
@@ -62,10 +62,9 @@ class Writes:
 
         self.tensors = tuple(tensors)
         self.stamps = tuple(map(_C.stamp, self.tensors))
-        self._any_written, self._stamp = _C.any_written, _C.stamp
-
-    def differs(self) -> bool:
-        return self._any_written(self.tensors, self.stamps)
+        self._stamp = _C.stamp
+        # No method: a call of a small network takes as long as a hundred of Python's.
+        self.differs = functools.partial(_C.any_written, self.tensors, self.stamps)
 
     def place(self, tensors: Sequence[Tensor]) -> int | None:
         """Return the place of the first of `tensors` that is not the guarded one, as it was."""
@@ -95,9 +94,10 @@ class Frozen:
         self.table = table
         self.backend = backend
         holders = {id(holder): holder for holder, _ in parameters.places}
-        self._contents = Contents(holders.values())
+        contents = Contents(holders.values())
+        self._replaced = functools.partial(any_differ, contents.dicts, contents.bound)
         # Out of what was held: another thread may have replaced a parameter meanwhile.
-        held = dict(zip(holders, self._contents.bound, strict=True))
+        held = dict(zip(holders, contents.bound, strict=True))
         self._bound = tuple(held[id(holder)][name] for holder, name in parameters.places)
         self._memory = tuple(parameter.detach() for parameter in self._bound)
         # Before they are packed: what changes while they are is seen.
@@ -108,7 +108,7 @@ class Frozen:
 
     def holds(self) -> bool:
         """Whether every parameter is what was packed."""
-        return self._steps.last is None and not (self._contents.differs() or self._writes.differs())
+        return self._steps.last is None and not (self._replaced() or self._writes.differs())
 
     def changed(self) -> str:
         """Return the key of the first parameter that is not what was packed."""

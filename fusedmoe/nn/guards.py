@@ -61,6 +61,7 @@ class Guards:
         optional = (self.settings, self.objects, Methods(methods), self.tensors)
         used = (guard for guard in optional if guard.attributes)
         self.all: list[Guard] = [Interceptions(self.inner), Submodules(tree), *used]
+        self._differs = tuple(guard.differs for guard in self.all)
 
     def changed(self, module: nn.Module) -> str | None:
         """Return the first change in words, with its place; None if nothing was changed."""
@@ -74,8 +75,8 @@ class Guards:
         """Whether `changed` has to be asked: this runs at every call."""
         if torch.compiler.is_compiling():
             return any(guard.differs_traced(module) for guard in self.all)
-        for guard in self.all:  # noqa: SIM110  # faster than any() of a generator
-            if guard.differs(module):
+        for differs in self._differs:  # noqa: SIM110  # faster than any() of a generator
+            if differs(module):
                 return True
         return False
 
@@ -253,7 +254,10 @@ class Methods:
         return None
 
     def differs(self, module: nn.Module) -> bool:
-        return any(name in (module if owner is None else owner).__dict__ for _, owner, name in self.attributes)
+        for _, owner, name in self.attributes:  # noqa: SIM110  # faster, too
+            if name in (module if owner is None else owner).__dict__:
+                return True
+        return False
 
     differs_traced = differs
 

@@ -114,6 +114,7 @@ class CentralTaskArch(Fused, layers.CentralTaskArch, make_wiring=wiring.central)
     It maps [B, D] to a list of T tensors [B, 1].
     """
 
-    def forward(self, task_arch_input: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]  # as the library has it
+    # As the library has it.
+    def forward(self, task_arch_input: torch.Tensor) -> list[torch.Tensor]:  # type: ignore[override]
         """Return a list of T outputs [B, 1] from [B, D]. Raises: as `Fused.forward`."""
         return self.bind().run(task_arch_input, self.backend, recompute=self.recompute, tasks_apart=True)
