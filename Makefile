@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo picture drawings test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda test-cuda-all test-oldest test-rehearsal gpu gpu-report lint bench bench-all report model build wheel clean
+.PHONY: help demo picture drawings test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda test-cuda-all test-oldest test-rehearsal gpu gpu-report lint docs bench bench-all report model build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -46,6 +46,7 @@ help:
 	@echo "make gpu     on a machine with a device: parity, times, counters, in ten minutes; PART=b runs one part, RESUME=1 what is still missing"
 	@echo "make gpu-report          write bench/results/gpu.md from what it measured"
 	@echo "make lint    run ruff and mypy"
+	@echo "make docs    build the pages of docs/ and the API reference into build/docs; a warning is an error"
 	@echo "make bench   time what the backend's floors name, ten minutes to an hour by machine; save bench/results/cpu.json"
 	@echo "make bench-all  the whole grid, hours; goes on where an earlier run of the same commit stopped"
 	@echo "make report  write README's speeds, docs/speed.md and the pictures from that JSON"
@@ -135,6 +136,10 @@ lint: $(STAMPS)/requirements
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
+
+docs: build
+	$(call say,building the documentation)
+	@$(PYTHON) -m sphinx --quiet --fail-on-warning --keep-going --builder html --doctree-dir build/doctrees docs build/docs
 
 bench: build
 	$(call say,timing what the floors name: ten minutes to an hour by machine; keep the machine idle)

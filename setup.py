@@ -1,8 +1,11 @@
-"""Build of fusedmoe: the extension `fusedmoe._C` out of csrc/, and with FUSEDMOE_BUILD=cuda `fusedmoe._cuda` out of csrc/cuda.
+"""Build of fusedmoe: the extension `fusedmoe._C` out of csrc/, and with FUSEDMOE_BUILD=cuda
+`fusedmoe._cuda` out of csrc/cuda.
 
-csrc/cpu/isa.cpp is compiled once per instruction set and every other file once; the library picks among them at run time, so a
-wheel runs on any CPU of its architecture. Objects are rebuilt when a file that they include, or their command, has changed.
-The CUDA kernels are an extension of their own: without them a wheel is what it always was, and where one of the two does not load the other does.
+csrc/cpu/isa.cpp is compiled once per instruction set and every other file once; the library picks
+among them at run time, so a wheel runs on any CPU of its architecture. Objects are rebuilt when a
+file that they include, or their command, has changed. The CUDA kernels are an extension of their
+own: without them a wheel is what it always was, and where one of the two does not load the other
+does.
 """
 
 from __future__ import annotations
@@ -27,18 +30,21 @@ OLDEST_TORCH = (2, 10)
 OLDEST_SETUPTOOLS = 77
 PREPARE = f"run `pip install torch pybind11 'setuptools>={OLDEST_SETUPTOOLS}'`, then `pip install --no-build-isolation .`"
 
-# Flags of each build of csrc/cpu/isa.cpp. Only x86-64 chooses at run time; elsewhere the compiler's own default is the one build.
+# Flags of each build of csrc/cpu/isa.cpp. Only x86-64 chooses at run time; elsewhere the compiler's
+# own default is the one build.
 ISAS = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ["-mavx2", "-mfma"]
-    # GCC and Clang halve AVX-512 vectors by default: their cost model is that of CPUs that clocked down.
+    # GCC and Clang halve AVX-512 vectors by default: their cost model is that of CPUs that clocked
+    # down.
     ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
     # These two differ from it in bfloat16 alone: dot products of pairs, and tiles.
     ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
     ISAS["amx"] = [*ISAS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-math-errno", "-Wall", "-Wextra"]
-# A row's bits must not depend on the kernel that computes it, so every a*b+c is contracted (GCC's default, not Clang's).
+# A row's bits must not depend on the kernel that computes it, so every a*b+c is contracted (GCC's
+# default, not Clang's).
 FLAGS += ["-ffp-contract=fast"]
 # The oldest torch whose stable ABI the binary asks for: one build serves every later version.
 FLAGS += [f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"]
@@ -46,7 +52,8 @@ FLAGS += [f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}0
 BUILDS = ("cpu", "cuda")
 # The first that knows sm_100 and sm_120.
 OLDEST_NVCC = (12, 8)
-# Code for each, and PTX of the oldest, from which a driver compiles for whatever is not here: 10.3, 11.0 and what is yet to come.
+# Code for each, and PTX of the oldest, from which a driver compiles for whatever is not here: 10.3,
+# 11.0 and what is yet to come.
 CUDA_ARCHS, PTX_ARCH = ("80", "90a", "100a", "120"), "80"
 CPU_ONLY = "the CPU alone; FUSEDMOE_BUILD=cuda adds the CUDA kernels"
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-math-errno,-Wall,-Wextra"]
@@ -81,7 +88,10 @@ def compiler() -> list[str]:
 
 
 def with_cuda() -> bool:
-    """Whether FUSEDMOE_BUILD asks for the CUDA kernels. Raises: SystemExit with one sentence for a value that it does not know."""
+    """Whether FUSEDMOE_BUILD asks for the CUDA kernels.
+
+    Raises: SystemExit with one sentence for a value that it does not know.
+    """
     named = os.environ.get("FUSEDMOE_BUILD") or "cpu"
     if named not in BUILDS:
         raise SystemExit(f"fusedmoe: building needs FUSEDMOE_BUILD to be {' or '.join(BUILDS)}, found {named!r}.")
@@ -89,7 +99,8 @@ def with_cuda() -> bool:
 
 
 def nvcc() -> list[str]:
-    """Return the command of CUDA's compiler: $NVCC, else that in $CUDA_HOME, on the path, of NVIDIA's packages on PyPI, in /usr/local/cuda.
+    """Return the command of CUDA's compiler: $NVCC, else that in $CUDA_HOME, on the path, of
+    NVIDIA's packages on PyPI, in /usr/local/cuda.
 
     Raises: SystemExit with one sentence that tells what to install.
     """
@@ -114,12 +125,17 @@ def nvcc() -> list[str]:
 
 
 def host_compiler(cxx: list[str]) -> list[str]:
-    """What tells nvcc which compiler compiles the host's half, for a command that may have something in front (ccache) and flags behind."""
+    """What tells nvcc which compiler compiles the host's half, for a command that may have
+    something in front (ccache) and flags behind.
+    """
     return ["-ccbin", next((word for word in reversed(cxx) if not word.startswith("-")), cxx[0])]
 
 
 def torch_folders() -> tuple[list[str], list[str]]:
-    """Return torch's include and library folders. Raises: SystemExit with one sentence for a torch that is missing or too old."""
+    """Return torch's include and library folders.
+
+    Raises: SystemExit with one sentence for a torch that is missing or too old.
+    """
     try:
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
@@ -131,7 +147,10 @@ def torch_folders() -> tuple[list[str], list[str]]:
 
 
 def python_folders() -> list[str]:
-    """Return the include folders of Python and pybind11. Raises: SystemExit with one sentence if either is missing."""
+    """Return the include folders of Python and pybind11.
+
+    Raises: SystemExit with one sentence if either is missing.
+    """
     try:
         import pybind11
     except ImportError:
@@ -143,9 +162,11 @@ def python_folders() -> list[str]:
 
 
 def system_folders(python: list[str], torch: list[str]) -> list[str]:
-    """Return the compiler's words for the include folders, as system folders: a warning inside torch's headers is not ours to mend.
+    """Return the compiler's words for the include folders, as system folders: a warning inside
+    torch's headers is not ours to mend.
 
-    Python's come first: torch's folder holds a pybind11 of its own, which refuses TORCH_TARGET_VERSION.
+    Python's come first: torch's folder holds a pybind11 of its own, which refuses
+    TORCH_TARGET_VERSION.
     """
     return [word for path in (*python, *torch) for word in ("-isystem", path)]
 
@@ -163,7 +184,11 @@ def objects(folder: Path) -> list[tuple[Path, Path, list[str]]]:
 
 
 def cuda_archs() -> tuple[str, ...]:
-    """Return the architectures to compile CUDA for: those that FUSEDMOE_CUDA_ARCHS names ("90a 120"), else all. Raises: SystemExit for any other."""
+    """Return the architectures to compile CUDA for: those that FUSEDMOE_CUDA_ARCHS names ("90a
+    120"), else all.
+
+    Raises: SystemExit for any other.
+    """
     named = os.environ.get("FUSEDMOE_CUDA_ARCHS", "").split() or CUDA_ARCHS
     if not set(named) <= set(CUDA_ARCHS):
         raise SystemExit(f"fusedmoe: building needs FUSEDMOE_CUDA_ARCHS to be some of {' '.join(CUDA_ARCHS)}, found {' '.join(named)!r}.")
@@ -179,13 +204,18 @@ def gencode() -> list[str]:
 
 
 def cuda_objects(folder: Path) -> list[tuple[Path, Path, list[str]]]:
-    """Return (source, object, extra flags) of every compilation of the CUDA extension; nvcc has those that end in .cu."""
+    """Return (source, object, extra flags) of every compilation of the CUDA extension.
+
+    nvcc has those that end in .cu.
+    """
     sources = sorted([*ROOT.glob("csrc/cuda/*.cu"), *ROOT.glob("csrc/cuda/*.cpp")])
     return [(source, folder / f"cuda-{source.name.replace('.', '-')}.o", []) for source in sources]
 
 
 def stale(target: Path, command: list[str]) -> bool:
-    """Whether `target` is missing, was made by another command, or is older than a file that went into it."""
+    """Whether `target` is missing, was made by another command, or is older than a file that went
+    into it.
+    """
     made_by, depends = target.with_suffix(".command"), target.with_suffix(".d")
     if not (target.exists() and made_by.exists() and depends.exists()) or made_by.read_text() != shlex.join(command):
         return True
@@ -195,7 +225,10 @@ def stale(target: Path, command: list[str]) -> bool:
 
 
 def compile_object(source: Path, target: Path, command: list[str]) -> None:
-    """Run one compilation; its warnings go to standard error. Raises: SystemExit naming the file that does not compile."""
+    """Run one compilation; its warnings go to standard error.
+
+    Raises: SystemExit naming the file that does not compile.
+    """
     print(f"  {target.stem}", flush=True)
     target.unlink(missing_ok=True)
     result = subprocess.run(command, capture_output=True, text=True)
@@ -215,13 +248,15 @@ class Build(build_ext):
         self.cxx, self.nvcc = compiler(), nvcc() if cuda else []
         print(f"fusedmoe: building for {'the CPU and for ' + ', '.join('sm_' + arch for arch in archs) if cuda else CPU_ONLY}", flush=True)
         if not cuda:
-            # Of an earlier build: its kernels may be others than those of this source, and a wheel takes whatever stands in its folder.
+            # Of an earlier build: its kernels may be others than those of this source, and a wheel
+            # takes whatever stands in its folder.
             for extension in Path(self.get_ext_fullpath("fusedmoe._cuda")), Path(self.build_lib, self.get_ext_filename("fusedmoe._cuda")):
                 extension.unlink(missing_ok=True)
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        # Not `self.build_temp`: pip gives a fresh one each time, and every installation would compile everything again.
+        # Not `self.build_temp`: pip gives a fresh one each time, and every installation would
+        # compile everything again.
         folder = ROOT / "build" / f"objects-{sys.implementation.cache_tag}-{self.plat_name}"
         folder.mkdir(parents=True, exist_ok=True)
         cuda = ext.name == "fusedmoe._cuda"
@@ -241,12 +276,15 @@ class Build(build_ext):
         due.sort(key=lambda job: job[0].suffix != ".cu")
         with ThreadPoolExecutor(self.parallel or 2) as pool:
             list(pool.map(lambda job: compile_object(*job), due))
-        # CUDA's runtime is linked in: a machine has the driver, but need not have the runtime, nor the same one.
+        # CUDA's runtime is linked in: a machine has the driver, but need not have the runtime, nor
+        # the same one.
         linker = [*self.nvcc, *host_compiler(self.cxx), "-cudart=static", "-Xlinker=--exclude-libs=ALL"] if cuda else self.cxx
         self.link(linker, [target for _, target, _ in jobs], Path(self.get_ext_fullpath(ext.name)), libraries)
 
     def link(self, linker: list[str], targets: list[Path], library: Path, folders: list[str]) -> None:
-        """Link the objects to torch. No run path: `fusedmoe` imports torch first, and the loader takes the library already there."""
+        """Link the objects to torch. No run path: `fusedmoe` imports torch first, and the loader
+        takes the library already there.
+        """
         library.parent.mkdir(parents=True, exist_ok=True)
         if library.exists() and all(target.stat().st_mtime <= library.stat().st_mtime for target in targets):
             return
@@ -258,10 +296,17 @@ class Build(build_ext):
 if int(__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
     raise SystemExit(f"fusedmoe: building needs setuptools {OLDEST_SETUPTOOLS} or later, found {__version__}; {PREPARE}.")
 
+# Packages that do not lie in fusedmoe/, and their folders: the kernels, the benchmark and the
+# demonstration.
+ELSEWHERE = {"fusedmoe.kernels": "kernels", "fusedmoe.speed": "bench/speed", "fusedmoe.demo": "examples/census"}
+
 setup(
-    package_dir={"fusedmoe": "fusedmoe", "fusedmoe.kernels": "kernels"},
-    packages=[*find_packages(include=["fusedmoe", "fusedmoe.*"]), "fusedmoe.kernels"],
-    package_data={"fusedmoe": ["data/*", "py.typed", "_C.pyi"]},
+    package_dir={"fusedmoe": "fusedmoe", **ELSEWHERE},
+    packages=[*find_packages(include=["fusedmoe", "fusedmoe.*"]), *ELSEWHERE],
+    # What MANIFEST.in names goes into source archives alone: the data of the demonstration are
+    # larger than a wheel may be.
+    include_package_data=False,
+    package_data={"fusedmoe": ["py.typed", "_C.pyi"]},
     ext_modules=[Extension(f"fusedmoe.{name}", sources=[]) for name in ("_C", *(["_cuda"] if with_cuda() else []))],
     cmdclass={"build_ext": Build},
 )

@@ -16,11 +16,11 @@ from gpu_cases import Skipped
 from torch import Tensor, nn
 
 import fusedmoe
-from fusedmoe.kernels import trial
+from fusedmoe.kernels import self_test
 from fusedmoe.kernels.launchers import LAUNCHERS
-from fusedmoe.restructured import Restructured
 from fusedmoe.speed.calls import MODES, Call
 from fusedmoe.speed.parity import allowed_in_norm, norm_error
+from fusedmoe.speed.restructured import Restructured
 from fusedmoe.speed.subjects import SUBJECTS, Called, Layer, Work, build
 
 ROUNDS = 20
@@ -32,7 +32,7 @@ SHORTEST = 3.0
 CHECKED = 512
 DEVICE = torch.device("cuda", 0)
 # Whether whoever runs this asks for times of kernels that err: a rehearsal on a device that computes nothing.
-DESPITE = os.environ.get("FUSEDMOE_TRIAL") == "0"
+DESPITE = os.environ.get("FUSEDMOE_SELF_TEST") == "0"
 
 
 class Cell(NamedTuple):
@@ -54,13 +54,13 @@ def present() -> list[str]:
 
 
 def verdict(book: dict, backend: str, dtype: str) -> str | None:
-    """Return why the kernels of a backend must not be used in a dtype, by part b's trial, or by one now where b has none; None: they are right."""
+    """Return why the kernels of a backend must not be used in a dtype, by part b's self-test, or by one now where b has none; None: they are right."""
     if DESPITE:
         return None
-    found = book["parts"].get("b", {}).get("results", {}).get(f"trial, {dtype}, {backend}")
+    found = book["parts"].get("b", {}).get("results", {}).get(f"self-test, {dtype}, {backend}")
     if found is None:
         try:
-            trial.once(DEVICE, getattr(torch, dtype), backend)
+            self_test.check(DEVICE, getattr(torch, dtype), backend)
         except RuntimeError as error:
             return str(error)
         return None
@@ -68,7 +68,7 @@ def verdict(book: dict, backend: str, dtype: str) -> str | None:
 
 
 def proven(book: dict, dtypes: tuple[str, ...]) -> dict[str, list[str]]:
-    """Return the backends that passed the trial, by dtype, and run no further one in this process. Raises: Skipped where none has."""
+    """Return the backends that passed the self-test, by dtype, and run no further one in this process. Raises: Skipped where none has."""
     faults, right = [], {dtype: [] for dtype in dtypes}
     for dtype in dtypes:
         for backend in present():
@@ -78,8 +78,8 @@ def proven(book: dict, dtypes: tuple[str, ...]) -> dict[str, list[str]]:
             else:
                 right[dtype].append(backend)
     if not any(right.values()):
-        raise Skipped(f"no backend passed the trial ({'; '.join(faults) or 'there is none'}); FUSEDMOE_TRIAL=0 runs this all the same")
-    os.environ["FUSEDMOE_TRIAL"] = "0"
+        raise Skipped(f"no backend passed the self-test ({'; '.join(faults) or 'there is none'}); FUSEDMOE_SELF_TEST=0 runs this all the same")
+    os.environ["FUSEDMOE_SELF_TEST"] = "0"
     return right
 
 

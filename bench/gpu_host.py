@@ -2,7 +2,7 @@
 
     python bench/gpu_host.py [--json bench/results/gpu_host.json]
 
-It needs a device, or a driver that takes launches and runs none (then with FUSEDMOE_TRIAL=0), which tells the host's part as well. Microseconds, the least
+It needs a device, or a driver that takes launches and runs none (then with FUSEDMOE_SELF_TEST=0), which tells the host's part as well. Microseconds, the least
 of many short rounds, because everything that disturbs a round makes it longer.
 
     launches   the compiled kernels alone, in a loop in C++: the difference between a call that launches each many times, and once

@@ -20,7 +20,7 @@ from fusedmoe.kernels.backward_plan import BackwardPlan, backward_plan_of
 from fusedmoe.kernels.launch_triton import ADD_BLOCK
 from fusedmoe.kernels.layout import EXPERT_KIND, FROM_X, MATRIX_KIND
 from fusedmoe.kernels.plan import plan_of
-from fusedmoe.kernels.program import COLUMN, NOTHING, Map, Program, X, rounded_up
+from fusedmoe.kernels.program import COLUMN, NOTHING, Linear, Program, X, rounded_up
 from fusedmoe.kernels.tiles import CHUNK, Tiles
 
 FLOAT = 4  # bytes of float32
@@ -29,7 +29,7 @@ FLOAT = 4  # bytes of float32
 class Launched(NamedTuple):
     """One launch.
 
-    name: of the kernel, and the stages that it runs. programs: in its grid. rows: of a program's tile. products: FLOPs of matrix products.
+    name: of the kernel, and the segments that it runs. programs: in its grid. rows: of a program's tile. products: FLOPs of matrix products.
     mixes: FLOPs of weighted sums on the ordinary cores. once: bytes, each tensor that it takes or leaves once. moved: bytes, as its programs
     read and write them.
     """
@@ -67,50 +67,51 @@ class _Sum:
 
 def forward(program: Program, tiles: Tiles, rows: int, size: int) -> list[Launched]:
     """Return the launches of a forward over so many rows of numbers of `size` bytes."""
-    matrices = {one.weight for outer in program.maps for one in _chain(outer)} - {NOTHING}
+    matrices = {linear.weight for outer in program.linears for linear in _chain(outer)} - {NOTHING}
     names = {program.table.parameters[number].name for number in matrices}
     blocks = ceil(rows / tiles.rows)
     found = []
     for launch in plan_of(program, tiles.whole, tiles.units, tiles.columns).launches:
-        part = only(program, launch.stages)
+        part = only(program, launch.segments)
         # Row blocks are alike but for the last one.
         full, last = traffic(part, tiles, tiles.rows, size), traffic(part, tiles, (rows - 1) % tiles.rows + 1, size)
         weights = blocks * sum(full.read[name] for name in names) // size
-        mixed = sum(len(unit.reads) * unit.width for stage in launch.stages for unit in program.stages[stage].units)
+        mixed = sum(len(unit.reads) * unit.width for segment in launch.segments for unit in program.segments[segment].units)
         found.append(
             Launched(
-                f"forward, {', '.join(program.stages[stage].name for stage in launch.stages)}",
+                f"forward, {', '.join(program.segments[segment].name for segment in launch.segments)}",
                 blocks * launch.programs,
                 tiles.rows,
                 2 * tiles.rows * weights,
                 2 * tiles.rows * blocks * mixed,
-                each_once(program, launch.stages, rows, size),
+                each_once(program, launch.segments, rows, size),
                 (blocks - 1) * full.total + last.total,
             )
         )
     return found
 
 
-def _chain(one: Map | None) -> Iterator[Map]:
+def _chain(linear: Linear | None) -> Iterator[Linear]:
     """A map and those inside of it."""
-    while one:
-        yield one
-        one = one.inner
+    while linear:
+        yield linear
+        linear = linear.hidden
 
 
-def only(program: Program, stages: Sequence[int]) -> Program:
-    """The program with what stands in other stages left out, every stage in its place."""
-    return Program(program.table, tuple(s if n in stages else replace(s, experts=(), units=()) for n, s in enumerate(program.stages)))
+def only(program: Program, segments: Sequence[int]) -> Program:
+    """The program with what stands in other segments left out, every segment in its place."""
+    return Program(program.table, tuple(s if n in segments else replace(s, experts=(), units=()) for n, s in enumerate(program.segments)))
 
 
-def each_once(program: Program, stages: Sequence[int], rows: int, size: int) -> int:
-    """Bytes of what the stages need from outside and of what they hand on, each once. All slots of x are one tensor, as a trunk expands it."""
-    part = only(program, stages)
-    maps = [one for outer in part.maps for one in _chain(outer)]
-    sources = {source for one in maps for source in one.sources if source.stage not in stages}
-    columns = sum(source.width for source in sources if source.stage != X) + program.table.width * any(source.stage == X for source in sources)
-    columns += sum(unit.width for stage in stages for unit in program.stages[stage].units)
-    params = {number for one in maps for number in (one.weight, one.bias)} | {unit.static for stage in stages for unit in program.stages[stage].units}
+def each_once(program: Program, segments: Sequence[int], rows: int, size: int) -> int:
+    """Bytes of what the segments need from outside and of what they hand on, each once. All slots of x are one tensor, as a trunk expands it."""
+    part = only(program, segments)
+    linears = [linear for outer in part.linears for linear in _chain(outer)]
+    sources = {source for linear in linears for source in linear.sources if source.segment not in segments}
+    columns = sum(source.width for source in sources if source.segment != X) + program.table.width * any(source.segment == X for source in sources)
+    columns += sum(unit.width for segment in segments for unit in program.segments[segment].units)
+    params = {number for linear in linears for number in (linear.weight, linear.bias)}
+    params |= {unit.static for segment in segments for unit in program.segments[segment].units}
     return size * (rows * columns + sum(prod(program.table.parameters[number].shape) for number in params - {NOTHING}))
 
 
@@ -127,7 +128,7 @@ def backward(program: Program, tiles: Tiles, rows: int, size: int) -> list[Launc
                 tile = layout.BACKWARD_TILE.unpack(written.ints, place)
                 (count.expert if tile.kind == EXPERT_KIND else count.source)(tile.record)
         total, padded = count.sum, blocks * tiles.rows
-        name = f"backward_rows, {', '.join(program.stages[stage].name for stage in launch.stages)}"
+        name = f"backward_rows, {', '.join(program.segments[segment].name for segment in launch.segments)}"
         moved = rows * total.row + blocks * total.block
         found.append(Launched(name, blocks * launch.programs, tiles.rows, padded * total.products, padded * total.mixes, total.once(rows), moved))
     total = program.gradients[1]

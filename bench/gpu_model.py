@@ -38,7 +38,7 @@ from gpu_launches import Launched
 from roofline import ARCH, MEGA, Eager
 from tables import replace_between, rows_of
 
-from fusedmoe.kernels.program import Program, fused, lower, of_one_slot
+from fusedmoe.kernels.program import Program, inline_hidden, lower, of_one_slot
 from fusedmoe.kernels.tiles import WHOLE_ROWS, Tiles, choose
 from fusedmoe.speed.subjects import MAIN, SUBJECTS, Called, build
 from fusedmoe.table import Table
@@ -145,7 +145,7 @@ def table_of(layer: str) -> Table:
 @cache
 def launches_of(layer: str, mode: str, rows: int, form: str, dtype: torch.dtype) -> list[Launched]:
     """The launches of a layer in one form: of the forward, and in a training step of the backward besides. Its caller expands one x to all slots."""
-    program = fused(table_of(layer)) if mode == "inference" else lower(table_of(layer))
+    program = inline_hidden(table_of(layer)) if mode == "inference" else lower(table_of(layer))
     tiles, size = tiles_of(program, rows, form, dtype), dtype.itemsize
     found = gpu_launches.forward(of_one_slot(program), tiles, rows, size)
     return found + (gpu_launches.backward(program, tiles.backward, rows, size) if mode != "inference" else [])

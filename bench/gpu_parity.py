@@ -1,4 +1,4 @@
-"""Part b of `make gpu`: the trial of every backend, parity of the quick cases, and the tests of streams, graphs and tuned tiles on the device."""
+"""Part b of `make gpu`: the self-test of every backend, parity of the quick cases, and the tests of streams, graphs and tuned tiles on the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from gpu_arms import DEVICE, present
 from gpu_cases import Case, few
 
-from fusedmoe.kernels import trial
+from fusedmoe.kernels import self_test
 from fusedmoe.op import fusion_network
 from fusedmoe.testing import QUICK, evaluate, expectation, faults_of, problem, smoothed
 from fusedmoe.testing import cases as all_cases
@@ -24,12 +24,12 @@ DTYPES = ("bfloat16", "float32")
 SHOWN = 5
 
 
-def run_trial(backend: str, dtype: str) -> dict:
-    """What `trial.once` does at a first use, with every figure: the largest error over the allowed one. Raises: AssertionError beyond 1."""
+def run_self_test(backend: str, dtype: str) -> dict:
+    """What `self_test.check` does at a first use, with every figure: the largest error over the allowed one. Raises: AssertionError beyond 1."""
     found = {}
-    for number, table in enumerate(trial.tables()):
-        for rows in trial.ROWS:
-            found[f"table {number}, {rows} rows"] = trial.worst(DEVICE, getattr(torch, dtype), table, rows, backend)
+    for number, table in enumerate(self_test.tables()):
+        for rows in self_test.ROWS:
+            found[f"table {number}, {rows} rows"] = self_test.worst(DEVICE, getattr(torch, dtype), table, rows, backend)
     wrong = {name: ratio for name, ratio in found.items() if not ratio <= 1}
     if wrong:
         raise AssertionError(f"expected errors of at most 1 x the one allowed, got {', '.join(f'{ratio:.3g} ({name})' for name, ratio in wrong.items())}")
@@ -71,11 +71,11 @@ def device_tests() -> dict:
 
 
 def cases(book: dict) -> list[Case]:
-    """bfloat16 first: it is what people train in. A backend's trial stands in front of its cases."""
-    os.environ["FUSEDMOE_TRIAL"] = "0"
+    """bfloat16 first: it is what people train in. A backend's self-test stands in front of its cases."""
+    os.environ["FUSEDMOE_SELF_TEST"] = "0"
     names = QUICK[:2] if few() else QUICK
     found = []
     for dtype in DTYPES:
-        found += [Case(f"trial, {dtype}, {backend}", partial(run_trial, backend, dtype)) for backend in present()]
+        found += [Case(f"self-test, {dtype}, {backend}", partial(run_self_test, backend, dtype)) for backend in present()]
         found += [Case(f"{name}, {dtype}, {backend}", partial(parity, name, dtype, backend)) for name in names for backend in present()]
     return [*found, Case("tests/gpu", device_tests)]

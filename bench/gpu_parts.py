@@ -21,7 +21,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "a": Part("versions, device, clocks, a tiny call of each backend", "gpu_first", 40, 30),
-    "b": Part("the trial, and parity of the quick cases", "gpu_parity", 120, 60),
+    "b": Part("the self-test, and parity of the quick cases", "gpu_parity", 120, 60),
     "c": Part("times against PyTorch", "gpu_times", 170, 90),
     "d": Part("shares of the measured bandwidth and matrix rate", "gpu_shares", 30, 25),
     "e": Part("compute-sanitizer and the counters of ncu", "gpu_tools", 80, 60),

@@ -45,7 +45,7 @@ def facts(results: dict[str, dict]) -> list[str]:
 
 
 def parity(results: dict[str, dict]) -> list[str]:
-    """Part b: how many cases passed by dtype and backend, and the trials' figures."""
+    """Part b: how many cases passed by dtype and backend, and the self-tests' figures."""
     counts: dict[tuple[str, ...], int] = {}
     lines = []
     for key, result in results.items():

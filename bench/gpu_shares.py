@@ -70,7 +70,7 @@ def share(cell: Cell, backend: str) -> dict:
 
 
 def cases(book: dict) -> list[Case]:
-    """Raises: Skipped where no backend passed the trial."""
+    """Raises: Skipped where no backend passed the self-test."""
     backends = proven(book, (DTYPE,))[DTYPE]
     cells = [Cell(layer, mode, rows, DTYPE) for rows in ROWS for mode in MODES for layer in MAIN]
     return [

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import sys
 
-os.environ["FUSEDMOE_TRIAL"] = "0"
+os.environ["FUSEDMOE_SELF_TEST"] = "0"
 
 import torch
 from gpu_arms import DEVICE, Cell, Subject
 
-from fusedmoe.kernels import trial
+from fusedmoe.kernels import self_test
 from fusedmoe.op import fusion_network
 
 # One launch for all stages, and a launch a level.
@@ -24,7 +24,7 @@ ROWS = (40, 300)
 def check(backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.bfloat16, torch.float32):
-        for table in trial.tables():
+        for table in self_test.tables():
             for rows in ROWS:
                 shapes = [(rows, table.slots, table.width), *(p.shape for p in table.parameters)]
                 x, *params = (torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_() for shape in shapes)

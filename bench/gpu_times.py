@@ -74,7 +74,7 @@ def tiers() -> list[tuple[str, str, tuple[int, ...]]]:
 
 
 def cases(book: dict) -> list[Case]:
-    """Raises: Skipped where no backend passed the trial."""
+    """Raises: Skipped where no backend passed the self-test."""
     right = proven(book, DTYPES)
     found = []
     for compiler, dtype, sizes in tiers():

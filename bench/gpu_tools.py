@@ -83,7 +83,7 @@ def count(backend: str) -> dict:
 
 
 def cases(book: dict) -> list[Case]:
-    """Raises: Skipped where no backend passed the trial."""
+    """Raises: Skipped where no backend passed the self-test."""
     backends = proven(book, ("bfloat16",))["bfloat16"]
     checks = [Case(f"{tool}, {backend}", partial(sanitize, tool, backend)) for backend in backends for tool in CHECKS]
     return [*(Case(f"ncu, {backend}", partial(count, backend)) for backend in backends), *checks]

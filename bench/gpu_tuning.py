@@ -49,8 +49,8 @@ def tune(cell: Cell) -> dict:
 
 
 def cases(book: dict) -> list[Case]:
-    """Raises: Skipped where Triton's kernels did not pass the trial: the others have no tiles to choose."""
+    """Raises: Skipped where Triton's kernels did not pass the self-test: the others have no tiles to choose."""
     if BACKEND not in proven(book, (DTYPE,))[DTYPE]:
-        raise Skipped(f"backend {BACKEND} did not pass the trial, or is not here")
+        raise Skipped(f"backend {BACKEND} did not pass the self-test, or is not here")
     cells = [Cell(layer, mode, ROWS, DTYPE) for mode in MODES for layer in MAIN]
     return [Case(cell.key, partial(tune, cell)) for cell in (cells[:1] if few() else cells)]

@@ -26,7 +26,7 @@ def start(environment: dict[str, str], compute_mode: int) -> list[subprocess.Pop
         return []
     base = [sys.executable, str(Path(__file__))]
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    return [subprocess.Popen([*base, layer, mode], env=environment | {"FUSEDMOE_TRIAL": "0"}, **quiet) for layer, mode in WORK]
+    return [subprocess.Popen([*base, layer, mode], env=environment | {"FUSEDMOE_SELF_TEST": "0"}, **quiet) for layer, mode in WORK]
 
 
 def main(layer: str, mode: str) -> None:

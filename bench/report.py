@@ -1,9 +1,12 @@
-"""Write README's speeds, docs/speed.md and its pictures from bench/results/cpu.json: `make report`. No figure is typed by hand."""
+"""Write README's speeds, docs/speed.md and its pictures from bench/results/cpu.json: `make report`.
+No figure is typed by hand.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +23,13 @@ BEGIN, END = "<!-- speeds: written by `make report` -->", "<!-- end of speeds --
 MEGA = 1e6
 # Rows of README's one table.
 HEADLINE_BATCH = 64
+# Columns of a page.
+WIDTH = 100
+
+
+def paragraph(text: str) -> str:
+    """Return a text in lines of a page's width."""
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def milliseconds(seconds: float) -> str:
@@ -33,7 +43,9 @@ def threads_of(count: int) -> str:
 
 
 def groups(records: Sequence[Mapping], *names: str) -> dict[tuple, list[Mapping]]:
-    """Return the records by the values of some of their fields, in the order in which they were measured."""
+    """Return the records by the values of some of their fields, in the order in which they were
+    measured.
+    """
     found: dict[tuple, list[Mapping]] = {}
     for record in records:
         found.setdefault(tuple(record[name] for name in names), []).append(record)
@@ -45,20 +57,25 @@ def commit_of(machine: Mapping) -> str:
 
 
 def machine_line(results: Mapping) -> str:
-    """Return one paragraph about the machine, what it reaches, and what the figures are."""
+    """Return a paragraph about the machine, what it reaches, and what the figures are."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     rounds = min(record["rounds"] for record in results["cases"])
-    reads = ", ".join(f"{name} {speed:.0f}" for name, speed in machine["read_gb_per_second"].items())
-    medium = "" if machine["medium_computes_in"] == "float32" else ' "medium" computes in bfloat16 here, and counts among the bfloat16 rivals alone.'
-    return (
-        f"{machine['cpu']}, {machine['isa']}; {commit_of(machine)}; {versions}. Medians of {rounds} rounds or more, the arms in turn. Peak: "
-        f"{machine['peak_gflops']:.0f} GFLOP/s of float32 multiply-adds a core, measured in the same run{'; reads, GB/s: ' + reads if reads else ''}.{medium}"
+    speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in machine["read_gb_per_second"].items())
+    reads = f" Reads of one core, in GB/s: {speeds}." if speeds else ""
+    medium = "" if machine["medium_computes_in"] == "float32" else ' "medium" computes in bfloat16 here, so it is a rival of bfloat16 alone.'
+    return paragraph(
+        f"{machine['cpu']}, {machine['isa']}; {commit_of(machine)}; {versions}. Times are medians of {rounds} rounds or more, in which ours and the "
+        f"rivals take turns. The peak is {machine['peak_gflops']:.0f} GFLOP/s: the float32 multiply-adds of one core, measured in the same run."
+        f"{reads}{medium}"
     )
 
 
 def summary(record: Mapping, ours: str, peak: float) -> str:
-    """Return `x eager / x best on the layer / x best of all, share of peak`; only the share where no rival is."""
+    """Return `x eager / x best on the layer / x best of all, share of peak`.
+
+    Only the share where no rival is.
+    """
     found, share = ratios(record, ours), share_of_peak(record, peak, ours)
     if share is None:
         return ""
@@ -80,7 +97,9 @@ def compact(records: Sequence[Mapping], peak: float) -> list[str]:
 
 
 def against_own(records: Sequence[Mapping], field: str, base: object, other: object) -> list[str]:
-    """Return lines that compare the fused arm with itself: the other dtype or number of threads against the base, case by case."""
+    """Return lines that compare the fused arm with itself: the other dtype or number of threads
+    against the base, case by case.
+    """
     lines = []
     keys = [name for name in ("layer", "mode", "batch", "dtype", "threads") if name != field]
     for cases in groups(records, *keys).values():
@@ -91,8 +110,10 @@ def against_own(records: Sequence[Mapping], field: str, base: object, other: obj
 
 
 def memory_table(records: Sequence[Mapping]) -> list[str]:
-    """Return a table of the bytes kept for backward and the rise of the peak, of the largest batch of each layer and dtype."""
-    table = [["layer, dtype, B", "saved, MB", "eager", "ratio", "ratio, recompute", "peak rises by, MB", "eager"]]
+    """Return a table of the bytes kept for backward and the rise of the peak, of the largest batch
+    of each layer and dtype.
+    """
+    table = [["layer, dtype, B", "saved, MB", "eager", "ratio", "ratio, recompute", "peak memory rises by, MB", "eager"]]
     for (layer, dtype), cases in groups([r for r in records if "fused" in r.get("memory", {})], "layer", "dtype").items():
         largest = max(cases, key=lambda record: record["batch"])
         ours, eager = largest["memory"]["fused"], largest["memory"]["eager"]
@@ -105,19 +126,24 @@ def memory_table(records: Sequence[Mapping]) -> list[str]:
 
 
 def overhead_line(results: Mapping) -> str:
-    """Return a sentence about what a call costs besides its arithmetic; empty where it was not measured."""
+    """Return a sentence about what a call costs besides its arithmetic.
+
+    Empty where it was not measured.
+    """
     arms = results["overhead"].get("arms")
     if not arms:
         return ""
     forward, step, cat = (f"{1e6 * arms[name]['median']:.1f}" for name in ("forward", "forward, backward", "torch.cat"))
-    return (
-        f"A call with {results['overhead']['tensors']} tensors that hardly computes takes {forward} us without gradients, and {step} us forward "
-        f"and backward; `torch.cat` of as many leaves, a C++ autograd node, takes {cat} us."
+    return paragraph(
+        f"The overhead of a call: one with {results['overhead']['tensors']} tensors and almost no arithmetic takes {forward} us without gradients, "
+        f"and {step} us forward and backward. For comparison, `torch.cat` of as many tensors, forward and backward, takes {cat} us."
     )
 
 
 def headline(records: Sequence[Mapping]) -> list[str]:
-    """Return README's table: times as fast as eager of the main layers, in float32 on one thread, at HEADLINE_BATCH rows."""
+    """Return README's table: times as fast as eager of the main layers, in float32 on one thread,
+    at HEADLINE_BATCH rows.
+    """
     found = [record for record in records if (record["dtype"], record["threads"]) == ("float32", 1) and "eager" in ratios(record)]
     chosen = [record for record in found if record["batch"] == HEADLINE_BATCH and record["layer"] in MAIN]
     if not chosen:
@@ -128,16 +154,20 @@ def headline(records: Sequence[Mapping]) -> list[str]:
     return [
         *rows_of(table),
         "",
-        f"B = {HEADLINE_BATCH} rows, float32, one thread. Against the fastest of all rivals, where the network is also rewritten by hand into "
-        f"large products, these are {min(best):.1f} to {max(best):.1f} times as fast.",
+        paragraph(
+            f"B = {HEADLINE_BATCH} rows, float32, one thread. Compared with the fastest of all rivals, which also run the network rewritten by hand "
+            f"into a few large products, fusedmoe is {min(best):.1f} to {max(best):.1f} times as fast."
+        ),
+        "",
     ]
 
 
 def readme(results: Mapping, pictures: Sequence[str] = ()) -> str:
     """Return what README shows: one number for each main layer and mode, the machine, a picture."""
     machine = results["machine"]
-    lines = [*headline(results["cases"]), f"{machine['cpu']}, {machine['isa']}, torch {machine['versions']['torch']}, {commit_of(machine)}."]
-    lines += [f"[docs/speed.md]({PAGE.relative_to(ROOT)}) has every layer, batch size, dtype and rival, and what was absent, with the reason."]
+    measured = f"Measured on {machine['cpu']}, {machine['isa']}, torch {machine['versions']['torch']}, {commit_of(machine)}."
+    more = "has every layer, batch size, dtype and rival, and names what could not run, with the reason."
+    lines = [*headline(results["cases"]), paragraph(f"{measured} [docs/speed.md]({PAGE.relative_to(ROOT)}) {more}")]
     if "speed" in pictures:
         lines += ["", "![Times as fast as eager, and as the best rival, against the number of rows](docs/speed.png)"]
     return "\n".join(lines)
@@ -146,8 +176,11 @@ def readme(results: Mapping, pictures: Sequence[str] = ()) -> str:
 def overview(results: Mapping) -> list[str]:
     """Return a compact table for each dtype and number of threads, with what its cells say."""
     lines = [
-        "A cell is: **times as fast as eager** / as the best rival on the layer as it is / as the best of all rivals, those on the restructured "
-        "network included; then the share of that peak. Only rivals that compute in the table's dtype count.",
+        paragraph(
+            "A cell has up to three ratios and the share of the peak. The ratios say how many times as fast fusedmoe is **as eager PyTorch** / as the "
+            "fastest rival that runs the layer as it is / as the fastest of all rivals, which also run the network rewritten by hand (restructured). "
+            "Only rivals that compute in the table's dtype count."
+        ),
     ]
     for (dtype, threads), cases in groups(results["cases"], "dtype", "threads").items():
         table = compact(cases, results["machine"]["peak_gflops"])
@@ -156,7 +189,9 @@ def overview(results: Mapping) -> list[str]:
 
 
 def full_table(records: Sequence[Mapping]) -> list[str]:
-    """Return every arm's time: a row for each layer and batch size, a column for each arm that ran in any of them."""
+    """Return every arm's time: a row for each layer and batch size, a column for each arm that ran
+    in any of them.
+    """
     arms = list(dict.fromkeys(name for record in records for name in record["arms"]))
     table = [["layer, B", *arms]]
     for record in records:
@@ -174,13 +209,14 @@ def page(results: Mapping, pictures: Sequence[str] = ()) -> str:
     lines = ["# Speed on a CPU", "", "Written by `make report` from bench/results/cpu.json.", "", machine_line(results), "", *overview(results)]
     for name in pictures:
         lines += ["", f"![{name}]({name}.png)"]
-    lines += ["", "## Every case and every arm", "", "Milliseconds: the median [20th and 80th percentile]; the precision where it is not the table's dtype."]
+    lines += ["", "## Every case and every rival", ""]
+    lines += [paragraph("In milliseconds: the median [20th and 80th percentile]. The precision stands behind it where it is not the table's dtype.")]
     for (dtype, threads, mode), cases in groups(records, "dtype", "threads", "mode").items():
         lines += ["", f"### {mode}, {dtype}, {threads_of(threads)}", "", *full_table(cases)]
     comparisons = {
-        "bfloat16 against own float32": against_own(records, "dtype", "float32", "bfloat16"),
-        "two threads against one": against_own(records, "threads", 1, 2),
-        "absent": absent_arms(records),
+        "How many times as fast fusedmoe is in bfloat16 as in float32": against_own(records, "dtype", "float32", "bfloat16"),
+        "How many times as fast fusedmoe is on two threads as on one": against_own(records, "threads", 1, 2),
+        "What did not run, and why": absent_arms(records),
     }
     for title, found in comparisons.items():
         lines += ["", f"## {title}", "", *(f"- {line}" for line in found)] if found else []

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fusedmoe.kernels.plan import groups_of, launches_of
-from fusedmoe.kernels.program import NOTHING, Map, Mix, Program, Source, X, fused, of_one_slot
+from fusedmoe.kernels.program import NOTHING, Linear, Program, Source, Unit, X, inline_hidden, of_one_slot
 from fusedmoe.kernels.tiles import Tiles, choose
 from fusedmoe.speed.subjects import MAIN, SUBJECTS, Called, build
 
@@ -64,26 +64,26 @@ class _Count:
         self.names = [parameter.name for parameter in program.table.parameters]
         self.read, self.written = Counter(), Counter()
         self.rows = 0
-        self.readers = READERS.get((tiles.rows, program.inner and not tiles.whole), Readers(1, 1, 1, 1))
+        self.readers = READERS.get((tiles.rows, program.hidden and not tiles.whole), Readers(1, 1, 1, 1))
 
-    def source(self, one: Source) -> None:
+    def source(self, linear: Source) -> None:
         """rows x width, of x or a buffer."""
-        self.read["x" if one.stage == X else "buffers"] += self.rows * one.width * self.size
+        self.read["x" if linear.segment == X else "buffers"] += self.rows * linear.width * self.size
 
-    def linear(self, one: Map, outputs: int, kept: bool, readers: int) -> None:
+    def linear(self, linear: Linear, outputs: int, kept: bool, readers: int) -> None:
         """`outputs` rows of W and b. h is read for them once, if it is not kept; that of a map inside once for BLOCK_K of its outputs."""
-        self.read[self.names[one.weight]] += outputs * one.reduction * self.size
-        if one.bias != NOTHING:
-            self.read[self.names[one.bias]] += outputs * self.size * readers
-        if one.inner:
-            for first in range(0, one.reduction, self.tiles.reduction):
-                self.linear(one.inner, min(self.tiles.reduction, one.reduction - first), kept, readers)
+        self.read[self.names[linear.weight]] += outputs * linear.reduction * self.size
+        if linear.bias != NOTHING:
+            self.read[self.names[linear.bias]] += outputs * self.size * readers
+        if linear.hidden:
+            for first in range(0, linear.reduction, self.tiles.reduction):
+                self.linear(linear.hidden, min(self.tiles.reduction, linear.reduction - first), kept, readers)
         elif not kept:
-            for source in one.sources:
+            for source in linear.sources:
                 self.source(source)
 
-    def softmaxes(self, units: list[Mix]) -> None:
-        keeps = self.tiles.keep > 0
+    def softmaxes(self, units: list[Unit]) -> None:
+        keeps = self.tiles.resident > 0
         for unit in units:
             if unit.gate:
                 self.linear(unit.gate, unit.gate.width, keeps, self.readers.gate)
@@ -91,39 +91,39 @@ class _Count:
         for source in {unit.gate.read[0] for unit in units if unit.gate} if keeps else ():
             self.source(source)
 
-    def mix(self, stage: int, units: list[Mix], experts: tuple[int, ...], columns: int) -> None:
+    def mix(self, segment: int, units: list[Unit], experts: tuple[int, ...], columns: int) -> None:
         """`columns` of the experts of a group and of its units."""
-        level = self.program.stages[stage]
-        keeps, previous = self.tiles.keep > 0, None
+        level = self.program.segments[segment]
+        keeps, previous = self.tiles.resident > 0, None
         for e in experts:
-            one = level.experts[e]
-            if one.weight == NOTHING:
-                self.source(one.sources[0]._replace(width=columns))
+            linear = level.experts[e]
+            if linear.weight == NOTHING:
+                self.source(linear.sources[0]._replace(width=columns))
             else:
-                if keeps and one.read != previous:
-                    self.source(one.read[0])
-                previous = one.read
-                self.linear(one, columns, keeps, self.readers.bias)
+                if keeps and linear.read != previous:
+                    self.source(linear.read[0])
+                previous = linear.read
+                self.linear(linear, columns, keeps, self.readers.bias)
             for unit in units:
                 for read in unit.reads:
                     if read.expert == e:
                         self.read["p"] += self.rows * SOFTMAX * self.readers.softmax
                     if read.expert == e and read.element != NOTHING:
                         self.read[self.names[unit.static]] += self.size * self.readers.static
-        self.written["out" if stage + 1 == len(self.program.stages) else "buffers"] += len(units) * columns * self.rows * self.size
+        self.written["out" if segment + 1 == len(self.program.segments) else "buffers"] += len(units) * columns * self.rows * self.size
 
     def block(self) -> None:
         """All launches, for one row block."""
         for launch in launches_of(self.program, self.tiles.whole):
-            stages = [stage for stage in launch if self.program.stages[stage].units]
-            for stage in stages:
-                for group in groups_of(self.program.stages[stage], self.tiles.units):
-                    units = [self.program.stages[stage].units[u] for u in group.units]
+            segments = [segment for segment in launch if self.program.segments[segment].units]
+            for segment in segments:
+                for group in groups_of(self.program.segments[segment], self.tiles.units):
+                    units = [self.program.segments[segment].units[u] for u in group.units]
                     for column in range(0, max(units[0].width, 1), self.tiles.columns):
                         # A program of its own has a softmax of its own.
-                        if column == 0 or len(stages) == 1:
+                        if column == 0 or len(segments) == 1:
                             self.softmaxes(units)
-                        self.mix(stage, units, group.experts, min(self.tiles.columns, units[0].width - column))
+                        self.mix(segment, units, group.experts, min(self.tiles.columns, units[0].width - column))
 
 
 def traffic(program: Program, tiles: Tiles, rows: int, size: int) -> Traffic:
@@ -137,7 +137,7 @@ def traffic(program: Program, tiles: Tiles, rows: int, size: int) -> Traffic:
 
 def traffic_of_operands(program: Program, tiles: Tiles, rows: int, size: int) -> Traffic:
     """As if one program did all rows and columns of a group: each operand of a product once, which is how `Eager` counts operators."""
-    return traffic(program, tiles._replace(rows=rows, columns=1 << 20, reduction=1 << 20, keep=1 << 20), rows, size)
+    return traffic(program, tiles._replace(rows=rows, columns=1 << 20, reduction=1 << 20, resident=1 << 20), rows, size)
 
 
 class Eager(TorchDispatchMode):
@@ -184,7 +184,7 @@ def case(name: str) -> Case:
     """Count a layer of `fusedmoe.speed.subjects`."""
     layer = build(SUBJECTS[name], torch.bfloat16)
     # `Called` expands [B, D] to the slots, as models do.
-    program = of_one_slot(fused(layer.table))
+    program = of_one_slot(inline_hidden(layer.table))
     tiles = choose(program, torch.bfloat16, ROWS, ARCH)
     x = torch.zeros(ROWS, layer.table.width, dtype=torch.bfloat16)
     with torch.no_grad(), Eager() as eager:
@@ -196,11 +196,11 @@ def case(name: str) -> Case:
 def main() -> None:
     print(f"inference, {ROWS} rows, bfloat16: MB of global memory; each operand once, and as programs read them, without a cache")
     for name in MAIN:
-        one = case(name)
-        print(f"{name}: eager {one.eager / MEGA:.1f} in {one.operators} operators")
-        for what, ours in (("operands", one.operands), ("programs", one.programs)):
+        found = case(name)
+        print(f"{name}: eager {found.eager / MEGA:.1f} in {found.operators} operators")
+        for what, ours in (("operands", found.operands), ("programs", found.programs)):
             by = ", ".join(f"{kind} {count / MEGA:.1f}" for kind, count in kinds(ours).items())
-            print(f"  {what}: {ours.total / MEGA:.1f} ({by}), {ours.total / one.eager:.2f} of eager's")
+            print(f"  {what}: {ours.total / MEGA:.1f} ({by}), {ours.total / found.eager:.2f} of eager's")
 
 
 def kinds(ours: Traffic) -> Counter[str]:

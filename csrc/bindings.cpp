@@ -35,7 +35,7 @@ struct Arguments {
   std::vector<Tensor> copies;
   fusedmoe::Storage<T> storage{cpu::chosen_isa()};
   std::vector<const T*> pointers;
-  std::vector<const uint16_t*> halves;
+  std::vector<const uint16_t*> bf16_weights;
   std::shared_ptr<const cpu::Plan> plan;
   cpu::Call<T> call;
 
@@ -43,31 +43,31 @@ struct Arguments {
     STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu(), "x: expected a CPU tensor [B, S, D], got ", shape_of(x.sizes()));
     fusedmoe::check_memory(x, "x");
     if (x.numel() > 0 && x.size(2) > 1 && x.stride(2) != 1) x = torch::stable::contiguous(x);
-    const bool half = x.scalar_type() == ScalarType::BFloat16;
-    plan = plan_of(text, {save != save_nothing, x.stride(1) == 0 && x.size(1) > 1, save == save_least, half});
+    const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
+    plan = plan_of(text, {save != save_nothing, x.stride(1) == 0 && x.size(1) > 1, save == save_least, bf16});
     const fusedmoe::Table& table = plan->table;
     STD_TORCH_CHECK(x.size(1) == table.slots && x.size(2) == table.width, "x: expected [B, ", table.slots, ", ", table.width, "], got ", shape_of(x.sizes()));
     const size_t count = tensors.size();
     STD_TORCH_CHECK(count == table.shapes.size(), "params: expected ", table.shapes.size(), " tensors, got ", count);
     // Under autocast the input is lowered, and the parameters stay in float32.
-    if (half && count && tensors[0].scalar_type() == ScalarType::Float) stored = ScalarType::Float;
+    if (bf16 && count && tensors[0].scalar_type() == ScalarType::Float) stored = ScalarType::Float;
     pointers.resize(count);
-    halves.resize(half ? count : 0);
-    std::vector<bool> is_weight(halves.size());
-    if (half)
-      for (const cpu::Step* map : plan->maps) is_weight[map->weight] = true;
+    bf16_weights.resize(bf16 ? count : 0);
+    std::vector<bool> is_weight(bf16_weights.size());
+    if (bf16)
+      for (const cpu::Linear* linear : plan->linears) is_weight[linear->weight] = true;
     for (size_t i = 0; i < count; i++) {
       check(tensors[i], table.shapes[i], stored, "params", int64_t(i));
       const bool here = tensors[i].is_contiguous();
       const Tensor& given = here ? tensors[i] : copies.emplace_back(torch::stable::contiguous(tensors[i]));
-      if (half && is_weight[i])
-        halves[i] = storage.halves(given);
+      if (bf16 && is_weight[i])
+        bf16_weights[i] = storage.bf16_weights(given);
       else
         pointers[i] = storage.read(given);
     }
     storage.read(x, call);
     call.params = pointers.data();
-    call.halves = halves.data();
+    call.bf16_weights = bf16_weights.data();
   }
 };
 
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vecto
   Tensor out = torch::stable::new_empty(a.x, {rows, table.output[0], table.output[1]});
   const bool poison = save && fusedmoe::poisoning(a.x);
   Tensor weights = mixing ? torch::stable::new_empty(a.x, {rows, table.mixing}) : fusedmoe::Results(a.x, a.x.scalar_type(), poison).make({rows, 0});
-  Tensor saved = fusedmoe::Results(a.x, dtype_of<T>, poison).make({save ? a.plan->kept * cpu::padded(rows) + header_size : 0});
+  Tensor saved = fusedmoe::Results(a.x, dtype_of<T>, poison).make({save ? a.plan->saved * cpu::padded(rows) + header_size : 0});
   a.call.out = a.storage.write(out);
   a.call.weights = mixing ? a.storage.write(weights) : nullptr;
   a.call.block = cpu::rows_of_block(rows, torch::stable::get_num_threads());
@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vecto
     std::fill_n(state, header_size, T(0));
     state[block_at] = T(a.call.block);
     state[recompute_at] = T(save == save_least);
-    a.call.kept = state + header_size;
+    a.call.saved = state + header_size;
   }
   cpu::forward<T>(*a.plan, a.call, for_each);
   a.storage.round();
@@ -97,17 +97,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vecto
 
 template <class T>
 std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& input, const std::vector<Tensor>& params,
-                             const Tensor& kept, const std::string& text, const std::string& needs) {
-  STD_TORCH_CHECK(kept.is_cpu() && kept.dim() == 1 && kept.numel() >= header_size && kept.scalar_type() == dtype_of<T>,
-                  "saved: expected what the forward of this call returned, got ", shape_of(kept.sizes()));
+                             const Tensor& given, const std::string& text, const std::string& needs) {
+  STD_TORCH_CHECK(given.is_cpu() && given.dim() == 1 && given.numel() >= header_size && given.scalar_type() == dtype_of<T>,
+                  "saved: expected what the forward of this call returned, got ", shape_of(given.sizes()));
   // A hook of saved tensors may give back an equal one of any layout.
-  const Tensor saved = checked(kept, {kept.numel()}, dtype_of<T>, "saved");
+  const Tensor saved = checked(given, {given.numel()}, dtype_of<T>, "saved");
   T* state = static_cast<T*>(saved.data_ptr());
   const int64_t block = int64_t(state[block_at]);
   Arguments<T> a(input, params, text, state[recompute_at] != 0 ? save_least : save_all);
   const fusedmoe::Table& table = a.plan->table;
   const int64_t rows = a.call.rows;
-  STD_TORCH_CHECK(saved.numel() == a.plan->kept * cpu::padded(rows) + header_size && block >= cpu::lane_multiple && block <= cpu::block_rows &&
+  STD_TORCH_CHECK(saved.numel() == a.plan->saved * cpu::padded(rows) + header_size && block >= cpu::lane_multiple && block <= cpu::block_rows &&
                       (block & (block - 1)) == 0,
                   "saved: expected what the forward of this call returned, got ", shape_of(saved.sizes()), " with other numbers");
   const size_t count = a.pointers.size();
@@ -131,7 +131,7 @@ std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d
   a.call.d_out = a.storage.read(d_top);
   a.call.d_weights = d_weights ? a.storage.read(d_mixing) : nullptr;
   a.call.block = block;
-  a.call.kept = state + header_size;
+  a.call.saved = state + header_size;
   a.call.grads = grads.data();
   cpu::backward<T>(*a.plan, a.call, for_each);
   a.storage.round();
@@ -162,7 +162,7 @@ std::vector<Tensor> network_cpu_backward(const Tensor& d_out, const std::optiona
 
 int64_t packed_size(const std::string& table) { return fusedmoe::planned(table, {})->packing.size; }
 
-int64_t kept_of(const std::string& table, bool recompute) { return plan_of(table, {true, false, recompute})->kept; }
+int64_t saved_width(const std::string& table, bool recompute) { return plan_of(table, {true, false, recompute})->saved; }
 
 double fma_peak(double seconds) {
   const cpu::Isa& isa = cpu::chosen_isa();
@@ -202,7 +202,9 @@ PYBIND11_MODULE(_C, m) {
   }, "Every ISA of this build, best first, and whether this processor has it.");
   m.def("isa", [] { return std::string(cpu::chosen_isa().name); }, "The ISA whose kernels run; RuntimeError for a wrong FUSEDMOE_ISA.");
   m.def("free_bytes", &fusedmoe::free_bytes, "Bytes of results that died, kept for the next ones.");
-  m.def("kept", &kept_of, "Numbers a row that forward keeps for backward, or keeps at least where backward recomputes.");
+  m.def("saved_width", &saved_width, "Elements a row that forward saves for backward, or the least of them, for a backward that recomputes.");
+  m.attr("LANE_MULTIPLE") = int64_t(cpu::lane_multiple);
+  m.attr("HEADER_SIZE") = int64_t(header_size);
   m.def("packed_size", &packed_size, "Numbers of the packed parameters of a frozen network.");
   m.def("fma_peak", &fma_peak, "GFLOP/s of independent fp32 multiply-adds on one core: the best of as many rounds as fit into `seconds`.");
   bind_guards(m);

@@ -30,7 +30,7 @@ std::shared_ptr<const Planned> planned(const std::string& table, cpu::PlanKind k
   };
   // A thread often runs one network again and again: to compare a text is cheaper than to hash it under a lock.
   static thread_local Last lasts[kinds];
-  const int which = kind.training | kind.expanded << 1 | kind.recompute << 2 | kind.half << 3;
+  const int which = kind.training | kind.expanded << 1 | kind.recompute << 2 | kind.bf16 << 3;
   Last& last = lasts[which];
   if (last.planned && last.table == table) return last.planned;
   static std::mutex mutex;

@@ -1,5 +1,5 @@
 // Numbers in the kernels' type for tensors that store another one: widened on the way in, rounded once on the way out. In between they
-// stand in recycled memory. Whole calls in float16 are so computed in float32; bfloat16 so far as the maps' weights are not concerned,
+// stand in memory of the caching allocator. Whole calls in float16 are so computed in float32; bfloat16 so far as the linears' weights are not concerned,
 // which the kernels take as they are.
 #pragma once
 #include <torch/headeronly/util/Half.h>
@@ -16,15 +16,15 @@ class Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
   ~Memory() {
-    for (Block* block : blocks_) drop_block(block);
+    for (Slab* block : slabs_) drop_slab(block);
   }
   template <class T>
   T* take(int64_t count) {
-    const size_t bytes = (size_t(count) * sizeof(T) + block_alignment - 1) / block_alignment * block_alignment;
+    const size_t bytes = (size_t(count) * sizeof(T) + slab_alignment - 1) / slab_alignment * slab_alignment;
     if (bytes > left_) {
-      blocks_.push_back(take_block(std::max(bytes, smallest_block)));
-      next_ = blocks_.back()->memory;
-      left_ = blocks_.back()->bytes;
+      slabs_.push_back(take_slab(std::max(bytes, smallest_slab)));
+      next_ = slabs_.back()->memory;
+      left_ = slabs_.back()->bytes;
     }
     T* result = reinterpret_cast<T*>(next_);
     next_ += bytes;
@@ -33,7 +33,7 @@ class Memory {
   }
 
  private:
-  std::vector<Block*> blocks_;
+  std::vector<Slab*> slabs_;
   char* next_ = nullptr;
   size_t left_ = 0;
 };
@@ -85,7 +85,7 @@ class Storage {
       }
   }
   // bfloat16 of a contiguous tensor of bfloat16 or float32.
-  const uint16_t* halves(const Tensor& t) {
+  const uint16_t* bf16_weights(const Tensor& t) {
     if (t.scalar_type() == ScalarType::BFloat16) return static_cast<const uint16_t*>(t.const_data_ptr());
     uint16_t* to = memory_.take<uint16_t>(t.numel());
     isa_.round(static_cast<const float*>(t.const_data_ptr()), t.numel(), to);

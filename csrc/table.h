@@ -33,7 +33,7 @@ struct Selector {
   int index = 0;
 };
 
-// `hidden` and, after it, the last map, whose width is the number of experts seen.
+// `hidden` and, after it, the last linear, whose width is the number of experts seen.
 struct Gate {
   Selector selector;
   std::vector<int> sees;

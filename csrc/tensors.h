@@ -1,4 +1,4 @@
-// Tensors through PyTorch's stable ABI: checked arguments, and results in ordinary or in recycled memory.
+// Tensors through PyTorch's stable ABI: checked arguments, and results in ordinary or in memory of the caching allocator.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "recycle.h"
+#include "caching_allocator.h"
 
 // PyTorch has it since 2.11, this binary loads in 2.10 too: null there.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides,
@@ -54,13 +54,13 @@ inline bool poisoning(const Tensor& like) {
 }
 
 // Results of one call. Each is a tensor with a storage of its own, as fresh as any (autograd and optimizers may keep it, it is pickled
-// and shared alone), but for one thing: torch lets nobody enlarge a storage that it did not allocate. Their memory is recycled.
+// and shared alone), but for one thing: torch lets nobody enlarge a storage that it did not allocate. Their memory is that of the caching allocator.
 class Results {
  public:
   // `like` has the device; `poison`: fill with NaN.
   Results(const Tensor& like, ScalarType dtype, bool poison) : like_(like), dtype_(dtype), poison_(poison) {}
   ~Results() {
-    if (block_) drop_block(block_);
+    if (slab_) drop_slab(slab_);
   }
   Results(const Results&) = delete;
   Results& operator=(const Results&) = delete;
@@ -69,21 +69,21 @@ class Results {
     const size_t bytes = size_t(count_of(sizes)) * stored_as(dtype_).first;
     if (!bytes) return nothing(sizes);
     if (!torch_from_blob) return torch::stable::new_empty(like_, {sizes.data(), sizes.size()}, dtype_);
-    if (bytes > smallest_block) {
-      Block* own = take_block(bytes);
+    if (bytes > smallest_slab) {
+      Slab* own = take_slab(bytes);
       Tensor result = place(own, own->memory, sizes, bytes);
-      drop_block(own);
+      drop_slab(own);
       return result;
     }
-    if (!block_ || used_ + bytes > block_->bytes) {
-      if (block_) drop_block(block_);
-      block_ = nullptr;
-      block_ = take_block(smallest_block);
+    if (!slab_ || used_ + bytes > slab_->bytes) {
+      if (slab_) drop_slab(slab_);
+      slab_ = nullptr;
+      slab_ = take_slab(smallest_slab);
       used_ = 0;
     }
-    char* memory = block_->memory + used_;
-    used_ += (bytes + block_alignment - 1) / block_alignment * block_alignment;
-    return place(block_, memory, sizes, bytes);
+    char* memory = slab_->memory + used_;
+    used_ += (bytes + slab_alignment - 1) / slab_alignment * slab_alignment;
+    return place(slab_, memory, sizes, bytes);
   }
 
  private:
@@ -96,16 +96,16 @@ class Results {
     return Tensor(handle);
   }
 
-  Tensor place(Block* block, char* memory, const std::vector<int64_t>& sizes, size_t bytes) {
+  Tensor place(Slab* slab, char* memory, const std::vector<int64_t>& sizes, size_t bytes) {
     // All bits set are a NaN in every dtype.
     if (poison_) std::memset(memory, 0xff, bytes);
     const std::vector<int64_t> strides = strides_of(sizes);
     AtenTensorHandle handle;
-    block->holders.fetch_add(1, std::memory_order_relaxed);
-    const auto release = [](void*, void* held) { drop_block(static_cast<Block*>(held)); };
+    slab->holders.fetch_add(1, std::memory_order_relaxed);
+    const auto release = [](void*, void* held) { drop_slab(static_cast<Slab*>(held)); };
     const auto failed = torch_from_blob(memory, int64_t(sizes.size()), sizes.data(), strides.data(), 0, stored_as(dtype_).second,
-                                        aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, release, block);
-    if (failed) drop_block(block);
+                                        aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0, release, slab);
+    if (failed) drop_slab(slab);
     STD_TORCH_CHECK(!failed, "cpu backend: expected a tensor ", shape_of(sizes), " in recycled memory, got an error of torch");
     return Tensor(handle);
   }
@@ -113,7 +113,7 @@ class Results {
   const Tensor& like_;
   ScalarType dtype_;
   bool poison_;
-  Block* block_ = nullptr;  // the one that is being filled
+  Slab* slab_ = nullptr;  // the one that is being filled
   size_t used_ = 0;
 };
 

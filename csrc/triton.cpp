@@ -52,7 +52,7 @@ class Launches {
     constexpr int64_t most = int64_t(1) << 31;
     bool usual = table_ && given_.aligned == bound_.aligned && weights == bound_.weights;
     usual = usual && given_.rows < most && given_.x_row < most && given_.x_slot < most && bound_.total < most;
-    for (const Tensor* one : tensors) usual = usual && reinterpret_cast<uintptr_t>(one->const_data_ptr()) % 16 == 0;
+    for (const Tensor* tensor : tensors) usual = usual && reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0;
     if (!usual || !driver().ready()) return false;
     stream_ = current_stream(given_.x.get_device_index());
     return true;
@@ -130,8 +130,8 @@ std::vector<Tensor> network_triton_backward(const Tensor& d_out, const std::opti
 // Keep a table of the parameters' addresses for the calls to come.
 bool network_triton_table(const Tensor& table, const std::vector<Tensor>& params, int64_t bound) {
   std::vector<const void*> addresses;
-  for (const Tensor& one : params) addresses.push_back(one.const_data_ptr());
-  reinterpret_cast<Bound*>(bound)->tables.keep(addresses, table);
+  for (const Tensor& parameter : params) addresses.push_back(parameter.const_data_ptr());
+  reinterpret_cast<Bound*>(bound)->tables.remember(addresses, table);
   return true;
 }
 

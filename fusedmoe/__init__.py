@@ -1,10 +1,10 @@
-"""Fused dense mixtures of experts for multi-task recommenders: swap layers for speed, measure them, trust them.
+"""Fast layers for multi-task recommenders: MMoE, PLE, AdaTT and their relatives in one call.
 
     import fusedmoe
     report = fusedmoe.fuse(model)      # in place, reversible
     print(report)
 
-The mathematics stand in `fusedmoe/reference/operator.py`, every family's wiring in `fusedmoe/families.py`.
+`fusedmoe/reference/operator.py` has the mathematics, `fusedmoe/families.py` the families.
 """
 
 from fusedmoe import functional, nn

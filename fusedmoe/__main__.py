@@ -17,7 +17,7 @@ EXTRAS = ("rich", "matplotlib")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one command; return the exit status: 2 for a command that does not exist or misses a package."""
+    """Run one command; return the exit status: 2 for an unknown command or a missing package."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if arguments else 2

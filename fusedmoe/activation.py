@@ -1,11 +1,12 @@
-"""Names and parameters of the activations. The formulas stand in `reference/activation.py` (PyTorch) and `csrc/cpu` (C++)."""
+"""Names and parameters of the activations; `reference/activation.py` has the formulas."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-# name -> value of its one parameter (negative slope, or alpha) where PyTorch has one; 0.0 where it has none.
+# name -> value of its one parameter (negative slope, or alpha) where PyTorch has one; 0.0 where it
+# has none.
 DEFAULT_PARAMETER = {
     "identity": 0.0,
     "relu": 0.0,
@@ -23,9 +24,13 @@ PARAMETRIC = ("leaky_relu", "elu")
 
 @dataclass(frozen=True)
 class Activation:
-    """One elementwise function: `name` out of `DEFAULT_PARAMETER`, and its parameter (slope of leaky_relu, alpha of elu).
+    """One elementwise function.
 
-    Raises: ValueError for an unknown name, for a parameter that is not finite, or for one that the activation does not have.
+    Args:
+        name: one of the names in `DEFAULT_PARAMETER`.
+        parameter: the negative slope of leaky_relu, or alpha of elu; the others have none.
+    Raises: ValueError for an unknown name, for a parameter that is not finite, or for one that the
+        activation does not have.
     """
 
     name: str = "relu"
@@ -49,7 +54,10 @@ RELU = Activation("relu")
 
 
 def activation(value: str | Activation) -> Activation:
-    """Return the activation that `value` names: an `Activation`, or a name in any case ("relu", "RELU").
+    """Return the activation that `value` names.
+
+    Args:
+        value: an `Activation`, or a name in any case ("relu", "RELU").
 
     Raises: ValueError for an unknown name, TypeError for anything that is neither.
     """

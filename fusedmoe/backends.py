@@ -1,4 +1,4 @@
-"""The backends in order of preference, and why one cannot serve a call."""
+"""The backends in order of preference, and the reasons why one cannot serve a call."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from fusedmoe import dtype as dtypes
 from fusedmoe.tracing import constant
 
-# That of torch 2.10 and 2.11. Every kernel compiles with it and with 3.9 for every architecture (tests/gpu_free/
-# test_budgets.py), and in both interpreters computes what the reference does; with 3.7 the largest tiles were compiled
-# for sm_90. The first call on a device checks itself.
+# That of torch 2.10 and 2.11. Every kernel compiles with it and with 3.9 for every architecture
+# (tests/gpu_free/test_budgets.py), and in both interpreters computes what the reference does; with
+# 3.7 the largest tiles were compiled for sm_90. The first call on a device checks itself.
 OLDEST_TRITON = (3, 6)
 # The first architecture with bfloat16 and with copies that a program need not wait for.
 OLDEST_CAPABILITY = (8, 0)
@@ -60,10 +60,14 @@ def _looked_for_triton() -> str | None:
 
 
 def _driverless() -> str | None:
-    """Return why Triton cannot talk to the GPU, or None; left to itself it says so in a launch, as `0 active drivers`."""
+    """Return why Triton cannot talk to the GPU, or None.
+
+    Triton itself says so only in a launch, as `0 active drivers`.
+    """
     try:
         importlib.import_module("triton").runtime.driver.active.get_device_interface()
-    # Whatever Triton meets: a library that does not load, no C compiler for its launcher, a driver that it does not know.
+    # Whatever Triton meets: a library that does not load, no C compiler for its launcher, a driver
+    # that it does not know.
     except Exception as error:
         return f"expected a Triton that finds the GPU's driver and a C compiler, got {type(error).__name__}: {error}"
     return None
@@ -105,7 +109,10 @@ def _no_cuda() -> str | None:
 
 @constant
 def _no_triton() -> str | None:
-    """Return why Triton's kernels cannot run on this machine, or None. Triton itself is imported by the first call that needs it."""
+    """Return why Triton's kernels cannot run on this machine, or None.
+
+    The first call that needs Triton imports it.
+    """
     return _looked_for_triton()
 
 
@@ -116,15 +123,25 @@ def _no_kernels_for(device: torch.device) -> str | None:
 
 
 def transforming() -> bool:
-    """Whether a transform of torch.func (grad, vmap, jvp ...) is running: its tensors have no memory that a kernel could read."""
+    """Whether a transform of torch.func (grad, vmap, jvp ...) is running.
+
+    Its tensors have no memory that a kernel could read.
+    """
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One row: `unavailable()` is why it cannot run on this machine, or None; `devices` and `dtypes` are what it takes, `lacking(device)` why not this one.
+    """One backend.
 
-    `transforms`: whether it runs under the transforms of torch.func. `lowers`: the dtypes that autocast lowers a call in float32 to.
+    Args:
+        name: what `backend=` calls it.
+        unavailable: returns why it cannot run on this machine, or None.
+        devices: the kinds of device that it takes; None for all.
+        dtypes: the dtypes that it takes.
+        transforms: whether it runs under the transforms of torch.func.
+        lowers: the dtypes to which autocast lowers a call in float32.
+        lacking: returns why it cannot run on a device of these kinds, or None.
     """
 
     name: str
@@ -174,7 +191,10 @@ def candidates(device: torch.device) -> list[Backend]:
 
 
 def available_backends() -> dict[str, str | None]:
-    """Return every backend by name, in order of preference: None where it can run, otherwise the reason why it cannot."""
+    """Return every backend by name, in order of preference.
+
+    Returns: None for a backend that can run on this machine, the reason for one that cannot.
+    """
     return {row.name: row.unavailable() for row in BACKENDS}
 
 
@@ -186,7 +206,10 @@ def _row(name: str) -> Backend:
 
 
 def require(name: str) -> None:
-    """Raise ValueError for an unknown backend, RuntimeError with the reason for one that cannot run on this machine."""
+    """Check that a backend can run on this machine.
+
+    Raises: ValueError for an unknown backend; RuntimeError, with the reason, for one that cannot.
+    """
     if name == "auto":
         return
     reason = _row(name).unavailable()
@@ -200,7 +223,9 @@ def lowers(name: str, dtype: torch.dtype) -> bool:
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the backend that serves tensors of this device and dtype: `name` itself, or for "auto" the first that can.
+    """Return the backend that serves tensors of this device and dtype.
+
+    It is `name` itself, or the first that can if `name` is "auto".
 
     Raises: ValueError for an unknown backend, RuntimeError with the reason where none can.
     """

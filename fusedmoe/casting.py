@@ -1,6 +1,7 @@
 """Autocast: whether it is on, a call without it, and tensors in another dtype.
 
-Parameters are cast for kernels that read one dtype: all in one piece of memory and one operator, and so are their gradients.
+Parameters are cast for kernels that read one dtype: all in one piece of memory and one operator,
+and so are their gradients.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ NUMBERS = 8
 
 
 def lowered(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return the parameters in a dtype, differentiably: their gradients come back in the parameters' own.
+    """Return the parameters in another dtype; their gradients come back in their own.
 
     Args:
         params: at least one, of one dtype and device.
@@ -52,7 +53,10 @@ class _Cast(torch.autograd.Function):
 
 @functools.lru_cache(maxsize=256)
 def _places(shapes: tuple[torch.Size, ...]) -> tuple[tuple[tuple[torch.Size, tuple[int, ...], int], ...], int]:
-    """(shape, strides, first number) of each tensor in one piece of memory, and how many numbers that has."""
+    """Lay tensors out in one piece of memory.
+
+    Returns: (shape, strides, first number) of each tensor, and the size of the memory in numbers.
+    """
     firsts = list(itertools.accumulate((-(-shape.numel() // NUMBERS) * NUMBERS for shape in shapes), initial=0))
     strides = [torch.empty(shape, device="meta").stride() for shape in shapes]
     return tuple(zip(shapes, strides, firsts, strict=False)), firsts[-1]
@@ -60,9 +64,10 @@ def _places(shapes: tuple[torch.Size, ...]) -> tuple[tuple[tuple[torch.Size, tup
 
 @constant
 def autocasts(kind: str) -> bool:
-    """Whether devices of a kind have autocast; torch raises where one asks those that have none whether it is on.
+    """Whether devices of a kind have autocast.
 
-    torch.compile of 2.11 cannot trace into it.
+    torch raises if one asks whether autocast is on for a device that has none. torch.compile of
+    2.11 cannot trace into this function.
     """
     return torch.amp.is_autocast_available(kind)
 

@@ -1,4 +1,4 @@
-"""What a call's tensors must be, said in words: the kernels refuse what does not fit, this says what, where, expected and got."""
+"""Find the words for tensors that do not fit: what, where, expected and got."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from fusedmoe.table import Table
 
 
 def check(x: Any, params: Any, table: Any, lowered: bool = False) -> None:
-    """Raise TypeError or ValueError, saying what, where, expected and got, unless the three fit together.
+    """Check that x, the parameters and the table fit together.
 
-    `lowered`: x is bfloat16 by autocast, and the parameters may be float32.
+    Args:
+        x, params, table: as `fusion_network` takes them.
+        lowered: whether autocast made x bfloat16, so that the parameters may be float32.
+    Raises: TypeError or ValueError, saying what, where, expected and got.
     """
     if not isinstance(table, Table):
         raise TypeError(f"table: expected a fusedmoe.Table, got {type(table).__name__}")

@@ -1,6 +1,7 @@
-"""The backend `cpu`: autograd around the operator that the C++ extension registers, `fusedmoe::network_cpu`, and its backward.
+"""The backend `cpu`: autograd around `fusedmoe::network_cpu` and its backward.
 
-Their fake kernels, autograd and autocast are registered here, for `torch.compile` and for callers of the bare operator. The formulas stand in
+The C++ extension registers these operators. Their fake kernels, autograd and autocast are
+registered here, for `torch.compile` and for callers of the bare operator. The formulas stand in
 `reference/operator.py`, which also gives the second derivatives.
 """
 
@@ -25,9 +26,10 @@ SAVE_NOTHING, SAVE_ALL, SAVE_LEAST = 0, 1, 2
 
 
 class _Network(torch.autograd.Function):
-    """The operator's autograd, as registered below, without the dispatcher's detour through Python, which costs more than a small network.
+    """The operator's autograd, as it is registered below.
 
-    It returns what `outputs.split` does: autograd tells which of the tensors have a gradient.
+    It avoids the dispatcher's detour through Python, which costs more than a small network. It
+    returns what `outputs.split` does: autograd tells which of the tensors have a gradient.
     """
 
     @staticmethod
@@ -63,7 +65,7 @@ def run(x: Tensor, params: list[Tensor], table: Table, options: Options) -> tupl
 
 
 def _register() -> None:
-    """Register the fake kernels, autograd and autocast of the operators that the extension defines."""
+    """Register fake kernels, autograd and autocast of the operators that the extension defines."""
     library.register_fake("fusedmoe::network_cpu", _fake_forward)
     library.register_fake("fusedmoe::network_cpu_backward", _fake_backward)
     library.register_autograd("fusedmoe::network_cpu", _backward, setup_context=_save)
@@ -79,9 +81,10 @@ def _fake_forward(x, params, table_text, save, mixing):
     check(x, params, table, lowered=x.dtype == torch.bfloat16)
     rows = x.shape[0]
     # Whole vectors of rows (`padded` in csrc/cpu/plan.h), and a header of 16 numbers.
-    kept = (rows + 15) // 16 * 16 * _C.kept(table_text, save == SAVE_LEAST) + 16 if save else 0
+    padded = -(-rows // _C.LANE_MULTIPLE) * _C.LANE_MULTIPLE
+    size = padded * _C.saved_width(table_text, save == SAVE_LEAST) + _C.HEADER_SIZE if save else 0
     # bfloat16 and float16 are kept in float32.
-    state = x.new_empty(kept, dtype=torch.promote_types(x.dtype, torch.float32))
+    state = x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
     return x.new_empty(rows, *table.output), x.new_empty(rows, table.mixing if mixing else 0), state
 
 
@@ -109,7 +112,10 @@ def _backward(ctx, d_out, d_weights, _):
 
 
 def _gradients(tensors, upstream: outputs.Upstream, table_text: str, needed: tuple[bool, ...]) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Run the backward operator for x and the parameters that need it; None for those on which no output with a gradient depends."""
+    """Run the backward operator for x and the parameters that need it.
+
+    Returns: None in place of a gradient on which no output with a gradient depends.
+    """
     x, saved, *params = tensors
     d_out, d_weights, tasks, levels = upstream
     flags, needs = _wanted(table_text, tasks, levels, needed)
@@ -130,20 +136,29 @@ def _gradients(tensors, upstream: outputs.Upstream, table_text: str, needed: tup
 
 @functools.lru_cache(maxsize=4096)
 def _wanted(table_text: str, tasks: tuple[bool, ...], levels: tuple[bool, ...], needed: tuple[bool, ...]) -> tuple[tuple[bool, ...], str]:
-    """For x and each parameter, whether to compute its gradient: it is needed, and some wanted output depends on it; and as the operator takes it."""
+    """For x and each parameter, whether to compute its gradient; and the same as text.
+
+    A gradient is computed if it is needed and some wanted output depends on its tensor.
+    """
     flags = tuple(a and b for a, b in zip(outputs.dependent(table_text, tasks, levels), needed, strict=True))
     return flags, "".join("1" if flag else "0" for flag in flags)
 
 
 def _batched(d_out, d_weights, x, params, saved, table_text, needs) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradients under vmap (`is_grads_batched`), which can batch the reference's plain PyTorch but no C++ kernel."""
+    """The gradients under vmap (`is_grads_batched`), by the reference.
+
+    vmap can batch plain PyTorch, but no C++ kernel.
+    """
     grads = _plain_gradients(d_out, d_weights, x, params, codec.decode(table_text))
     d_x, *d_params = [d if flag == "1" else None for d, flag in zip(grads, needs, strict=True)]
     return d_x, d_params
 
 
 def _plain_gradients(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], table: Table) -> list[Tensor | None]:
-    """The reference's backward, in float32 where x is narrower, as the kernels sum; each gradient in the dtype of its tensor."""
+    """The reference's backward, in float32 where x is narrower, as the kernels sum.
+
+    Returns: each gradient in the dtype of its tensor.
+    """
     d_levels = by_level(at_least_float32(d_weights), table) if d_weights is not None else (None,) * len(table.levels)
     d_x, d_params = reference.backward(at_least_float32(x), [at_least_float32(p) for p in params], table, at_least_float32(d_out), d_levels)
     return [d if d is None else d.to(t.dtype) for d, t in zip((d_x, *d_params), (x, *params), strict=True)]
@@ -160,7 +175,8 @@ def _double_backward(ctx, dd):
     """Differentiate the reference's backward, which is plain differentiable PyTorch."""
     table = codec.decode(ctx.table_text)
     again = torch.is_grad_enabled()
-    # A third derivative goes on through their history. An alias each, because d_out may itself depend on x: that path is not ours.
+    # A third derivative goes on through their history. An alias each, because d_out may itself
+    # depend on x: that path is not ours.
     tensors = [t if t is None else t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
     d_out, d_weights, x, *params = tensors
     with torch.enable_grad(), without_autocast(x):

@@ -1,4 +1,4 @@
-"""`python -m fusedmoe doctor`: what this machine has, and why each backend is or is not available."""
+"""`python -m fusedmoe doctor`: what this machine has, and why a backend is not available."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import torch
 
 import fusedmoe
 from fusedmoe.backends import available_backends
-from fusedmoe.kernels import trial
+from fusedmoe.kernels import self_test
 from fusedmoe.kernels.launchers import LAUNCHERS
 
 
 def processor(text: str) -> str | None:
-    """Return the model of the first processor in the text of /proc/cpuinfo; None where it names none."""
+    """Return the model of the first processor in the text of /proc/cpuinfo, or None."""
     return next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), None)
 
 
 def cpu() -> list[tuple[str, str]]:
-    """Describe the processor: model, cores, and the instruction sets that the kernels are built for."""
+    """Describe the processor: model, cores, and the instruction sets of the kernels."""
     source = Path("/proc/cpuinfo")
     model = processor(source.read_text()) if source.exists() else None
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -62,9 +62,9 @@ def gpus() -> list[tuple[str, str]]:
 
 
 def described(index: int) -> str:
-    """The name and architecture of a device, and whether the kernels of each GPU backend have been run on such a one."""
+    """The name and architecture of a device, and whether the GPU kernels were ever run on such."""
     device = torch.device("cuda", index)
-    return f"{trial.name_of(device)} ({'; '.join(f'{backend} {trial.history(device, backend)}' for backend in LAUNCHERS)})"
+    return f"{self_test.name_of(device)} ({'; '.join(f'{backend} {self_test.history(device, backend)}' for backend in LAUNCHERS)})"
 
 
 def sections() -> dict[str, list[tuple[str, str]]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Dtype:
-    """`roundoff` is half the distance between 1 and the next number (unit roundoff); `name` is PyTorch's."""
+    """`name` is PyTorch's; `roundoff` is half the distance between 1 and the next number."""
 
     name: str
     roundoff: float

@@ -1,8 +1,8 @@
 """Dataclasses as text, tokens between spaces: the fields in order, depth first, by their types.
 
-A tuple is its length and its items, an optional value is 0 or 1 and the value, booleans are 0 or 1,
-floats are written so that they come back exactly. `table.py` writes a table so, `codec.py` reads
-it, and so does `csrc/table.cpp`.
+A tuple is its length and its items. An optional value is 0, or 1 and the value. A boolean is 0 or
+1. A float is written so that it comes back exactly. `table.py` writes a table so; `codec.py` and
+`csrc/table.cpp` read it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 
 @functools.cache
-def fields(cls: Any) -> tuple[tuple[str, Any, bool], ...]:
-    """(name, type, has a default) of each field."""
+def fields(cls: Any) -> tuple[tuple[str, Any], ...]:
+    """(name, type) of each field."""
     hints = typing.get_type_hints(cls)
-    return tuple((f.name, hints[f.name], f.default is not dataclasses.MISSING) for f in dataclasses.fields(cls))
+    return tuple((field.name, hints[field.name]) for field in dataclasses.fields(cls))
 
 
 def is_record(kind: Any) -> bool:
@@ -50,7 +50,7 @@ def write(value: Any, kind: Any, tokens: list[str]) -> None:
         for item in value:
             write(item, item_of(kind), tokens)
     elif is_record(kind):
-        for name, field, _ in fields(kind):
+        for name, field in fields(kind):
             write(getattr(value, name), field, tokens)
     elif kind is bool:
         tokens.append(str(int(value)))
@@ -59,16 +59,13 @@ def write(value: Any, kind: Any, tokens: list[str]) -> None:
 
 
 def read(kind: Any, tokens: Iterator[str]) -> Any:
-    """Return the value of type `kind` that the iterator `tokens` begins with.
-
-    Raises: ValueError for tokens that are of no such value.
-    """
+    """Return the value of type `kind` at the head of `tokens`. Raises: ValueError for others."""
     if inside_optional(kind) is not None:
         return read(inside_optional(kind), tokens) if _flag(tokens) else None
     if item_of(kind) is not None:
         return tuple(read(item_of(kind), tokens) for _ in range(_count(tokens)))
     if is_record(kind):
-        return kind(*(read(field, tokens) for _, field, _ in fields(kind)))
+        return kind(*(read(field, tokens) for _, field in fields(kind)))
     if kind is bool:
         return _flag(tokens)
     return kind(_token(tokens))

@@ -1,17 +1,17 @@
-"""Every family of multi-task networks as one function that returns a `Table`: the rows of a taxonomy, no code of their own.
+"""Each family of multi-task networks is one function here, which returns its `Table`.
 
 Arguments that mean the same in every family:
 
     input_width    D, the width of an input vector.
-    expert_widths  one list per level with the widths of an expert's layers: [[256], [128]] is two levels of one-layer
-                   experts, [[256, 128]] is one level of two-layer experts. Families of one level take one such list.
-    num_tasks      T.
-    activation     the name after every layer of an expert (and after a gate's or tower's hidden layers), or an `Activation`.
+    expert_widths  one list per level: the widths of an expert's layers. [[256], [128]] is two
+                   levels of one-layer experts, [[256, 128]] one level of two-layer experts.
+    num_tasks      T, the number of tasks.
+    activation     what follows every layer of an expert and every hidden layer of a gate or tower.
     towers         the widths of each task's tower; its last layer is linear. Empty: no towers.
 
-T = tasks, L = levels, m_t = experts of task t, m_s = shared experts, own(t) and sh their indices, U = units, D and H = widths.
-All functions raise ValueError, naming the argument, what was expected and what came. Each puts a draft together,
-which `family` turns into a table when it is complete.
+T tasks, L levels, m_t experts of task t, m_s shared experts, own(t) and sh their indices, U units.
+All functions raise ValueError, naming the argument, what was expected and what came. Each puts a
+draft together, which `family` turns into a table when it is complete.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def omoe(
     activation: str | Activation = "relu",
     towers: Sequence[int] = (),
 ) -> Draft:
-    """Mix all experts once, by one gate on x, for every task: out[t] = sum over e of softmax(G x)[e] * y[e].
+    """Mix all experts once for all tasks: out[t] = sum over e of softmax(G x)[e] * y[e].
 
     Args:
-        num_experts: n.
+        num_experts: n, the number of experts.
         gate_widths: the widths of the gate's hidden layers.
     Returns: a table over x [B, 1, D] with one unit that all tasks read.
     Source: MMoE, equation 5.
@@ -94,10 +94,10 @@ def mmoe(
     activation: str | Activation = "relu",
     towers: Sequence[int] = (),
 ) -> Draft:
-    """Mix all experts for each task by its own gate on x: out[t] = sum over e of softmax(G[t] x)[e] * y[e].
+    """Mix all experts for each task: out[t] = sum over e of softmax(G[t] x)[e] * y[e].
 
     Args:
-        num_experts: n.
+        num_experts: n, the number of experts.
         gate_widths: the widths of the gates' hidden layers.
     Returns: a table over x [B, 1, D] with output [B, T, H].
     Source: MMoE, equations 6 to 8.
@@ -115,11 +115,11 @@ def ml_mmoe(
     activation: str | Activation = "relu",
     towers: Sequence[int] = (),
 ) -> Draft:
-    """Stack L levels of MMoE: expert e of a level reads unit e of the level below; every gate reads x, the root input.
+    """Stack levels of MMoE: expert e reads unit e of the level below, every gate reads x.
 
     Args:
-        num_experts: n per level; so many units below the last level, T at the last.
-        gate_widths: one list per level with the widths of the gates' hidden layers; empty: none anywhere.
+        num_experts: n per level. There are n units below the last level, and T at the last.
+        gate_widths: one list per level with the widths of the gates' hidden layers; empty: none.
     Returns: a table over x [B, 1, D] with output [B, T, H].
     Source: AdaTT, section 4.1; PLE, figure 1h.
     """
@@ -168,12 +168,12 @@ def ple(
     activation: str | Activation = "relu",
     towers: Sequence[int] = (),
 ) -> Draft:
-    """Let unit t mix own(t) and sh, and the shared unit all experts, each by a gate on its own slot; own(t) read slot t, sh slot T.
+    """Let unit t mix own(t) and sh, and the shared unit all experts; each gate reads its own slot.
 
     Args:
-        num_task_experts: m_t, one number for all tasks or a list of T.
-        num_shared_experts: m_s, 0 or more. A gate's rows are ordered own, shared.
-    Returns: a table over x [B, T + 1, D], the shared slot last, with output [B, T, H]; T + 1 units below the last level.
+        num_task_experts: m_t, one number for all tasks or a list of T; own(t) read slot t.
+        num_shared_experts: m_s, 0 or more; sh read slot T. The rows of a gate are own(t), then sh.
+    Returns: a table over x [B, T + 1, D], the shared slot last, with output [B, T, H].
     Source: PLE, equations 6 and 7.
     """
     levels = require_level_widths(expert_widths)
@@ -194,11 +194,11 @@ def adatt_sp(
     activation: str | Activation = "relu",
     towers: Sequence[int] = (),
 ) -> Draft:
-    """Let unit t mix all experts by a gate on slot t and add its own ones with static weights: w[t] = softmax(G[t] x[t]) + v[t].
+    """Let unit t mix all experts with weights softmax(G[t] x[t]) + v[t], v only on its own experts.
 
     Args:
         num_task_experts: m_t, one number for all tasks or a list of T.
-        static_weights: whether they exist: learned [T, m] per level (flat where the m_t differ), fixed ones when every m_t is 1.
+        static_weights: whether v exists: learned, [T, m] or flat per level; ones if all m_t are 1.
     Returns: a table over x [B, T, D] with output [B, T, H].
     Source: AdaTT, equations 2 to 10.
     """
@@ -228,14 +228,14 @@ def adatt(
     activation: str | Activation = "relu",
     towers: Sequence[int] = (),
 ) -> Draft:
-    """Let every unit, the shared one included, mix all experts by a gate on its slot and add its own ones with static weights.
+    """As AdaTT-sp, with shared experts and a shared unit that owns them.
 
     Args:
         num_task_experts: m_t, one number for all tasks or a list of T.
-        num_shared_experts: m_s, 0 or more; they read slot T and are the shared unit's own.
-        static_weights: whether they exist: learned [L, m_t] per task and [L - 1, m_s] for the shared unit, fixed ones when every
-            m_t and m_s is 1.
-    Returns: a table over x [B, T + 1, D], the shared slot last, with output [B, T, H]; T + 1 units below the last level.
+        num_shared_experts: m_s, 0 or more; they read slot T.
+        static_weights: whether v exists: learned, [L, m_t] per task and [L - 1, m_s] for the shared
+            unit; ones if all m_t and m_s are 1.
+    Returns: a table over x [B, T + 1, D], the shared slot last, with output [B, T, H].
     Source: AdaTT, section 3.2.
     """
     levels = require_level_widths(expert_widths)
@@ -256,9 +256,9 @@ def adatt(
 
 @family
 def cross_stitch(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Draft:
-    """Mix one expert per task with learned weights, the same for every row: out[u] = sum over e of v[u, e] * y[e].
+    """Mix one expert per task with learned weights: out[u] = sum over e of v[u, e] * y[e].
 
-    Returns: a table over x [B, T, D] with output [B, T, H] and a static tensor [T, T] per level, row u for unit u.
+    Returns: a table over x [B, T, D] with output [B, T, H]; v is a static tensor for each level.
     Source: MMoE, section 6.1; Misra et al., CVPR 2016, equation 1.
     """
     levels = require_level_widths(expert_widths)
@@ -280,12 +280,12 @@ def asymmetric_sharing(
     activation: str | Activation = "relu",
     towers: Sequence[int] = (),
 ) -> Draft:
-    """Give each task a bottom and let task t combine the bottoms it borrows: out[t] = combine over e in borrows[t] of y[e].
+    """Give each task a bottom; task t combines the bottoms y[e] for e in borrows[t].
 
     Args:
-        borrows: one list of task indices per task, its own included where it uses its own bottom.
+        borrows: one list of task indices per task; with its own index if it uses its own bottom.
         combine: "sum", "mean" or "concat".
-    Returns: a table over x [B, 1, D] with output [B, T, H], or [B, T, n H] for "concat" of n bottoms each.
+    Returns: a table over x [B, 1, D] with output [B, T, H], or [B, T, n H] for "concat" of n.
     Source: PLE, section 3.2.
     """
     form = f"one list of tasks for each of {require_integer(num_tasks, 'num_tasks', 1, MOST_SLOTS)} tasks"
@@ -323,7 +323,7 @@ FAMILIES: dict[str, Callable[..., Table]] = {
 
 
 def with_towers(table: Network, layers: tuple[Layer, ...], tasks: tuple[Task, ...] = ()) -> Network:
-    """Put one tower of these layers on each task, or on those that replace the table's; without any, task t reads unit t.
+    """Put one tower of these layers on each of `tasks`, the table's tasks, or one task per unit.
 
     Returns: a table with output [B, T, width of the last layer].
     Raises: ValueError for no layers.
@@ -335,7 +335,7 @@ def with_towers(table: Network, layers: tuple[Layer, ...], tasks: tuple[Task, ..
 
 
 def share_input(table: Network) -> Network:
-    """Return the table's twin for callers whose slots all hold the same x: it reads x [B, 1, D] once and gives the same output."""
+    """Return a table over x [B, 1, D] with the output of this one if all its slots hold that x."""
 
     def unit_on_slot_0(unit: Unit) -> Unit:
         if unit.gate is None or unit.gate.selector.kind != "slot":
@@ -349,7 +349,7 @@ def share_input(table: Network) -> Network:
 
 
 def _finish(draft: Draft, kind: str | Activation, towers: Sequence[int], tasks: tuple[Task, ...] = ()) -> Draft:
-    """Hand the units to these tasks (none: to the draft's), under towers of these widths; the last layer is linear."""
+    """Hand the units to these tasks or the draft's, under towers whose last layer is linear."""
     layers = [Layer(width, activation_of(kind)) for width in require_sequence(towers, "towers")]
     if not layers:
         return replace(draft, tasks=tasks or draft.tasks)

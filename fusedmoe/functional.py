@@ -1,7 +1,7 @@
-"""The operator for people who build their own layer: a whole network by its table, or one level by its tensors.
+"""The operator as functions: a whole network by its table, or one level by its tensors.
 
-`fusion_level` and `mixing_weights` read off the arguments what decides the level's table (`_Key`), look the table up, and hand the
-tensors to the operator in its order. `_experts`, `_gates`, `_sees` and `_static` each read one argument, in all the forms it may have.
+`fusion_level` and `mixing_weights` read from their arguments what decides the level's table
+(`_Key`), look the table up, and hand the tensors to the operator.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class LevelShape:
     """What the tensors of a level do not tell.
 
     Args:
-        slots: the slot each expert reads, one index an expert. Default: slot 0 where x has one slot, otherwise the experts are
-            dealt out to the slots evenly and in order, as AdaTT's are (E must be a multiple of S).
-        selectors: the vector each unit's gate reads, one item a unit, None for the default: slot 0 where x has one slot,
-            otherwise slot u (U at most S). Units without a gate take None only.
+        slots: the slot that each expert reads. Default: the first E / S experts read slot 0, the
+            next slot 1 and so on, as in AdaTT; E must be a multiple of S.
+        selectors: the vector that the gate of each unit reads. None, for one unit or for all, is
+            slot 0 if x has one slot, otherwise slot u. Units without a gate take None only.
         activation: after every layer of every expert.
 
     Raises: TypeError, ValueError for anything else. Lists become tuples.
@@ -72,27 +72,28 @@ def fusion_level(
     static: Statics | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Run one fusion level: out[b,u] = sum over e of (softmax_e(G[u] q[b,u] + c[u]) + v[u,e]) * MLP_e(x[b, slot(e)]).
+    """Run one level: out[u] = sum_e (softmax_e(G[u] q[u] + c[u]) + v[u,e]) * MLP_e(x[slot(e)]).
 
-    Lists may be tuples or `nn.ParameterList` throughout.
+    A list may also be a tuple or an `nn.ParameterList`.
 
     Args:
         x: [B, S, D], or [B, D] for one slot.
-        weights: of the experts: stacked [E, H, D]; or a list of E matrices [H_e, D]; or, for deeper experts, a list of either,
-            one item a layer.
-        biases: in either form, [E, H] or E vectors a layer; or None.
-        gates: one item a unit: None (no gate), G [n, K], or (G, c [n]), n the experts it sees, K the width of its selector; or
-            stacked G [U, n, K], or (G, c [U, n]); or None: no gates at all, and then `static` says how many units there are.
-        level: slots, selectors and activation where they differ from the default.
-        sees: one tuple of experts a unit, in the order of the rows of its G, or None for all of them, in order; default: None
-            for every unit. Units without a gate take None only.
-        static: the static weights v: [U, E]; or one item a unit: None, or (experts, weights), the weights a tensor
-            [len(experts)] or floats.
+        weights: of the experts: stacked [E, H, D], or a list of E matrices [H_e, D]. For deeper
+            experts a list of either, one item per layer.
+        biases: in either form, [E, H] or E vectors per layer; or None.
+        gates: one item per unit: None (no gate), G [n, K] or (G, c [n]), for n experts that it sees
+            and a selector of width K. Or stacked: G [U, n, K] or (G, c [U, n]). Or None for no
+            gates.
+        level: slots, selectors and activation that differ from the default.
+        sees: one tuple of experts per unit, in the order of the rows of its G. None, for one unit
+            or for all, is all experts in order. Units without a gate take None only.
+        static: the static weights v: [U, E]; or one item per unit: None, or a pair of its experts
+            and their weights, a tensor or floats.
         backend: as in `fusion_network`.
 
     Returns: [B, U, H], of x's dtype.
-    Raises: TypeError, ValueError for arguments that do not fit together; RuntimeError for a backend that cannot run.
-        A tensor whose shape, dtype or device is wrong is named as in `Table.parameters`.
+    Raises: TypeError, ValueError for arguments that do not fit together; they name a wrong tensor
+        as `Table.parameters` does. RuntimeError for a backend that cannot run.
     Source: MMoE eq. 6-8, PLE eq. 2-5, AdaTT eq. 2-10.
     """
     params, table = _read(x, weights, biases, gates, level, sees, static)
@@ -109,9 +110,9 @@ def mixing_weights(
     static: Statics | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Return the mixing weights w = p + v of the level that `fusion_level` would run, [B, U, E], differentiable.
+    """Return the mixing weights w = p + v [B, U, E] that `fusion_level` would use, differentiable.
 
-    Args, Raises, Source: see `fusion_level`. The experts are run too, because a gate may read them.
+    It takes and raises the same. It runs the experts too, because a gate may read them.
     """
     params, table = _read(x, weights, biases, gates, level, sees, static)
     _, (mixing,) = fusion_network(x, params, table, backend, return_mixing_weights=True)
@@ -123,10 +124,9 @@ _StaticKey = tuple[tuple[int, ...], tuple[str, ...] | None, int | None, int]
 
 
 class _Key(NamedTuple):
-    """All that decides a level's table. Integers and text in tuples: torch.compile takes nothing else for a constant.
+    """All that decides a level's table, in integers and text: constants to torch.compile.
 
-    Floats stand as text in hexadecimal, which is exact; integers went through `operator.index`, which makes a size that
-    torch.compile holds for dynamic a constant.
+    Floats are hexadecimal text, which is exact. `operator.index` makes dynamic sizes constant.
     """
 
     slots: int
@@ -197,7 +197,7 @@ def _items(value: object, where: str, form: str) -> list:
 
 
 def _indices(value: object, where: str) -> tuple[int, ...]:
-    """A tuple of integers. `Table` checks their range; their type cannot wait, for True and 1 make the same key."""
+    """A tuple of integers. Not left to `Table` as their range is: True and 1 make the same key."""
     items = _items(value, where, "a tuple of integers")
     for item in items:
         if isinstance(item, bool) or not isinstance(item, int):
@@ -206,7 +206,7 @@ def _indices(value: object, where: str) -> tuple[int, ...]:
 
 
 def _check_selector(value: object, where: str) -> None:
-    """Raise TypeError unless `value` is None or a Selector with a kind and an integer; `Table` checks the integer's range."""
+    """Raise TypeError unless `value` is None or a Selector; `Table` checks its index."""
     if value is None:
         return
     if not isinstance(value, Selector):
@@ -234,7 +234,7 @@ def _experts(weights: Any, biases: Any) -> tuple[tuple[tuple[int, ...], ...], li
 
 
 def _layers(value: Any, name: str, stacked: str, single: str) -> list[list[Tensor]]:
-    """result[j][e]: the tensor of layer j of expert e, from any of the forms that `fusion_level` takes."""
+    """result[j][e]: the tensor of layer j of expert e, from any form that `fusion_level` takes."""
     dim = single.count(",") + 1
     form = f"{stacked} or a list of E tensors {single}"
     if isinstance(value, Tensor):
@@ -271,7 +271,7 @@ def _tensor(value: object, dim: int, where: str, form: str) -> None:
 
 
 def _gates(gates: Any) -> list[tuple[Tensor, Tensor | None] | None]:
-    """(G, c or None) of each unit, None for a unit without a gate; empty where there are no gates."""
+    """(G, c or None) of each unit, None for a unit without a gate; empty if there are no gates."""
     if gates is None:
         return []
     pair = (gates, None) if isinstance(gates, Tensor) else gates
@@ -316,7 +316,7 @@ def _sees(sees: Any, maps: list[tuple[Tensor, Tensor | None] | None], experts: i
 
 
 def _static(static: Any, experts: int) -> tuple[list[_StaticKey | None], list[Tensor]]:
-    """`_Key.statics` (empty where there are none), and the learned tensors that they are elements of."""
+    """`_Key.statics` (empty if there are none), and the learned tensors whose elements they are."""
     if static is None:
         return [], []
     if isinstance(static, Tensor):
@@ -372,7 +372,8 @@ def _build(key: _Key) -> Table:
     experts = tuple(Expert(slot, tuple(Layer(width, kind, key.bias) for width in widths)) for slot, widths in zip(reads, key.experts, strict=True))
     units = tuple(Unit(_build_gate(key, u, selectors[u]), _build_static(key.statics[u])) for u in range(len(key.gates)))
     table = Table(key.slots, key.width, (Level(experts, units),), statics=key.static_shapes)
-    # Dynamo cannot work out a cached property of a constant, only read it: these two work out all that the backends read.
+    # Dynamo cannot work out a cached property of a constant, only read it: these two work out all
+    # that the backends read.
     _ = table.parameters, table.output
     return table
 

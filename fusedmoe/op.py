@@ -1,6 +1,20 @@
 """The operator: one differentiable call for a whole network, whichever backend runs it.
 
-Each backend has its autograd beside its kernels: `cpu.py`, `reference/autograd.py`, `kernels/operator.py`. The formulas stand in `reference/operator.py`.
+Each backend has its autograd beside its kernels: `cpu.py`, `reference/autograd.py`,
+`kernels/operator.py`. The formulas stand in `reference/operator.py`.
+
+Gradients: a tensor on which no output with a gradient depends gets the gradient None, not zeros.
+Backward sees which outputs have one. The mixing weights of each level count as one output; so does
+the output of each task with `tasks_apart`, and otherwise the output as a whole. The units that
+towers read count as one tensor.
+
+Dtypes: on `cpu`, bfloat16 means that the inputs and weights of every linear map are rounded to
+bfloat16, and everything else, sums included, is float32; float16 is computed in float32.
+
+Autocast: `cpu` follows autocast to bfloat16, `triton` and `cuda` to bfloat16 and float16. A call in
+float32 then lowers x to that dtype, and returns `out` in it. On `cpu` the parameters stay float32.
+`triton` and `cuda` cast them, and round their gradients once before they return them in float32.
+Under autocast to any other dtype the call computes at least in float32.
 """
 
 from __future__ import annotations
@@ -31,38 +45,32 @@ def fusion_network(
     recompute: bool = False,
     tasks_apart: bool = False,
 ) -> Any:
-    """Run a network of fusion levels, and its task towers if it has any: SYSTEMS' operator for every level in turn.
+    """Run a network: every level in turn, and its task towers if it has any.
 
-        out[b,u,:] = sum over e in reads(u) of (softmax_e(G[u] q[b,u] + c[u]) + v[u,e]) * MLP_e(x[b, slot(e)])
+        out[b,u,:] = sum over e in reads(u) of w[b,u,e] * MLP_e(x[b, slot(e)])
+        w[b,u,e]   = softmax_e(G[u] q[b,u] + c[u]) + v[u,e]
 
     Args:
-        x: [B, S, D], or [B, D] where the table has one slot; any strides (an expanded x is read once).
+        x: [B, S, D], or [B, D] if the table has one slot; any strides (an expanded x is read once).
         params: the tensors of `table.parameters`, in that order, of x's dtype and device.
         table: what reads what.
-        backend: "auto" (the first that can), or one of `fusedmoe.available_backends()`.
-        return_mixing_weights: return the mixing weights too; they are differentiable.
-        recompute: keep for backward only x, what each softmax gave and what each level handed on; experts, gates' hidden layers and
-            towers run once more in backward. The results are the same bits. (The reference keeps its inputs alone, always.)
-        tasks_apart: return a list of T outputs [B, O] instead of one tensor. The tower of a task whose output has no gradient then gets
-            none either.
+        backend: "auto" (the first that can serve the call), or a name out of `fusedmoe.available_backends()`.
+        return_mixing_weights: return the mixing weights w too; they are differentiable.
+        recompute: keep for backward only x and the outputs of softmaxes and levels, and run
+            experts, hidden layers of gates and towers once more there. The results are the same
+            bits. (The reference always keeps its inputs alone.)
+        tasks_apart: return a list of T outputs [B, O] instead of one tensor. Then the tower of a
+            task whose output has no gradient gets none either.
 
-    A parameter, or x, on which no output with a gradient depends gets None as its gradient, not zeros: which outputs have one is seen
-    in backward. With `tasks_apart` each task's output counts by itself, and always each level's mixing weights do; the units below the
-    towers count as one tensor.
+    Returns: out, of x's dtype: [B, T, O] with towers; [B, U, H] if the table has no tasks; otherwise
+        [B, T, H'], the concatenation of the units that each task reads. (A single unit that all
+        tasks read is expanded, not copied.) With `return_mixing_weights`: (out, a tuple with
+        [B, U, E] for each level), zero where a unit does not read an expert.
+    Raises: TypeError, ValueError if x, the parameters and the table do not fit together; says
+        which, expected and got. RuntimeError if the backend cannot run here, or not with these
+        tensors; says why.
 
-    On the cpu backend bfloat16 means: the operands of every linear map are rounded to it, all else is float32, and so are the sums;
-    float16 is computed in float32. Under autocast to a dtype that the backend lowers to (cpu: bfloat16; triton: bfloat16, float16) a call
-    in float32 computes in it: x is lowered, and so is `out`; parameters stay float32 for cpu, and are cast for triton, which rounds their
-    gradients once before these come back in float32. Under any other autocast the call computes in float32 at least.
-
-    Returns:
-        out, of x's dtype: [B, T, O] with towers; [B, U, H] where the table has no tasks; otherwise [B, T, H'], the
-        concatenation of the units each task reads (a single unit handed to all tasks is expanded, not copied).
-        With `return_mixing_weights`: (out, tuple of [B, U, E], one a level), zero where a unit does not read an expert.
-
-    Raises:
-        TypeError, ValueError: x, a parameter or the table is not what the other two require; says which, expected and got.
-        RuntimeError: the backend asked for cannot run here, with the reason.
+    The module's docstring says what holds for gradients, dtypes and autocast.
 
     Source: MMoE eq. 6-8, PLE eq. 2-7, AdaTT eq. 2-10.
     """
@@ -85,10 +93,11 @@ def fusion_network(
 
 
 def _run(x: Tensor, params: list[Tensor], table: Table, options: Options, lowered: bool = False) -> Any:
-    """Run the backend that serves the call, autocast left behind; `lowered` as in `check`."""
+    """Run the backend that serves the call, outside of autocast; `lowered` as in `check`."""
     slots = x if x.dim() == 3 else x.unsqueeze(1)
     run = RUN[choose(options.backend, x.device, x.dtype)]
-    # Towers' outputs leave the operator one by one; those that may share units are taken apart behind it.
+    # Towers' outputs leave the operator one by one; those that may share units are taken apart
+    # behind it.
     inside = options._replace(tasks_apart=options.tasks_apart and table.has_towers)
     if x.dtype == torch.bfloat16 and not lowered and params and getattr(params[0], "dtype", None) != x.dtype:
         # The kernels would take float32 parameters, all alike, too.
@@ -109,13 +118,13 @@ def _run(x: Tensor, params: list[Tensor], table: Table, options: Options, lowere
 
 
 def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return x in a lower dtype; an expanded x stays expanded, where `to` would write out every slot."""
+    """Return x in a lower dtype. An expanded x stays expanded; `to` would write out every slot."""
     expanded = x.dim() == 3 and x.shape[1] > 1 and x.stride(1) == 0
     return x[:, :1].to(dtype).expand_as(x) if expanded else x.to(dtype)
 
 
 def _lower_dtype(x: Tensor, params: list[Tensor], backend: str) -> torch.dtype | None:
-    """The dtype in which the call is to compute under the autocast that is on: x is lowered to it, and the parameters are all in float32. Or None."""
+    """The dtype to which the autocast that is on lowers a call with float32 parameters, or None."""
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype not in (torch.float32, dtype) or not params or any(p.dtype != torch.float32 for p in params):
         return None

@@ -1,4 +1,4 @@
-"""What a network returns: one output or one a task, mixing weights by level; which gradients come back for them, and what they depend on."""
+"""What a network returns, one output or one per task, and which gradients come back for it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from fusedmoe.table import Table
 
 
 class Options(NamedTuple):
-    """What a call asks for: the backend, and `fusion_network`'s choices of what to return and to keep. Towers alone can be `tasks_apart`
-    inside a backend: without them outputs may share units."""
+    """What a call asks for: the backend, and what to return and to keep, as in `fusion_network`.
+
+    Inside a backend only towers can be `tasks_apart`: without them outputs may share units.
+    """
 
     backend: str
     mixing: bool
@@ -24,7 +26,10 @@ class Options(NamedTuple):
 
 
 def for_tasks(out: Tensor, table: Table) -> Tensor:
-    """Hand the units [B, U, H] of the last level to the tasks: [B, T, sum of widths]. With towers, or no tasks: `out` itself."""
+    """Hand the units [B, U, H] of the last level to the tasks: [B, T, sum of widths].
+
+    Returns: `out` itself if the table has towers or no tasks.
+    """
     if table.has_towers or not table.tasks:
         return out
     first = [task.units[0] for task in table.tasks]
@@ -33,7 +38,8 @@ def for_tasks(out: Tensor, table: Table) -> Tensor:
         return out
     if shared and out.shape[1] == 1:
         return out.expand(-1, len(first), -1)
-    # Not by a list of indices: where one comes twice, its backward adds in any order, and the threads decide the last bit.
+    # Not by a list of indices: where one comes twice, its backward adds in any order, and the
+    # threads decide the last bit.
     units = out.unbind(1)
     return torch.stack([torch.cat([units[u] for u in task.units], dim=-1) for task in table.tasks], dim=1)
 
@@ -43,7 +49,10 @@ def by_level(weights: Tensor, table: Table) -> tuple[Tensor, ...]: ...
 @overload
 def by_level(weights: None, table: Table) -> tuple[None, ...]: ...
 def by_level(weights: Tensor | None, table: Table) -> tuple[Tensor, ...] | tuple[None, ...]:
-    """Split mixing weights (or their gradients) [B, table.mixing] into one [B, U, E] a level; None for each level where there are none."""
+    """Split mixing weights or their gradients [B, table.mixing] into one [B, U, E] per level.
+
+    Returns: None for each level if there are none.
+    """
     if weights is None:
         return (None,) * len(table.levels)
     sizes = [(len(level.units), len(level.experts)) for level in table.levels]
@@ -58,11 +67,14 @@ def per_task(out: Tensor) -> list[Tensor]:
 
 
 def split(out: Tensor, weights: Tensor | None, table: Table, tasks_apart: bool) -> tuple[Tensor, ...]:
-    """Return what an autograd function hands out: `out`, or one [B, O] a task, then the mixing weights of each level if there are any.
+    """Return what an autograd function hands out.
+
+    That is `out` or one [B, O] per task, then the mixing weights of each level if there are any.
 
     Autograd tells which of them have a gradient, so each is an output of its own.
     """
-    # By `data`, because autograd forbids to change one of several views in place: these share memory, but no element.
+    # By `data`, because autograd forbids to change one of several views in place: these share
+    # memory, but no element.
     parts = [part.data for part in per_task(out)] if tasks_apart else [out]
     return (*parts, *(by_level(weights, table) if weights is not None else ()))
 
@@ -79,8 +91,12 @@ def without_graph(out: Tensor, weights: tuple[Tensor, ...], options: Options) ->
 
 
 class Upstream(NamedTuple):
-    """Gradients of outputs: d_out [B, *table.output], zero for tasks that have none; d_weights [B, table.mixing], or None if no level has
-    one; and which tasks (without towers, or in one output: all or none) and which levels' mixing weights do have one."""
+    """Gradients of outputs.
+
+    `d_out` [B, *table.output] is zero for tasks that have none. `d_weights` [B, table.mixing] is
+    None if no level has one. `tasks` and `levels` say which tasks and which levels' mixing weights
+    have one; for one output, or without towers, all tasks or none.
+    """
 
     d_out: Tensor
     d_weights: Tensor | None
@@ -89,7 +105,10 @@ class Upstream(NamedTuple):
 
 
 def join(gradients: Sequence[Tensor | None], x: Tensor, table: Table, tasks_apart: bool) -> Upstream:
-    """Put the gradients of what `split` returned together, in x's dtype: under autocast a loss may hand down another one."""
+    """Join the gradients of what `split` returned, in x's dtype.
+
+    Under autocast a loss may hand down gradients of another dtype.
+    """
     rows, shape = x.shape[0], table.output
     count = shape[0] if tasks_apart else 1
     outs, weights = gradients[:count], gradients[count:]
@@ -117,11 +136,14 @@ def dependent(table_text: str, tasks: tuple[bool, ...], levels: tuple[bool, ...]
 
 
 def dependencies(table: Table, tasks: tuple[bool, ...], levels: tuple[bool, ...]) -> tuple[bool, ...]:
-    """Whether some of these outputs depend on x, and on each parameter. The others' gradients are None, as plain PyTorch has it.
+    """Whether some of these outputs depend on x, and on each parameter.
+
+    If none does, its gradient is None, as in plain PyTorch.
 
     Args:
-        tasks: which towers' outputs; without towers (one flag): whether the units of the last level. A tower alone belongs to its
-            task: the units that towers read count as one tensor, which layers stack before they hand it out.
+        tasks: which towers' outputs; without towers (one flag): whether the units of the last
+            level. A tower alone belongs to its task: the units that towers read count as one
+            tensor, which layers stack before they hand it out.
         levels: of which levels the mixing weights.
     """
     reached = {f"towers.{t}" for t, wanted in enumerate(tasks) if wanted} if table.has_towers else set()

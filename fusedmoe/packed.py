@@ -1,4 +1,4 @@
-"""The operators of a frozen network: `freeze_cpu` packs its parameters, `network_cpu_frozen` runs from the packed ones."""
+"""A frozen network: `freeze_cpu` packs its parameters, `network_cpu_frozen` runs from these."""
 
 from __future__ import annotations
 
@@ -31,19 +31,23 @@ def declines(backend: str, params: Sequence[Tensor]) -> str | None:
 
 
 def pack(params: Sequence[Tensor], table: Table) -> Tensor:
-    """Return the parameters as one tensor [numbers] of their dtype, laid out for `runner` (csrc/cpu/packing.h): a copy.
+    """Return a copy of the parameters as one tensor of their dtype, laid out for `runner`.
 
-    Raises: RuntimeError for tensors that are not those of `table.parameters` on the CPU, all of one dtype, float32 or float64.
+    csrc/cpu/packing.h has the layout.
+
+    Raises: RuntimeError for tensors that are not those of `table.parameters` on the CPU, all of one
+        dtype, float32 or float64.
     """
     with torch.no_grad():
         return torch.ops.fusedmoe.freeze_cpu.default([parameter.detach() for parameter in params], codec.encode(table))
 
 
 def runner(table: Table) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function of x and packed parameters that computes `fusion_network` of this table in the same bits, without gradients.
+    """Return a function of x and packed parameters that computes `fusion_network` of this table.
 
-    x: [B, S, D], or [B, D] where the table has one slot, of the dtype of the packed tensor; any strides. The function raises
-    RuntimeError for anything else. What depends on the table alone is done here, not at every call.
+    It gives the same bits, without gradients. x: [B, S, D], or [B, D] where the table has one slot,
+    of the dtype of the packed tensor; any strides. The function raises RuntimeError for anything
+    else. What depends on the table alone is done here, not at every call.
     """
     operator, table_text = torch.ops.fusedmoe.network_cpu_frozen.default, codec.encode(table)
     if table.has_towers or [task.units for task in table.tasks] in ([], [(u,) for u in range(table.output[0])]):

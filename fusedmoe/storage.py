@@ -1,4 +1,7 @@
-"""Whether a tensor's numbers have memory: shapes and dtypes do not tell, and a kernel that read one without would end the process."""
+"""Whether a tensor's numbers have memory.
+
+Shape and dtype do not tell, and a kernel that reads a tensor without memory ends the process.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ from torch import Tensor
 
 
 def require_memory(tensor: Tensor, name: str) -> None:
-    """Raise ValueError unless all numbers of an ordinary tensor lie inside its storage, as `check_memory` of csrc/checks.h does.
+    """Raise ValueError unless all numbers of an ordinary tensor lie inside its storage.
 
-    They do not where the storage was freed, as FSDP frees a gathered parameter. `name`: what the message calls it.
+    `check_memory` of csrc/checks.h does the same.
+
+    They do not where the storage was freed, as FSDP frees a gathered parameter. `name`: what the
+    message calls it.
     """
     # What is traced or batched has no storage of its own.
     if type(tensor) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling() or not tensor.numel():

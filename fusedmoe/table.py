@@ -1,12 +1,15 @@
-"""A network as data: frozen, validated integers that say which expert reads which slot and which unit sees which expert.
+"""A network as data: which expert reads which slot, and which unit sees which expert.
 
     y[b,e,:]   = MLP_e(x[b, slot(e), :])
     p[b,u,:]   = softmax over sees(u) of the gate's logits, which read the unit's selector
     w[b,u,e]   = p[b,u,e] + v[u,e]
-    out[b,u,:] = sum over e in reads(u) of w[b,u,e] * y[b,e,:]        reads(u) = sees(u) and the experts of v[u]
+    out[b,u,:] = sum over e in reads(u) of w[b,u,e] * y[b,e,:]
 
-The units of a level are the slots of the next one. Task towers may stand above the last level; tower t reads the
-concatenation of its units. Every family in `families.py` is a function that returns a `Table`; every backend takes one.
+reads(u) are the experts that the gate sees and those of the static weights v[u].
+
+The units of a level are the slots of the next one. Task towers may stand above the last level;
+tower t reads the concatenation of its units. Every family in `families.py` is a function that
+returns a `Table`; every backend takes one.
 """
 
 from __future__ import annotations
@@ -46,7 +49,13 @@ class Expert:
 
 @dataclass(frozen=True)
 class Selector:
-    """The vector a gate reads: slot `index` of the level, the root input of the network, or the output of expert `index`."""
+    """The vector that a gate reads.
+
+    Args:
+        kind: "slot" (a slot of the level), "root" (the root input of the network) or "expert" (the
+            output of an expert of the level).
+        index: of the slot or the expert.
+    """
 
     kind: str
     index: int = 0
@@ -54,7 +63,11 @@ class Selector:
 
 @dataclass(frozen=True)
 class Gate:
-    """Softmax over `sees`: row j of the last linear map is the logit of expert `sees[j]`; `hidden` layers come before it."""
+    """A softmax over the experts `sees`.
+
+    Row j of the last linear map gives the logit of expert `sees[j]`; `hidden` layers come before
+    it.
+    """
 
     selector: Selector
     sees: tuple[int, ...]
@@ -64,7 +77,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Static:
-    """Static weights v on `experts`: fixed `values`, or learned ones, elements offset.. of static tensor `tensor`."""
+    """Static weights v on `experts`: fixed `values`, or elements `offset`.. of tensor `tensor`."""
 
     experts: tuple[int, ...]
     values: tuple[float, ...] | None = None
@@ -74,14 +87,14 @@ class Static:
 
 @dataclass(frozen=True)
 class Unit:
-    """One output of a level. Without a gate p = 0; without a gate and static weights the unit is zero."""
+    """One output of a level. Without a gate p = 0; without gate and static weights it is zero."""
 
     gate: Gate | None = None
     static: Static | None = None
 
     @cached_property
     def reads(self) -> tuple[int, ...]:
-        """The experts whose outputs enter the unit, ascending: the order in which they are summed."""
+        """The experts whose outputs enter the unit, ascending, in the order of the sum."""
         return tuple(sorted({*(self.gate.sees if self.gate else ()), *(self.static.experts if self.static else ())}))
 
 
@@ -95,7 +108,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Task:
-    """The units whose concatenation task t reads, and the layers of its tower (none: the units are the output)."""
+    """One task: the units whose concatenation it reads, and the layers of its tower, if any."""
 
     units: tuple[int, ...]
     tower: tuple[Layer, ...] = ()
@@ -103,7 +116,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of the operator, in the order it takes them. `live`: some output depends on it."""
+    """One parameter of the operator. `live`: some output depends on it."""
 
     name: str
     shape: tuple[int, ...]
@@ -127,7 +140,7 @@ class Table(Draft):
     """A network over inputs x [B, slots, width].
 
     Args:
-        slots: S, the input vectors a row has; 1 where all tasks share x.
+        slots: S, the number of input vectors of a row; 1 if all tasks share x.
         width: D, the width of one input vector.
         levels: from the input upward.
         tasks: what each task reads; empty means task t reads unit t.
@@ -136,8 +149,9 @@ class Table(Draft):
 
     `text` is the table as the operator takes it (`encoding.py`).
 
-    Raises: ValueError, naming the place, what was expected and what came, for a table that contradicts itself, or that has more than
-        2^20 slots, units or experts in a level, or a width or static tensor beyond 2^40.
+    Raises: ValueError for a table that contradicts itself, or that is too large: more than 2^20
+        slots, units or experts in a level, or a width or static tensor beyond 2^40. It names the
+        place, what was expected and what came.
     """
 
     def __post_init__(self) -> None:
@@ -159,8 +173,8 @@ class Table(Draft):
         for index, level in enumerate(self.levels):
             widths = self._check_level(level, f"level {index}", widths)
         self._check_tasks(widths)
-        # The operator's argument. Written here, once: at a call it would cost more than a small network, and
-        # torch.compile could not trace it.
+        # The operator's argument. Written here, once: at a call it would cost more than a small
+        # network, and torch.compile could not trace it.
         tokens: list[str] = []
         write(self, Table, tokens)
         object.__setattr__(self, "text", " ".join(tokens))
@@ -243,7 +257,7 @@ class Table(Draft):
 
     @cached_property
     def widths(self) -> tuple[tuple[int, ...], ...]:
-        """widths[l][s]: the width of slot s of level l; widths[L] are those of the last level's units."""
+        """widths[l][s] is the width of slot s of level l; widths[L] are those of the last units."""
         result = [(self.width,) * self.slots]
         for level in self.levels:
             outputs = [expert.layers[-1].width for expert in level.experts]
@@ -252,7 +266,7 @@ class Table(Draft):
 
     @cached_property
     def output(self) -> tuple[int, int]:
-        """(T, width of the towers), or without towers (U, H) of the last level: the output is [B, *output]."""
+        """(T, width of the towers), or without towers (U, H): the output is [B, *output]."""
         if self.has_towers:
             return len(self.tasks), self.tasks[0].tower[-1].width
         return len(self.levels[-1].units), self.widths[-1][0]
@@ -264,7 +278,7 @@ class Table(Draft):
 
     @cached_property
     def live(self) -> tuple[tuple[frozenset[int], frozenset[int]], ...]:
-        """Per level the units and the experts on which some output depends; the others are not computed."""
+        """Per level the units and experts on which some output depends; only these are computed."""
         top = len(self.levels[-1].units)
         wanted = {u for task in self.tasks for u in task.units} if self.has_towers else set(range(top))
         result = []
@@ -284,9 +298,11 @@ class Table(Draft):
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
-        """Every parameter in the operator's order: per level the experts, then the gates; the towers; the static tensors.
+        """Every parameter, in the operator's order.
 
-        A layer gives its weight [width, K], then its bias [width] if it has one; the last map of a gate is [len(sees), K].
+        These are the experts and then the gates of each level, the towers, and the static tensors.
+        A layer has its weight [width, K], then its bias [width] if it has one. The last map of a
+        gate is [len(sees), K].
         """
         result: list[Parameter] = []
 
@@ -330,7 +346,7 @@ class Table(Draft):
 
     @cached_property
     def flops(self) -> int:
-        """Floating-point operations of one row's forward: 2 per multiply-add of every live linear map and mixing weight."""
+        """FLOPs of a row's forward: 2 per multiply-add of live linear maps and mixing weights."""
         maps = sum(2 * product(p.shape) for p in self.parameters if p.live and len(p.shape) == 2 and p.name.endswith("weight"))
         mixes = sum(2 * self.widths[i + 1][u] * len(level.units[u].reads) for i, level in enumerate(self.levels) for u in self.live[i][0])
         return maps + mixes

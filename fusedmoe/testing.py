@@ -1,7 +1,10 @@
-"""Cases, inputs and the measure of error that `tests/` and `bench/` share. No tolerance is typed anywhere: each is derived here.
+"""Cases, inputs and the measure of error that `tests/` and `bench/` share.
 
-The rule: error(ours, truth) <= 2 x error(plain torch in that dtype, truth) + 8 x roundoff x max |truth|, with the largest absolute
-difference as error and autograd of the eager reference in float64 as truth.
+Nobody types a tolerance. Each follows from one rule:
+
+    error(ours, truth) <= 2 x error(plain torch in that dtype, truth) + 8 x roundoff x max |truth|
+
+The error is the largest absolute difference. The truth is autograd of the reference in float64.
 """
 
 from __future__ import annotations
@@ -24,14 +27,16 @@ from fusedmoe.reference import operator as reference
 from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit
 
 KINKED = ("relu", "leaky_relu", "elu")
-# A z nearer to the kink than this many roundoffs of its terms may fall on the other side in another order of summation.
+# A z nearer to the kink than this many roundoffs of its terms may fall on the other side in another
+# order of summation.
 KINK_ROUNDOFFS = 8
 MOST_LEFT_OUT = 0.05
-# Plain torch's error on one input may be small by luck: a sum of five numbers is often exact. Its error is a random variable, and the
-# largest of seventeen draws is what the rule compares with.
+# Plain torch's error on one input may be small by luck: a sum of five numbers is often exact. Its
+# error is a random variable, and the largest of seventeen draws is what the rule compares with.
 NEIGHBOURS = 16
 
-# The cases of a family each of what gates can read, and of every feature: what runs where a case takes seconds.
+# The cases of a family each of what gates can read, and of every feature: what runs where a case
+# takes seconds.
 QUICK = ("every_feature", "adatt_sp-odd", "adatt-empty_gate", "mmoe-odd", "ml_mmoe-one_row", "ple-ragged", "cross_stitch-tiny", "customized_sharing-odd")
 
 Network = Callable[[Tensor, Sequence[Tensor], Table], tuple[Tensor, Sequence[Tensor]]]
@@ -45,7 +50,7 @@ class Case(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What one comparison starts from: x [B, S, D], the parameters, and the upstream gradients of output and mixing weights."""
+    """What a comparison starts from: x [B, S, D], parameters, and upstream gradients."""
 
     table: Table
     x: Tensor
@@ -59,7 +64,7 @@ class Problem(NamedTuple):
 
 
 def error(value: Tensor, truth: Tensor) -> float:
-    """Return max |value - truth| in float64; infinite where NaN or infinity stands in one and not the same in the other."""
+    """Return max |value - truth| in float64; infinite if NaN or infinity is in one alone."""
     if value.shape != truth.shape:
         raise AssertionError(f"expected shape {list(truth.shape)}, got {list(value.shape)}")
     value, truth = value.detach().double(), truth.detach().double()
@@ -69,17 +74,20 @@ def error(value: Tensor, truth: Tensor) -> float:
 
 
 def bound(plain_error: float, truth: Tensor, dtype: torch.dtype) -> float:
-    """Return the largest error allowed in `dtype`, given that of plain torch: the rule of this module."""
+    """Return the largest error that the rule allows in `dtype`, given that of plain torch."""
     largest = float(truth.detach().double().abs().max()) if truth.numel() else 0.0
     return 2 * plain_error + 8 * dtypes.row(dtype).roundoff * largest
 
 
 def faults_of(ours: dict[str, Tensor | None], expected: dict[str, tuple[Tensor | None, float]]) -> list[tuple[float, str]]:
-    """Return (error over the allowed one, a sentence with name and errors) of every value that is further from its truth than its bound allows.
+    """Return the values that are further from their truth than their bound allows.
+
+    Each is a pair: its error relative to the bound, and a sentence with its name and both.
 
     Args:
         ours: values by name, as `evaluate` returns them.
-        expected: (truth, largest error allowed) by name, as `expectation` returns them. None stands for no gradient.
+        expected: (truth, largest error allowed) by name, as `expectation` returns them. None stands
+            for no gradient.
     """
     assert ours.keys() == expected.keys(), f"expected {sorted(expected)}, got {sorted(ours)}"
     faults = []
@@ -94,13 +102,13 @@ def faults_of(ours: dict[str, Tensor | None], expected: dict[str, tuple[Tensor |
 
 
 def assert_close(ours: dict[str, Tensor | None], expected: dict[str, tuple[Tensor | None, float]]) -> None:
-    """Raise AssertionError, naming the worst, unless every named value is as near to its truth as its bound allows: `faults_of` finds none."""
+    """Raise AssertionError, naming the worst value, if `faults_of` finds any."""
     faults = faults_of(ours, expected)
     assert not faults, f"{len(faults)} of {len(expected)} differ, the worst in {max(faults)[1]}"
 
 
 def randomise(params: Iterable[Tensor], seed: int) -> None:
-    """Overwrite every tensor with normal numbers of the scale 1 / sqrt(width of its rows), so that no value is so small that errors hide.
+    """Overwrite every tensor with normal numbers of the scale 1 / sqrt(width of its rows).
 
     Some libraries initialise near zero, where a broken kernel passes every comparison.
     """
@@ -112,7 +120,7 @@ def randomise(params: Iterable[Tensor], seed: int) -> None:
 
 
 def problem(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:
-    """Return the inputs of a case: random numbers in `dtype`, without the rows whose gradient depends on the order of summation.
+    """Return random inputs of a case, without rows whose gradient depends on the order of sums.
 
     Raises: AssertionError if more than 5 % of the rows would have to go.
     """
@@ -131,11 +139,12 @@ def problem(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Pr
 
 
 def rows_off_kinks(x: Tensor, params: Sequence[Tensor], table: Table) -> Tensor:
-    """Return which rows [B] have every |z| >= 8 roundoff x sum over k of |w_k x_k|, in float64, at every kinked activation.
+    """Return which rows [B] are off the kinks: |z| >= 8 roundoff x sum of |w_k x_k|, in float64.
 
     Raises: AssertionError if fewer than 95 % have.
     """
-    # Float64 takes the margin of float32, because `expectation` measures plain torch in float32 on the same rows.
+    # Float64 takes the margin of float32, because `expectation` measures plain torch in float32 on
+    # the same rows.
     margin = KINK_ROUNDOFFS * max(dtypes.row(x.dtype).roundoff, dtypes.row(torch.float32).roundoff)
     off = torch.ones(len(x), dtype=torch.bool)
     for kind, z, scale in reference.preactivations(x.double(), [p.double() for p in params], table):
@@ -146,9 +155,12 @@ def rows_off_kinks(x: Tensor, params: Sequence[Tensor], table: Table) -> Tensor:
 
 
 def eager(x: Tensor, params: Sequence[Tensor], table: Table) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The reference's forward, its output arranged as callers see it: tasks without towers get the concatenation of their units.
+    """The reference's forward, with the output as callers see it.
 
-    Float64 is the truth, or what others are measured by; there the gradient of a softmax must not lose what kernels keep.
+    Tasks without towers get the concatenation of their units.
+
+    Float64 is the truth, or what others are measured by; there the gradient of a softmax must not
+    lose what kernels keep.
     """
     out, weights = reference.forward(x, params, table, softmax_by_pairs if x.dtype == torch.float64 else reference.last_softmax)
     if table.tasks and not table.has_towers:
@@ -157,9 +169,10 @@ def eager(x: Tensor, params: Sequence[Tensor], table: Table) -> tuple[Tensor, tu
 
 
 def softmax_by_pairs(z: Tensor) -> Tensor:
-    """Return the softmax over the last dimension as p_i = 1 / (1 + sum over j other than i of exp(z_j - z_i)), so that autograd keeps its digits.
+    """Return the softmax as p_i = 1 / (1 + sum of exp(z_j - z_i) over j other than i).
 
-    PyTorch's own gradient is p (d - sum of p d), which where one p is nearly 1 errs by a roundoff of d, however small the other p. Here d reaches z
+    In this form autograd keeps its digits. PyTorch's own gradient is p (d - sum of p d), which
+    where one p is nearly 1 errs by a roundoff of d, however small the other p. Here d reaches z
     through differences of two logits alone, each of which has a factor p_i p_j.
     """
     differences = z[..., None, :] - z[..., :, None]
@@ -169,7 +182,9 @@ def softmax_by_pairs(z: Tensor) -> Tensor:
 
 
 def evaluate(network: Network, given: Problem, strided: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor | None]:
-    """Run a network and its autograd; return output, mixing weights and every gradient by name (None: no gradient).
+    """Run a network and its autograd.
+
+    Returns: output, mixing weights and every gradient by name; None where there is no gradient.
 
     `strided` gives each tensor its layout: it returns the same numbers in another one.
     """
@@ -178,7 +193,8 @@ def evaluate(network: Network, given: Problem, strided: Callable[[Tensor], Tenso
     # A network that keeps its mixing weights to itself returns none.
     loss = (out * strided(given.d_out)).sum() + sum((w * strided(d)).sum() for w, d in zip(weights, given.d_weights, strict=False))
     grads = torch.autograd.grad(loss, [x, *params], allow_unused=True) if loss.requires_grad else [None] * (1 + len(params))
-    # An input that no output depends on has a gradient all the same: zero, as the slots have that nobody reads.
+    # An input that no output depends on has a gradient all the same: zero, as the slots have that
+    # nobody reads.
     d_x = torch.zeros_like(x) if grads[0] is None else grads[0]
     names = [f"d_{p.name}" for p in given.table.parameters]
     outputs = {"out": out.detach(), **{f"weights.{i}": w.detach() for i, w in enumerate(weights)}}
@@ -186,11 +202,12 @@ def evaluate(network: Network, given: Problem, strided: Callable[[Tensor], Tenso
 
 
 def expectation(given: Problem, network: Network = eager, neighbours: int = NEIGHBOURS) -> dict[str, tuple[Tensor | None, float]]:
-    """Return (truth, largest error allowed) by name for the outputs and gradients of a problem in its dtype.
+    """Return (truth, largest error allowed) by name for the outputs and gradients of a problem.
 
-    Plain torch's error is the largest of a few runs, on the problem and on `neighbours` of it, each against its own truth. In float64,
-    where plain torch is the truth itself, it is measured in float32 and scaled by the ratio of the roundoffs; it enters once more
-    there, because the truth errs as much.
+    Plain torch's error is the largest of a few runs, on the problem and on `neighbours` of it, each
+    against its own truth. In float64, where plain torch is the truth itself, it is measured in
+    float32 and scaled by the ratio of the roundoffs; it enters once more there, because the truth
+    errs as much.
     """
     dtype = given.x.dtype
     measured = torch.float32 if dtype == torch.float64 else dtype
@@ -211,9 +228,10 @@ def expectation(given: Problem, network: Network = eager, neighbours: int = NEIG
 
 
 def assert_parity(network: Network, given: Problem, names: Iterable[str] | None = None) -> None:
-    """Raise AssertionError unless what a network gives on a problem is as near to the truth as the rule asks.
+    """Raise AssertionError unless a network is as near to the truth on a problem as the rule asks.
 
-    Neighbours, which can only raise what is allowed, are run where the problem alone does not allow enough: that takes a tenth of the time.
+    Neighbours, which can only raise what is allowed, are run where the problem alone does not allow
+    enough: that takes a tenth of the time.
 
     Args:
         names: what to compare, of the names that `evaluate` returns; None for all.
@@ -234,7 +252,10 @@ def assert_parity(network: Network, given: Problem, names: Iterable[str] | None 
 
 
 def neighbour(given: Problem, seed: int) -> Problem:
-    """Return the problem with every number moved up or down by a rounding or two in its dtype: another draw of the rounding errors."""
+    """Return the problem with every number moved by a rounding or two in its dtype.
+
+    It has other rounding errors.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def move(tensor: Tensor) -> Tensor:
@@ -249,16 +270,20 @@ def moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return (tensor.double() * (1 + 2 * dtypes.row(tensor.dtype).roundoff * sign)).to(tensor.dtype)
 
 
-# The activation of a family's tiny, ragged, one-expert and empty-gate cases; between them they cover all; the others use relu.
+# The activation of a family's tiny, ragged, one-expert and empty-gate cases; between them they
+# cover all; the others use relu.
 ACTIVATION = dict(
     zip(FAMILIES, cycle(("silu", "gelu", "tanh", "gelu_tanh", "sigmoid", "leaky_relu", "elu", "softplus", "identity", "silu", "relu", "gelu")), strict=False)
 )
 
 
 def build(family: str, width: int, widths: list[list[int]], tasks: int, experts: int | list[int], **more) -> Table:
-    """Return a family's table with `experts` experts per task (a list: per task) and as many shared ones, or in all where tasks own none.
+    """Return a family's table with `experts` experts per task and as many shared ones.
 
-    Its signature says which of these it takes; a family of one level, which refuses several, gets the first of `widths`.
+    `experts` may be a list with a number for each task. If tasks own none, it is the total.
+
+    Its signature says which of these it takes; a family of one level, which refuses several, gets
+    the first of `widths`.
     """
     function = FAMILIES[family]
     count = experts if isinstance(experts, int) else max(experts)
@@ -272,7 +297,7 @@ def build(family: str, width: int, widths: list[list[int]], tasks: int, experts:
 
 
 def ragged(table: Table) -> Table:
-    """Give the experts of each level different depths and hidden widths: expert e gets e % 3 more layers before its last."""
+    """Give the experts of each level different depths: expert e gets e % 3 more layers."""
     levels = []
     for level in table.levels:
         experts = []
@@ -295,14 +320,18 @@ def smoothed(value):
 
 
 def with_empty_gate(table: Table) -> Table:
-    """Let unit 0 of every level see nothing: its output is zero, and a slot of zeros for the level above."""
+    """Let unit 0 of every level see nothing: it is zero, a slot of zeros for the level above."""
     empty = Unit(Gate(Selector("slot", 0), ()))
     return replace(table, levels=tuple(replace(level, units=(empty, *level.units[1:])) for level in table.levels))
 
 
 def every_feature() -> Table:
-    """Two slots, selectors of all kinds, hidden layers in gates, gates and layers without bias, static weights fixed, learned and shared
-    between levels, experts and units that no output needs, an empty gate, a unit without anything, towers that share a unit."""
+    """One table with every feature.
+
+    It has two slots, selectors of all kinds, hidden layers in gates, gates and layers without bias,
+    static weights fixed, learned and shared between levels, experts and units that no output needs,
+    an empty gate, a unit without anything, and towers that share a unit.
+    """
 
     def mlp(*widths: int, name: str = "relu", bias: bool = True) -> tuple[Layer, ...]:
         return tuple(Layer(width, activation(name), bias) for width in widths)
@@ -333,7 +362,7 @@ def every_feature() -> Table:
 
 @cache
 def cases() -> dict[str, Case]:
-    """Every family x {tiny, odd sizes, one row, one expert, ragged experts, empty gate}, and one table with everything, by name."""
+    """By name, `every_feature` and each family tiny, odd, ragged, of one row or expert ..."""
     result = {"every_feature": Case(every_feature(), 70)}
     for family, name in ACTIVATION.items():
         odd = build(family, 13, [[9, 11], [7]], 3, 2, towers=(5, 1))

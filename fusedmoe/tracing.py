@@ -9,9 +9,11 @@ F = TypeVar("F", bound=Callable)
 
 
 def constant(function: F) -> F:
-    """Mark a function that torch.compile calls while it traces, and whose result it takes for a constant; it does not trace into it.
+    """Mark a function whose result torch.compile takes for a constant.
 
-    `torch.compiler.assume_constant_result` sets this attribute, but imports Dynamo to do so: 1 s at every import of this library.
+    It calls the function while it traces, and does not trace into it.
+    `torch.compiler.assume_constant_result` sets this attribute too, but imports Dynamo for it,
+    which takes 1 s at every import of this library.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

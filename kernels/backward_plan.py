@@ -1,4 +1,4 @@
-"""The backward of a program, written down: the tiles of `backward_rows` from the last stage to the first, and those of `gradients`."""
+"""The backward of a program, written down: the tiles of `backward_rows` from the last segment to the first, and those of `gradients`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fusedmoe.kernels import layout
 from fusedmoe.kernels.layout import EXPERT_KIND, MATRIX_KIND, SOURCE_KIND, STATIC_KIND
 from fusedmoe.kernels.plan import Launch, Plan, Writer
-from fusedmoe.kernels.program import COLUMN, NOTHING, Map, Program, Source, Stage, X, rounded_up
+from fusedmoe.kernels.program import COLUMN, NOTHING, Linear, Program, Segment, Source, X, rounded_up
 from fusedmoe.table import product
 
 
@@ -45,19 +45,19 @@ class _BackwardWriter:
         self.program: Program = plan.program
         self.writer = Writer(self.program)
         self.block, self.block_n = columns, block_n
-        self.dz: dict[tuple[int, str, int], int] = {}  # column of dz of a stage's expert, or of a unit's gate
+        self.dz: dict[tuple[int, str, int], int] = {}  # column of dz of a segment's expert, or of a unit's gate
         self.columns = 0
         self.dw: dict[tuple[int, int], tuple[int, int, int]] = {}  # first row, tiles and distance of a unit's dw
         self.rows = 0
         self.written: set[Source] = set()
-        for number, stage in enumerate(self.program.stages):
-            self.reserve(number, stage)
+        for number, segment in enumerate(self.program.segments):
+            self.reserve(number, segment)
 
-    def reserve(self, number: int, stage: Stage) -> None:
-        for e, one in enumerate(stage.experts):
+    def reserve(self, number: int, segment: Segment) -> None:
+        for e, linear in enumerate(segment.experts):
             self.dz[number, "expert", e] = self.columns
-            self.columns += rounded_up(one.width, COLUMN)
-        for u, unit in enumerate(stage.units):
+            self.columns += rounded_up(linear.width, COLUMN)
+        for u, unit in enumerate(segment.units):
             if unit.gate:
                 self.dz[number, "gate", u] = self.columns
                 self.columns += rounded_up(unit.gate.width, COLUMN)
@@ -66,37 +66,37 @@ class _BackwardWriter:
             self.rows += tiles * len(unit.reads)
 
     def write(self, whole: bool) -> BackwardPlan:
-        groups = [tuple(range(len(self.program.stages)))] if whole else list(self.program.groups)
+        levels = [tuple(range(len(self.program.segments)))] if whole else list(self.program.levels)
         launches = []
-        for stages in reversed(groups):
-            phases = [tiles for number in reversed(stages) for tiles in (self.experts(number), self.sources(number))]
-            if len(stages) == 1 and not whole:
-                launches += [self.launch(stages, [tiles], own=True) for tiles in phases if tiles]
+        for segments in reversed(levels):
+            phases = [tiles for number in reversed(segments) for tiles in (self.experts(number), self.sources(number))]
+            if len(segments) == 1 and not whole:
+                launches += [self.launch(segments, [tiles], own=True) for tiles in phases if tiles]
             else:
-                launches.append(self.launch(stages, phases, own=False))
+                launches.append(self.launch(segments, phases, own=False))
         tasks = self.tasks()
         place = self.writer.put(tasks)
         return BackwardPlan(tuple(self.writer.ints), tuple(self.writer.floats), tuple(launches), self.columns, self.rows, place, len(tasks))
 
-    def launch(self, stages: tuple[int, ...], phases: list[list[tuple[int, int]]], own: bool) -> Launch:
+    def launch(self, segments: tuple[int, ...], phases: list[list[tuple[int, int]]], own: bool) -> Launch:
         """A launch whose tiles have a program each (`own`), or all the same one."""
         tiles = [
             layout.BACKWARD_TILE.pack(kind=kind, record=record, wait=int(i == 0 and not own)) for phase in phases for i, (kind, record) in enumerate(phase)
         ]
         first = self.writer.put(number for tile in tiles for number in tile)
-        return self.writer.launch(stages, first, len(tiles), layout.BACKWARD_TILE.size, own)
+        return self.writer.launch(segments, first, len(tiles), layout.BACKWARD_TILE.size, own)
 
     def experts(self, number: int) -> list[tuple[int, int]]:
-        stage = self.program.stages[number]
+        segment = self.program.segments[number]
         tiles = []
-        for e, one in enumerate(stage.experts):
-            record = self.writer.map(one)
-            for tile, column in enumerate(range(0, one.width, self.block)):
+        for e, linear in enumerate(segment.experts):
+            record = self.writer.map(linear)
+            for tile, column in enumerate(range(0, linear.width, self.block)):
                 readers = [
-                    self.reader(number, u, place, tile) for u, unit in enumerate(stage.units) for place, read in enumerate(unit.reads) if read.expert == e
+                    self.reader(number, u, place, tile) for u, unit in enumerate(segment.units) for place, read in enumerate(unit.reads) if read.expert == e
                 ]
                 dz = self.dz[number, "expert", e]
-                head = layout.EXPERT_TILE.pack(linear=record, column=column, width=one.width, dz=dz, readers=len(readers))
+                head = layout.EXPERT_TILE.pack(linear=record, column=column, width=linear.width, dz=dz, readers=len(readers))
                 tiles.append((EXPERT_KIND, self.writer.put(itertools.chain(head, *readers))))
         return tiles
 
@@ -104,7 +104,7 @@ class _BackwardWriter:
         """A unit that reads an expert, for one tile of the expert's columns."""
         first, _, stride = self.dw[number, u]
         return layout.READER.pack(
-            place=self.writer.place(number, self.program.stages[number].units[u].column),
+            place=self.writer.place(number, self.program.segments[number].units[u].column),
             p=self.softmax[number, u] + place,
             dw=first + tile * stride + place,
             unit=self.writer.unit(number, u),
@@ -112,17 +112,17 @@ class _BackwardWriter:
         )
 
     def sources(self, number: int) -> list[tuple[int, int]]:
-        stage = self.program.stages[number]
+        segment = self.program.segments[number]
         uses: dict[Source, list[list[int]]] = {}
-        selections: dict[Source, list[tuple[int, Map]]] = {}
-        for e, one in enumerate(stage.experts):
+        selections: dict[Source, list[tuple[int, Linear]]] = {}
+        for e, linear in enumerate(segment.experts):
             first = 0
-            for source in one.sources:
+            for source in linear.sources:
                 dz = self.dz[number, "expert", e]
-                use = layout.USE.pack(weight=one.weight, outputs=one.width, reduction=one.reduction, first=first, dz=dz)
+                use = layout.USE.pack(weight=linear.weight, outputs=linear.width, reduction=linear.reduction, first=first, dz=dz)
                 uses.setdefault(source, []).append(use)
                 first += source.width
-        for u, unit in enumerate(stage.units):
+        for u, unit in enumerate(segment.units):
             if unit.gate:
                 selections.setdefault(unit.gate.sources[0], []).append((u, unit.gate))
         everything = [*uses, *(source for source in selections if source not in uses)]
@@ -135,7 +135,7 @@ class _BackwardWriter:
                 used = uses.get(source, [])
                 chosen = [self.selection(number, u, gate, store=column == 0) for u, gate in selections.get(source, [])]
                 head = layout.SOURCE_TILE.pack(
-                    place=self.writer.place(source.stage, source.column),
+                    place=self.writer.place(source.segment, source.column),
                     column=column,
                     width=source.width,
                     add=int(source in self.written),
@@ -146,7 +146,7 @@ class _BackwardWriter:
         self.written |= set(everything)
         return tiles
 
-    def selection(self, number: int, u: int, gate: Map, store: bool) -> list[int]:
+    def selection(self, number: int, u: int, gate: Linear, store: bool) -> list[int]:
         first, tiles, stride = self.dw[number, u]
         return layout.SELECTION.pack(
             unit=self.writer.unit(number, u),
@@ -165,11 +165,11 @@ class _BackwardWriter:
         places, _ = self.program.gradients
         tasks: list[int] = []
         terms: dict[int, list[list[int]]] = {}
-        for number, stage in enumerate(self.program.stages):
-            for e, one in enumerate(stage.experts):
-                if one.weight != NOTHING:
-                    tasks += self.matrix(one, self.dz[number, "expert", e], places)
-            for u, unit in enumerate(stage.units):
+        for number, segment in enumerate(self.program.segments):
+            for e, linear in enumerate(segment.experts):
+                if linear.weight != NOTHING:
+                    tasks += self.matrix(linear, self.dz[number, "expert", e], places)
+            for u, unit in enumerate(segment.units):
                 if unit.gate:
                     tasks += self.matrix(unit.gate, self.dz[number, "gate", u], places)
                 if unit.static != NOTHING:
@@ -179,7 +179,7 @@ class _BackwardWriter:
                             mixing = unit.mixing[place] if unit.mixing else NOTHING
                             term = layout.TERM.pack(dw=first + place, tiles=tiles, stride=stride, mixing=mixing)
                             terms.setdefault(places[unit.static] + read.element, []).append(term)
-        for static in sorted({unit.static for stage in self.program.stages for unit in stage.units} - {NOTHING}):
+        for static in sorted({unit.static for segment in self.program.segments for unit in segment.units} - {NOTHING}):
             size = product(self.program.table.parameters[static].shape)
             for element in range(places[static], places[static] + size):
                 own = terms.get(element, [])
@@ -187,18 +187,18 @@ class _BackwardWriter:
                 tasks.append(self.writer.put(itertools.chain(head, *own)))
         return tasks
 
-    def matrix(self, one: Map, dz: int, places: tuple[int, ...]) -> list[int]:
+    def matrix(self, linear: Linear, dz: int, places: tuple[int, ...]) -> list[int]:
         tasks, first = [], 0
-        for source in one.sources:
-            for row in range(0, one.width, self.block_n):
+        for source in linear.sources:
+            for row in range(0, linear.width, self.block_n):
                 for column in range(0, source.width, self.block):
-                    with_bias = one.bias != NOTHING and first == 0 and column == 0
+                    with_bias = linear.bias != NOTHING and first == 0 and column == 0
                     task = layout.MATRIX_TASK.pack(
                         kind=MATRIX_KIND,
-                        weight=places[one.weight],
-                        bias=places[one.bias] if with_bias else NOTHING,
-                        outputs=one.width,
-                        reduction=one.reduction,
+                        weight=places[linear.weight],
+                        bias=places[linear.bias] if with_bias else NOTHING,
+                        outputs=linear.width,
+                        reduction=linear.reduction,
                         dz=dz,
                         row=row,
                         column=column,

@@ -82,18 +82,18 @@ def reached(program: Program, lanes: int) -> bool:
     return aligned(program.strides, lanes)
 
 
-def alignment(x: Tensor, even: bool, program: Program) -> int:
+def alignment(x: Tensor, aligned16: bool, program: Program) -> int:
     """The numbers whose multiples every row of every operand begins at: those of a vector load of 16 bytes, or 1. even: whether parameters' addresses do."""
     lanes = 16 // x.element_size()
-    whole = even and x.data_ptr() % 16 == 0 and x.stride(0) % lanes == 0 and x.stride(1) % lanes == 0 and reached(program, lanes)
+    whole = aligned16 and x.data_ptr() % 16 == 0 and x.stride(0) % lanes == 0 and x.stride(1) % lanes == 0 and reached(program, lanes)
     return lanes if whole else 1
 
 
 @functools.lru_cache(maxsize=4096)
-def store(program: Program, stages: tuple[int, ...], align: int) -> int:
-    """The alignment of what these stages hand on: that of everything else, or none."""
-    written = [program.stages[stage] for stage in stages]
-    sizes = [size for stage in written for size in (stage.width, *(n for unit in stage.units for n in (unit.width, unit.column)))]
+def store(program: Program, segments: tuple[int, ...], align: int) -> int:
+    """The alignment of what these segments hand on: that of everything else, or none."""
+    written = [program.segments[segment] for segment in segments]
+    sizes = [size for segment in written for size in (segment.width, *(n for unit in segment.units for n in (unit.width, unit.column)))]
     return align if aligned(sizes, align) else 1
 
 
@@ -130,7 +130,7 @@ class Bound:
 
     def stores(self, launch: Launch) -> bool:
         """Whether what a launch hands on begins at multiples of a vector load, where everything else does."""
-        return store(self.program, launch.stages, self.lanes) > 1
+        return store(self.program, launch.segments, self.lanes) > 1
 
     def blocks(self, rows: int) -> int:
         """How many tiles the rows of a call are."""
@@ -149,18 +149,18 @@ class Forward(Bound):
         return self.program.table.output
 
     def saved(self, rows: int) -> tuple[int, int]:
-        """Bytes of the softmax in float32, which comes first of what is left for the backward, and with the stages' buffers behind it."""
-        return saved_bytes(self.plan.softmax, self.program.kept, rows, self.key.dtype.itemsize)
+        """Bytes of the softmax in float32, which comes first of what is left for the backward, and with the segments' buffers behind it."""
+        return saved_bytes(self.plan.softmax, self.program.buffer_width, rows, self.key.dtype.itemsize)
 
     def needs(self, rows: int) -> int:
         """Bytes that a forward allocates, or nearly."""
         return self.saved(rows)[1] + self.key.dtype.itemsize * rows * math.prod(self.output)
 
 
-def saved_bytes(softmax: int, kept: int, rows: int, size: int) -> tuple[int, int]:
+def saved_bytes(softmax: int, buffer_width: int, rows: int, size: int) -> tuple[int, int]:
     """As `Forward.saved`, of so many rows of the softmax and numbers of the buffers a row."""
     first = lines(4 * softmax * rows)
-    return first, first + lines(kept * size * rows)
+    return first, first + lines(buffer_width * size * rows)
 
 
 class Scratch(NamedTuple):
@@ -186,7 +186,7 @@ class Backward(Bound):
 
     def saved(self, rows: int) -> tuple[int, int]:
         """As `Forward.saved` of the forward that came before."""
-        return saved_bytes(self.forward.softmax, self.program.kept, rows, self.key.dtype.itemsize)
+        return saved_bytes(self.forward.softmax, self.program.buffer_width, rows, self.key.dtype.itemsize)
 
     def scratch(self, rows: int, chunks: int) -> Scratch:
         """How the memory that a backward needs besides its results is cut."""
@@ -194,7 +194,7 @@ class Backward(Bound):
         parts = lines(4 * self.plan.rows * rows)
         dz = parts + lines(4 * chunks * self.total)
         buffers = dz + lines(size * rows * self.plan.columns)
-        return Scratch(parts, dz, buffers, buffers + lines(size * rows * self.program.kept))
+        return Scratch(parts, dz, buffers, buffers + lines(size * rows * self.program.buffer_width))
 
     def needs(self, rows: int, chunk: int) -> int:
         """Bytes that a backward allocates, or nearly."""
@@ -219,13 +219,13 @@ def common(bound: Bound) -> dict[str, object]:
         "floats": floats,
         "plan_bytes": bound.ints.nbytes,
         "floats_bytes": bound.floats.nbytes,
-        "kept": bound.program.kept,
+        "buffer_width": bound.program.buffer_width,
         "tile": bound.tiles.rows,
     }
 
 
 def program_of(key: Key) -> Program:
-    """The stages that a forward runs: in training what the backward reads, and one slot where x's are one."""
+    """The segments that a forward runs: in training what the backward reads, and one slot where x's are one."""
     found = program.of_text(key.text, key.training)
     return found if key.apart or found.table.slots == 1 else program.of_one_slot(found)
 

@@ -9,13 +9,13 @@ from fusedmoe.kernels.backward_plan import backward_plan_of
 from fusedmoe.kernels.device import architecture
 from fusedmoe.kernels.launchers import GRADIENT_LAUNCHES
 from fusedmoe.kernels.plan import plan_of
-from fusedmoe.kernels.program import Program, fused, lower
-from fusedmoe.kernels.trial import history, name_of
+from fusedmoe.kernels.program import Program, inline_hidden, lower
+from fusedmoe.kernels.self_test import history, name_of
 from fusedmoe.table import Table
 
 
 def describe_launches(table: Table, dtype: torch.dtype, device: torch.device, backend: str) -> str:
-    """Return lines on the device, the launches forward and backward, and stages through memory.
+    """Return lines on the device, the launches forward and backward, and segments through memory.
 
     The first line says whether these kernels have run on the device's architecture.
     """
@@ -24,8 +24,8 @@ def describe_launches(table: Table, dtype: torch.dtype, device: torch.device, ba
     for rows, batch in ((tiles.WHOLE_ROWS, f"up to {tiles.WHOLE_ROWS} rows"), (tiles.WHOLE_ROWS + 1, "more rows")):
         forward, backward = launches(program, dtype, rows, architecture(device), backend)
         lines.append(f"  {batch}: launches forward {forward}, backward {backward}")
-    for mode, lowered in (("training", program), ("inference", fused(table))):
-        lines.append(f"  stages of their own, handed on in memory, {mode}: {_stages(lowered)}")
+    for mode, lowered in (("training", program), ("inference", inline_hidden(table))):
+        lines.append(f"  segments of their own, handed on in memory, {mode}: {_segments(lowered)}")
     return "\n".join(lines)
 
 
@@ -38,8 +38,8 @@ def launches(program: Program, dtype: torch.dtype, rows: int, arch: str, backend
     return len(forward.launches), len(backward.launches) + GRADIENT_LAUNCHES[backend] * bool(program.gradients[1])
 
 
-def _stages(program: Program) -> str:
-    """The stages before the levels' own: hidden layers in memory, experts that gates select."""
-    front = [program.stages[number] for group in program.groups for number in group[:-1]]
-    counts = [(stage.name, len(stage.units)) for stage in front if stage.units]
-    return "; ".join(f"{name} ({count} map{'s' * (count != 1)})" for name, count in counts) or "none"
+def _segments(program: Program) -> str:
+    """The segments before the levels' own: hidden layers in memory, experts that gates select."""
+    front = [program.segments[number] for group in program.levels for number in group[:-1]]
+    counts = [(segment.name, len(segment.units)) for segment in front if segment.units]
+    return "; ".join(f"{name} ({count} linear{'s' * (count != 1)})" for name, count in counts) or "none"

@@ -49,7 +49,7 @@ def _uploader() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "fusedmoe-upload")
 
 
-def kept(device: torch.device, make: Callable[[], Made]) -> Made:
+def persistent(device: torch.device, make: Callable[[], Made]) -> Made:
     """Make tensors that outlive the call, by blocking copies, so that any stream may read them.
 
     On a GPU in a thread of its own: torch.compile's CUDA graphs lend the calling thread a pool of memory, and refuse what stays in it.
@@ -62,11 +62,11 @@ def kept(device: torch.device, make: Callable[[], Made]) -> Made:
 def written(plan: Plan | BackwardPlan, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the integers and the floats of a plan on a device. Raises: RuntimeError, as `before_capture`."""
     ints, floats = (plan.ints, torch.int32), (plan.floats or (0.0,), torch.float32)
-    return kept(device, lambda: tuple(torch.tensor(numbers, dtype=dtype, device=device) for numbers, dtype in (ints, floats)))
+    return persistent(device, lambda: tuple(torch.tensor(numbers, dtype=dtype, device=device) for numbers, dtype in (ints, floats)))
 
 
 def _uploaded(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
-    return kept(device, lambda: torch.tensor(numbers, dtype=torch.int64, device=device))
+    return persistent(device, lambda: torch.tensor(numbers, dtype=torch.int64, device=device))
 
 
 def _remember(tables: OrderedDict[Key, Made], key: Key, one: Made) -> Made:
@@ -92,14 +92,14 @@ def addresses(params: Sequence[Tensor], device: torch.device) -> tuple[Tensor, b
     found = _ADDRESSES.get(key)
     if found is None:
         seen = key in _ADDRESSES
-        even = not any(address % 16 for address in numbers)
+        aligned16 = not any(address % 16 for address in numbers)
         between = device, tuple(address - numbers[0] for address in numbers)
         distances = _DISTANCES.get(between)
         if distances is not None and (not seen or capturing(device)):
             _remember(_ADDRESSES, key, None)
-            return distances + numbers[0], even
+            return distances + numbers[0], aligned16
         _remember(_DISTANCES, between, _uploaded(*between) if distances is None else distances)
-        found = _uploaded(*key), even
+        found = _uploaded(*key), aligned16
     return _remember(_ADDRESSES, key, found)
 
 

@@ -1,4 +1,4 @@
-"""The forward of any stages in one launch. Formulas: `reference/operator.py`.
+"""The forward of any segments in one launch. Formulas: `reference/operator.py`.
 
 Grid: (row blocks, programs of a block). Each program runs a list of tiles; a tile is some columns of a group of units:
 
@@ -20,12 +20,12 @@ from fusedmoe.kernels.records import (
     Offsets,
     Shape,
     activated,
-    aligned,
     copied,
-    linear,
+    linear_forward,
+    load_aligned,
+    resident_tiles,
     rows_of,
     static_weight,
-    tiles_of,
 )
 
 WRITE_SOFTMAX, WRITE_WEIGHTS = tl.constexpr(layout.WRITE_SOFTMAX), tl.constexpr(layout.WRITE_WEIGHTS)
@@ -42,12 +42,12 @@ def softmax(block, shape: tl.constexpr, unit, h, p, READS: tl.constexpr):
     result = tl.zeros((shape.BLOCK_B, READS), tl.float32)
     if gate >= 0:
         seen = tl.load(block.plan + tl.load(block.plan + unit + UNIT.seen) + reads, mask=inside, other=-1)
-        z = linear(block, shape, gate, 0, h, seen, seen >= 0, shape.KEEP, READS)
+        z = linear_forward(block, shape, gate, 0, h, seen, seen >= 0, shape.RESIDENT, READS)
         z = tl.where(seen[None, :] >= 0, z, NEVER)
         exponential = tl.exp(z - tl.max(z, 1)[:, None])
         result = exponential / tl.sum(exponential, 1)[:, None]
-    at = p + reads[None, :].to(tl.int64) * block.B + block.rows[:, None]
-    tl.store(at, result, mask=block.live[:, None] & inside[None, :])
+    pointers = p + reads[None, :].to(tl.int64) * block.B + block.rows[:, None]
+    tl.store(pointers, result, mask=block.live[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -56,8 +56,8 @@ def softmaxes(block, shape: tl.constexpr, group, p, READS: tl.constexpr):
     selector = tl.load(block.plan + group + GROUP.selectors) + 1
     for _ in range(tl.load(block.plan + selector - 1)):
         h = ()
-        if shape.KEEP > 0:
-            h = tiles_of(block, shape, selector)
+        if shape.RESIDENT > 0:
+            h = resident_tiles(block, shape, selector)
         count = tl.load(block.plan + selector + RUN.count)
         for i in range(count):
             read = selector + RUN.size + GATE_READ.size * i
@@ -73,9 +73,9 @@ def write_weights(block, unit, p, weights, mixing):
     if columns >= 0:
         for read in range(tl.load(block.plan + unit + UNIT.reads)):
             soft = tl.load(p + tl.cast(read, tl.int64) * block.B + block.rows, mask=block.live, other=0.0)
-            at = weights + block.row * mixing + tl.load(block.plan + columns + read)
+            pointers = weights + block.row * mixing + tl.load(block.plan + columns + read)
             w = soft + static_weight(block, unit, read)
-            tl.store(at + block.rows * mixing, w.to(weights.dtype.element_ty), mask=block.live)
+            tl.store(pointers + block.rows * mixing, w.to(weights.dtype.element_ty), mask=block.live)
 
 
 @triton.jit
@@ -98,20 +98,20 @@ def mix(block, shape: tl.constexpr, group, column, p, UNITS: tl.constexpr, COPIE
     """Columns `column`.. of every unit of a group: out[u] = sum over e of (p + v) y[e]."""
     units = group + GROUP.size
     columns = tl.arange(0, shape.BLOCK_H)
-    live = columns < aligned(block, group + GROUP.width, shape.STORE) - column
+    live = columns < load_aligned(block, group + GROUP.width, shape.STORE) - column
     mixed = ()
     for _ in tl.static_range(UNITS):
         mixed = mixed + (tl.zeros((shape.BLOCK_B, shape.BLOCK_H), tl.float32),)  # noqa: RUF005
     record = units + 2 * UNITS
     for _ in range(tl.load(block.plan + group + GROUP.runs)):
         h = ()
-        if shape.KEEP > 0:
-            h = tiles_of(block, shape, record)
+        if shape.RESIDENT > 0:
+            h = resident_tiles(block, shape, record)
         count = tl.load(block.plan + record + RUN.count)
         record += RUN.size
         for _ in tl.range(count, num_stages=AHEAD):
-            one = tl.load(block.plan + record + EXPERT_READ.linear)
-            y = activated(block, shape, one, linear(block, shape, one, column, h, columns, live, shape.KEEP, shape.BLOCK_H))
+            linear = tl.load(block.plan + record + EXPERT_READ.linear)
+            y = activated(block, shape, linear, linear_forward(block, shape, linear, column, h, columns, live, shape.RESIDENT, shape.BLOCK_H))
             mixed = added(block, units, record, p, y, mixed, UNITS)
             record += EXPERT_READ.size + UNITS
     for _ in range(tl.load(block.plan + group + GROUP.copies) if COPIES else 0):
@@ -121,15 +121,15 @@ def mix(block, shape: tl.constexpr, group, column, p, UNITS: tl.constexpr, COPIE
     for u in tl.static_range(UNITS):
         unit = tl.load(block.plan + units + u)
         if unit >= 0:
-            first, distance = rows_of(block, unit + UNIT.place, shape.STORE)
-            to = first + column + block.rows[:, None] * distance + columns[None, :]
-            tl.store(to, mixed[u].to(block.out.dtype.element_ty), mask=block.live[:, None] & live[None, :])
+            first, stride = rows_of(block, unit + UNIT.place, shape.STORE)
+            pointers = first + column + block.rows[:, None] * stride + columns[None, :]
+            tl.store(pointers, mixed[u].to(block.out.dtype.element_ty), mask=block.live[:, None] & live[None, :])
 
 
 @triton.jit(do_not_specialize=["place", "B", "x_row", "x_slot", "mixing"])
 def forward(
     x, buffers, out, p, weights, addresses, plan, floats, place, B, x_row, x_slot, mixing, UNITS: tl.constexpr, READS: tl.constexpr, ACTS: tl.constexpr,
-    WEIGHTS: tl.constexpr, INNER: tl.constexpr, COPIES: tl.constexpr, KEEP: tl.constexpr, AHEAD: tl.constexpr, ALIGN: tl.constexpr,
+    WEIGHTS: tl.constexpr, HIDDEN: tl.constexpr, COPIES: tl.constexpr, RESIDENT: tl.constexpr, AHEAD: tl.constexpr, ALIGN: tl.constexpr,
     STORE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +138,7 @@ def forward(
     rows = tl.arange(0, BLOCK_B)
     block = Block(plan, floats, addresses, x, buffers, out, x_row, x_slot, B, row, rows, rows < B - row)
     shape: tl.constexpr = Shape(
-        ALIGN, ALIGN * x.dtype.element_ty.primitive_bitwidth // 8, STORE, ACTS, INNER, KEEP, BLOCK_B, BLOCK_H, BLOCK_K, STAGES, PRECISION
+        ALIGN, ALIGN * x.dtype.element_ty.primitive_bitwidth // 8, STORE, ACTS, HIDDEN, RESIDENT, BLOCK_B, BLOCK_H, BLOCK_K, STAGES, PRECISION
     )
     program = plan + place + 2 * tl.program_id(1)
     for tile in range(tl.load(program), tl.load(program + 1), TILE.size):
@@ -155,4 +155,4 @@ def forward(
             if WEIGHTS:
                 for u in range(tl.where(task == WRITE_WEIGHTS, tl.load(plan + group + GROUP.units), 0)):
                     write_weights(block, tl.load(plan + units + u), scratch + tl.load(plan + units + UNITS + u).to(tl.int64) * B, weights, mixing)
-        mix(block, shape, group, aligned(block, tile + TILE.column, COLUMN), scratch, UNITS, COPIES, AHEAD)
+        mix(block, shape, group, load_aligned(block, tile + TILE.column, COLUMN), scratch, UNITS, COPIES, AHEAD)

@@ -33,7 +33,7 @@ def _tiles(bound: Bound, **values: int):
     """The extension's record of how a launch runs."""
     found = _extension().Tiles()
     found.number = getattr(_extension().Number, str(bound.key.dtype).removeprefix("torch."))
-    found.rows, found.columns, found.once = bound.tiles.rows, bound.tiles.columns, bound.key.precision == "tf32"
+    found.rows, found.columns, found.allow_tf32 = bound.tiles.rows, bound.tiles.columns, bound.key.precision == "tf32"
     for name, value in values.items():
         setattr(found, name, value)
     return found
@@ -50,7 +50,7 @@ def _filled(bound: Bound, name: str, launches: Sequence[Launch], **values: objec
 
 
 def _forward(bound: Forward) -> int:
-    tiles = _tiles(bound, units=bound.plan.units, keep=bound.tiles.keep, inner=bound.program.inner)
+    tiles = _tiles(bound, units=bound.plan.units, resident=bound.tiles.resident, hidden=bound.program.hidden)
     return _filled(bound, "forward", bound.plan.launches, tiles=tiles, softmax=bound.plan.softmax)
 
 

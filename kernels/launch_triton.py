@@ -153,10 +153,10 @@ def _known(bound: Bound, key: object) -> Quick | None:
 
 def _table(bound: Bound, params: Sequence[Tensor], quick: Quick | None) -> tuple[Tensor, bool]:
     """The parameters' addresses on the device, as `device.addresses`; the operator is told of a table that stays."""
-    table, even = device.addresses(params, bound.key.device)
+    table, aligned16 = device.addresses(params, bound.key.device)
     if quick is not None and device.stays(params, bound.key.device):
         _operator("network_triton_table")(table, params, quick.address)
-    return table, even
+    return table, aligned16
 
 
 def piece(memory: Tensor, first: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -171,16 +171,16 @@ def _shared(bound: Bound, align: int) -> dict[str, object]:
 def _ahead(bound: Forward) -> int:
     """Pipeline stages over experts that share a source. Triton 3.6 crashes on sm_90 where such a loop computes one product a turn, of a source
     that is kept as one tile (`PassManager::run failed`; 3.9 does not): there the loop is not pipelined."""
-    one_tile = 0 < bound.tiles.keep <= bound.tiles.reduction
+    one_tile = 0 < bound.tiles.resident <= bound.tiles.reduction
     return 1 if one_tile and bound.key.arch == "sm_90" and VERSION < CURED else bound.tiles.ahead
 
 
 def _forward_steps(bound: Forward, align: int, mixing: bool) -> list[Step]:
     key = align, mixing
     if key not in bound.made:
-        more = {"UNITS": bound.plan.units, "WEIGHTS": mixing, "INNER": bound.program.inner, "COPIES": bound.program.copies, "KEEP": bound.tiles.keep}
+        more = {"UNITS": bound.plan.units, "WEIGHTS": mixing, "HIDDEN": bound.program.hidden, "COPIES": bound.program.copies, "RESIDENT": bound.tiles.resident}
         more = {**_shared(bound, align), **more, "AHEAD": _ahead(bound)}
-        steps = [({**more, "STORE": store(bound.program, one.stages, align)}, one) for one in bound.plan.launches]
+        steps = [({**more, "STORE": store(bound.program, one.segments, align)}, one) for one in bound.plan.launches]
         bound.made[key] = [Step("forward", one.place, one.programs, fixed) for fixed, one in steps]
     return bound.made[key]
 
@@ -195,11 +195,11 @@ def forward(bound: Forward, x: Tensor, params: Sequence[Tensor], mixing: bool) -
         if found:
             return found
     params = [p.contiguous() for p in params]
-    table, even = _table(bound, params, quick)
+    table, aligned16 = _table(bound, params, quick)
     found = _run(bound, x, params, quick, mixing, table) if quick is not None else None
     if found:
         return found
-    align = alignment(x, even, bound.program)
+    align = alignment(x, aligned16, bound.program)
     steps, rows = _forward_steps(bound, align, mixing), x.shape[0]
     out, weights, memory = _launched(bound, x, steps, mixing, table)
     if rows:
@@ -223,11 +223,11 @@ def _launched(bound: Forward, x: Tensor, steps: list[Step], mixing: bool, table:
     buffers, size = bound.saved(rows)
     out, memory = x.new_empty((rows, *bound.output)), x.new_empty(size, dtype=torch.uint8)
     weights = x.new_zeros(rows, bound.mixing) if mixing else None
-    p, kept = piece(memory, 0, bound.plan.softmax * rows, torch.float32), piece(memory, buffers, bound.program.kept * rows, x.dtype)
+    p, buffer_width = piece(memory, 0, bound.plan.softmax * rows, torch.float32), piece(memory, buffers, bound.program.buffer_width * rows, x.dtype)
     for step in steps if rows else ():
         arguments = ForwardArguments(
             x=x,
-            buffers=kept,
+            buffers=buffer_width,
             out=out,
             p=p,
             weights=x if weights is None else weights,
@@ -256,7 +256,7 @@ def _backward_steps(bound: Backward, align: int, given: bool, chunk: int) -> _Ba
     key = align, given, chunk
     if key not in bound.made:
         shared, plan = {**_shared(bound, align), "WEIGHTS": given}, bound.plan
-        steps = [({**shared, "STORE": store(bound.program, one.stages, align)}, one) for one in plan.launches]
+        steps = [({**shared, "STORE": store(bound.program, one.segments, align)}, one) for one in plan.launches]
         rows = [Step("backward_rows", one.place, one.programs, fixed) for fixed, one in steps]
         of_parameters = {**shared, "CHUNK": chunk, "BLOCK_N": bound.tiles.outputs}
         for name in ("READS", "ACTS", "BLOCK_B"):
@@ -280,11 +280,11 @@ def backward(bound: Backward, d_out: Tensor, d_weights: Tensor | None, x: Tensor
         if tensor is not None:
             require_memory(tensor, name)
     params = [p.contiguous() for p in params]
-    table, even = _table(bound, params, quick)
+    table, aligned16 = _table(bound, params, quick)
     found = quick and _run_backward(bound, (d_out, d_weights, x, params, memory), quick, chunk, apart, table)
     if found:
         return found
-    align = alignment(x, even, bound.program)
+    align = alignment(x, aligned16, bound.program)
     steps = _backward_steps(bound, align, given, chunk)
     # Rows of the output are read in vectors of 16 bytes, where their distance allows it; what a hook has put aside may lie anywhere.
     d_out, d_weights, memory = (
@@ -318,10 +318,10 @@ def _launched_backward(bound: Backward, tensors: tuple, steps: _BackwardSteps, c
     flat, chunks = x.new_empty(total), -(-rows // chunk)
     places = bound.scratch(rows, chunks)
     scratch = x.new_empty(places.size, dtype=torch.uint8)
-    kept, weights = bound.program.kept * rows, d_out if d_weights is None else d_weights
-    p, buffers = piece(memory, 0, bound.forward.softmax * rows, torch.float32), piece(memory, bound.saved(rows)[0], kept, x.dtype)
+    buffer_width, weights = bound.program.buffer_width * rows, d_out if d_weights is None else d_weights
+    p, buffers = piece(memory, 0, bound.forward.softmax * rows, torch.float32), piece(memory, bound.saved(rows)[0], buffer_width, x.dtype)
     dw, parts = piece(scratch, 0, bound.plan.rows * rows, torch.float32), piece(scratch, places.parts, chunks * total, torch.float32)
-    dz, below = piece(scratch, places.dz, rows * bound.plan.columns, x.dtype), piece(scratch, places.buffers, kept, x.dtype)
+    dz, below = piece(scratch, places.dz, rows * bound.plan.columns, x.dtype), piece(scratch, places.buffers, buffer_width, x.dtype)
     common = {
         **{"x": x, "buffers": buffers, "out": d_out, "dw": dw, "d_weights": weights, "dz": dz, "plan": bound.ints},
         **{"B": rows, "x_row": x_row, "x_slot": x_slot, "dz_row": bound.plan.columns, "mixing": bound.mixing},

@@ -14,7 +14,7 @@ from fusedmoe.table import Table
 
 
 class Saved(NamedTuple):
-    """What the forward leaves for the backward: the softmax of every unit [rows, B] in float32 and the stages' buffers [B x kept] in one piece of bytes
+    """What the forward leaves for the backward: the softmax of every unit [rows, B] in float32 and the segments' buffers [B x kept] in one piece of bytes
     (`bound.saved_bytes`), and the tiles that say which row is whose; None: the shipped ones."""
 
     memory: Tensor
@@ -31,7 +31,7 @@ def forward(
         params: one per `table.parameters`, of x's dtype.
         table: the network.
         mixing: return the mixing weights.
-        training: keep what `backward` needs; without it hidden layers stay on the chip where a level has one stage of them.
+        training: keep what `backward` needs; without it hidden layers stay on the chip where a level has one segment of them.
         tiles: None: the shipped ones.
         backend: whose kernels.
 

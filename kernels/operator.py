@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedmoe import codec, outputs
-from fusedmoe.kernels import bound, network, trial
+from fusedmoe.kernels import bound, network, self_test
 from fusedmoe.kernels.program import lower
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
@@ -18,21 +18,21 @@ from fusedmoe.table import Table
 _HERE = nullcontext()
 
 
-def inner(x: Tensor) -> Tensor:
+def last_dim_contiguous(x: Tensor) -> Tensor:
     """x with its last dimension contiguous, and rows so near that 32 bits reach over those of a chunk, which are more than a tile's."""
     return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(0) * bound.chunk_of(x.shape[0]) < 2**31 else x.contiguous()
 
 
-def there(x: Tensor):
+def device_guard(x: Tensor):
     """The tensors' device made current: kernels are launched on the current one."""
     return _HERE if not x.is_cuda or x.get_device() == torch.cuda.current_device() else torch.cuda.device(x.device)
 
 
 def launching(x: Tensor, backend: str):
-    """A block that launches: the device has passed its trial and is current. Raises: RuntimeError if the kernels err on it (`trial.py`)."""
+    """A block that launches: the device has passed its self-test and is current. Raises: RuntimeError if the kernels err on it (`self_test.py`)."""
     if x.is_cuda:
-        trial.once(x.device, x.dtype, backend)
-    return there(x)
+        self_test.check(x.device, x.dtype, backend)
+    return device_guard(x)
 
 
 def _tuning(backend: str) -> ModuleType | None:
@@ -46,15 +46,15 @@ def _tuning(backend: str) -> ModuleType | None:
 
 
 def _forward(backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool) -> tuple[Tensor, Tensor | None, network.Saved]:
-    x, search = inner(x), _tuning(backend)
+    x, search = last_dim_contiguous(x), _tuning(backend)
     with launching(x, backend):
         tiles = search.of_forward(x, params, table, mixing, training) if search else None
         return network.forward(x, params, table, mixing, training, tiles, backend)
 
 
 def recomputed(table: Table) -> bool:
-    """Whether a forward that is to keep as little as it can keeps x alone: between two levels of this network there are stages of their own."""
-    return any(len(stages) > 1 for stages in lower(table).groups)
+    """Whether a forward that is to keep as little as it can keeps x alone: between two levels of this network there are segments of their own."""
+    return any(len(segments) > 1 for segments in lower(table).levels)
 
 
 class _Network(torch.autograd.Function):
@@ -87,8 +87,8 @@ def _gradients(
     backend: str, table: Table, d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: network.Saved
 ) -> list[Tensor | None]:
     """d_x and the parameters' gradients. saved: what the forward left, or its tiles alone, by which it is run once more."""
-    x = inner(x)
-    with there(x):
+    x = last_dim_contiguous(x)
+    with device_guard(x):
         if saved.memory is None:
             _, _, saved = network.forward(x, params, table, False, True, saved.tiles, backend)
         search = _tuning(backend)
@@ -108,7 +108,7 @@ def run(x: Tensor, params: Sequence[Tensor], table: Table, options: outputs.Opti
             softmax gave and what each level handed on.
 
     Raises: ValueError for tensors that do not fit the table, and for a table that is too wide (`program.lower`); RuntimeError if the kernels err on
-        this device (`trial.py`).
+        this device (`self_test.py`).
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
         return _Network.apply(table, options, x, *params)

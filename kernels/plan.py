@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fusedmoe.activation import DEFAULT_PARAMETER
 from fusedmoe.kernels import layout
 from fusedmoe.kernels.layout import FROM_BUFFER, FROM_X, NO_SOFTMAX, TO_OUTPUT, WRITE_SOFTMAX, WRITE_WEIGHTS
-from fusedmoe.kernels.program import NOTHING, Map, Mix, Program, Source, Stage, X
+from fusedmoe.kernels.program import NOTHING, Linear, Program, Segment, Source, Unit, X
 
 # The number by which a plan names an activation.
 CODES = {name: code for code, name in enumerate(DEFAULT_PARAMETER)}
@@ -28,33 +28,33 @@ class Group:
 
 
 @functools.lru_cache(maxsize=1024)
-def groups_of(stage: Stage, most: int) -> tuple[Group, ...]:
+def groups_of(segment: Segment, most: int) -> tuple[Group, ...]:
     """Group neighbouring units of one width that share experts, at most `most` of them."""
-    groups: list[tuple[list[int], set[int]]] = []
-    for u, unit in enumerate(stage.units):
+    found: list[tuple[list[int], set[int]]] = []
+    for u, unit in enumerate(segment.units):
         reads = {read.expert for read in unit.reads}
-        if groups:
-            units, experts = groups[-1]
-            if len(units) < most and stage.units[units[0]].width == unit.width and experts & reads:
+        if found:
+            units, experts = found[-1]
+            if len(units) < most and segment.units[units[0]].width == unit.width and experts & reads:
                 units.append(u)
                 experts |= reads
                 continue
-        groups.append(([u], reads))
-    return tuple(Group(tuple(units), tuple(sorted(experts, key=lambda e: (stage.experts[e].read, e)))) for units, experts in groups)
+        found.append(([u], reads))
+    return tuple(Group(tuple(units), tuple(sorted(experts, key=lambda e: (segment.experts[e].read, e)))) for units, experts in found)
 
 
 @dataclass(frozen=True)
 class Launch:
     """One launch of the forward: for each program of a row block, the place of its first tile and behind its last one."""
 
-    stages: tuple[int, ...]
+    segments: tuple[int, ...]
     place: int
     programs: int
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What goes to the device, and the launches. The softmax scratch is [softmax, B]; `rows` has the first row of each unit, by stage and number."""
+    """What goes to the device, and the launches. The softmax scratch is [softmax, B]; `rows` has the first row of each unit, by segment and number."""
 
     program: Program
     ints: tuple[int, ...]
@@ -80,50 +80,50 @@ class Writer:
         self.ints += values
         return place
 
-    def launch(self, stages: Sequence[int], first: int, tiles: int, size: int, own: bool) -> Launch:
+    def launch(self, segments: Sequence[int], first: int, tiles: int, size: int, own: bool) -> Launch:
         """A launch of tiles that lie one after another: each has a program of its own (`own`), or all have the same one."""
         bounds = [first + size * tile for tile in range(tiles + 1)] if own else [first, first + size * tiles]
         place = self.put(end for pair in itertools.pairwise(bounds) for end in pair)
-        return Launch(tuple(stages), place, len(bounds) - 1)
+        return Launch(tuple(segments), place, len(bounds) - 1)
 
     def put_floats(self, values: Sequence[float]) -> int:
         place = len(self.floats)
         self.floats += values
         return place
 
-    def place(self, stage: int, column: int) -> list[int]:
-        """Where columns of x, of a stage's buffer or of the output begin."""
-        if stage == X:
+    def place(self, segment: int, column: int) -> list[int]:
+        """Where columns of x, of a segment's buffer or of the output begin."""
+        if segment == X:
             return layout.PLACE.pack(kind=FROM_X, column=column, stride=0, buffer=0)
-        width = self.program.stages[stage].width
-        if stage + 1 == len(self.program.stages):
+        width = self.program.segments[segment].width
+        if segment + 1 == len(self.program.segments):
             return layout.PLACE.pack(kind=TO_OUTPUT, column=column, stride=width, buffer=0)
-        return layout.PLACE.pack(kind=FROM_BUFFER, column=column, stride=width, buffer=self.program.offsets[stage])
+        return layout.PLACE.pack(kind=FROM_BUFFER, column=column, stride=width, buffer=self.program.offsets[segment])
 
     def source(self, source: Source, first: int = 0) -> list[int]:
         """A source that is multiplied by the columns of W from `first` on."""
-        return layout.SOURCE.pack(place=self.place(source.stage, source.column), width=source.width, first=first)
+        return layout.SOURCE.pack(place=self.place(source.segment, source.column), width=source.width, first=first)
 
-    def map(self, one: Map) -> int:
-        if one not in self.known:
+    def map(self, linear: Linear) -> int:
+        if linear not in self.known:
             head = layout.LINEAR.pack(
-                weight=one.weight,
-                bias=one.bias,
-                width=one.width,
-                reduction=one.reduction,
-                activation=CODES[one.activation.name],
-                parameter=self.put_floats([one.activation.parameter]),
-                hidden=self.map(one.inner) if one.inner else NOTHING,
-                sources=len(one.sources),
+                weight=linear.weight,
+                bias=linear.bias,
+                width=linear.width,
+                reduction=linear.reduction,
+                activation=CODES[linear.activation.name],
+                parameter=self.put_floats([linear.activation.parameter]),
+                hidden=self.map(linear.hidden) if linear.hidden else NOTHING,
+                sources=len(linear.sources),
             )
-            firsts = itertools.accumulate((source.width for source in one.sources), initial=0)
-            sources = [number for source, first in zip(one.sources, firsts, strict=False) for number in self.source(source, first)]
-            self.known[one] = self.put(head + sources)
-        return self.known[one]
+            firsts = itertools.accumulate((source.width for source in linear.sources), initial=0)
+            sources = [number for source, first in zip(linear.sources, firsts, strict=False) for number in self.source(source, first)]
+            self.known[linear] = self.put(head + sources)
+        return self.known[linear]
 
-    def unit(self, stage: int, number: int) -> int:
-        if (stage, number) not in self.known:
-            unit: Mix = self.program.stages[stage].units[number]
+    def unit(self, segment: int, number: int) -> int:
+        if (segment, number) not in self.known:
+            unit: Unit = self.program.segments[segment].units[number]
             values = layout.UNIT.pack(
                 gate=self.map(unit.gate) if unit.gate else NOTHING,
                 reads=len(unit.reads),
@@ -131,23 +131,23 @@ class Writer:
                 statics=unit.static,
                 elements=self.put(read.element for read in unit.reads),
                 fixed=self.put_floats([read.value for read in unit.reads]),
-                place=self.place(stage, unit.column),
+                place=self.place(segment, unit.column),
                 mixing=self.put(unit.mixing) if unit.mixing else NOTHING,
             )
-            self.known[stage, number] = self.put(values)
-        return self.known[stage, number]
+            self.known[segment, number] = self.put(values)
+        return self.known[segment, number]
 
-    def group(self, stage: int, group: Group, most: int) -> int:
-        level = self.program.stages[stage]
+    def group(self, segment: int, group: Group, most: int) -> int:
+        level = self.program.segments[segment]
         units = [level.units[u] for u in group.units]
         rows = [sum(len(unit.reads) for unit in units[:i]) for i in range(len(units))]
         padding = [NOTHING] * (most - len(units))
-        records = [self.unit(stage, u) for u in group.units]
-        maps = [self.map(level.experts[e]) for e in group.experts]
+        records = [self.unit(segment, u) for u in group.units]
+        linears = [self.map(level.experts[e]) for e in group.experts]
         places = [{read.expert: i for i, read in enumerate(unit.reads)} for unit in units]
         experts = {
-            e: [*layout.EXPERT_READ.pack(linear=one), *(place.get(e, NOTHING) for place in places), *padding]
-            for e, one in zip(group.experts, maps, strict=True)
+            e: [*layout.EXPERT_READ.pack(linear=linear), *(place.get(e, NOTHING) for place in places), *padding]
+            for e, linear in zip(group.experts, linears, strict=True)
         }
         copies = [e for e in group.experts if level.experts[e].weight == NOTHING]
         computed = [e for e in group.experts if e not in copies]
@@ -163,7 +163,7 @@ class Writer:
         head = layout.RUN.pack(source=self.source(source), count=len(readers))
         return [*head, *(number for reader in readers for number in reader)]
 
-    def selectors(self, units: list[Mix], places: list[tuple[int, int]]) -> int:
+    def selectors(self, units: list[Unit], places: list[tuple[int, int]]) -> int:
         """The number of sources that the gates of these units read, and each with its gates; units without a gate read nothing."""
         by_source: dict[Source, list[list[int]]] = {}
         for unit, (record, row) in zip(units, places, strict=True):
@@ -174,8 +174,8 @@ class Writer:
 
 
 def launches_of(program: Program, whole: bool) -> tuple[tuple[int, ...], ...]:
-    """The stages of each launch: all of them (`whole`), or those of a level."""
-    return (tuple(range(len(program.stages))),) if whole else program.groups
+    """The segments of each launch: all of them (`whole`), or those of a level."""
+    return (tuple(range(len(program.segments))),) if whole else program.levels
 
 
 @functools.lru_cache(maxsize=1024)
@@ -183,35 +183,35 @@ def plan_of(program: Program, whole: bool, most: int, columns: int) -> Plan:
     """Write a program down.
 
     Args:
-        program: the stages.
-        whole: run all stages in one launch, whose programs own their rows; otherwise one launch a level.
+        program: the segments.
+        whole: run all segments in one launch, whose programs own their rows; otherwise one launch a level.
         most: units that a program mixes at a time.
         columns: of a tile.
 
-    A launch of one stage gives each tile a program of its own. A launch of several runs all tiles in each program, stage after stage.
+    A launch of one segment gives each tile a program of its own. A launch of several runs all tiles in each program, segment after segment.
     """
     write = Writer(program)
     softmax, launches, first_rows = 0, [], {}
     for launch in launches_of(program, whole):
-        stages = [stage for stage in launch if program.stages[stage].units]
+        segments = [segment for segment in launch if program.segments[segment].units]
         tiles: list[list[int]] = []
-        for stage in stages:
+        for segment in segments:
             wait = bool(tiles)
-            for group in groups_of(program.stages[stage], most):
-                record = write.group(stage, group, most)
-                units = [program.stages[stage].units[u] for u in group.units]
+            for group in groups_of(program.segments[segment], most):
+                record = write.group(segment, group, most)
+                units = [program.segments[segment].units[u] for u in group.units]
                 rows = softmax
                 for u, unit in zip(group.units, units, strict=True):
-                    first_rows[stage, u] = rows
+                    first_rows[segment, u] = rows
                     rows += len(unit.reads)
                 rows -= softmax
                 for column in range(0, max(units[0].width, 1), columns):
                     # A program of its own has a softmax of its own: no two programs write to one address.
-                    fresh = column == 0 or len(stages) == 1
+                    fresh = column == 0 or len(segments) == 1
                     task = NO_SOFTMAX if not fresh else WRITE_WEIGHTS if column == 0 else WRITE_SOFTMAX
                     tiles.append(layout.TILE.pack(group=record, column=column, softmax=softmax, task=task, wait=int(wait)))
-                    softmax += rows if len(stages) == 1 or column + columns >= units[0].width else 0
+                    softmax += rows if len(segments) == 1 or column + columns >= units[0].width else 0
                     wait = False
         first = write.put(number for tile in tiles for number in tile)
-        launches.append(write.launch(stages, first, len(tiles), layout.TILE.size, own=len(stages) == 1))
+        launches.append(write.launch(segments, first, len(tiles), layout.TILE.size, own=len(segments) == 1))
     return Plan(program, tuple(write.ints), tuple(write.floats), tuple(launches), softmax, first_rows, most)

@@ -29,10 +29,10 @@ NEVER = tl.constexpr(float("-inf"))
 
 
 class Block(NamedTuple):
-    """The rows of a program: `row` is the first of them, `rows` [BLOCK_B] count from it, `live` says which there are.
+    """The rows of a program: `row` is the first of them, `rows` [BLOCK_B] count from it, and `live` masks those of the batch.
 
-    x [B, S, D] lies at distances x_row and x_slot; buffers hold what stages hand on; out is [B, width]. The rest is what `plan.py` wrote, and
-    the parameters' addresses.
+    x [B, S, D] has the strides x_row and x_slot; buffers hold what segments hand on; out is [B, width]. `plan` and
+    `floats` are what `plan.py` wrote, `addresses` those of the parameters.
     """
 
     plan: tl.tensor
@@ -50,16 +50,19 @@ class Block(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """ALIGN: the numbers whose multiples every operand's rows begin at, BYTES: the same in bytes; STORE: the numbers for what stages hand on.
-    ACTS: codes of the activations that may occur; INNER: whether maps have maps inside; KEEP: columns of a source that are kept, in tiles of BLOCK_K,
-    or 0. The others are sizes of tiles and the pipeline."""
+    """What a program was compiled for, beside the sizes of tiles and the pipeline.
+
+    ALIGN: every operand's rows begin at multiples of so many elements, BYTES: of so many bytes; STORE: the elements for
+    what segments hand on. ACTS: codes of the activations that may occur. HIDDEN: whether some linear has a hidden layer
+    inside. RESIDENT: columns of a source that stay in registers, in tiles of BLOCK_K, or 0.
+    """
 
     ALIGN: tl.constexpr
     BYTES: tl.constexpr
     STORE: tl.constexpr
     ACTS: tl.constexpr
-    INNER: tl.constexpr
-    KEEP: tl.constexpr
+    HIDDEN: tl.constexpr
+    RESIDENT: tl.constexpr
     BLOCK_B: tl.constexpr
     BLOCK_H: tl.constexpr
     BLOCK_K: tl.constexpr
@@ -69,136 +72,164 @@ class Shape(NamedTuple):
 
 @triton.jit
 def pointer(block, number):
-    """The parameter `number`, by its address, a multiple of 16 bytes wherever ALIGN is not 1 (`network.py` checks)."""
+    """The parameter `number`, by its address, a multiple of 16 bytes wherever ALIGN is not 1 (`bound.alignment` checks)."""
     return tl.load(block.addresses + number).to(block.x.dtype)
 
 
 @triton.jit
-def aligned(block, place, ALIGN: tl.constexpr):
-    """A number of a plan that is a multiple of ALIGN (`network.py` chooses it so)."""
+def load_aligned(block, place, ALIGN: tl.constexpr):
+    """An integer of a plan that is a multiple of ALIGN (`bound.alignment` checks)."""
     return tl.multiple_of(tl.load(block.plan + place), ALIGN)
 
 
 @triton.jit
 def padded(width):
-    """A width up to the next column that a map of its own could begin at."""
+    """A width rounded up to a multiple of COLUMN."""
     return tl.multiple_of((width + COLUMN - 1) // COLUMN * COLUMN, COLUMN)
 
 
 @triton.jit
-def rows_of(block, source, ALIGN: tl.constexpr):
-    """(first number of the block's first row, distance of rows) of what a source, or a unit's four numbers of one, points at.
+def rows_of(block, place, ALIGN: tl.constexpr):
+    """(pointer to the block's first row, stride of rows) of a place.
 
-    An address as an integer until the end: what is said of alignment stays with the last operation, and not with the branches of an `if`.
+    The address is an integer until the end: what is said of alignment stays with the last operation, and not with the
+    branches of an `if`.
     """
-    kind = tl.load(block.plan + source + PLACE.kind)
-    column = tl.load(block.plan + source + PLACE.column).to(tl.int64)
-    base = tl.where(kind == FROM_X, block.x.to(tl.int64), tl.where(kind == FROM_BUFFER, block.buffers.to(tl.int64), block.out.to(tl.int64)))
-    distance = tl.where(kind == FROM_X, block.x_row.to(tl.int64), tl.load(block.plan + source + PLACE.stride).to(tl.int64))
-    before = tl.load(block.plan + source + PLACE.buffer).to(tl.int64) * block.B + tl.where(kind == FROM_X, column * block.x_slot, column)
+    kind = tl.load(block.plan + place + PLACE.kind)
+    column = tl.load(block.plan + place + PLACE.column).to(tl.int64)
+    buffers, out = block.buffers.to(tl.int64), block.out.to(tl.int64)
+    base = tl.where(kind == FROM_X, block.x.to(tl.int64), tl.where(kind == FROM_BUFFER, buffers, out))
+    stride = tl.load(block.plan + place + PLACE.stride).to(tl.int64)
+    stride = tl.where(kind == FROM_X, block.x_row.to(tl.int64), stride)
+    before = tl.load(block.plan + place + PLACE.buffer).to(tl.int64) * block.B
+    before += tl.where(kind == FROM_X, column * block.x_slot, column)
     size: tl.constexpr = block.x.dtype.element_ty.primitive_bitwidth // 8
-    first = (base + (before + block.row * distance) * size).to(block.x.dtype)
+    first = (base + (before + block.row * stride) * size).to(block.x.dtype)
     # Inside a tile 32 bits reach; what is larger stands in the scalars.
-    return tl.multiple_of(first, size * ALIGN), tl.multiple_of(distance.to(tl.int32), ALIGN)
+    return tl.multiple_of(first, size * ALIGN), tl.multiple_of(stride.to(tl.int32), ALIGN)
 
 
 @triton.jit
-def streamed(block, shape: tl.constexpr, one, weight, outputs, live, BLOCK_N: tl.constexpr):
-    """W h of a map without one inside, both read in pieces of BLOCK_K."""
+def streamed_product(block, shape: tl.constexpr, linear, weight, outputs, live, BLOCK_N: tl.constexpr):
+    """W h of a linear without a hidden layer inside, both operands loaded in k-tiles of BLOCK_K."""
     z = tl.zeros((shape.BLOCK_B, BLOCK_N), tl.float32)
-    reduction = aligned(block, one + LINEAR.reduction, shape.ALIGN)
-    for s in range(tl.load(block.plan + one + LINEAR.sources)):
-        source = one + LINEAR.size + s * SOURCE.size
-        first, distance = rows_of(block, source, shape.ALIGN)
-        width = aligned(block, source + SOURCE.width, shape.ALIGN)
-        column = aligned(block, source + SOURCE.first, shape.ALIGN)
-        for k in tl.range(0, width, shape.BLOCK_K, num_stages=shape.STAGES):
-            at = k + tl.arange(0, shape.BLOCK_K)
-            inside = at < width
-            h = tl.load(first + block.rows[:, None] * distance + at[None, :], mask=block.live[:, None] & inside[None, :], other=0.0)
-            w = tl.load(weight + outputs[None, :] * reduction + (column + at)[:, None], mask=inside[:, None] & live[None, :], other=0.0)
+    reduction = load_aligned(block, linear + LINEAR.reduction, shape.ALIGN)
+    for s in range(tl.load(block.plan + linear + LINEAR.sources)):
+        source = linear + LINEAR.size + s * SOURCE.size
+        first, stride = rows_of(block, source, shape.ALIGN)
+        width = load_aligned(block, source + SOURCE.width, shape.ALIGN)
+        column = load_aligned(block, source + SOURCE.first, shape.ALIGN)
+        for k_tile in tl.range(0, width, shape.BLOCK_K, num_stages=shape.STAGES):
+            k = k_tile + tl.arange(0, shape.BLOCK_K)
+            inside = k < width
+            h = tl.load(
+                first + block.rows[:, None] * stride + k[None, :],
+                mask=block.live[:, None] & inside[None, :],
+                other=0.0,
+            )
+            w = tl.load(
+                weight + outputs[None, :] * reduction + (column + k)[:, None],
+                mask=inside[:, None] & live[None, :],
+                other=0.0,
+            )
             z = tl.dot(h, w, z, input_precision=shape.PRECISION)
     return z
 
 
 @triton.jit
-def tiles_of(block, shape: tl.constexpr, source):
-    """The rows of a source, KEEP / BLOCK_K tiles [BLOCK_B, BLOCK_K] side by side, zero beyond its width."""
-    first, distance = rows_of(block, source, shape.ALIGN)
-    width = aligned(block, source + SOURCE.width, shape.ALIGN)
+def resident_tiles(block, shape: tl.constexpr, source):
+    """The rows of a source: RESIDENT / BLOCK_K tiles [BLOCK_B, BLOCK_K] side by side, zero beyond its width."""
+    first, stride = rows_of(block, source, shape.ALIGN)
+    width = load_aligned(block, source + SOURCE.width, shape.ALIGN)
     tiles = ()
-    for piece in tl.static_range(shape.KEEP // shape.BLOCK_K):
-        at = tl.arange(0, shape.BLOCK_K) + piece * shape.BLOCK_K
-        h = tl.load(first + block.rows[:, None] * distance + at[None, :], mask=block.live[:, None] & (at < width)[None, :], other=0.0)
+    for tile in tl.static_range(shape.RESIDENT // shape.BLOCK_K):
+        k = tl.arange(0, shape.BLOCK_K) + tile * shape.BLOCK_K
+        inside = block.live[:, None] & (k < width)[None, :]
+        h = tl.load(first + block.rows[:, None] * stride + k[None, :], mask=inside, other=0.0)
         tiles = tiles + (h,)  # noqa: RUF005  (Triton knows no star)
     return tiles
 
 
 @triton.jit
-def kept(block, shape: tl.constexpr, weight, reduction, h, outputs, live, BLOCK_N: tl.constexpr):
-    """W h of the kept tiles `h`, whose columns are those of h."""
+def resident_product(block, shape: tl.constexpr, weight, reduction, h, outputs, live, BLOCK_N: tl.constexpr):
+    """W h of the resident tiles `h`, whose columns are those of h."""
     z = tl.zeros((shape.BLOCK_B, BLOCK_N), tl.float32)
-    for piece in tl.static_range(shape.KEEP // shape.BLOCK_K):
-        at = tl.arange(0, shape.BLOCK_K) + piece * shape.BLOCK_K
-        w = tl.load(weight + outputs[None, :] * reduction + at[:, None], mask=(at < reduction)[:, None] & live[None, :], other=0.0)
-        z = tl.dot(h[piece], w, z, input_precision=shape.PRECISION)
+    for tile in tl.static_range(shape.RESIDENT // shape.BLOCK_K):
+        k = tl.arange(0, shape.BLOCK_K) + tile * shape.BLOCK_K
+        inside = (k < reduction)[:, None] & live[None, :]
+        w = tl.load(weight + outputs[None, :] * reduction + k[:, None], mask=inside, other=0.0)
+        z = tl.dot(h[tile], w, z, input_precision=shape.PRECISION)
     return z
 
 
 @triton.jit
-def layer(block, shape: tl.constexpr, one, weight, h, outputs, live, KEEP: tl.constexpr, BLOCK_N: tl.constexpr):
-    """W h of a map without one inside: of `h` where it is kept, else of what the map's sources say."""
-    if KEEP > 0:
-        z = kept(block, shape, weight, aligned(block, one + LINEAR.reduction, shape.ALIGN), h, outputs, live, BLOCK_N)
+def product(
+    block, shape: tl.constexpr, linear, weight, h, outputs, live, RESIDENT: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """W h of a linear without a hidden layer inside: of `h` where it is resident, else of the linear's sources."""
+    if RESIDENT > 0:
+        reduction = load_aligned(block, linear + LINEAR.reduction, shape.ALIGN)
+        z = resident_product(block, shape, weight, reduction, h, outputs, live, BLOCK_N)
     else:
-        z = streamed(block, shape, one, weight, outputs, live, BLOCK_N)
+        z = streamed_product(block, shape, linear, weight, outputs, live, BLOCK_N)
     return z
 
 
 @triton.jit
-def linear(block, shape: tl.constexpr, one, first, h, outputs, live, KEEP: tl.constexpr, BLOCK_N: tl.constexpr):
-    """z = W h + b [BLOCK_B, BLOCK_N] in float32 of the map `one`, for the rows first + `outputs` of W that are `live`.
+def linear_forward(
+    block, shape: tl.constexpr, linear, first, h, outputs, live, RESIDENT: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """z = W h + b [BLOCK_B, BLOCK_N] in float32, for the rows first + `outputs` of W that are `live`.
 
-    Where the map has one inside (INNER), that hidden layer is computed BLOCK_K outputs at a time and goes into the product from registers.
+    Where the linear has a hidden layer inside (HIDDEN), that is computed BLOCK_K outputs at a time and goes into the
+    product from registers.
     """
-    reduction = aligned(block, one + LINEAR.reduction, shape.ALIGN)
-    weight = tl.multiple_of(pointer(block, tl.load(block.plan + one + LINEAR.weight)) + tl.cast(first, tl.int64) * reduction, shape.BYTES)
-    inner = -1
-    if shape.INNER:
-        inner = tl.load(block.plan + one + LINEAR.hidden)
-    if inner >= 0:
+    reduction = load_aligned(block, linear + LINEAR.reduction, shape.ALIGN)
+    weight = pointer(block, tl.load(block.plan + linear + LINEAR.weight))
+    weight = tl.multiple_of(weight + tl.cast(first, tl.int64) * reduction, shape.BYTES)
+    hidden = -1
+    if shape.HIDDEN:
+        hidden = tl.load(block.plan + linear + LINEAR.hidden)
+    if hidden >= 0:
         z = tl.zeros((shape.BLOCK_B, BLOCK_N), tl.float32)
-        at = tl.arange(0, shape.BLOCK_K)
+        columns = tl.arange(0, shape.BLOCK_K)
         for k in range(0, reduction, shape.BLOCK_K):
-            inside = at < reduction - k
-            hidden = plain(block, shape, inner, k, h, at, inside, KEEP, shape.BLOCK_K)
-            code, parameter = tl.load(block.plan + inner + LINEAR.activation), tl.load(block.floats + tl.load(block.plan + inner + LINEAR.parameter))
+            inside = columns < reduction - k
+            y = without_hidden(block, shape, hidden, k, h, columns, inside, RESIDENT, shape.BLOCK_K)
             # Beyond the layer stands 0 h, which is NaN where h is infinite, and NaN x 0 is NaN.
-            hidden = tl.where(inside[None, :], apply(hidden, code, parameter, shape.ACTS), 0.0)
-            w = tl.load(weight + outputs[None, :] * reduction + (k + at)[:, None], mask=inside[:, None] & live[None, :], other=0.0)
-            z = tl.dot(hidden.to(w.dtype), w, z, input_precision=shape.PRECISION)
+            y = tl.where(inside[None, :], activated(block, shape, hidden, y), 0.0)
+            w = tl.load(
+                weight + outputs[None, :] * reduction + (k + columns)[:, None],
+                mask=inside[:, None] & live[None, :],
+                other=0.0,
+            )
+            z = tl.dot(y.to(w.dtype), w, z, input_precision=shape.PRECISION)
     else:
-        z = layer(block, shape, one, weight, h, outputs, live, KEEP, BLOCK_N)
-    return biased(block, one, first, z, outputs, live)
+        z = product(block, shape, linear, weight, h, outputs, live, RESIDENT, BLOCK_N)
+    return with_bias(block, linear, first, z, outputs, live)
 
 
 @triton.jit
-def plain(block, shape: tl.constexpr, one, first, h, outputs, live, KEEP: tl.constexpr, BLOCK_N: tl.constexpr):
-    """z of a map that has none inside, as `linear`."""
-    reduction = aligned(block, one + LINEAR.reduction, shape.ALIGN)
-    weight = tl.multiple_of(pointer(block, tl.load(block.plan + one + LINEAR.weight)) + tl.cast(first, tl.int64) * reduction, shape.BYTES)
-    return biased(block, one, first, layer(block, shape, one, weight, h, outputs, live, KEEP, BLOCK_N), outputs, live)
+def without_hidden(
+    block, shape: tl.constexpr, linear, first, h, outputs, live, RESIDENT: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """z of a linear that has no hidden layer inside, as `linear_forward`."""
+    reduction = load_aligned(block, linear + LINEAR.reduction, shape.ALIGN)
+    weight = pointer(block, tl.load(block.plan + linear + LINEAR.weight))
+    weight = tl.multiple_of(weight + tl.cast(first, tl.int64) * reduction, shape.BYTES)
+    z = product(block, shape, linear, weight, h, outputs, live, RESIDENT, BLOCK_N)
+    return with_bias(block, linear, first, z, outputs, live)
 
 
 @triton.jit
-def biased(block, one, first, z, outputs, live):
-    """z + b of a map that has a bias.
+def with_bias(block, linear, first, z, outputs, live):
+    """z + b of a linear that has a bias.
 
     Added whether or not there is one: Triton 3.6's pass tritongpu-pipeline follows a product of sm_90 that a loop
     computes to the loop's yield, and where every use of the product stands in some `if`, and none leads there, crashes
     on a null pointer (which comes out as `PassManager::run failed`).
     """
-    bias = tl.load(block.plan + one + LINEAR.bias)
+    bias = tl.load(block.plan + linear + LINEAR.bias)
     b = tl.zeros(outputs.shape, tl.float32)
     if bias >= 0:
         b = tl.load(pointer(block, bias) + first + outputs, mask=live, other=0.0).to(tl.float32)
@@ -206,27 +237,34 @@ def biased(block, one, first, z, outputs, live):
 
 
 @triton.jit
-def activated(block, shape: tl.constexpr, one, z):
-    """act(z) of the map `one`."""
-    return apply(z, tl.load(block.plan + one + LINEAR.activation), tl.load(block.floats + tl.load(block.plan + one + LINEAR.parameter)), shape.ACTS)
+def activated(block, shape: tl.constexpr, linear, z):
+    """act(z) of a linear."""
+    code = tl.load(block.plan + linear + LINEAR.activation)
+    return apply(z, code, activation_parameter(block, linear), shape.ACTS)
 
 
 @triton.jit
-def expert(block, shape: tl.constexpr, one, column, columns, live):
+def activation_parameter(block, linear):
+    """The number that a linear's activation takes (the slope of a leaky ReLU)."""
+    return tl.load(block.floats + tl.load(block.plan + linear + LINEAR.parameter))
+
+
+@triton.jit
+def expert_outputs(block, shape: tl.constexpr, linear, column, columns, live):
     """z = W h + b of columns `column`.. of an expert, or its copied source."""
-    if tl.load(block.plan + one + LINEAR.weight) >= 0:
-        z = linear(block, shape, one, column, (), columns, live, 0, shape.BLOCK_H)
+    if tl.load(block.plan + linear + LINEAR.weight) >= 0:
+        z = linear_forward(block, shape, linear, column, (), columns, live, 0, shape.BLOCK_H)
     else:
-        z = copied(block, shape, one, column, columns, live)
+        z = copied(block, shape, linear, column, columns, live)
     return z
 
 
 @triton.jit
-def copied(block, shape: tl.constexpr, one, column, columns, live):
-    """Columns `column`.. of the source of a map that is a copy."""
-    first, distance = rows_of(block, one + LINEAR.size, shape.ALIGN)
-    at = first + column + block.rows[:, None] * distance + columns[None, :]
-    return tl.load(at, mask=block.live[:, None] & live[None, :], other=0.0).to(tl.float32)
+def copied(block, shape: tl.constexpr, linear, column, columns, live):
+    """Columns `column`.. of the source of a linear that is a copy."""
+    first, stride = rows_of(block, linear + LINEAR.size, shape.ALIGN)
+    pointers = first + column + block.rows[:, None] * stride + columns[None, :]
+    return tl.load(pointers, mask=block.live[:, None] & live[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit

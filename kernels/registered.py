@@ -7,12 +7,12 @@ from torch import Tensor, library
 
 from fusedmoe import codec
 from fusedmoe.kernels import bound, network
-from fusedmoe.kernels.operator import inner, launching, recomputed, there
-from fusedmoe.kernels.program import Program, fused, lower
+from fusedmoe.kernels.operator import device_guard, last_dim_contiguous, launching, recomputed
+from fusedmoe.kernels.program import Program, inline_hidden, lower
 
 
 def _program(table: str, training: bool) -> Program:
-    return (lower if training else fused)(codec.decode(table))
+    return (lower if training else inline_hidden)(codec.decode(table))
 
 
 @library.custom_op("fusedmoe::network_kernels", mutates_args=())
@@ -21,7 +21,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return out, weights, and what backward takes: `network.forward`; of that nothing where the backward is to work it out again."""
     with launching(x, backend):
-        out, weights, saved = network.forward(inner(x), params, codec.decode(table), mixing, training, backend=backend)
+        out, weights, saved = network.forward(last_dim_contiguous(x), params, codec.decode(table), mixing, training, backend=backend)
     memory = x.new_empty(0, dtype=torch.uint8) if recompute and recomputed(codec.decode(table)) else saved.memory
     return out, x.new_empty(x.shape[0], 0) if weights is None else weights, memory
 
@@ -33,7 +33,7 @@ def _(x, params, table, training, mixing, recompute, backend):
     if recompute and recomputed(program.table):
         return x.new_empty(rows, *program.table.output), weights, x.new_empty(0, dtype=torch.uint8)
     softmax = bound.softmax_of(bound.key_of(x, program.table, training, None, backend))
-    _, size = bound.saved_bytes(softmax, program.kept, rows, x.element_size())
+    _, size = bound.saved_bytes(softmax, program.buffer_width, rows, x.element_size())
     return x.new_empty(rows, *program.table.output), weights, x.new_empty(size, dtype=torch.uint8)
 
 
@@ -42,8 +42,8 @@ def backward(
     d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: list[Tensor], memory: Tensor, table: str, backend: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return d_x, and the gradients of all live parameters one after another: an operator's results must not share memory."""
-    x, network_table = inner(x), codec.decode(table)
-    with there(x):
+    x, network_table = last_dim_contiguous(x), codec.decode(table)
+    with device_guard(x):
         # Where it is empty, the forward is run once more.
         saved = network.Saved(memory) if memory.numel() else network.forward(x, params, network_table, False, True, backend=backend)[2]
         return network.flat_backward(d_out, d_weights, x, params, saved, network_table, backend=backend)

@@ -9,7 +9,7 @@ import torch
 
 from fusedmoe.kernels.program import Program
 
-# Up to so many rows all stages are one launch. A program of 16 rows then streams all weights alone: about 100 GB/s an SM
+# Up to so many rows all segments are one launch. A program of 16 rows then streams all weights alone: about 100 GB/s an SM
 # (modelled, never measured), 12 us for AdaTT T3m2's 1.2 MB in bfloat16, against 2 to 3 us for each launch that is saved.
 WHOLE_ROWS = 256
 # Rows of one part of a parameter's gradient: a function of nothing, so that no sum depends on the device.
@@ -19,13 +19,13 @@ CHUNK = 1024
 MANY_ROWS = 4096
 # The architectures that do so: on the others three units' accumulators and the pipeline's addresses do not fit into a program's registers.
 LARGE = ("sm_80", "sm_90", "sm_100", "cpu")
-# The most columns of a source that a program keeps for all that read it, by whether it runs all stages. Triton keeps them in registers, and more go to
+# The most columns of a source that a program keeps for all that read it, by whether it runs all segments. Triton keeps them in registers, and more go to
 # local memory; CUDA's kernels in shared memory, of which two blocks of an A100's multiprocessor could not have more.
-MOST_KEPT = {True: 512, False: 256}
+MOST_RESIDENT = {True: 512, False: 256}
 # Whether it is kept beside hidden layers in tiles of 64 rows, too: Triton's registers have no room for it, shared memory has.
 BESIDE_HIDDEN = {"triton": False, "cuda": True}
 # Columns of the tiles that it is kept in: BLOCK_K of every dtype that keeps one.
-KEPT_PIECE = 64
+RESIDENT_TILE = 64
 # Units are mixed in groups of these sizes, so that tables of nearly so many share a compiled kernel.
 GROUPS = (1, 2, 3, 4, 5, 8)
 
@@ -33,7 +33,7 @@ GROUPS = (1, 2, 3, 4, 5, 8)
 class Tiles(NamedTuple):
     """What a kernel is compiled for.
 
-    whole: one launch for all stages. rows, columns, reduction: BLOCK_B, BLOCK_H and BLOCK_K. outputs: rows of the tile of a dW. warps and
+    whole: one launch for all segments. rows, columns, reduction: BLOCK_B, BLOCK_H and BLOCK_K. outputs: rows of the tile of a dW. warps and
     pipeline stages of a program. units: mixed at a time. reads: columns of a softmax. keep: columns of a source that are kept for all that read it,
     or 0; ahead: pipeline stages over the experts that share it.
     """
@@ -47,7 +47,7 @@ class Tiles(NamedTuple):
     stages: int
     units: int
     reads: int
-    keep: int
+    resident: int
     ahead: int
 
     @property
@@ -78,33 +78,33 @@ def choose(program: Program, dtype: torch.dtype, rows: int, arch: str, beside_hi
 def chosen(program: Program, dtype: torch.dtype, whole: bool, many: bool, arch: str, beside_hidden: bool) -> Tiles:
     """As `choose`, of rows that are few enough for one launch (whole), or so many that a tile has 128 of them."""
     wide = dtype == torch.float32
-    most = max(len(stage.units) for stage in program.stages)
+    most = max(len(segment.units) for segment in program.segments)
     units = next((size for size in GROUPS if size >= most), GROUPS[-1])
-    widest = max(unit.width for stage in program.stages for unit in stage.units)
-    hidden = program.inner and not beside_hidden
-    keep = 0 if wide or (not whole and (hidden or arch.startswith("gfx"))) else _kept(program, MOST_KEPT[whole])
-    large = keep > 0 and not program.inner and units <= 3 and arch in LARGE and many
+    widest = max(unit.width for segment in program.segments for unit in segment.units)
+    hidden = program.hidden and not beside_hidden
+    resident = 0 if wide or (not whole and (hidden or arch.startswith("gfx"))) else _resident_columns(program, MOST_RESIDENT[whole])
+    large = resident > 0 and not program.hidden and units <= 3 and arch in LARGE and many
     columns = min(64 if units <= 4 and not wide else 32, power_of_two(widest, 16))
     return Tiles(
         whole=whole,
         rows=16 if whole else 128 if large else 64,
         columns=columns,
-        reduction=32 if wide else KEPT_PIECE,
+        reduction=32 if wide else RESIDENT_TILE,
         outputs=32 if wide else 64,
         warps=4 if whole else 8,
         stages=2 if wide else 3,
         units=units,
         reads=power_of_two(program.reads, 16),
-        keep=keep,
-        ahead=3 if keep and not whole else 1,
+        resident=resident,
+        ahead=3 if resident and not whole else 1,
     )
 
 
-def _kept(program: Program, most: int) -> int:
+def _resident_columns(program: Program, most: int) -> int:
     """Columns of a source that are kept, if there are maps, each reads one source, and the widest fits."""
-    if not program.maps or any(len(one.read) != 1 for one in program.maps):
+    if not program.linears or any(len(linear.read) != 1 for linear in program.linears):
         return 0
-    columns = power_of_two(max((one.read[0].width for one in program.maps), default=0), KEPT_PIECE)
+    columns = power_of_two(max((linear.read[0].width for linear in program.linears), default=0), RESIDENT_TILE)
     return columns if columns <= most else 0
 
 

@@ -104,7 +104,7 @@ def _tunable(x: Tensor) -> bool:
 
 
 def candidates(program: Program, dtype: torch.dtype, rows: int, arch: str, backward: bool) -> tuple[Tiles, ...]:
-    """Return the shipped tiles, those of the other form (all stages in one launch, or a launch a level), the former's in a launch a level, and
+    """Return the shipped tiles, those of the other form (all segments in one launch, or a launch a level), the former's in a launch a level, and
     neighbours of the shipped ones that differ in one size."""
     shipped, other = (tiles.choose(program, dtype, count, arch) for count in (rows, tiles.WHOLE_ROWS + (rows <= tiles.WHOLE_ROWS)))
     # What a CUDA graph may like best: few rows, and columns spread over many programs.

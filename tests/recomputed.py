@@ -16,7 +16,7 @@ from fusedmoe.table import Table
 from fusedmoe.testing import Case, Problem, build, problem
 
 ROWS = 9
-# Networks with stages between their levels, hidden layers and towers of two layers, and one without.
+# Networks with segments between their levels, hidden layers and towers of two layers, and one without.
 TABLES = {
     "hidden layers": build("adatt_sp", 6, [[5, 4], [3]], 2, 2, activation="silu", towers=(3, 1)),
     "levels alone": build("adatt_sp", 6, [[5], [3]], 2, 2, activation="silu"),
@@ -50,8 +50,8 @@ class Step:
 def least(table: Table, size: int) -> int:
     """Bytes of what the docstring of `fusion_network` lets `recompute` keep besides x: each softmax in float32, and what each level hands on."""
     program = lower(table)
-    handed_on = sum(program.stages[group[-1]].width for group in program.groups[:-1])
-    softmax = sum(len(unit.reads) for stage in program.stages for unit in stage.units)
+    handed_on = sum(program.segments[group[-1]].width for group in program.levels[:-1])
+    softmax = sum(len(unit.reads) for segment in program.segments for unit in segment.units)
     return bound.lines(4 * softmax * ROWS) + bound.lines(size * handed_on * ROWS)
 
 

@@ -1,4 +1,6 @@
-"""The main job on small data: every family trains in both arms, and what the table and the picture say is measured as they claim."""
+"""The main job on small data: every family trains in both arms, and what the table and the picture
+say is measured as they claim.
+"""
 
 import copy
 import gzip
@@ -26,7 +28,9 @@ from fusedmoe.families import FAMILIES
 
 
 def auc_by_pairs(scores, labels):
-    """The definition: over all pairs of a positive and a negative, 1 where the positive scores higher, 1/2 where they tie."""
+    """The definition: over all pairs of a positive and a negative, 1 where the positive scores
+    higher, 1/2 where they tie.
+    """
     pairs = [(p, n) for p, a in zip(scores, labels, strict=True) if a for n, b in zip(scores, labels, strict=True) if not b]
     return sum(1.0 if p > n else 0.5 if p == n else 0.0 for p, n in pairs) / len(pairs)
 
@@ -103,7 +107,9 @@ def test_synthetic_directions_have_the_correlation_asked_for(correlation):
 
 
 def test_synthetic_tasks_are_learnable_from_their_directions():
-    """With the noise's variance as the only part that x does not explain, a table over w.x leaves little more than it."""
+    """With the noise's variance as the only part that x does not explain, a table over w.x leaves
+    little more than it.
+    """
     data = synthetic.load(seed=0, rows=4000, width=16)
     w = synthetic.directions(16, synthetic.CORRELATION, np.random.default_rng(0))
     along, y = data.train.numbers.numpy() @ w.T, data.train.targets.numpy()
@@ -119,7 +125,9 @@ def small():
 
 
 def allowed(plain, data):
-    """How far the fused outputs may be from the plain ones: each arm has the error that the rule of fusedmoe.testing allows it."""
+    """How far the fused outputs may be from the plain ones: each arm has the error that the rule of
+    fusedmoe.testing allows it.
+    """
     batch = data.test.rows(slice(0, training.BATCH))
     exact = Part(batch.fields, batch.numbers.double(), batch.targets.double())
     with torch.no_grad():
@@ -137,7 +145,7 @@ def test_every_family_trains_in_both_arms(family, small, tmp_path):
     assert outcome.fused.losses[-1] < outcome.fused.losses[0]
     assert [tuple(w.shape) for w in outcome.mixing] == [(len(level.units), len(level.experts)) for level in outcome.table.levels]
     assert outcome.outputs.absolute <= allowed(outcome.plain.model, small)
-    # A row at a ReLU's kink may fall on either side of it; its weight in a mean over N rows is 1 / N.
+    # A row at a ReLU's kink may fall on either side of it. In a mean over N rows it weighs 1 / N.
     assert outcome.gradients.absolute < outcome.gradients.scale / len(small.test)
     assert as_rich(outcome).row_count == 4 + len(small.tasks)
     draw(outcome, tmp_path / "new" / "demo.png")
@@ -198,11 +206,32 @@ def test_the_command_runs_on_the_census(tmp_path, capsys):
     assert (tmp_path / "p.png").exists()
 
 
+def test_a_copy_of_the_file_is_read(tmp_path):
+    path = tmp_path / "copy.gz"
+    path.write_bytes(gzip.compress(b"".join(gzip.decompress(census.SOURCE.read_bytes()).splitlines(keepends=True)[:1000])))
+    data = command.load(str(path), seed=0)
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [700, 150, 150]
+
+
+def test_an_installation_without_the_data_says_where_they_are(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(census, "SOURCE", tmp_path / "none.gz")
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == command.NO_DATA + "\n"
+    assert "examples/census/census-income.test.gz" in command.NO_DATA and "python -m fusedmoe demo --data" in command.NO_DATA
+
+
+def test_a_file_of_something_else_is_named(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    path.write_text("1, 2, 3\n")
+    assert main(["demo", "--data", str(path)]) == 2
+    assert f"demo: --data {path}: Not a gzipped file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model", "mmoo"], "expected one of single_task, shared_bottom, omoe"),
-        (["--data", "titanic"], "choose from"),
+        (["--data", "titanic"], "expected census, synthetic or a copy of census-income.test.gz, got 'titanic', which is no file"),
         (["--steps", "0"], "expected a whole number of at least 1, got '0'"),
         (["--epochs", "1", "--quick"], "not allowed with"),
     ],

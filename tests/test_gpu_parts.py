@@ -200,11 +200,11 @@ def test_a_device_that_is_lost_gets_a_fresh_process(gpu, tmp_path):
 
 def test_a_part_that_does_not_start_says_so(gpu, tmp_path):
     module(tmp_path, "broken", "raise ImportError('no such thing')")
-    module(tmp_path, "skipping", "def cases(book):\n    raise Skipped('no backend passed the trial')\n")
+    module(tmp_path, "skipping", "def cases(book):\n    raise Skipped('no backend passed the self-test')\n")
     module(tmp_path, "good", GOOD)
     parts, well = run(gpu, tmp_path, {"a": ("broken", 60, 30), "b": ("skipping", 60, 30), "c": ("good", 60, 30)})
     assert parts["a"]["status"] == "failed: the process ended with status 1, before any case"
-    assert parts["b"]["status"] == "skipped: no backend passed the trial"
+    assert parts["b"]["status"] == "skipped: no backend passed the self-test"
     assert (parts["c"]["status"], well) == ("done", False)
 
 

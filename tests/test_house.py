@@ -1,4 +1,6 @@
-"""The house's own rules: imports point down, files and functions stay small, and README's commands exist."""
+"""The house's own rules: imports point down, files and functions stay small, and README's commands
+exist.
+"""
 
 import ast
 import re
@@ -33,14 +35,14 @@ FLOORS = {
     "fusedmoe.reference.autograd": 4,
     "fusedmoe.kernels": 4,
     "fusedmoe.packed": 4,
-    "fusedmoe.restructured": 4,
     "fusedmoe.op": 5,
     "fusedmoe.functional": 6,
     "fusedmoe.nn": 6,
     "fusedmoe.adapters": 7,
     "fusedmoe.swap": 8,
     "fusedmoe.freezing": 9,
-    # The package itself gathers the public names of the floors below; only what stands above may import it.
+    # The package itself gathers the public names of the floors below; only what stands above may
+    # import it.
     "fusedmoe": 10,
     "fusedmoe.doctor": 11,
     "fusedmoe.demo": 11,
@@ -51,20 +53,28 @@ LONGEST_FILE, LONGEST_FUNCTION, MOST_ARGUMENTS = 400, 60, 8
 # A kernel's tile is one loop nest over registers, which cannot be cut.
 LONGEST_BODY_OF_CPP = 60
 
-PYTHON = [*sorted(path for folder in ("fusedmoe", "kernels", "bench", "tests", ".ci") for path in (ROOT / folder).rglob("*.py")), ROOT / "setup.py"]
+# Folder -> package: as setup.py puts them together.
+PACKAGES = {"fusedmoe": "fusedmoe", "kernels": "fusedmoe.kernels", "bench/speed": "fusedmoe.speed", "examples/census": "fusedmoe.demo"}
+FOLDERS = ("fusedmoe", "kernels", "bench", "examples", "docs", "tests", ".ci")
+PYTHON = [*sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")), ROOT / "setup.py"]
 CPP = sorted(path for folder in ("csrc", "tests") for ending in ("*.h", "*.cpp", "*.cu") for path in (ROOT / folder).rglob(ending))
 SOURCES = [*PYTHON, *CPP]
 
 
-def name_of(path: Path) -> str:
-    """The dotted name of a module of the package."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    parts = ("fusedmoe", *parts) if parts[0] == "kernels" else parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def name_of(path: Path) -> str | None:
+    """The dotted name of a module of the package, or None for any other file."""
+    for folder, package in PACKAGES.items():
+        if path.is_relative_to(ROOT / folder):
+            parts = (package, *path.relative_to(ROOT / folder).with_suffix("").parts)
+            return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return None
 
 
 def room_of(module: str) -> str:
-    """The longest entry of FLOORS that the module lies in; the package's own entry stands for `fusedmoe/__init__.py` alone."""
+    """The longest entry of FLOORS that the module lies in.
+
+    The package's own entry stands for `fusedmoe/__init__.py` alone.
+    """
     parts = module.split(".")
     for size in range(len(parts), 1, -1):
         if ".".join(parts[:size]) in FLOORS:
@@ -93,7 +103,7 @@ def upward(importer: str, imported: set[str]) -> list[str]:
     return [f"{importer} imports {other}" for other in sorted(others) if FLOORS[other] >= FLOORS[room]]
 
 
-MODULES = {name_of(path): path for path in PYTHON if path.relative_to(ROOT).parts[0] in ("fusedmoe", "kernels")}
+MODULES = {name: path for path in PYTHON if (name := name_of(path))}
 
 
 def test_imports_point_down():
@@ -125,7 +135,10 @@ def functions_of(path: Path) -> list[ast.FunctionDef]:
 
 
 def arguments_of(function: ast.FunctionDef) -> int:
-    """How many arguments a caller may give, `self` and `cls` not counted; 0 for a kernel of Triton's, to which a launch hands pointers and numbers."""
+    """How many arguments a caller may give, `self` and `cls` not counted.
+
+    0 for a kernel of Triton's, to which a launch hands pointers and numbers.
+    """
     if any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list):
         return 0
     given = function.args
@@ -141,7 +154,9 @@ def test_functions_are_short(path):
 
 
 def bodies_of(text: str) -> list[tuple[int, int]]:
-    """First and last line of every outermost block of C++ that is no namespace, class, struct, enum or extern "C"."""
+    """First and last line of every outermost block of C++ that is no namespace, class, struct, enum
+    or extern "C".
+    """
     text = re.sub(r"//.*", "", text)
     # Braces in text and characters are none.
     text = re.sub(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])\'', "0", text)
@@ -196,6 +211,19 @@ def test_kernels_are_not_importable_by_their_bare_name():
     assert bare == []
 
 
+def test_the_library_imports_neither_the_benchmark_nor_the_demonstration():
+    program = "import sys, fusedmoe; print([name for name in sys.modules if name.startswith(('fusedmoe.speed', 'fusedmoe.demo'))])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+def test_every_package_has_its_folder():
+    """What setup.py maps, and nothing else, is what the floors number."""
+    text = (ROOT / "setup.py").read_text()
+    mapped = dict(re.findall(r'"(fusedmoe\.\w+)": "([\w/]+)"', text))
+    assert {"fusedmoe": "fusedmoe"} | mapped == {package: folder for folder, package in PACKAGES.items()}
+
+
 def is_bare_kernels(node: ast.AST) -> bool:
     if isinstance(node, ast.Import):
         return any(alias.name.split(".")[0] == "kernels" for alias in node.names)
@@ -207,7 +235,7 @@ def test_readme_names_commands_that_exist():
     for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         text = (ROOT / page).read_text()
         assert set(re.findall(r"`make ([a-z]+)", text)) | set(re.findall(r"^ *make ([a-z]+)", text, flags=re.MULTILINE)) <= targets
-        for path in re.findall(r"`((?:fusedmoe|csrc|kernels|bench|tests)/[\w./-]*)`", text):
+        for path in re.findall(r"`((?:fusedmoe|csrc|kernels|bench|examples|tests)/[\w./-]*)`", text):
             assert (ROOT / path).exists(), f"{page} names {path}"
 
 

@@ -1,4 +1,7 @@
-"""The fused modules: the reference layer's parameters and results; and the wiring, which refuses what a table cannot express."""
+"""The fused modules: the reference layer's parameters and results.
+
+And the wiring, which refuses what a table cannot express.
+"""
 
 import copy
 import pickle
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from fusedmoe import nn as fused
 from fusedmoe.activation import DEFAULT_PARAMETER, IDENTITY, PARAMETRIC, RELU, Activation, activation
 from fusedmoe.nn import wiring
-from fusedmoe.nn.wiring import Unfusable, layers_of
+from fusedmoe.nn.wiring import Unfusable
 from fusedmoe.reference import layers
 from fusedmoe.reference.layers.central import BACKBONES
 from fusedmoe.reference.layers.mlp import ACTIVATION_MODULES, activation_module
@@ -28,8 +31,9 @@ def central(room, name: str, task_mlp: list[int]) -> nn.Module:
     return room.CentralTaskArch(layers.MtlConfigs(name, 2, 2, ARCHS), layers.ArchInputs(3, task_mlp, activation_type="silu"), D)
 
 
-# What builds the layer from a room (the reference's or the fused one's), and the slots of its input (0: [B, D]). SiLU everywhere: the
-# gradient of ReLU depends on the order of summation near its kink.
+# What builds the layer from a room (the reference's or the fused one's), and the slots of its input
+# (0: [B, D]). SiLU everywhere: the gradient of ReLU depends on the order of summation near its
+# kink.
 BUILDS: dict[str, tuple[Callable[..., nn.Module], int]] = {
     "SingleTask": (lambda room: room.SingleTask(D, [6, 4], 3, "silu"), 0),
     "SharedBottom": (lambda room: room.SharedBottom(D, [6, 4], 3, "silu"), 0),
@@ -71,7 +75,10 @@ def network(module: nn.Module, keys: tuple[str, ...]) -> Network:
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_the_module_computes_what_the_reference_layer_does(name):
-    """In float64 within float32's bounds: what is tested is which parameter goes where; `test_parity.py` tests the arithmetic."""
+    """In float64 within float32's bounds: what is tested is which parameter goes where.
+
+    `test_parity.py` tests the arithmetic.
+    """
     build, slots = BUILDS[name]
     reference, ours = build(layers), build(fused)
     table, keys = type(ours).make_wiring(ours)
@@ -191,6 +198,11 @@ def test_a_change_inside_is_refused():
     module.experts[0][1].mlp_net[0].register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match=r"experts\.0\.1\.mlp_net\.0"):
         module(torch.randn(2, 2, D))
+
+
+def layers_of(stack: nn.Module) -> tuple[Layer, ...]:
+    """The layers that the wiring reads from a stack of modules."""
+    return wiring._stack(wiring._steps(stack, "")).layers
 
 
 def test_layers_of_reads_widths_biases_and_activations():

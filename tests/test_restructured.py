@@ -1,4 +1,6 @@
-"""The rewritten network of the benchmark has the reference's outputs and gradients, for every family, and refuses what it cannot do."""
+"""The rewritten network of the benchmark has the reference's outputs and gradients, for every
+family, and refuses what it cannot do.
+"""
 
 from dataclasses import replace
 
@@ -9,7 +11,7 @@ from torch.func import functional_call
 from fusedmoe import testing
 from fusedmoe.activation import Activation
 from fusedmoe.families import FAMILIES, share_input
-from fusedmoe.restructured import Restructured, arrange, runs_of
+from fusedmoe.speed.restructured import Restructured, arrange, runs_of
 from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Unit
 
 
@@ -18,7 +20,9 @@ def expert(slot, *widths):
 
 
 def mixed() -> Table:
-    """Experts in no order of slots, unequal numbers of them, a unit without a gate, gates of shuffled slots and experts, learned static weights."""
+    """Experts in no order of slots, unequal numbers of them, a unit without a gate, gates of
+    shuffled slots and experts, learned static weights.
+    """
     lower = Level(
         (expert(2, 6, 5), expert(0, 6, 5), expert(2, 6, 5)),
         (Unit(Gate(Selector("slot", 1), (2, 0)), Static((1, 0), tensor=0, offset=1)), Unit(static=Static((2,), (0.5,))), Unit(Gate(Selector("slot", 0), (1,)))),
@@ -53,7 +57,8 @@ def test_it_computes_what_the_reference_computes(name, dtype):
     # The operator's parameters, arranged anew: what it holds gives the same numbers.
     torch.testing.assert_close(network(given.x[:, 0]), rewritten(given.x, given.params, table)[0], rtol=0, atol=0)
     ours, expected = testing.evaluate(rewritten, given), testing.expectation(given, plain)
-    # No gradient reaches a dead parameter through the reference; here it may be a gradient of zeros.
+    # No gradient reaches a dead parameter through the reference; here it may be a gradient of
+    # zeros.
     dead = [key for key, (truth, _) in expected.items() if truth is None]
     assert all(ours.pop(key) is None or not ours.get(key, torch.zeros(1)).any() for key in dead)
     testing.assert_close(ours, {key: value for key, value in expected.items() if key not in dead})
@@ -73,7 +78,9 @@ def test_its_parameters_are_its_own_and_arranged_once():
 
 
 def test_slots_of_equal_counts_are_one_product():
-    """PLE's second level: three tasks with two experts each are one batch, the shared experts another."""
+    """PLE's second level: three tasks with two experts each are one batch, the shared experts
+    another.
+    """
     table = testing.build("ple", 7, [[6], [4]], 3, 2)
     ragged = replace(table.levels[1], experts=table.levels[1].experts[:-1])
     assert [[(slot, len(experts)) for slot, experts in run] for run in runs_of(ragged)] == [[(0, 2), (1, 2), (2, 2)], [(3, 1)]]

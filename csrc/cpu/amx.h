@@ -1,4 +1,4 @@
-// The product of half.h on AMX tiles: A is a tile of weights as PyTorch stores them, B one of a panel's words, C 16 x 16 of float32.
+// The product of bf16.h on AMX tiles: A is a tile of weights as PyTorch stores them, B one of a panel's words, C 16 x 16 of float32.
 #pragma once
 #include <immintrin.h>
 
@@ -25,7 +25,7 @@ struct LastK {
   alignas(64) uint16_t a[2][tile_side][tile_k];
   alignas(64) uint32_t b[2][tile_k / 2][tile_side];
 
-  LastK(const HalfProduct& p, int64_t k, int64_t rows, int64_t halves) {
+  LastK(const Bf16Product& p, int64_t k, int64_t rows, int64_t halves) {
     memset(this, 0, sizeof(*this));
     const int64_t count = p.k - k;
     for (int64_t m = 0; m < rows; m++) memcpy(a[m / tile_side][m % tile_side], p.a + m * p.lda + k, count * 2);
@@ -35,7 +35,7 @@ struct LastK {
 };
 
 // C (+)= one accumulator, `rows` of it, by the epilogue that all kernels share.
-inline void finish_tile(const HalfProduct& p, const float (&c)[tile_side][tile_side], int64_t rows, int64_t at_row, int64_t at_column) {
+inline void finish_tile(const Bf16Product& p, const float (&c)[tile_side][tile_side], int64_t rows, int64_t at_row, int64_t at_column) {
   Product<float> q = p.epilogue();
   if (p.columns && p.columns <= at_column) return;
   q.columns = p.columns && p.columns < at_column + tile_side ? p.columns - at_column : 0;
@@ -49,7 +49,7 @@ inline void finish_tile(const HalfProduct& p, const float (&c)[tile_side][tile_s
 
 // Up to 32 rows and 32 columns of C.
 template <bool LOWER, bool RIGHT>
-__attribute__((noinline)) void tile_block(const HalfProduct& p, int64_t rows) {
+__attribute__((noinline)) void tile_block(const Bf16Product& p, int64_t rows) {
   _tile_zero(0);
   if (RIGHT) _tile_zero(1);
   if (LOWER) _tile_zero(2);
@@ -102,8 +102,8 @@ __attribute__((noinline)) void tile_block(const HalfProduct& p, int64_t rows) {
   if (LOWER && RIGHT) finish_tile(p, c[3], rows - tile_side, tile_side, tile_side);
 }
 
-inline void multiply_tiles(const HalfProduct& whole, int64_t rows, int64_t columns) {
-  const auto band = [&](HalfProduct p, int64_t band_rows) {
+inline void multiply_tiles(const Bf16Product& whole, int64_t rows, int64_t columns) {
+  const auto band = [&](Bf16Product p, int64_t band_rows) {
     const TileShapes shapes(band_rows < tile_side ? band_rows : tile_side, band_rows > tile_side ? band_rows - tile_side : 1);
     _tile_loadconfig(&shapes);
     return p;
@@ -112,7 +112,7 @@ inline void multiply_tiles(const HalfProduct& whole, int64_t rows, int64_t colum
     int64_t shaped = 0;
     for (int64_t m = 0; m < rows; m += 2 * tile_side) {
       const int64_t count = rows - m < 2 * tile_side ? rows - m : 2 * tile_side;
-      HalfProduct p = whole;
+      Bf16Product p = whole;
       p.a += m * p.lda;
       p.b += v;
       p.c += m * p.ldc + v;

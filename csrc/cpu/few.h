@@ -1,4 +1,4 @@
-// Blocks turned in registers, and the maps of few rows, whose lanes run over the outputs instead of the rows.
+// Blocks transposed in registers, and the linears of few rows, whose lanes run over the outputs instead of the rows.
 #pragma once
 #include "gemm.h"
 #if FUSEDMOE_VECTOR_BYTES > 16
@@ -27,10 +27,10 @@ struct Rows {
   }
 };
 
-// Four numbers of one row a lane, turned: t[j] lane (i + 4 l) = number j of row (i + 4 l). Blocks of 4 x 4 are turned inside 128
+// Four numbers of one row a lane, transposed: t[j] lane (i + 4 l) = number j of row (i + 4 l). Blocks of 4 x 4 are transposed inside 128
 // bits; loading row i + 4 l into part l of vector i does the rest.
 template <int LANES, class Source>
-inline void turn(Source rows, floats<LANES>* t) {
+inline void transpose_tile(Source rows, floats<LANES>* t) {
   FUSEDMOE_UNROLL
   for (int i = 0; i < 4; i++) {
     auto part = rows(i);
@@ -70,7 +70,7 @@ void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T*
       if (r + lanes <= rows)
         for (; c + 4 <= columns; c += 4) {
           vec<float> t[4];
-          turn<lanes>(Rows{from + r * ld_from + c, ld_from}, t);
+          transpose_tile<lanes>(Rows{from + r * ld_from + c, ld_from}, t);
           FUSEDMOE_UNROLL
           for (int j = 0; j < 4; j++) store<T>(to + (c + j) * ld_to + r, t[j]);
         }
@@ -94,7 +94,7 @@ inline void finish_few(const Product<float>& p, floats<LANES> (&sum)[G][R], floa
     }
 }
 
-// Few rows: the lanes run over the outputs, blocks of W are turned in registers, and W is streamed once.
+// Few rows: the lanes run over the outputs, blocks of W are transposed in registers, and W is streamed once.
 // y[r * ldy + i] = act(sum of w[i * k + j] x[r * ldx + j] + bias[i]) for G vectors of outputs, or for `n` below one vector (EDGE).
 template <int R, int LANES, int G, bool EDGE>
 __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
@@ -114,7 +114,7 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
   auto step = [&](int64_t k, int words, auto source) {
     lane_vec t[G][4];
     FUSEDMOE_UNROLL
-    for (int g = 0; g < G; g++) turn<LANES>(source(g), t[g]);
+    for (int g = 0; g < G; g++) transpose_tile<LANES>(source(g), t[g]);
     FUSEDMOE_UNROLL
     for (int j = 0; j < 4; j++)
       if (j < words)
@@ -137,7 +137,7 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
       }
   };
   for (; k + 4 <= k_count; k += 4) {
-    if (k > 0 && k % chain == 0) full();
+    if (k > 0 && k % k_block == 0) full();
     FUSEDMOE_UNROLL
     for (int i = 0; i < G * LANES / 4; i++, ahead += 16) __builtin_prefetch(ahead);
     if constexpr (EDGE)
@@ -146,7 +146,7 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
       step(k, 4, [&](int g) { return Rows{w + g * LANES * stride + k, stride}; });
   }
   if (k < k_count) {
-    if (k > 0 && k % chain == 0) full();
+    if (k > 0 && k % k_block == 0) full();
     float last[G * LANES][4] = {};
     for (int i = 0; i < G * LANES; i++) memcpy(last[i], (EDGE ? row_of[i] : w + i * stride) + k, (k_count - k) * sizeof(float));
     step(k, int(k_count - k), [&](int g) { return Rows{last[g * LANES], 4}; });

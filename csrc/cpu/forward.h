@@ -14,30 +14,30 @@ struct Transposed {
     transpose(x, b.call.row_stride, b.rows, to.width, b.at(to), b.ld, b.ld);
     Operands::input(b, slot);
   }
-  static void map(const Block<T>& b, const Step& step) {
-    Operands::map(b, step);
-    if (step.act != Act::relu && step.act != Act::identity) activate<T>(step.act, T(step.parameter), b.at(step.z), b.at(step.out), step.n * b.ld);
+  static void linear(const Block<T>& b, const Linear& linear) {
+    Operands::linear(b, linear);
+    if (linear.act != Act::relu && linear.act != Act::identity) activate<T>(linear.act, T(linear.parameter), b.at(linear.z), b.at(linear.out), linear.n * b.ld);
   }
-  static void weights(const Block<T>& b, const Mix& unit) {
-    if (unit.gate.steps.count) softmax(b.at(unit.gate.out), unit.p.width, b.ld, b.at(unit.p));
+  static void weights(const Block<T>& b, const UnitPlan& unit) {
+    if (unit.gate.linears.count) softmax(b.at(unit.gate.out), unit.p.width, b.ld, b.at(unit.p));
     mixing_weights(unit.reads, b.call.params, b.at(unit.p), b.ld, b.at(unit.w));
   }
   static int64_t weight_lanes(const Block<T>& b) { return b.ld; }
-  static void combine(const Block<T>& b, const Stage& stage, const Blend& blend) {
-    const int64_t count = blend.experts.count;
-    in_groups<mixed_units>(0, blend.units.count, [&](int64_t, auto units) {
+  static void combine(const Block<T>& b, const Segment& segment, const UnitGroup& group) {
+    const int64_t count = group.experts.count;
+    in_groups<mixed_units>(0, group.units.count, [&](int64_t, auto units) {
       const T* w[mixed_units];
       T* out[mixed_units];
       for (int u = 0; u < units; u++) {
-        w[u] = b.at(stage.units[blend.units[u]].w);
-        out[u] = b.at(stage.units[blend.units[u]].out);
+        w[u] = b.at(segment.units[group.units[u]].w);
+        out[u] = b.at(segment.units[group.units[u]].out);
       }
       auto weight = [&](int u, int64_t i) {
-        const int at = blend.reads[u * count + i];
+        const int at = group.reads[u * count + i];
         return at < 0 ? nullptr : w[u] + at * b.ld;
       };
-      auto source = [&](int64_t i) { return (const T*)b.at(stage.experts[blend.experts[i]].out); };
-      mix<T, units>(count, weight, source, nullptr, stage.units[blend.units[0]].out.width, b.ld, [&](int u) { return out[u]; });
+      auto source = [&](int64_t i) { return (const T*)b.at(segment.experts[group.experts[i]].out); };
+      mix<T, units>(count, weight, source, nullptr, segment.units[group.units[0]].out.width, b.ld, [&](int u) { return out[u]; });
     });
   }
   static void concatenate(const Block<T>& b, const Panel& from, int64_t at, const Panel& to) {
@@ -58,17 +58,17 @@ struct RowByRow {
       else
         memset(line(b, to, r), 0, to.width * sizeof(float));
   }
-  static void map(const Block<float>& b, const Step& step) {
-    Product<float> p = product(b, step);
-    p.ldb = padded(step.in.width);
-    p.ldc = padded(step.n);
-    const int64_t rows = with_few_rows(b.rows, [&](auto r) { few<r>(p, step.n); });
-    if (!p.relu && step.act != Act::identity) activate<float>(step.act, float(step.parameter), p.c, p.c, rows * p.ldc);
+  static void linear(const Block<float>& b, const Linear& linear) {
+    Product<float> p = product(b, linear);
+    p.ldb = padded(linear.in.width);
+    p.ldc = padded(linear.n);
+    const int64_t rows = with_few_rows(b.rows, [&](auto r) { few<r>(p, linear.n); });
+    if (!p.relu && linear.act != Act::identity) activate<float>(linear.act, float(linear.parameter), p.c, p.c, rows * p.ldc);
   }
-  // The logits are turned, so that softmax and mixing weights are computed by the same code, and come out in the same bits.
-  static void weights(const Block<float>& b, const Mix& unit) {
-    float* p = b.spare;
-    if (unit.gate.steps.count) {
+  // The logits are transposed, so that softmax and mixing weights are computed by the same code, and come out in the same bits.
+  static void weights(const Block<float>& b, const UnitPlan& unit) {
+    float* p = b.workspace;
+    if (unit.gate.linears.count) {
       for (int64_t e = 0; e < unit.p.width; e++)
         for (int64_t r = 0; r < lane_multiple; r++) p[e * lane_multiple + r] = r < b.rows ? line(b, unit.gate.out, r)[e] : 0.0f;
       softmax(p, unit.p.width, lane_multiple, p);
@@ -76,16 +76,16 @@ struct RowByRow {
     mixing_weights(unit.reads, b.call.params, p, lane_multiple, b.at(unit.w));
   }
   static int64_t weight_lanes(const Block<float>&) { return lane_multiple; }
-  static void combine(const Block<float>& b, const Stage& stage, const Blend& blend) {
+  static void combine(const Block<float>& b, const Segment& segment, const UnitGroup& group) {
     constexpr int lanes = Lanes<float>::count;
-    for (int u : blend.units) {
-      const Mix& unit = stage.units[u];
+    for (int u : group.units) {
+      const UnitPlan& unit = segment.units[u];
       const float* w = b.at(unit.w);
       for (int64_t r = 0; r < b.rows; r++)
         for (int64_t n = 0; n < unit.out.width; n += lanes) {
           vec<float> sum = splat<float>(0);
           for (int64_t i = 0; i < unit.reads.count; i++)
-            sum = sum + w[i * lane_multiple + r] * load<float>(line(b, stage.experts[unit.reads[i].expert].out, r) + n);
+            sum = sum + w[i * lane_multiple + r] * load<float>(line(b, segment.experts[unit.reads[i].expert].out, r) + n);
           store<float>(line(b, unit.out, r) + n, sum);
         }
     }
@@ -100,31 +100,31 @@ struct RowByRow {
 
 // weights[row, column + e] = w of expert e, zero outside reads and in units that nothing depends on.
 template <class T>
-void write_weights(const Block<T>& b, const Stage& stage, const Mix& unit, const T* w, int64_t lanes) {
+void write_weights(const Block<T>& b, const Segment& segment, const UnitPlan& unit, const T* w, int64_t lanes) {
   for (int64_t r = 0; r < b.rows; r++) {
     T* to = b.call.weights + (b.row + r) * b.plan.table.mixing + unit.weights;
-    for (int64_t e = 0; e < stage.experts.count; e++) to[e] = 0;
+    for (int64_t e = 0; e < segment.experts.count; e++) to[e] = 0;
     for (int64_t i = 0; i < unit.reads.count; i++) to[unit.reads[i].expert] = w[i * lanes + r];
   }
 }
 
 template <class Layout, class T>
-void run_experts(const Block<T>& b, const Stage& stage) {
-  for (int e : stage.order)
-    for (const Step& step : stage.experts[e].steps) Layout::map(b, step);
+void run_experts(const Block<T>& b, const Segment& segment) {
+  for (int e : segment.order)
+    for (const Linear& linear : segment.experts[e].linears) Layout::linear(b, linear);
 }
 
 // The concatenation of the units that a tower reads, where they are several.
 template <class Layout, class T>
 void run_tower(const Block<T>& b, const Tower& tower) {
-  const Span<Mix>& last = b.plan.stages[b.plan.stages.count - 1].units;
+  const Span<UnitPlan>& last = b.plan.segments[b.plan.segments.count - 1].units;
   int64_t at = 0;
   if (tower.units.count > 1)
     for (int u : tower.units) {
       Layout::concatenate(b, last[u].out, at, tower.in);
       at += last[u].out.width;
     }
-  for (const Step& step : tower.chain.steps) Layout::map(b, step);
+  for (const Linear& linear : tower.mlp.linears) Layout::linear(b, linear);
 }
 
 template <class Layout, class T>
@@ -134,38 +134,38 @@ void read_inputs(const Block<T>& b) {
 }
 
 template <class T, class Layout>
-void run_stage(const Block<T>& b, const Stage& stage) {
-  run_experts<Layout>(b, stage);
-  for (const Mix& unit : stage.units) {
+void run_stage(const Block<T>& b, const Segment& segment) {
+  run_experts<Layout>(b, segment);
+  for (const UnitPlan& unit : segment.units) {
     if (unit.reads.count < 0) {
-      if (b.call.weights) write_weights<T>(b, stage, unit, nullptr, 0);
+      if (b.call.weights) write_weights<T>(b, segment, unit, nullptr, 0);
       continue;
     }
-    for (const Step& step : unit.gate.steps) Layout::map(b, step);
+    for (const Linear& linear : unit.gate.linears) Layout::linear(b, linear);
     Layout::weights(b, unit);
-    if (b.call.weights) write_weights<T>(b, stage, unit, b.at(unit.w), Layout::weight_lanes(b));
+    if (b.call.weights) write_weights<T>(b, segment, unit, b.at(unit.w), Layout::weight_lanes(b));
   }
-  for (const Blend& blend : stage.blends) Layout::combine(b, stage, blend);
+  for (const UnitGroup& group : segment.unit_groups) Layout::combine(b, segment, group);
 }
 
 template <class T, class Layout>
 void forward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, T* scratch) {
   const int64_t ld = Layout::lanes_of(rows);
-  T* kept = plan.training ? call.kept_of(plan, row) : scratch;
-  Block<T> b{plan, call, row, rows, ld, kept, scratch, scratch + plan.scratch * ld};
+  T* saved = plan.training ? call.saved_of(plan, row) : scratch;
+  Block<T> b{plan, call, row, rows, ld, saved, scratch, scratch + plan.scratch * ld};
   read_inputs<Layout>(b);
-  for (const Stage& stage : plan.stages) run_stage<T, Layout>(b, stage);
-  const Span<Mix>& last = plan.stages[plan.stages.count - 1].units;
+  for (const Segment& segment : plan.segments) run_stage<T, Layout>(b, segment);
+  const Span<UnitPlan>& last = plan.segments[plan.segments.count - 1].units;
   if (plan.towers.count == 0) {
     const int64_t width = last[0].out.width, stride = last.count * width;
     for (int64_t u = 0; u < last.count; u++) Layout::output(b, last[u].out, call.out + row * stride + u * width, stride);
     return;
   }
-  const int64_t width = plan.towers[0].chain.out.width, stride = plan.towers.count * width;
+  const int64_t width = plan.towers[0].mlp.out.width, stride = plan.towers.count * width;
   for (int64_t t = 0; t < plan.towers.count; t++) {
     const Tower& tower = plan.towers[t];
     run_tower<Layout>(b, tower);
-    Layout::output(b, tower.chain.out, call.out + row * stride + t * width, stride);
+    Layout::output(b, tower.mlp.out, call.out + row * stride + t * width, stride);
   }
 }
 

@@ -1,4 +1,4 @@
-// Dense maps straight from PyTorch's row-major weights: nothing is packed, so nothing can go stale.
+// Dense linears straight from PyTorch's row-major weights: nothing is packed, so nothing can go stale.
 //
 // Activations of a block of rows stand transposed, X[k * ld + row]: the rows are the vector lanes, a weight is broadcast.
 // Every output is a sum, in order, of chains fma(a, b, acc) of `chain` products each, the reduction index ascending; then comes the
@@ -15,7 +15,7 @@ namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
 // One chain over the whole reduction would err by its length, where libraries add several shorter ones; at 128 the extra additions
 // cost 1 / 128 of the multiply-adds.
-constexpr int64_t chain = 128;
+constexpr int64_t k_block = 128;
 
 // C[m][v] (+)= sum over k of A(m, k) B[k * ldb + v].
 template <class T>
@@ -152,10 +152,10 @@ inline void last_rows(const Product<T>& p, int64_t rows) {
 // All `rows` of C for V vectors of columns: chain by chain, so that a chain's part of B stays in L1 for all rows.
 template <class T, int V, bool TRANSPOSED, int M>
 inline void multiply_columns(const Product<T>& whole, int64_t rows) {
-  for (int64_t k = 0; k < whole.k; k += chain) {
+  for (int64_t k = 0; k < whole.k; k += k_block) {
     Product<T> p = whole;
-    const bool last = k + chain >= whole.k;
-    p.k = last ? whole.k - k : chain;
+    const bool last = k + k_block >= whole.k;
+    p.k = last ? whole.k - k : k_block;
     p.a += TRANSPOSED ? k * p.lda : k;
     p.b += k * p.ldb;
     p.add = whole.add || k > 0;

@@ -8,15 +8,15 @@ namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
 double multiply_adds(int64_t count) {
   // Sixteen chains cover latency x ports of every ISA here; the factor keeps them finite.
-  constexpr int chains = 16;
-  vec<float> sum[chains] = {};
+  constexpr int mlps = 16;
+  vec<float> sum[mlps] = {};
   vec<float> a = splat(0.999f), b = splat(1e-4f);
   for (int64_t i = 0; i < count; i++) {
     asm volatile("" : "+m"(a), "+m"(b));
-    for (int j = 0; j < 64; j++) FUSEDMOE_UNROLL for (int c = 0; c < chains; c++) sum[c] = sum[c] * a + b;
+    for (int j = 0; j < 64; j++) FUSEDMOE_UNROLL for (int c = 0; c < mlps; c++) sum[c] = sum[c] * a + b;
   }
-  for (int c = 0; c < chains; c++) asm volatile("" : "+m"(sum[c]));
-  return 2.0 * count * 64 * chains * Lanes<float>::count;
+  for (int c = 0; c < mlps; c++) asm volatile("" : "+m"(sum[c]));
+  return 2.0 * count * 64 * mlps * Lanes<float>::count;
 }
 
 #define FUSEDMOE_NAME(name) #name
@@ -25,12 +25,12 @@ double multiply_adds(int64_t count) {
 extern const Isa isa;
 const Isa isa = {
     FUSEDMOE_NAME_OF(FUSEDMOE_ISA),
-    {forward<float, Transposed<float, Exact>>, forward<float, RowByRow>, forward<float, Transposed<float, Packed>>, forward<float, PackedRowByRow>,
-     backward<float, Exact>, map_gradient<float, Exact>, static_gradient<float>, nullptr},
-    {forward<double, Transposed<double, Exact>>, nullptr, forward<double, Transposed<double, Packed>>, nullptr,
-     backward<double, Exact>, map_gradient<double, Exact>, static_gradient<double>, nullptr},
-    {forward<float, Transposed<float, Halves>>, nullptr, nullptr, nullptr,
-     backward<float, Halves>, map_gradient<float, Halves>, static_gradient<float>, turn_weight},
+    {forward<float, Transposed<float, NativeOperands>>, forward<float, RowByRow>, forward<float, Transposed<float, Packed>>, forward<float, PackedRowByRow>,
+     backward<float, NativeOperands>, linear_gradient<float, NativeOperands>, static_gradient<float>, nullptr},
+    {forward<double, Transposed<double, NativeOperands>>, nullptr, forward<double, Transposed<double, Packed>>, nullptr,
+     backward<double, NativeOperands>, linear_gradient<double, NativeOperands>, static_gradient<double>, nullptr},
+    {forward<float, Transposed<float, Bf16Operands>>, nullptr, nullptr, nullptr,
+     backward<float, Bf16Operands>, linear_gradient<float, Bf16Operands>, static_gradient<float>, transpose_weight},
     widen_row,
     round_row,
     multiply_adds,

@@ -12,13 +12,13 @@ struct Block {
   const Call<T>& call;
   int64_t row, rows;
   int64_t ld;  // lanes of a panel
-  T* kept;
+  T* saved;
   T* scratch;
-  T* spare;    // two panels of plan.widest
+  T* workspace;    // two panels of plan.widest
 
   // This block's lanes of a row of the chunk's buffer (backward).
   T* chunk_row(int64_t n) const { return call.d_z + n * call.chunk + row % chunk_rows; }
-  T* at(const Panel& p) const { return (p.kept ? kept : scratch) + p.offset * ld; }
+  T* at(const Panel& p) const { return (p.saved ? saved : scratch) + p.offset * ld; }
 };
 
 // p[e] = softmax over e of z[e], ascending, one row a lane.

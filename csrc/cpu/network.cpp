@@ -130,11 +130,11 @@ uint16_t* weight_scratch(int64_t count) {
 // The gradients' tasks of every map: rows of dW in pieces of this many, so that the threads end together; a multiple of every tile.
 constexpr int64_t task_rows = 48;
 
-std::vector<MapTask> map_tasks(const Plan& plan, const std::function<bool(int)>& wanted) {
-  std::vector<MapTask> tasks;
-  for (const Step* map : plan.maps)
-    if (wanted(map->weight) || (map->bias >= 0 && wanted(map->bias)))
-      for (int64_t n = 0; n < map->n; n += task_rows) tasks.push_back({map, n, std::min(task_rows, map->n - n)});
+std::vector<LinearTask> linear_tasks(const Plan& plan, const std::function<bool(int)>& wanted) {
+  std::vector<LinearTask> tasks;
+  for (const Linear* linear : plan.linears)
+    if (wanted(linear->weight) || (linear->bias >= 0 && wanted(linear->bias)))
+      for (int64_t n = 0; n < linear->n; n += task_rows) tasks.push_back({linear, n, std::min(task_rows, linear->n - n)});
   return tasks;
 }
 
@@ -174,7 +174,7 @@ template <class T>
 void backward(const Plan& plan, Call<T> call, const ForEach& each) {
   const Kernels<T>& kernels = chosen_isa().kernels<T>(plan);
   const auto wanted = [&](int parameter) { return call.grads[parameter] != nullptr; };
-  const std::vector<MapTask> tasks = map_tasks(plan, wanted);
+  const std::vector<LinearTask> tasks = linear_tasks(plan, wanted);
   bool statics = false;
   for (size_t i = 0; i < plan.table.shapes.size(); i++) {
     if (!wanted(int(i))) continue;
@@ -184,14 +184,14 @@ void backward(const Plan& plan, Call<T> call, const ForEach& each) {
     statics = statics || is_static;
     if (is_static || call.rows == 0) std::fill_n(call.grads[i], size, T(0));
   }
-  call.turned_rows = std::min(chunk_rows, call.rows);
-  call.chunk = leading(call.turned_rows);
+  call.transposed_rows = std::min(chunk_rows, call.rows);
+  call.chunk = leading(call.transposed_rows);
   const int64_t d_z = plan.d_z * call.chunk;
-  call.d_z = chunk_scratch<T>(d_z + (tasks.empty() ? 0 : plan.turned * call.turned_rows));
-  call.turned = tasks.empty() ? nullptr : call.d_z + d_z;
-  if (kernels.turn_weight) {
-    call.turned_weights = weight_scratch(plan.turned_weights);
-    each(plan.maps.count, [&](int64_t i) { kernels.turn_weight(plan, call, *plan.maps[i]); });
+  call.d_z = chunk_scratch<T>(d_z + (tasks.empty() ? 0 : plan.transposed * call.transposed_rows));
+  call.transposed = tasks.empty() ? nullptr : call.d_z + d_z;
+  if (kernels.transpose_weight) {
+    call.transposed_weights = weight_scratch(plan.transposed_weights);
+    each(plan.linears.count, [&](int64_t i) { kernels.transpose_weight(plan, call, *plan.linears[i]); });
   }
   for (int64_t first = 0; first < call.rows; first += chunk_rows) {
     const int64_t chunk = std::min(chunk_rows, call.rows - first);
@@ -199,7 +199,7 @@ void backward(const Plan& plan, Call<T> call, const ForEach& each) {
       const int64_t row = first + block * call.block, rows = std::min(call.block, call.rows - row);
       kernels.backward(plan, call, row, rows, thread_scratch<T>(backward_scratch(plan, rows)));
     });
-    each(int64_t(tasks.size()), [&](int64_t i) { kernels.map_gradient(plan, call, tasks[i], chunk, first == 0); });
+    each(int64_t(tasks.size()), [&](int64_t i) { kernels.linear_gradient(plan, call, tasks[i], chunk, first == 0); });
     if (statics) kernels.static_gradient(plan, call, chunk);
   }
 }

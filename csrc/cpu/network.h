@@ -21,7 +21,7 @@ const Isa& chosen_isa();
 // two, so that blocks do not reach across chunks.
 int64_t rows_of_block(int64_t rows, int64_t threads);
 
-// Fill call.out, and call.weights and call.kept where the plan and the call ask for them.
+// Fill call.out, and call.weights and call.saved where the plan and the call ask for them.
 template <class T>
 void forward(const Plan& plan, const Call<T>& call, const ForEach& each);
 

@@ -1,21 +1,21 @@
-// What the maps read and how they multiply: `Exact` takes panels as they are, `Halves` rounds both operands to bfloat16 and sums in
+// What the linears read and how they multiply: `NativeOperands` takes panels as they are, `Bf16Operands` rounds both operands to bfloat16 and sums in
 // float32. One walk through the plan, forward or backward, serves both.
 #pragma once
-#include "half.h"
+#include "bf16.h"
 #include "mix.h"
 
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
 // z = W in + bias, and relu; the strides of in and z are the layout's.
 template <class T>
-Product<T> product(const Block<T>& b, const Step& step) {
+Product<T> product(const Block<T>& b, const Linear& linear) {
   Product<T> p{};
-  p.a = b.call.params[step.weight];
-  p.lda = p.k = step.k;
-  p.b = b.at(step.in);
-  p.c = b.at(step.z);
-  p.bias = step.bias >= 0 ? b.call.params[step.bias] : nullptr;
-  p.relu = step.act == Act::relu;
+  p.a = b.call.params[linear.weight];
+  p.lda = p.k = linear.k;
+  p.b = b.at(linear.in);
+  p.c = b.at(linear.z);
+  p.bias = linear.bias >= 0 ? b.call.params[linear.bias] : nullptr;
+  p.relu = linear.act == Act::relu;
   return p;
 }
 
@@ -27,73 +27,73 @@ inline void gather_rows(const float* panel, int64_t ld, int64_t n, int64_t rows,
 
 // z = W in + bias for at most few_rows rows of a training step: W is streamed once, in the order of memory (gemm.h, `few`), where one
 // vector of rows would be lanes that idle. The same sums, so the same bits.
-inline void map_few(const Block<float>& b, const Step& step) {
-  float *x = b.spare, *y = x + b.plan.widest * b.ld, *z = b.at(step.z);
-  Product<float> p = product(b, step);
+inline void linear_few(const Block<float>& b, const Linear& linear) {
+  float *x = b.workspace, *y = x + b.plan.widest * b.ld, *z = b.at(linear.z);
+  Product<float> p = product(b, linear);
   p.b = x;
   p.c = y;
-  p.ldb = step.k;
-  p.ldc = step.n;
+  p.ldb = linear.k;
+  p.ldc = linear.n;
   const int64_t rows = with_few_rows(b.rows, [&](auto r) {
-    gather_rows(b.at(step.in), b.ld, step.k, r, x, step.k);
-    few<r>(p, step.n);
+    gather_rows(b.at(linear.in), b.ld, linear.k, r, x, linear.k);
+    few<r>(p, linear.n);
   });
-  for (int64_t n = 0; n < step.n; n++)
-    for (int64_t r = 0; r < b.ld; r++) z[n * b.ld + r] = r < rows ? y[r * step.n + n] : 0.0f;
+  for (int64_t n = 0; n < linear.n; n++)
+    for (int64_t r = 0; r < b.ld; r++) z[n * b.ld + r] = r < rows ? y[r * linear.n + n] : 0.0f;
 }
 
 // to (+)= W^T dz for as few: the rows of W are added up as they stand in memory, the lanes running over its columns.
-inline void d_input_few(const Block<float>& b, const Step& step, const float* d_z, float* to, bool add) {
-  float *rows = b.spare, *sums = rows + b.plan.widest * b.ld;
-  gather_rows(d_z, b.ld, step.n, b.rows, rows, step.n);
+inline void d_input_few(const Block<float>& b, const Linear& linear, const float* d_z, float* to, bool add) {
+  float *rows = b.workspace, *sums = rows + b.plan.widest * b.ld;
+  gather_rows(d_z, b.ld, linear.n, b.rows, rows, linear.n);
   // Chain by chain, as `multiply` adds them.
-  for (int64_t n = 0; n < step.n; n += chain) {
-    const int64_t count = step.n - n < chain ? step.n - n : chain;
-    multiply_few({rows + n, step.n, b.call.params[step.weight] + n * step.k, step.k, count, sums, step.k}, b.rows, step.k);
-    for (int64_t k = 0; k < step.k; k++)
+  for (int64_t n = 0; n < linear.n; n += k_block) {
+    const int64_t count = linear.n - n < k_block ? linear.n - n : k_block;
+    multiply_few({rows + n, linear.n, b.call.params[linear.weight] + n * linear.k, linear.k, count, sums, linear.k}, b.rows, linear.k);
+    for (int64_t k = 0; k < linear.k; k++)
       for (int64_t r = 0; r < b.rows; r++) {
         float* at = to + k * b.ld + r;
-        *at = add || n > 0 ? *at + sums[r * step.k + k] : sums[r * step.k + k];
+        *at = add || n > 0 ? *at + sums[r * linear.k + k] : sums[r * linear.k + k];
       }
   }
 }
 
-struct Exact {
+struct NativeOperands {
   template <class T>
   static void input(const Block<T>&, int64_t) {}
 
   template <class T>
-  static void map(const Block<T>& b, const Step& step) {
+  static void linear(const Block<T>& b, const Linear& linear) {
     if constexpr (sizeof(T) == 4)
-      if (b.rows <= few_rows) return map_few(b, step);
-    Product<T> p = product(b, step);
+      if (b.rows <= few_rows) return linear_few(b, linear);
+    Product<T> p = product(b, linear);
     p.ldb = p.ldc = b.ld;
-    multiply<T, false>(p, step.n, padded(b.rows));
+    multiply<T, false>(p, linear.n, padded(b.rows));
   }
   // to (+)= W^T dz.
   template <class T>
-  static void d_input(const Block<T>& b, const Step& step, const T* d_z, T* to, bool add) {
+  static void d_input(const Block<T>& b, const Linear& linear, const T* d_z, T* to, bool add) {
     // The last vector of a row of W must not reach beyond its end.
     if constexpr (sizeof(T) == 4)
-      if (b.rows <= few_rows && step.k % lane_multiple == 0) return d_input_few(b, step, d_z, to, add);
+      if (b.rows <= few_rows && linear.k % lane_multiple == 0) return d_input_few(b, linear, d_z, to, add);
     Product<T> p{};
-    p.a = b.call.params[step.weight];
-    p.lda = step.k;
+    p.a = b.call.params[linear.weight];
+    p.lda = linear.k;
     p.b = d_z;
     p.c = to;
     p.ldb = p.ldc = b.ld;
-    p.k = step.n;
+    p.k = linear.n;
     p.add = add;
-    multiply<T, true>(p, step.k, padded(b.rows));
+    multiply<T, true>(p, linear.k, padded(b.rows));
   }
   // Hand a dz to the chunk's buffer, where dW and db find it.
   template <class T>
-  static void keep(const Block<T>& b, const T* d_z, const Step& step) {
-    for (int64_t n = 0; n < step.n; n++) memcpy(b.chunk_row(step.d_z + n), d_z + n * b.ld, b.rows * sizeof(T));
+  static void store_dz(const Block<T>& b, const T* d_z, const Linear& linear) {
+    for (int64_t n = 0; n < linear.n; n++) memcpy(b.chunk_row(linear.d_z + n), d_z + n * b.ld, b.rows * sizeof(T));
   }
   // The x of a dW, from rows of the network's input or from a panel.
   template <class T>
-  static void turn_rows(const Block<T>& b, const T* x, int64_t width, T* to) {
+  static void transpose_rows(const Block<T>& b, const T* x, int64_t width, T* to) {
     const int64_t stride = leading(width);
     to += b.row % chunk_rows * stride;
     for (int64_t r = 0; r < b.rows; r++) {
@@ -102,23 +102,23 @@ struct Exact {
     }
   }
   template <class T>
-  static void turn_panel(const Block<T>& b, T* panel, int64_t width, T* to) {
+  static void transpose_panel(const Block<T>& b, T* panel, int64_t width, T* to) {
     const int64_t stride = leading(width);
     transpose(panel, b.ld, width, b.rows, to + b.row % chunk_rows * stride, stride, padded(width));
   }
   // dW (+)= dz x for rows of dW from `first` on.
   template <class T>
-  static void weight_gradient(const Call<T>& call, const Step& step, int64_t first, int64_t count, int64_t chunk, T* d_weight, bool add) {
+  static void weight_gradient(const Call<T>& call, const Linear& linear, int64_t first, int64_t count, int64_t chunk, T* d_weight, bool add) {
     Product<T> p{};
-    p.a = call.d_z + (step.d_z + first) * call.chunk;
+    p.a = call.d_z + (linear.d_z + first) * call.chunk;
     p.lda = call.chunk;
     p.k = chunk;
-    p.b = call.turned + step.turned * call.turned_rows;
-    p.ldb = leading(step.k);
-    p.c = d_weight + first * step.k;
-    p.ldc = step.k;
+    p.b = call.transposed + linear.transposed * call.transposed_rows;
+    p.ldb = leading(linear.k);
+    p.c = d_weight + first * linear.k;
+    p.ldc = linear.k;
     p.add = add;
-    multiply<T, false>(p, count, step.k);
+    multiply<T, false>(p, count, linear.k);
   }
   // The sum of a row of the chunk's dz: several vectors of lanes side by side, then folded in half until one number is left. A chunk's 256
   // numbers are chains of 4 to 16 numbers and 4 to 6 folds; all lanes one after another would be 16 more additions of what is nearly the sum.
@@ -134,96 +134,96 @@ struct Exact {
     T parts[lanes];
     store<T>(parts, (sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (int i = 0; r + i < chunk; i++) parts[i] += row[r + i];
-    for (int half = lanes / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+    for (int span = lanes / 2; span > 0; span /= 2)
+      for (int i = 0; i < span; i++) parts[i] += parts[i + span];
     return parts[0];
   }
 };
 
-struct Halves {
+struct Bf16Operands {
   static uint32_t* operand(const Block<float>& b, int64_t offset) { return (uint32_t*)(b.scratch + offset * b.ld); }
 
   static void input(const Block<float>& b, int64_t slot) {
     const Panel& from = b.plan.inputs[slot];
     pair_rows(b.at(from), from.width, b.ld, padded(b.rows), operand(b, b.plan.input_operands[slot]), b.ld);
   }
-  static void map(const Block<float>& b, const Step& step) {
-    uint32_t* in = operand(b, step.operand);
-    if (step.convert) pair_rows(b.at(step.in), step.k, b.ld, padded(b.rows), in, b.ld);
-    HalfProduct p{b.call.halves[step.weight], step.k, in, b.ld, step.k, b.at(step.z), b.ld};
-    p.bias = step.bias >= 0 ? b.call.params[step.bias] : nullptr;
-    p.relu = step.act == Act::relu;
-    multiply(p, step.n, padded(b.rows));
+  static void linear(const Block<float>& b, const Linear& linear) {
+    uint32_t* in = operand(b, linear.operand);
+    if (linear.convert) pair_rows(b.at(linear.in), linear.k, b.ld, padded(b.rows), in, b.ld);
+    Bf16Product p{b.call.bf16_weights[linear.weight], linear.k, in, b.ld, linear.k, b.at(linear.z), b.ld};
+    p.bias = linear.bias >= 0 ? b.call.params[linear.bias] : nullptr;
+    p.relu = linear.act == Act::relu;
+    multiply(p, linear.n, padded(b.rows));
   }
-  static void d_input(const Block<float>& b, const Step& step, const float* d_z, float* to, bool add) {
-    uint32_t* pairs = (uint32_t*)b.spare;
-    pair_rows(d_z, step.n, b.ld, padded(b.rows), pairs, b.ld);
-    HalfProduct p{b.call.turned_weights + step.turned_weight, step.n + step.n % 2, pairs, b.ld, step.n, to, b.ld};
+  static void d_input(const Block<float>& b, const Linear& linear, const float* d_z, float* to, bool add) {
+    uint32_t* pairs = (uint32_t*)b.workspace;
+    pair_rows(d_z, linear.n, b.ld, padded(b.rows), pairs, b.ld);
+    Bf16Product p{b.call.transposed_weights + linear.transposed_weight, linear.n + linear.n % 2, pairs, b.ld, linear.n, to, b.ld};
     p.add = add;
-    multiply(p, step.k, padded(b.rows));
+    multiply(p, linear.k, padded(b.rows));
   }
   // Rounded, two rows of the batch a word; a last row alone has a zero beside it.
-  static void keep(const Block<float>& b, const float* d_z, const Step& step) {
-    for (int64_t n = 0; n < step.n; n++) {
-      uint16_t* to = (uint16_t*)(b.call.d_z + (step.d_z + n) * b.call.chunk) + b.row % chunk_rows;
+  static void store_dz(const Block<float>& b, const float* d_z, const Linear& linear) {
+    for (int64_t n = 0; n < linear.n; n++) {
+      uint16_t* to = (uint16_t*)(b.call.d_z + (linear.d_z + n) * b.call.chunk) + b.row % chunk_rows;
       round_row(d_z + n * b.ld, b.rows, to);
       if (b.rows % 2) to[b.rows] = 0;
     }
   }
-  static void turn_rows(const Block<float>& b, const float* x, int64_t width, float* to) {
+  static void transpose_rows(const Block<float>& b, const float* x, int64_t width, float* to) {
     const int64_t stride = leading(width);
     uint32_t* words = (uint32_t*)to + b.row % chunk_rows / 2 * stride;
     for (int64_t r = 0; r < (b.rows + 1) / 2; r++) memset(words + r * stride + width, 0, (padded(width) - width) * 4);
     pair_rows(x, b.rows, b.call.row_stride, width, words, stride);
   }
-  static void turn_panel(const Block<float>& b, float* panel, int64_t width, float* to) {
+  static void transpose_panel(const Block<float>& b, float* panel, int64_t width, float* to) {
     const int64_t stride = leading(width);
-    uint16_t* plain = (uint16_t*)(b.spare + b.plan.widest * b.ld);
+    uint16_t* plain = (uint16_t*)(b.workspace + b.plan.widest * b.ld);
     for (int64_t w = 0; w < width; w++) {
       round_row(panel + w * b.ld, b.rows, plain + w * b.ld);
       if (b.rows % 2) plain[w * b.ld + b.rows] = 0;
     }
     transpose((const float*)plain, b.ld / 2, width, (b.rows + 1) / 2, to + b.row % chunk_rows / 2 * stride, stride, padded(width));
   }
-  static void weight_gradient(const Call<float>& call, const Step& step, int64_t first, int64_t count, int64_t chunk, float* d_weight, bool add) {
-    HalfProduct p{(const uint16_t*)(call.d_z + (step.d_z + first) * call.chunk), 2 * call.chunk,
-                  (const uint32_t*)(call.turned + step.turned * call.turned_rows), leading(step.k), chunk, d_weight + first * step.k, step.k};
+  static void weight_gradient(const Call<float>& call, const Linear& linear, int64_t first, int64_t count, int64_t chunk, float* d_weight, bool add) {
+    Bf16Product p{(const uint16_t*)(call.d_z + (linear.d_z + first) * call.chunk), 2 * call.chunk,
+                  (const uint32_t*)(call.transposed + linear.transposed * call.transposed_rows), leading(linear.k), chunk, d_weight + first * linear.k, linear.k};
     p.add = add;
-    multiply(p, count, step.k);
+    multiply(p, count, linear.k);
   }
   static float sum(const float* row, int64_t chunk) {
     float wide[chunk_rows];
     widen_row((const uint16_t*)row, chunk, wide);
-    return Exact::sum((const float*)wide, chunk);
+    return NativeOperands::sum((const float*)wide, chunk);
   }
 };
 
-// W [n, k] of a map to [k, n], rows of an even length: the A of its d_input.
-inline void turn_weight(const Plan&, const Call<float>& call, const Step& step) {
+// W [n, k] of a linear to [k, n], rows of an even length: the A of its d_input.
+inline void transpose_weight(const Plan&, const Call<float>& call, const Linear& linear) {
   constexpr int64_t lanes = Lanes<float>::count;
-  typedef uint16_t halves __attribute__((vector_size(FUSEDMOE_VECTOR_BYTES / 2), aligned(2), may_alias));
-  const int64_t n = step.n, k = step.k, even = n + n % 2;
-  const uint16_t* w = call.halves[step.weight];
-  uint16_t* to = call.turned_weights + step.turned_weight;
+  typedef uint16_t shorts __attribute__((vector_size(FUSEDMOE_VECTOR_BYTES / 2), aligned(2), may_alias));
+  const int64_t n = linear.n, k = linear.k, even_n = n + n % 2;
+  const uint16_t* w = call.bf16_weights[linear.weight];
+  uint16_t* to = call.transposed_weights + linear.transposed_weight;
   const int64_t whole = k % 2 ? 0 : n / lanes * lanes;
   for (int64_t i = 0; i < whole; i += lanes) {
-    // Two columns of W are one of words: turned, and then taken apart.
+    // Two columns of W are one of words: transposed, and then taken apart.
     int64_t j = 0;
     for (; j + 8 <= k; j += 8) {
       vec<float> t[4];
-      turn<lanes>(Rows{(const float*)(w + i * k + j), k / 2}, t);
+      transpose_tile<lanes>(Rows{(const float*)(w + i * k + j), k / 2}, t);
       FUSEDMOE_UNROLL
       for (int c = 0; c < 4; c++) {
-        *(halves*)(to + (j + 2 * c) * even + i) = __builtin_convertvector((words)t[c], halves);
-        *(halves*)(to + (j + 2 * c + 1) * even + i) = __builtin_convertvector((words)t[c] >> 16, halves);
+        *(shorts*)(to + (j + 2 * c) * even_n + i) = __builtin_convertvector((words)t[c], shorts);
+        *(shorts*)(to + (j + 2 * c + 1) * even_n + i) = __builtin_convertvector((words)t[c] >> 16, shorts);
       }
     }
     for (; j < k; j++)
-      for (int64_t a = i; a < i + lanes; a++) to[j * even + a] = w[a * k + j];
+      for (int64_t a = i; a < i + lanes; a++) to[j * even_n + a] = w[a * k + j];
   }
   for (int64_t j = 0; j < k; j++) {
-    for (int64_t a = whole; a < n; a++) to[j * even + a] = w[a * k + j];
-    if (n % 2) to[j * even + n] = 0;
+    for (int64_t a = whole; a < n; a++) to[j * even_n + a] = w[a * k + j];
+    if (n % 2) to[j * even_n + n] = 0;
   }
 }
 

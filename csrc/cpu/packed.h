@@ -1,4 +1,4 @@
-// Linear maps from packed weights (packing.h): the same sums as gemm.h's, so the same bits, without turning blocks of W.
+// Linear linears from packed weights (packing.h): the same sums as gemm.h's, so the same bits, without turning blocks of W.
 #pragma once
 #include "forward.h"
 #include "packing.h"
@@ -6,15 +6,15 @@
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
 // Any number of rows: a group of outputs is a transposed A of the register tile.
-struct Packed : Exact {
+struct Packed : NativeOperands {
   template <class T>
-  static void map(const Block<T>& b, const Step& step) {
-    Product<T> p = product(b, step);
+  static void linear(const Block<T>& b, const Linear& linear) {
+    Product<T> p = product(b, linear);
     p.lda = packed_group;
     p.ldb = p.ldc = b.ld;
     p.span = packed_group;
     p.jump = packed_group * p.k;
-    multiply<T, true>(p, step.n, padded(b.rows));
+    multiply<T, true>(p, linear.n, padded(b.rows));
   }
 };
 
@@ -27,7 +27,7 @@ constexpr int packed_accumulators = 8;
 
 // sum[r][v] += C whole chains side by side (or `count` products of one), added in order; their latencies overlap.
 template <int R, int V, int C>
-__attribute__((always_inline)) inline void packed_chains(const Product<float>& p, int64_t k, int64_t count, vec<float> (&sum)[R][V]) {
+__attribute__((always_inline)) inline void packed_k_blocks(const Product<float>& p, int64_t k, int64_t count, vec<float> (&sum)[R][V]) {
   constexpr int lanes = Lanes<float>::count;
   const int64_t group = p.k * packed_group;
   const float* w = p.a + k * packed_group;
@@ -36,12 +36,12 @@ __attribute__((always_inline)) inline void packed_chains(const Product<float>& p
   for (int64_t j = 0; j < count; j++, w += packed_group, x++) {
     FUSEDMOE_UNROLL
     for (int c = 0; c < C; c++) {
-      const float* at = w + c * chain * packed_group;
+      const float* at = w + c * k_block * packed_group;
       FUSEDMOE_UNROLL
       for (int v = 0; v < V; v++) {
         const vec<float> weight = load<float>(at + v * lanes / packed_group * group + v * lanes % packed_group);
         FUSEDMOE_UNROLL
-        for (int r = 0; r < R; r++) acc[c][r][v] = acc[c][r][v] + x[r * p.ldb + c * chain] * weight;
+        for (int r = 0; r < R; r++) acc[c][r][v] = acc[c][r][v] + x[r * p.ldb + c * k_block] * weight;
       }
     }
   }
@@ -60,10 +60,10 @@ __attribute__((noinline)) void packed_tile(const Product<float>& p) {
   vec<float> sum[R][V] = {};
   int64_t k = 0;
   if constexpr (C >= 4)
-    for (; k + 4 * chain <= p.k; k += 4 * chain) packed_chains<R, V, 4>(p, k, chain, sum);
+    for (; k + 4 * k_block <= p.k; k += 4 * k_block) packed_k_blocks<R, V, 4>(p, k, k_block, sum);
   if constexpr (C >= 2)
-    for (; k + 2 * chain <= p.k; k += 2 * chain) packed_chains<R, V, 2>(p, k, chain, sum);
-  for (; k < p.k; k += chain) packed_chains<R, V, 1>(p, k, p.k - k < chain ? p.k - k : chain, sum);
+    for (; k + 2 * k_block <= p.k; k += 2 * k_block) packed_k_blocks<R, V, 2>(p, k, k_block, sum);
+  for (; k < p.k; k += k_block) packed_k_blocks<R, V, 1>(p, k, p.k - k < k_block ? p.k - k : k_block, sum);
   FUSEDMOE_UNROLL
   for (int r = 0; r < R; r++)
     FUSEDMOE_UNROLL
@@ -98,12 +98,12 @@ void packed_few(Product<float> p, int64_t n) {
 
 // The few rows of online serving: each k is one load of 16 outputs' weights.
 struct PackedRowByRow : RowByRow {
-  static void map(const Block<float>& b, const Step& step) {
-    Product<float> p = product(b, step);
-    p.ldb = padded(step.in.width);
-    p.ldc = padded(step.n);
-    const int64_t rows = with_few_rows(b.rows, [&](auto r) { packed_few<r>(p, step.n); });
-    if (!p.relu && step.act != Act::identity) activate<float>(step.act, float(step.parameter), p.c, p.c, rows * p.ldc);
+  static void linear(const Block<float>& b, const Linear& linear) {
+    Product<float> p = product(b, linear);
+    p.ldb = padded(linear.in.width);
+    p.ldc = padded(linear.n);
+    const int64_t rows = with_few_rows(b.rows, [&](auto r) { packed_few<r>(p, linear.n); });
+    if (!p.relu && linear.act != Act::identity) activate<float>(linear.act, float(linear.parameter), p.c, p.c, rows * p.ldc);
   }
 };
 

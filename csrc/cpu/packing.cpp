@@ -21,9 +21,9 @@ Packing make_packing(const Plan& plan) {
     packing.offset[parameter] = packing.size;
     packing.size += size;
   };
-  for (const Step* map : plan.maps) {
-    if (map->bias >= 0) place(map->bias, padded(map->n));
-    place(map->weight, padded(map->n) * map->k);
+  for (const Linear* linear : plan.linears) {
+    if (linear->bias >= 0) place(linear->bias, padded(linear->n));
+    place(linear->weight, padded(linear->n) * linear->k);
   }
   for (size_t i = table.first_static; i < table.shapes.size(); i++) place(int(i), padded(size_of(table.shapes[i])));
   return packing;
@@ -32,13 +32,13 @@ Packing make_packing(const Plan& plan) {
 template <class T>
 void pack(const Plan& plan, const Packing& packing, const T* const* params, T* to) {
   std::fill_n(to, packing.size, T(0));
-  for (const Step* map : plan.maps) {
-    if (map->bias >= 0) std::copy_n(params[map->bias], map->n, to + packing.offset[map->bias]);
-    const T* from = params[map->weight];
-    T* weight = to + packing.offset[map->weight];
-    for (int64_t n = 0; n < map->n; n++, from += map->k) {
-      T* column = weight + n / packed_group * packed_group * map->k + n % packed_group;
-      for (int64_t k = 0; k < map->k; k++) column[k * packed_group] = from[k];
+  for (const Linear* linear : plan.linears) {
+    if (linear->bias >= 0) std::copy_n(params[linear->bias], linear->n, to + packing.offset[linear->bias]);
+    const T* from = params[linear->weight];
+    T* weight = to + packing.offset[linear->weight];
+    for (int64_t n = 0; n < linear->n; n++, from += linear->k) {
+      T* column = weight + n / packed_group * packed_group * linear->k + n % packed_group;
+      for (int64_t k = 0; k < linear->k; k++) column[k * packed_group] = from[k];
     }
   }
   for (size_t i = plan.table.first_static; i < plan.table.shapes.size(); i++)

@@ -16,34 +16,34 @@ class Builder {
 
   void build() {
     inputs();
-    std::vector<Stage> stages;
+    std::vector<Segment> segments;
     int64_t column = 0;
     for (size_t l = 0; l < table_.levels.size(); l++) {
       // What the last level hands out is the output itself, unless towers read it.
-      stages.push_back(stage(table_.levels[l], column, l + 1 < table_.levels.size() || table_.has_towers));
-      stages.back().turns = keep(std::move(turns_));
-      turns_.clear();
+      segments.push_back(segment(table_.levels[l], column, l + 1 < table_.levels.size() || table_.has_towers));
+      segments.back().transposes = own(std::move(transposes_));
+      transposes_.clear();
       column += int64_t(table_.levels[l].experts.size() * table_.levels[l].units.size());
     }
     towers();
-    plan_.stages = keep(std::move(stages));
-    plan_.tower_turns = keep(std::move(turns_));
-    plan_.maps = keep(std::move(maps_));
+    plan_.segments = own(std::move(segments));
+    plan_.tower_transposes = own(std::move(transposes_));
+    plan_.linears = own(std::move(linears_));
   }
 
  private:
   template <class T>
-  Span<T> keep(std::vector<T> items) {
+  Span<T> own(std::vector<T> items) {
     auto owner = std::make_shared<std::vector<T>>(std::move(items));
     plan_.storage.push_back(owner);
     return {owner->data(), int64_t(owner->size())};
   }
 
   // Inference rounds widths up, because a few rows are laid out row by row in the same space (forward.h).
-  Panel panel(int64_t width, bool keep) {
+  Panel panel(int64_t width, bool save) {
     int64_t size = plan_.training ? width : padded(width);
-    int64_t& top = keep && plan_.training ? plan_.kept : top_;
-    Panel p{top, width, keep && plan_.training, panels_++};
+    int64_t& top = save && plan_.training ? plan_.saved : top_;
+    Panel p{top, width, save && plan_.training, panels_++};
     top += size;
     plan_.scratch = std::max(plan_.scratch, top_);
     plan_.widest = std::max(plan_.widest, width);
@@ -65,14 +65,14 @@ class Builder {
     }
     roots_ = slots_;
     d_slots_ = gradients;
-    plan_.inputs = keep(slots_);
+    plan_.inputs = own(slots_);
     std::vector<int64_t> operands;
-    for (const Panel& slot : slots_) operands.push_back(plan_.half ? operand(slot).first : -1);
-    plan_.input_operands = keep(operands);
-    plan_.d_inputs = keep(gradients);
+    for (const Panel& slot : slots_) operands.push_back(plan_.bf16 ? operand(slot).first : -1);
+    plan_.input_operands = own(operands);
+    plan_.d_inputs = own(gradients);
   }
 
-  // The operand of a panel, and whether this is the first map to read it: then it is to make it.
+  // The operand of a panel, and whether this is the first linear to read it: then it is to make it.
   std::pair<int64_t, bool> operand(const Panel& in) {
     auto [at, fresh] = operands_.try_emplace(in.id, top_);
     if (fresh) top_ += (in.width + 1) / 2;
@@ -80,117 +80,117 @@ class Builder {
     return {at->second, fresh};
   }
   // Maps that run again in backward may run without those that made their operands; the inputs' are always made.
-  void operand(Step& step) {
-    auto [at, fresh] = operand(step.in);
-    auto source = source_.find(step.in.id);
+  void operand(Linear& linear) {
+    auto [at, fresh] = operand(linear.in);
+    auto source = source_.find(linear.in.id);
     const bool input = source != source_.end() && source->second.slot >= 0;
-    step.operand = at;
-    step.convert = fresh || (plan_.recompute && !input);
-    step.turned_weight = plan_.turned_weights;
-    plan_.turned_weights += step.k * (step.n + step.n % 2);
+    linear.operand = at;
+    linear.convert = fresh || (plan_.recompute && !input);
+    linear.transposed_weight = plan_.transposed_weights;
+    plan_.transposed_weights += linear.k * (linear.n + linear.n % 2);
   }
 
-  // Where backward finds the turned form of a panel; entered once, however many maps read it.
-  int64_t turned(const Panel& in) {
-    Turn& source = source_[in.id];
-    auto [at, fresh] = turned_.try_emplace(in.id, plan_.turned);
+  // Where backward finds the transpose of a panel; entered once, however many linears read it.
+  int64_t transposed(const Panel& in) {
+    TransposedInput& source = source_[in.id];
+    auto [at, fresh] = transposed_.try_emplace(in.id, plan_.transposed);
     if (fresh) {
-      source.from = source.step ? source.step->z : in;
+      source.from = source.linear ? source.linear->z : in;
       source.from.width = in.width;
-      source.to = plan_.turned;
-      turns_.push_back(source);
-      plan_.turned += leading(in.width);
+      source.to = plan_.transposed;
+      transposes_.push_back(source);
+      plan_.transposed += leading(in.width);
     }
     return at->second;
   }
 
-  // Whether the panels of a stage are read no more when it is done, so that the next one takes their space.
+  // Whether the panels of a segment are read no more when it is done, so that the next one takes their space.
   bool passing() const { return !plan_.training || plan_.recompute; }
 
   // The output is placed first and the hidden layers behind it: in inference the next panel then takes their space.
-  Chain chain(const std::vector<Layer>& layers, const Panel& in, int64_t d_in, bool out_kept) {
-    std::vector<Step> steps(layers.size());
+  Mlp mlp(const std::vector<Layer>& layers, const Panel& in, int64_t d_in, bool out_saved) {
+    std::vector<Linear> linears(layers.size());
     // Later chains read the operand of `in` too, so it stands before the space that they may take.
-    const bool makes = plan_.half && operand(in).second;
-    place(layers.back(), steps.back(), out_kept);
+    const bool makes = plan_.bf16 && operand(in).second;
+    place(layers.back(), linears.back(), out_saved);
     int64_t top = top_;
-    for (size_t j = 0; j + 1 < layers.size(); j++) place(layers[j], steps[j], !plan_.recompute);
+    for (size_t j = 0; j + 1 < layers.size(); j++) place(layers[j], linears[j], !plan_.recompute);
     Panel from = in;
     int64_t d = 0;
-    for (Step& step : steps) {
-      step.in = from;
-      from = step.out;
-      if (plan_.half) operand(step);
-      if (makes && step.in.id == in.id) step.convert = true;
-      step.d = d;
-      d += step.n;
+    for (Linear& linear : linears) {
+      linear.in = from;
+      from = linear.out;
+      if (plan_.bf16) operand(linear);
+      if (makes && linear.in.id == in.id) linear.convert = true;
+      linear.d = d;
+      d += linear.n;
     }
-    plan_.d_steps = std::max(plan_.d_steps, d);
+    plan_.d_linears = std::max(plan_.d_linears, d);
     if (!plan_.training) top_ = top;
     auto source = source_.find(in.id);
-    Chain result{keep(std::move(steps)), in, from, d_in, source != source_.end() && source->second.slot >= 0};
-    for (const Step& step : result.steps) {
-      maps_.push_back(&step);
+    Mlp result{own(std::move(linears)), in, from, d_in, source != source_.end() && source->second.slot >= 0};
+    for (const Linear& linear : result.linears) {
+      linears_.push_back(&linear);
       if (!plan_.training) continue;
-      if (step.out.id != step.z.id) source_[step.out.id].step = &step;
+      if (linear.out.id != linear.z.id) source_[linear.out.id].linear = &linear;
     }
-    for (Step& step : result.steps)
-      if (plan_.training) step.turned = turned(step.in);
+    for (Linear& linear : result.linears)
+      if (plan_.training) linear.transposed = transposed(linear.in);
     return result;
   }
 
-  void place(const Layer& layer, Step& step, bool kept) {
-    step = {layer.k, layer.width, layer.weight, layer.bias, layer.act, layer.parameter, {}, {}, {}};
-    step.z = panel(layer.width, kept);
-    step.out = from_output(layer.act) || !plan_.training ? step.z : panel(layer.width, false);
-    step.d_z = plan_.d_z;
+  void place(const Layer& layer, Linear& linear, bool saved) {
+    linear = {layer.k, layer.width, layer.weight, layer.bias, layer.act, layer.parameter, {}, {}, {}};
+    linear.z = panel(layer.width, saved);
+    linear.out = from_output(layer.act) || !plan_.training ? linear.z : panel(layer.width, false);
+    linear.d_z = plan_.d_z;
     plan_.d_z += layer.width;
   }
 
-  Stage stage(const Level& level, int64_t column, bool read_later) {
+  Segment segment(const Level& level, int64_t column, bool read_later) {
     std::vector<Panel> outputs;
     for (const Unit& unit : level.units) outputs.push_back(unit.live ? panel(unit.width, read_later) : Panel{});
     int64_t base = top_;
-    Stage stage;
-    experts(level, stage);
+    Segment segment;
+    experts(level, segment);
     std::vector<int64_t> gradients;
-    std::vector<Mix> units;
+    std::vector<UnitPlan> units;
     for (size_t u = 0; u < level.units.size(); u++) {
       gradients.push_back(level.units[u].live ? d_panel(level.units[u].width) : -1);
-      units.push_back(mix(level.units[u], outputs[u], column + int64_t(u * level.experts.size()), stage));
+      units.push_back(mix(level.units[u], outputs[u], column + int64_t(u * level.experts.size()), segment));
       units.back().d_out = gradients.back();
     }
-    stage.blends = blends(units);
-    stage.units = keep(std::move(units));
-    uses(stage);
+    segment.unit_groups = unit_groups(units);
+    segment.units = own(std::move(units));
+    uses(segment);
     slots_ = outputs;
     d_slots_ = gradients;
     if (passing()) top_ = base;
-    return stage;
+    return segment;
   }
 
-  void experts(const Level& level, Stage& stage) {
-    std::vector<Chain> chains(level.experts.size());
+  void experts(const Level& level, Segment& segment) {
+    std::vector<Mlp> mlps(level.experts.size());
     std::vector<int> order;
     std::vector<int64_t> d_expert(level.experts.size(), -1);
     for (size_t e = 0; e < level.experts.size(); e++) {
       const Expert& expert = level.experts[e];
       if (!expert.live) continue;
       order.push_back(int(e));
-      chains[e] = chain(expert.layers, slots_.at(expert.slot), d_slots_.at(expert.slot), !plan_.recompute);
+      mlps[e] = mlp(expert.layers, slots_.at(expert.slot), d_slots_.at(expert.slot), !plan_.recompute);
     }
     for (const Unit& unit : level.units)
       if (unit.live && unit.gate && !unit.gate->sees.empty() && unit.gate->selector.kind == SelectorKind::expert) {
         int64_t& at = d_expert[unit.gate->selector.index];
         if (at < 0) at = d_panel(level.experts[unit.gate->selector.index].layers.back().width);
       }
-    stage.experts = keep(std::move(chains));
-    stage.order = keep(std::move(order));
-    stage.d_expert = keep(std::move(d_expert));
+    segment.experts = own(std::move(mlps));
+    segment.order = own(std::move(order));
+    segment.d_expert = own(std::move(d_expert));
   }
 
-  Mix mix(const Unit& unit, const Panel& out, int64_t weights, const Stage& stage) {
-    Mix mix{};
+  UnitPlan mix(const Unit& unit, const Panel& out, int64_t weights, const Segment& segment) {
+    UnitPlan mix{};
     mix.weights = weights;
     mix.reads.count = -1;
     if (!unit.live) return mix;
@@ -200,9 +200,9 @@ class Builder {
       const Gate& gate = *unit.gate;
       for (size_t j = 0; j < gate.sees.size(); j++) reads[gate.sees[j]] = {gate.sees[j], int(j), 0.0, -1, 0};
       const Selector& s = gate.selector;
-      Panel in = s.kind == SelectorKind::root ? roots_.at(table_.root) : s.kind == SelectorKind::slot ? slots_.at(s.index) : stage.experts[s.index].out;
-      int64_t d_in = s.kind == SelectorKind::root ? plan_.d_inputs[table_.root] : s.kind == SelectorKind::slot ? d_slots_.at(s.index) : stage.d_expert[s.index];
-      mix.gate = chain(gate.layers, in, d_in, false);
+      Panel in = s.kind == SelectorKind::root ? roots_.at(table_.root) : s.kind == SelectorKind::slot ? slots_.at(s.index) : segment.experts[s.index].out;
+      int64_t d_in = s.kind == SelectorKind::root ? plan_.d_inputs[table_.root] : s.kind == SelectorKind::slot ? d_slots_.at(s.index) : segment.d_expert[s.index];
+      mix.gate = mlp(gate.layers, in, d_in, false);
       mix.p = panel(int64_t(gate.sees.size()), true);
     }
     if (unit.static_weights)
@@ -216,15 +216,15 @@ class Builder {
       }
     std::vector<Read> list;
     for (const auto& entry : reads) list.push_back(entry.second);
-    mix.reads = keep(std::move(list));
+    mix.reads = own(std::move(list));
     // Of few rows, too, the weights have whole vectors of lanes.
     mix.w = panel(mix.reads.count * (plan_.training ? 1 : lane_multiple / few_rows), false);
     mix.d_w = d_panel(2 * mix.reads.count);
     return mix;
   }
 
-  Span<Blend> blends(const std::vector<Mix>& units) {
-    std::vector<Blend> result;
+  Span<UnitGroup> unit_groups(const std::vector<UnitPlan>& units) {
+    std::vector<UnitGroup> result;
     for (size_t first = 0, next = 0; first < units.size(); first = next) {
       std::vector<int> members;
       std::set<int> experts;
@@ -241,18 +241,18 @@ class Builder {
           const Read* at = std::find_if(units[u].reads.begin(), units[u].reads.end(), [&](const Read& read) { return read.expert == e; });
           reads.push_back(at == units[u].reads.end() ? -1 : int(at - units[u].reads.begin()));
         }
-      result.push_back({keep(std::move(members)), keep(std::vector<int>(experts.begin(), experts.end())), keep(std::move(reads))});
+      result.push_back({own(std::move(members)), own(std::vector<int>(experts.begin(), experts.end())), own(std::move(reads))});
     }
-    return keep(std::move(result));
+    return own(std::move(result));
   }
 
-  void uses(Stage& stage) {
-    std::vector<std::vector<Use>> lists(stage.experts.count);
-    for (int64_t u = 0; u < stage.units.count; u++)
-      for (int64_t i = 0; i < stage.units[u].reads.count; i++) lists[stage.units[u].reads[i].expert].push_back({int(u), i});
+  void uses(Segment& segment) {
+    std::vector<std::vector<Use>> lists(segment.experts.count);
+    for (int64_t u = 0; u < segment.units.count; u++)
+      for (int64_t i = 0; i < segment.units[u].reads.count; i++) lists[segment.units[u].reads[i].expert].push_back({int(u), i});
     std::vector<Span<Use>> spans;
-    for (auto& list : lists) spans.push_back(keep(std::move(list)));
-    stage.uses = keep(std::move(spans));
+    for (auto& list : lists) spans.push_back(own(std::move(list)));
+    segment.uses = own(std::move(spans));
   }
 
   void towers() {
@@ -266,11 +266,11 @@ class Builder {
       bool one = units.size() == 1;
       tower.in = one ? slots_[units[0]] : panel(width, !plan_.recompute);
       // The derivative of the identity needs no output.
-      tower.chain = chain(task.tower, tower.in, one ? d_slots_[units[0]] : d_panel(width), task.tower.back().act != Act::identity && !plan_.recompute);
-      tower.units = keep(std::move(units));
+      tower.mlp = mlp(task.tower, tower.in, one ? d_slots_[units[0]] : d_panel(width), task.tower.back().act != Act::identity && !plan_.recompute);
+      tower.units = own(std::move(units));
       towers.push_back(tower);
     }
-    plan_.towers = keep(std::move(towers));
+    plan_.towers = own(std::move(towers));
   }
 
   Plan& plan_;
@@ -280,10 +280,10 @@ class Builder {
   std::vector<Panel> slots_, roots_;
   std::vector<int64_t> d_slots_;
   // By the panel's id.
-  std::map<int, Turn> source_;
-  std::map<int, int64_t> turned_, operands_;
-  std::vector<Turn> turns_;
-  std::vector<const Step*> maps_;
+  std::map<int, TransposedInput> source_;
+  std::map<int, int64_t> transposed_, operands_;
+  std::vector<TransposedInput> transposes_;
+  std::vector<const Linear*> linears_;
 };
 
 }  // namespace
@@ -294,7 +294,7 @@ std::unique_ptr<Plan> make_plan(const Table& table, PlanKind kind) {
   plan->training = kind.training;
   plan->expanded = kind.expanded;
   plan->recompute = kind.training && kind.recompute;
-  plan->half = kind.half;
+  plan->bf16 = kind.bf16;
   Builder(*plan, plan->table).build();
   return plan;
 }

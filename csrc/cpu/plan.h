@@ -14,7 +14,7 @@ namespace fusedmoe::cpu {
 // faster in inference, 3 to 9 % slower in a training step, B = 1024, of the three main layers of bench/ on a Zen 5.)
 constexpr int64_t block_rows = 64;
 // Rows that backward keeps before it adds them to the parameters' gradients: two chains of dW (gemm.h), whose buffers, 13.5 KB
-// a row for AdaTT T3m2 (2,352 numbers of dz and 1,024 of turned inputs), stay in the last-level cache.
+// a row for AdaTT T3m2 (2,352 numbers of dz and 1,024 of transposed inputs), stay in the last-level cache.
 constexpr int64_t chunk_rows = 4 * block_rows;
 // The most rows that the forms for few rows take.
 constexpr int64_t few_rows = 8;
@@ -41,37 +41,37 @@ struct Span {
 // `width` rows of a transposed activation, at `offset` rows of a block's buffer: the kept one, or the thread's own.
 struct Panel {
   int64_t offset = -1, width = 0;
-  bool kept = false;
+  bool saved = false;
   int id = -1;  // of its own: another panel may take the same place later
 };
 
 // One linear map with its activation: in -> z -> out. `z` is what is kept for backward: the pre-activation, or where the
 // derivative can be told from the output (relu, sigmoid, tanh, identity) the output itself, and then z is out.
-struct Step {
+struct Linear {
   int64_t k, n;
   int weight, bias;
   Act act;
   double parameter;
   Panel in, z, out;
-  // Backward: its dz among the thread's, that of the whole chunk [n, chunk], and the input turned to [chunk, leading(k)].
-  int64_t d = -1, d_z = -1, turned = -1;
+  // Backward: its dz among the thread's, that of the whole chunk [n, chunk], and the input transposed to [chunk, leading(k)].
+  int64_t d = -1, d_z = -1, transposed = -1;
   // bfloat16: the operand of `in` among the thread's panels, whether this step is to make it, and the transposed weight.
-  int64_t operand = -1, turned_weight = -1;
+  int64_t operand = -1, transposed_weight = -1;
   bool convert = false;
 };
 
-struct Chain {
-  Span<Step> steps;
+struct Mlp {
+  Span<Linear> linears;
   Panel in, out;
   int64_t d_in = -1;    // backward: panel to which the gradient of `in` is added
   bool reads_x = false; // `in` is an input slot of the network
 };
 
-// An activation that backward turns to [chunk, leading(width)] in the chunk's buffer: the x of a dW.
-struct Turn {
+// An activation that backward transposes to [chunk, leading(width)] in the chunk's buffer: the x of a dW.
+struct TransposedInput {
   Panel from;
   int slot = -1;               // >= 0: input slot of the network, read from x itself
-  const Step* step = nullptr;  // the step whose activation must be applied to `from` first
+  const Linear* linear = nullptr;  // the step whose activation must be applied to `from` first
   int64_t to = 0;
 };
 
@@ -84,8 +84,8 @@ struct Read {
   int64_t d_static = -1;  // row of the chunk's buffer of dz, for the dw of a learned weight
 };
 
-struct Mix {
-  Chain gate;           // no steps: no gate
+struct UnitPlan {
+  Mlp gate;           // no steps: no gate
   Panel p, w, out;      // softmax over what the gate sees; the mixing weights of `reads`; the unit's output
   Span<Read> reads;     // ascending experts
   int64_t weights;      // column of the mixing weights [B, mixing]
@@ -94,7 +94,7 @@ struct Mix {
 
 // Units of one width that are mixed together, and the experts that any of them reads: reads[u * experts.count + i] is the place of expert i
 // among the reads of unit u, or -1.
-struct Blend {
+struct UnitGroup {
   Span<int> units, experts, reads;
 };
 
@@ -104,18 +104,18 @@ struct Use {
   int64_t read;
 };
 
-struct Stage {
-  Span<Chain> experts;          // dead ones have no steps
+struct Segment {
+  Span<Mlp> experts;          // dead ones have no steps
   Span<int> order;              // the live experts
-  Span<Mix> units;              // dead ones have reads.count = -1
-  Span<Blend> blends;           // of the live units
+  Span<UnitPlan> units;              // dead ones have reads.count = -1
+  Span<UnitGroup> unit_groups;           // of the live units
   Span<int64_t> d_expert;       // backward: panel of the gradient that selectors hand to an expert, or -1
   Span<Span<Use>> uses;         // of each expert, ascending units
-  Span<Turn> turns;
+  Span<TransposedInput> transposes;
 };
 
 struct Tower {
-  Chain chain;
+  Mlp mlp;
   Span<int> units;
   Panel in;             // the units' concatenation; the unit's own panel where there is only one
 };
@@ -123,29 +123,29 @@ struct Tower {
 struct Plan {
   Table table;
   bool training, expanded;
-  bool recompute;                // keep only the units' outputs and the softmax, and run maps and towers again in backward
+  bool recompute;                // keep only the units' outputs and the softmax, and run linears and towers again in backward
   Span<Panel> inputs;            // of the input slots; one for all when x is expanded
-  bool half;                     // the maps take bfloat16
+  bool bf16;                     // the linears take bfloat16
   Span<int64_t> input_operands;  // and find the input slots there
-  int64_t turned_weights = 0;    // numbers of all transposed weights
-  Span<Stage> stages;
+  int64_t transposed_weights = 0;    // numbers of all transposed weights
+  Span<Segment> segments;
   Span<Tower> towers;
-  Span<Turn> tower_turns;
-  Span<const Step*> maps;        // every live linear map
-  int64_t kept = 0, scratch = 0;      // rows of a block's two buffers
+  Span<TransposedInput> tower_transposes;
+  Span<const Linear*> linears;        // every live linear
+  int64_t saved = 0, scratch = 0;      // rows of a block's two buffers
   int64_t d_scratch = 0;              // rows of backward's own buffer of a thread: gradients of panels,
-  int64_t d_steps = 0;                // and the dz of one chain
+  int64_t d_linears = 0;                // and the dz of one chain
   Span<int64_t> d_inputs;             // panels of the input slots' gradients
-  int64_t d_z = 0, turned = 0;        // rows (dz) and columns (turned inputs) of the chunk's buffers
+  int64_t d_z = 0, transposed = 0;        // rows (dz) and columns (transposed inputs) of the chunk's buffers
   int64_t widest = 0;                 // the widest panel
 
   std::vector<std::shared_ptr<void>> storage;
 };
 
 // How a call is to be planned. `training`: keep what backward needs, with `recompute` as little as possible. `expanded`: x has stride 0
-// over its slots, so one panel serves all. `half`: the maps' operands are bfloat16.
+// over its slots, so one panel serves all. `bf16`: the linears' operands are bfloat16.
 struct PlanKind {
-  bool training = false, expanded = false, recompute = false, half = false;
+  bool training = false, expanded = false, recompute = false, bf16 = false;
 };
 // Place every buffer.
 std::unique_ptr<Plan> make_plan(const Table& table, PlanKind kind);

@@ -60,7 +60,7 @@ void run_gradients(const GradientsCall& call, const Tiles& tiles, Stream stream)
 
 void backward_rows(const Backward& backward, const Tiles& tiles, int place, int programs, Stream stream) {
   if (!fits(tiles)) refuse("backward_rows", tiles);
-  const RowsCall call{backward, place, tiles.columns, tiles.aligned, tiles.stored, tiles.once};
+  const RowsCall call{backward, place, tiles.columns, tiles.aligned, tiles.store_aligned, tiles.allow_tf32};
   switch (tiles.number) {
     case Number::bfloat16: return run_rows<bfloat16>(call, tiles, programs, stream);
     case Number::float16: return run_rows<float16>(call, tiles, programs, stream);
@@ -70,7 +70,7 @@ void backward_rows(const Backward& backward, const Tiles& tiles, int place, int 
 
 void gradients(const Backward& backward, const Gradients& gradients, const Tiles& tiles, int place, Stream stream) {
   if (!fits(tiles)) refuse("gradients", tiles);
-  const GradientsCall call{backward, gradients, place, tiles.columns, tiles.aligned, tiles.once};
+  const GradientsCall call{backward, gradients, place, tiles.columns, tiles.aligned, tiles.allow_tf32};
   switch (tiles.number) {
     case Number::bfloat16: return run_gradients<bfloat16>(call, tiles, stream);
     case Number::float16: return run_gradients<float16>(call, tiles, stream);

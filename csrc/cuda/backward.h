@@ -8,24 +8,24 @@
 //   source   some columns of a source: the softmax's backward of the gates that read it, then d = sum of W^T dz over what reads it
 #pragma once
 #include "columns.h"
-#include "pieces.h"
+#include "k_tiles.h"
 
 namespace fusedmoe::cuda {
 
 struct RowsCall {
   Backward of;
   int place, columns;
-  bool aligned, stored, once;
+  bool aligned, store_aligned, allow_tf32;
 };
 
 template <class T, int ROWS, int COLUMNS, int THREADS>
 struct RowsBackward {
   static constexpr int stages = 3;
   using Up = Product<T, ROWS, COLUMNS, THREADS>;
-  using Down = Product<T, ROWS, COLUMNS, THREADS, Lie::along, Lie::across>;
+  using Down = Product<T, ROWS, COLUMNS, THREADS, Major::k, Major::mn>;
   // Of gates, for so many reads at a time.
   static constexpr int reads_step = 16;
-  using Choice = Product<T, ROWS, COLUMNS, THREADS, Lie::along, Lie::across, reads_step>;
+  using Choice = Product<T, ROWS, COLUMNS, THREADS, Major::k, Major::mn, reads_step>;
   using Sums = typename Up::Sums;
   static constexpr int stage = stage_bytes<Up> > stage_bytes<Down> ? stage_bytes<Up> : stage_bytes<Down>;
   static constexpr int bytes = stages * stage;
@@ -45,46 +45,46 @@ struct RowsBackward {
 
   __device__ __forceinline__ void expert_tile(int record) const {
     using Tile = ExpertTileRecord;
-    const int one = plan(record + Tile::linear), width = plan(record + Tile::width);
+    const int linear = plan(record + Tile::linear), width = plan(record + Tile::width);
     const Columns columns = columns_of(plan(record + Tile::column), width);
     Sums z, dy;
     Up::clear(z);
-    if (plan(one + LinearRecord::weight) >= 0) linear(one, columns, z);
-    else add_tile<Up>(block.rows_of(one + LinearRecord::size), columns, block.live, call.aligned, z);
+    if (plan(linear + LinearRecord::weight) >= 0) linear_forward(linear, columns, z);
+    else add_tile<Up>(block.rows_of(linear + LinearRecord::size), columns, block.live, call.aligned, z);
     // Beyond the expert's columns stands 0 h, which is NaN where h is infinite.
     Up::visit(z, [&](int, int column, float& low, float& high) {
       if (column >= columns.live) low = 0.0f;
       if (column + 1 >= columns.live) high = 0.0f;
     });
     Up::clear(dy);
-    readers(record + Tile::size, plan(record + Tile::readers), one, columns, z, dy);
-    slope(one, z, dy);
-    // Of the partial sums, all have been read. Zeros up to the next map's column, so that products over dz need not stop within a vector.
+    readers(record + Tile::size, plan(record + Tile::readers), linear, columns, z, dy);
+    slope(linear, z, dy);
+    // Of the partial sums, all have been read. Zeros up to the next linear's column, so that products over dz need not stop within a vector.
     sync_block();
     const Row<T> to = dz();
-    store_tile<Up>(shared(), dy, Row<T>{to.first + plan(record + Tile::dz), to.distance}, columns_of(columns.first, padded(width)), block.live, true);
+    store_tile<Up>(shared(), dy, Row<T>{to.first + plan(record + Tile::dz), to.stride}, columns_of(columns.first, padded(width)), block.live, true);
   }
 
-  __device__ __forceinline__ void linear(int one, const Columns& columns, Sums& z) const {
-    MapPieces<T, Up> pieces{block, one, columns.first, columns.live, call.aligned};
+  __device__ __forceinline__ void linear_forward(int linear, const Columns& columns, Sums& z) const {
+    LinearTiles<T, Up> k_tiles{block, linear, columns.first, columns.live, call.aligned};
     Ring<stages> ring;
-    const auto fetch = [&](int at) { pieces(shared(at)); };
+    const auto fetch = [&](int at) { k_tiles(shared(at)); };
     ring.start(fetch);
     FUSEDMOE_CUDA_ROLLED
-    for (int source = 0; source < plan(one + LinearRecord::sources); source++)
+    for (int source = 0; source < plan(linear + LinearRecord::sources); source++)
       FUSEDMOE_CUDA_ROLLED
-      for (int left = plan(one + LinearRecord::size + source * SourceRecord::size + SourceRecord::width); left > 0; left -= piece<T>) {
+      for (int left = plan(linear + LinearRecord::size + source * SourceRecord::size + SourceRecord::width); left > 0; left -= k_tile<T>) {
         const char* a = shared(ring.step(fetch));
-        Up::multiply(a, a + Up::PanelA::bytes, z, call.once, columns.live);
+        Up::multiply(a, a + Up::PanelA::bytes, z, call.allow_tf32, columns.live);
       }
     ring.finish();
-    add_bias<Up>(block, one, columns, z);
+    add_bias<Up>(block, linear, columns, z);
   }
 
   // dy = sum of (p + v) g over the units that read the expert, and each one's part of dw = sum of g y over these columns.
-  __device__ __forceinline__ void readers(int reader, int count, int one, const Columns& columns, const Sums& z, Sums& dy) const {
+  __device__ __forceinline__ void readers(int reader, int count, int linear, const Columns& columns, const Sums& z, Sums& dy) const {
     Sums y = z;
-    activate<Up>(block, one, y);
+    activate<Up>(block, linear, y);
     Sums g;
     load_gradient(reader, count, columns, g);
     FUSEDMOE_CUDA_ROLLED
@@ -125,14 +125,14 @@ struct RowsBackward {
   // g of the first of `count` readers, or zeros of none.
   __device__ __forceinline__ void load_gradient(int reader, int count, const Columns& columns, Sums& g) const {
     Up::clear(g);
-    if (count > 0) add_tile<Up>(block.rows_of(reader + ReaderRecord::place, call.of.below), columns, block.live, call.stored, g);
+    if (count > 0) add_tile<Up>(block.rows_of(reader + ReaderRecord::place, call.of.below), columns, block.live, call.store_aligned, g);
   }
 
   // dy x a'(z).
-  __device__ __forceinline__ void slope(int one, const Sums& z, Sums& dy) const {
-    const float parameter = block.number(plan(one + LinearRecord::parameter));
-    const bool relu = Act(plan(one + LinearRecord::activation)) == Act::relu;
-    choose(plan(one + LinearRecord::activation), [&](auto act) {
+  __device__ __forceinline__ void slope(int linear, const Sums& z, Sums& dy) const {
+    const float parameter = block.number(plan(linear + LinearRecord::parameter));
+    const bool relu = Act(plan(linear + LinearRecord::activation)) == Act::relu;
+    choose(plan(linear + LinearRecord::activation), [&](auto act) {
       FUSEDMOE_CUDA_UNROLL
       for (int m = 0; m < Up::M; m++)
         FUSEDMOE_CUDA_UNROLL
@@ -159,23 +159,23 @@ struct RowsBackward {
     store_tile<Up>(shared(), d, to, columns, block.live, call.aligned);
   }
 
-  // d += sum of W^T dz over maps, and of dz over copies.
+  // d += sum of W^T dz over linears, and of dz over copies.
   __device__ __forceinline__ void add_uses(int use, int count, const Columns& columns, Sums& d) const {
-    UsePieces<T, Down> pieces{block, dz(), columns.first, columns.live, call.aligned, use, count};
+    UseTiles<T, Down> k_tiles{block, dz(), columns.first, columns.live, call.aligned, use, count};
     Ring<stages> ring;
-    const auto fetch = [&](int at) { pieces(shared(at)); };
+    const auto fetch = [&](int at) { k_tiles(shared(at)); };
     ring.start(fetch);
     FUSEDMOE_CUDA_ROLLED
     for (int i = 0; i < count; i++, use += UseRecord::size) {
       if (plan(use + UseRecord::weight) < 0) {
         const Row<T> of = dz();
-        add_tile<Up>(Row<T>{of.first + plan(use + UseRecord::dz), of.distance}, columns, block.live, call.aligned, d);
+        add_tile<Up>(Row<T>{of.first + plan(use + UseRecord::dz), of.stride}, columns, block.live, call.aligned, d);
         continue;
       }
       FUSEDMOE_CUDA_ROLLED
-      for (int left = plan(use + UseRecord::outputs); left > 0; left -= piece<T>) {
+      for (int left = plan(use + UseRecord::outputs); left > 0; left -= k_tile<T>) {
         const char* a = shared(ring.step(fetch));
-        Down::multiply(a, a + Down::PanelA::bytes, d, call.once, columns.live);
+        Down::multiply(a, a + Down::PanelA::bytes, d, call.allow_tf32, columns.live);
       }
     }
     ring.finish();
@@ -198,7 +198,7 @@ struct RowsBackward {
       commit_copies();
       // A product wants the whole warp, whose lanes have each gone their way.
       sync_warp();
-      if (from >= 0) Choice::multiply(shared(from), shared(from) + Choice::PanelA::bytes, d, call.once, columns.live);
+      if (from >= 0) Choice::multiply(shared(from), shared(from) + Choice::PanelA::bytes, d, call.allow_tf32, columns.live);
       wait_copies<0>();
       sync_block();
       from = some ? to : -1;
@@ -224,10 +224,10 @@ struct RowsBackward {
   __device__ __forceinline__ float probability(int selection, int read) const { return load_global(block.softmax(plan(selection + SelectionRecord::p) + read) + my_row()); }
   __device__ __forceinline__ float weight_gradient(int selection, int read) const {
     float d = 0.0f;
-    const int tiles = plan(selection + SelectionRecord::tiles), first = plan(selection + SelectionRecord::dw) + read, distance = plan(selection + SelectionRecord::stride);
+    const int tiles = plan(selection + SelectionRecord::tiles), first = plan(selection + SelectionRecord::dw) + read, stride = plan(selection + SelectionRecord::stride);
     // Several on their way at a time.
     FUSEDMOE_CUDA_UNROLL_SOME
-    for (int tile = 0; tile < tiles; tile++) d += load_global(dw(first + tile * distance) + my_row());
+    for (int tile = 0; tile < tiles; tile++) d += load_global(dw(first + tile * stride) + my_row());
     const int columns = call.of.network.weights ? plan(plan(selection + SelectionRecord::unit) + UnitRecord::mixing) : -1;
     if (columns >= 0) {
       const T* given = static_cast<const T*>(call.of.network.weights) + (block.row + my_row()) * block.network.mixing;

@@ -18,9 +18,9 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readwrite("rows", &Tiles::rows)
       .def_readwrite("columns", &Tiles::columns)
       .def_readwrite("units", &Tiles::units)
-      .def_readwrite("keep", &Tiles::keep)
-      .def_readwrite("inner", &Tiles::inner)
-      .def_readwrite("once", &Tiles::once);
+      .def_readwrite("resident", &Tiles::resident)
+      .def_readwrite("hidden", &Tiles::hidden)
+      .def_readwrite("allow_tf32", &Tiles::allow_tf32);
   fusedmoe::gpu::bind_bound<Bound>(m).def_readwrite("tiles", &Bound::tiles);
   m.attr("MOST_PARAMETERS") = int(Addresses::count);
   m.def("missing", &missing, "CUDA's name for what is missing on this machine, and its words; nothing where a device can be used.");

@@ -81,7 +81,7 @@ class Launches {
   }
   Tiles tiles_for(const Step& step) const {
     Tiles tiles = tiles_;
-    tiles.stored = given_.aligned && step.stores;
+    tiles.store_aligned = given_.aligned && step.stores;
     return tiles;
   }
 
@@ -90,7 +90,7 @@ class Launches {
     const int64_t rows = given_.rows, size = bound_.size;
     const int64_t x = 1 + (rows - 1) * given_.x_row + (bound_.slots - 1) * given_.x_slot + bound_.width - 1, top = bound_.output[0] * bound_.output[1];
     return {{"x", places.x, uint64_t(size * x), false},
-            {"buffers", places.buffers, uint64_t(size * bound_.kept * rows), forward},
+            {"buffers", places.buffers, uint64_t(size * bound_.buffer_width * rows), forward},
             {"out", places.out, uint64_t(size * rows * top), forward},
             {"p", places.p, uint64_t(4 * bound_.softmax * rows), forward},
             {"weights", places.weights, places.weights ? uint64_t(size * rows * bound_.mixing) : 0, forward},
@@ -101,7 +101,7 @@ class Launches {
   std::vector<Reach> around(const Below& below) const {
     const int64_t rows = given_.rows, size = bound_.size;
     return {{"d_x", below.d_x, uint64_t(size * rows * bound_.slots * bound_.width), true},
-            {"d_buffers", below.d_buffers, uint64_t(size * bound_.kept * rows), true},
+            {"d_buffers", below.d_buffers, uint64_t(size * bound_.buffer_width * rows), true},
             {"dw", below.dw, uint64_t(4 * bound_.sums * rows), true},
             {"dz", below.dz, uint64_t(size * rows * bound_.columns), true},
             {"arrived", below.arrived, uint64_t(4 * bound_.gradients.programs), true}};

@@ -1,4 +1,4 @@
-// What is done to the numbers that a thread has of a tile: some columns of a map.
+// What is done to the numbers that a thread has of a tile: some columns of a linear.
 #pragma once
 #include "activation.h"
 #include "records.h"
@@ -6,30 +6,30 @@
 
 namespace fusedmoe::cuda {
 
-// `live` columns of a map, or outputs, from `first` on; or by their numbers in a list of the plan, where `list` is not negative.
+// `live` columns of a linear, or outputs, from `first` on; or by their numbers in a list of the plan, where `list` is not negative.
 struct Columns {
   int first, live, list = -1;
 };
 
 // Two neighbours of a row, read as one where `pair` says that they begin at a multiple of both.
 template <class T>
-__device__ __forceinline__ void load_two(const T* at, bool pair, bool one, bool both, float& first, float& second) {
-  if (pair && both) {
+__device__ __forceinline__ void load_two(const T* at, bool pair, bool first_live, bool second_live, float& first, float& second) {
+  if (pair && second_live) {
     const Vector<T, 2> two = load_global(reinterpret_cast<const Vector<T, 2>*>(at));
     first = widened(two.at[0]), second = widened(two.at[1]);
   } else {
-    first = one ? widened(load_global(at)) : 0.0f;
-    second = both ? widened(load_global(at + 1)) : 0.0f;
+    first = first_live ? widened(load_global(at)) : 0.0f;
+    second = second_live ? widened(load_global(at + 1)) : 0.0f;
   }
 }
 
 template <class T>
-__device__ __forceinline__ void store_two(T* at, bool pair, bool one, bool both, float first, float second) {
-  if (pair && both) {
+__device__ __forceinline__ void store_two(T* at, bool pair, bool first_live, bool second_live, float first, float second) {
+  if (pair && second_live) {
     store_global(reinterpret_cast<Vector<T, 2>*>(at), Vector<T, 2>{rounded<T>(first), rounded<T>(second)});
   } else {
-    if (one) store_global(at, rounded<T>(first));
-    if (both) store_global(at + 1, rounded<T>(second));
+    if (first_live) store_global(at, rounded<T>(first));
+    if (second_live) store_global(at + 1, rounded<T>(second));
   }
 }
 
@@ -37,17 +37,17 @@ __device__ __forceinline__ void store_two(T* at, bool pair, bool one, bool both,
 template <class P, class T>
 __device__ __forceinline__ void add_tile(const Row<T>& from, const Columns& columns, int rows, bool pairs, typename P::Sums& sums) {
   P::visit(sums, [&](int row, int column, float& low, float& high) {
-    const bool one = row < rows && column < columns.live, both = row < rows && column + 1 < columns.live;
+    const bool first_live = row < rows && column < columns.live, second_live = row < rows && column + 1 < columns.live;
     float first, second;
-    load_two(from.first + int64_t(row) * from.distance + columns.first + column, pairs, one, both, first, second);
+    load_two(from.first + int64_t(row) * from.stride + columns.first + column, pairs, first_live, second_live, first, second);
     low += first, high += second;
   });
 }
 
 // z += b.
 template <class P, class T>
-__device__ __forceinline__ void add_bias(const Block<T>& block, int one, const Columns& columns, typename P::Sums& z) {
-  const int number = block.plan(one + LinearRecord::bias);
+__device__ __forceinline__ void add_bias(const Block<T>& block, int linear, const Columns& columns, typename P::Sums& z) {
+  const int number = block.plan(linear + LinearRecord::bias);
   if (number < 0) return;
   const T* bias = block.parameter(number) + columns.first;
   const auto term = [&](int column) {
@@ -68,9 +68,9 @@ __device__ __forceinline__ void add_bias(const Block<T>& block, int one, const C
 
 // z = act(z).
 template <class P, class T>
-__device__ __forceinline__ void activate(const Block<T>& block, int one, typename P::Sums& z) {
-  const float parameter = block.number(block.plan(one + LinearRecord::parameter));
-  choose(block.plan(one + LinearRecord::activation), [&](auto act) {
+__device__ __forceinline__ void activate(const Block<T>& block, int linear, typename P::Sums& z) {
+  const float parameter = block.number(block.plan(linear + LinearRecord::parameter));
+  choose(block.plan(linear + LinearRecord::activation), [&](auto act) {
     P::visit(z, [&](int, int, float& low, float& high) {
       low = act.value(low, parameter);
       high = act.value(high, parameter);
@@ -102,7 +102,7 @@ __device__ __forceinline__ void store_tile(char* scratch, typename P::Sums& from
     for (int i = lane(); i < down * count; i += 32) {
       const int row = i / count, column = i % count * (across / count);
       if (first_row + row >= rows || first_column + column >= columns.live) continue;
-      T* at = to.first + int64_t(first_row + row) * to.distance + columns.first + first_column + column;
+      T* at = to.first + int64_t(first_row + row) * to.stride + columns.first + first_column + column;
       store_global(reinterpret_cast<Stored*>(at), *reinterpret_cast<const Stored*>(part + row * pitch + column * int(sizeof(T))));
     }
   };

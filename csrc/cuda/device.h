@@ -63,13 +63,13 @@ constexpr int depth = sizeof(T) == 2 ? 16 : 8;
 template <int COUNT = 32>
 __device__ __forceinline__ float sum_lanes(float x) {
   FUSEDMOE_CUDA_UNROLL
-  for (int distance = COUNT / 2; distance > 0; distance /= 2) x += shuffle_xor(x, distance);
+  for (int stride = COUNT / 2; stride > 0; stride /= 2) x += shuffle_xor(x, stride);
   return x;
 }
 template <int COUNT = 32>
 __device__ __forceinline__ float max_lanes(float x) {
   FUSEDMOE_CUDA_UNROLL
-  for (int distance = COUNT / 2; distance > 0; distance /= 2) x = fmaxf(x, shuffle_xor(x, distance));
+  for (int stride = COUNT / 2; stride > 0; stride /= 2) x = fmaxf(x, shuffle_xor(x, stride));
   return x;
 }
 

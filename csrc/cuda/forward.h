@@ -5,23 +5,23 @@
 //   softmax   p [reads, rows of the block] of each unit of the group, to scratch: logits by products with the gates' rows
 //   mix       for every expert of the group: y = act(W h + b), and for every unit that reads it out += (p + v) y
 #pragma once
-#include "series.h"
+#include "mainloop.h"
 
 namespace fusedmoe::cuda {
 
 // The tiles of one instance: at most UNITS units are mixed at a time.
-template <class T, int ROWS, int COLUMNS, int UNITS, int THREADS, bool INNER>
+template <class T, int ROWS, int COLUMNS, int UNITS, int THREADS, bool HIDDEN>
 struct Forward {
   using P = Product<T, ROWS, COLUMNS, THREADS>;
   using Sums = typename P::Sums;
-  using Maps = Series<T, P, INNER>;
-  using Where = typename Maps::Where;
-  static_assert(store_bytes<P, T> <= Maps::stages * P::PanelA::bytes);
-  // Shared memory of a launch: that of the maps, and the weights w [UNITS, ROWS] of this expert and of the next one.
-  static __host__ __device__ __forceinline__ int bytes(int keep) { return Where::bytes(Where::panels_for(keep)) + 2 * UNITS * ROWS * int(sizeof(float)); }
+  using Loop = Mainloop<T, P, HIDDEN>;
+  using Shared = typename Loop::Shared;
+  static_assert(store_bytes<P, T> <= Loop::stages * P::PanelA::bytes);
+  // Shared memory of a launch: that of the linears, and the weights w [UNITS, ROWS] of this expert and of the next one.
+  static __host__ __device__ __forceinline__ int bytes(int resident) { return Shared::bytes(Shared::panels_for(resident)) + 2 * UNITS * ROWS * int(sizeof(float)); }
 
   const Call& call;
-  const Where layout;
+  const Shared layout;
 
   __device__ __forceinline__ Block<T> block() const { return block_of<T, ROWS>(call); }
   __device__ __forceinline__ int plan(int at) const { return load_global(call.network.plan + at); }
@@ -37,10 +37,10 @@ struct Forward {
   // Integers of an expert in a run: its record, and its place among the reads of each unit.
   __device__ __forceinline__ int expert_size() const { return ExpertReadRecord::size + call.units; }
 
-  // A tile: the logits of its gates and what its units mix come from one loop over maps, so that its code is there once.
+  // A tile: the logits of its gates and what its units mix come from one loop over linears, so that its code is there once.
   __device__ __forceinline__ void run(int tile) const {
     Sums mixed[UNITS];
-    Maps maps{call, layout};
+    Loop maps{call, layout};
     int record = 0, parity = 0;
     FUSEDMOE_CUDA_ROLLED
     for (bool gates = plan(tile + TileRecord::task) >= write_softmax;; gates = false) {
@@ -53,7 +53,7 @@ struct Forward {
       if (!gates && runs > 0) put_weights(parity ^= 1, weights_of(tile, record + RunRecord::size));
       FUSEDMOE_CUDA_ROLLED
       for (; runs > 0; runs--) {
-        int pieces = 0, count = plan(record + RunRecord::count);
+        int k_tiles = 0, count = plan(record + RunRecord::count);
         record += RunRecord::size;
         FUSEDMOE_CUDA_ROLLED
         for (; count > 0; count--, record += gates ? GateReadRecord::size : expert_size()) {
@@ -65,19 +65,19 @@ struct Forward {
           FUSEDMOE_CUDA_ROLLED
           for (; outputs.live > 0; outputs.live -= COLUMNS, outputs.list += COLUMNS) {
             Sums z;
-            const int one = gates ? plan(plan(record + GateReadRecord::unit) + UnitRecord::gate) : plan(record + ExpertReadRecord::linear);
-            pieces = maps.linear(one, outputs, z);
+            const int linear = gates ? plan(plan(record + GateReadRecord::unit) + UnitRecord::gate) : plan(record + ExpertReadRecord::linear);
+            k_tiles = maps.linear_forward(linear, outputs, z);
             if (gates) {
               store_logits(tile, record, outputs, z);
               continue;
             }
-            activate<P>(block(), one, z);
+            activate<P>(block(), linear, z);
             add(record, parity, z, mixed);
             if (after >= 0) put_weights(parity ^= 1, next);
             break;
           }
         }
-        maps.leave_source(pieces);
+        maps.leave_source(k_tiles);
       }
       maps.finish();
       if (!gates) break;
@@ -96,7 +96,7 @@ struct Forward {
     FUSEDMOE_CUDA_UNROLL
     for (int u = 0; u < UNITS; u++)
       if (u < call.units && unit(tile, u) >= 0)
-        store_tile<P>(layout.a(0), mixed[u], block().rows_of(unit(tile, u) + UnitRecord::place), columns(tile), block().live, call.stored);
+        store_tile<P>(layout.a(0), mixed[u], block().rows_of(unit(tile, u) + UnitRecord::place), columns(tile), block().live, call.store_aligned);
   }
 
   __device__ __forceinline__ Columns columns(int tile) const { return {plan(tile + TileRecord::column), plan(group(tile) + GroupRecord::width) - plan(tile + TileRecord::column), -1}; }
@@ -198,12 +198,12 @@ struct Forward {
   }
 };
 
-template <class T, int ROWS, int COLUMNS, int UNITS, int THREADS, int BLOCKS, bool INNER>
+template <class T, int ROWS, int COLUMNS, int UNITS, int THREADS, int BLOCKS, bool HIDDEN>
 __global__ void __launch_bounds__(THREADS, BLOCKS) forward_kernel(const __grid_constant__ Call call) {
-  using Of = Forward<T, ROWS, COLUMNS, UNITS, THREADS, INNER>;
+  using Of = Forward<T, ROWS, COLUMNS, UNITS, THREADS, HIDDEN>;
   const Of of{call, {call.panels}};
   const int program = call.place + 2 * block_y();
-  typename Of::Maps{call, of.layout}.clear_hidden();
+  typename Of::Loop{call, of.layout}.clear_hidden();
   FUSEDMOE_CUDA_ROLLED
   for (int tile = of.plan(program); tile < of.plan(program + 1); tile += TileRecord::size) {
     of.run(tile);

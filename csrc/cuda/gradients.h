@@ -12,13 +12,13 @@ struct GradientsCall {
   Backward of;
   Gradients to;
   int place, columns;
-  bool aligned, once;
+  bool aligned, allow_tf32;
 };
 
 template <class T, int OUTPUTS, int COLUMNS, int THREADS>
 struct ParameterGradients {
   static constexpr int stages = 3;
-  using P = Product<T, OUTPUTS, COLUMNS, THREADS, Lie::across, Lie::across>;
+  using P = Product<T, OUTPUTS, COLUMNS, THREADS, Major::mn, Major::mn>;
   using Sums = typename P::Sums;
   static constexpr int stage = P::PanelA::bytes + P::PanelB::bytes, bytes = stages * stage;
   static_assert(THREADS % OUTPUTS == 0 && THREADS * int(sizeof(float)) <= bytes);
@@ -41,14 +41,14 @@ struct ParameterGradients {
   // The rows and columns of a dW that a task makes.
   struct Matrix {
     int64_t first;
-    int distance, rows, columns, bias;
+    int stride, rows, columns, bias;
   };
   __device__ __forceinline__ Matrix matrix_of(int record) const {
     using Task = MatrixTaskRecord;
     const int n = plan(record + Task::row), k = plan(record + Task::column), source = record + Task::source, bias = plan(record + Task::bias);
     const int rows = plan(record + Task::outputs) - n, columns = plan(source + SourceRecord::width) - k;
-    const int distance = plan(record + Task::reduction);
-    return {plan(record + Task::weight) + plan(source + SourceRecord::first) + int64_t(n) * distance + k, distance, rows < OUTPUTS ? rows : OUTPUTS,
+    const int stride = plan(record + Task::reduction);
+    return {plan(record + Task::weight) + plan(source + SourceRecord::first) + int64_t(n) * stride + k, stride, rows < OUTPUTS ? rows : OUTPUTS,
             columns < call.columns ? columns : call.columns, bias < 0 ? -1 : bias + n};
   }
 
@@ -59,14 +59,14 @@ struct ParameterGradients {
     Row<T> b = block.rows_of(record + MatrixTaskRecord::source);
     b.first += k;
     int left = block.live;
-    // What stands between a map's dz and the next one's goes into sums that are not stored.
+    // What stands between a linear's dz and the next one's goes into sums that are not stored.
     const auto fetch = [&](int at) {
       if (left <= 0) return;
       copy_panel<typename P::PanelA, THREADS>(shared(at), a, padded(to.rows), true, Rows{left, dz_row});
-      copy_panel<typename P::PanelB, THREADS>(shared(at) + P::PanelA::bytes, b.first, to.columns, call.aligned, Rows{left, b.distance});
-      a += int64_t(piece<T>) * dz_row;
-      b.first += int64_t(piece<T>) * b.distance;
-      left -= piece<T>;
+      copy_panel<typename P::PanelB, THREADS>(shared(at) + P::PanelA::bytes, b.first, to.columns, call.aligned, Rows{left, b.stride});
+      a += int64_t(k_tile<T>) * dz_row;
+      b.first += int64_t(k_tile<T>) * b.stride;
+      left -= k_tile<T>;
     };
     Sums sums;
     P::clear(sums);
@@ -74,9 +74,9 @@ struct ParameterGradients {
     Ring<stages> ring;
     ring.start(fetch);
     FUSEDMOE_CUDA_ROLLED
-    for (int row = 0; row < block.live; row += piece<T>) {
+    for (int row = 0; row < block.live; row += k_tile<T>) {
       const char* at = shared(ring.step(fetch));
-      P::multiply(at, at + P::PanelA::bytes, sums, call.once, to.columns);
+      P::multiply(at, at + P::PanelA::bytes, sums, call.allow_tf32, to.columns);
       if (to.bias >= 0) bias += rows_of_bias(at);
     }
     ring.finish();
@@ -88,16 +88,16 @@ struct ParameterGradients {
   static __device__ __forceinline__ float rows_of_bias(const char* panel) {
     float sum = 0.0f;
     FUSEDMOE_CUDA_UNROLL
-    for (int row = thread() / OUTPUTS; row < piece<T>; row += THREADS / OUTPUTS)
+    for (int row = thread() / OUTPUTS; row < k_tile<T>; row += THREADS / OUTPUTS)
       sum += widened(*reinterpret_cast<const T*>(panel + row * P::PanelA::pitch + thread() % OUTPUTS * int(sizeof(T))));
     return sum;
   }
   __device__ __forceinline__ void store_matrix(const Matrix& to, Sums& sums) const {
-    const bool pairs = ((to.first | to.distance | (alone() ? 0 : call.to.total)) & 1) == 0;
+    const bool pairs = ((to.first | to.stride | (alone() ? 0 : call.to.total)) & 1) == 0;
     const auto each = [&](auto* first) {
       P::visit(sums, [&](int row, int column, float low, float high) {
         const bool live = row < to.rows;
-        store_two(first + to.first + int64_t(row) * to.distance + column, pairs, live && column < to.columns, live && column + 1 < to.columns, low, high);
+        store_two(first + to.first + int64_t(row) * to.stride + column, pairs, live && column < to.columns, live && column + 1 < to.columns, low, high);
       });
     };
     if (alone()) each(static_cast<T*>(call.to.grads));
@@ -147,7 +147,7 @@ struct ParameterGradients {
     for (int done = 0; done < all; done += some)
       add_chunks<some>([&](int n) {
         const int row = thread() / COLUMNS + (done + n) * (THREADS / COLUMNS);
-        return row < to.rows && column < to.columns ? to.first + int64_t(row) * to.distance + column : int64_t(-1);
+        return row < to.rows && column < to.columns ? to.first + int64_t(row) * to.stride + column : int64_t(-1);
       });
     if (to.bias >= 0 && thread() < to.rows) add_chunks<1>([&](int) { return int64_t(to.bias) + thread(); });
   }
@@ -169,12 +169,12 @@ struct ParameterGradients {
     if (arrives_last() && thread() == 0) add_chunks<1>([&](int) { return int64_t(plan(record + StaticTaskRecord::element)); });
   }
   __device__ __forceinline__ float term(int term) const {
-    const int64_t first = plan(term + TermRecord::dw), distance = plan(term + TermRecord::stride);
+    const int64_t first = plan(term + TermRecord::dw), stride = plan(term + TermRecord::stride);
     const int tiles = plan(term + TermRecord::tiles), column = call.of.network.weights ? plan(term + TermRecord::mixing) : -1;
     float value = 0.0f;
     FUSEDMOE_CUDA_ROLLED
     for (int64_t row = block.row + thread(); row < block.row + block.live; row += THREADS) {
-      for (int tile = 0; tile < tiles; tile++) value += load_global(call.of.dw + (first + tile * distance) * block.network.rows + row);
+      for (int tile = 0; tile < tiles; tile++) value += load_global(call.of.dw + (first + tile * stride) * block.network.rows + row);
       if (column >= 0) value += widened(load_global(static_cast<const T*>(call.of.network.weights) + row * block.network.mixing + column));
     }
     return value;

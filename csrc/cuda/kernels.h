@@ -21,7 +21,7 @@ struct Places {
   int64_t x_row, x_slot;
 };
 
-// A plan and what it speaks of. p: the softmax of every unit [reads, B]; weights: mixing weights [B, mixing], or null; rows: B.
+// Arguments that every kernel of a call shares. p: the softmax of every unit [reads, B]; weights: mixing weights [B, mixing], or null; rows: B.
 // In the backward `weights` are the gradients that mixing weights were given, and they and p are only read.
 struct Network {
   Places places;
@@ -36,11 +36,11 @@ struct Network {
 
 // How a launch runs, as kernels/tiles.py chose it for the plan. rows, columns: of a tile; units: mixed at a time; keep: columns of a source that are
 // kept for all that read it, or 0; aligned: all that is read begins at multiples of 16 bytes, row by row; stored: so does what is written;
-// inner: some map has one inside; once: products of float32 by 11 bits of each number instead of all.
+// hidden: some linear has a hidden layer inside; allow_tf32: products of float32 by 11 bits of each number instead of all.
 struct Tiles {
   Number number;
-  int rows, columns, units, keep;
-  bool aligned, stored, inner, once;
+  int rows, columns, units, resident;
+  bool aligned, store_aligned, hidden, allow_tf32;
 };
 
 // Run the tiles whose programs stand at `place` of the plan, for every block of rows.

@@ -8,14 +8,14 @@ namespace fusedmoe::cuda {
 
 // Columns of what stages hand on begin at multiples of so many.
 constexpr int column_step = 16;
-// A width up to the next column that a map of its own could begin at.
+// A width rounded up to a multiple of `column_step`.
 __host__ __device__ __forceinline__ int padded(int width) { return (width + column_step - 1) / column_step * column_step; }
 
 // Rows at a distance, by the first number of the first one.
 template <class T>
 struct Row {
   T* first;
-  int distance;
+  int stride;
 };
 
 // What all threads of a block know: the rows from `row` on, `live` of them, of a network.
@@ -35,10 +35,10 @@ struct Block {
   // Where the block's rows of a place stand. Inside a tile 32 bits reach; what is larger stands in the first.
   __device__ __forceinline__ Row<T> rows_of(int place, const Places& places) const {
     const int kind = plan(place + PlaceRecord::kind);
-    const int64_t column = plan(place + PlaceRecord::column), distance = kind == from_x ? places.x_row : plan(place + PlaceRecord::stride);
+    const int64_t column = plan(place + PlaceRecord::column), stride = kind == from_x ? places.x_row : plan(place + PlaceRecord::stride);
     const int64_t before = plan(place + PlaceRecord::buffer) * network.rows + (kind == from_x ? column * places.x_slot : column);
     void* base = kind == from_x ? places.x : kind == from_buffer ? places.buffers : places.out;
-    return {static_cast<T*>(base) + before + row * distance, int(distance)};
+    return {static_cast<T*>(base) + before + row * stride, int(stride)};
   }
   __device__ __forceinline__ Row<T> rows_of(int place) const { return rows_of(place, network.places); }
 

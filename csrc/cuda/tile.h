@@ -2,8 +2,8 @@
 //
 // C [ROWS, COLUMNS] += A B over DEPTH numbers of the reduction; A and B each lie in a panel as global memory has them:
 //
-//   Lie::along   rows of C's (for B: columns of C), DEPTH numbers of the reduction in each: h and W in z = h W^T
-//   Lie::across  DEPTH rows, of C's rows or columns in each: W in d = dz W; dz and h in dW = dz^T h
+//   Major::k     rows of C's (for B: columns of C), DEPTH numbers of the reduction in each: h and W in z = h W^T
+//   Major::mn    DEPTH rows, of C's rows or columns in each: W in d = dz W; dz and h in dW = dz^T h
 //
 // A product runs through a ring of stages. Every step waits for its own copies, lets the whole block meet, and asks for those of STAGES - 1
 // steps later; a group is committed at every step, with nothing in it behind the last one, so that the wait counts the same to the end.
@@ -12,11 +12,11 @@
 
 namespace fusedmoe::cuda {
 
-enum class Lie { along, across };
+enum class Major { k, mn };
 
 // Numbers of the reduction in a panel: 128 bytes of 32 or 64 numbers.
 template <class T>
-constexpr int piece = 128 / int(sizeof(T));
+constexpr int k_tile = 128 / int(sizeof(T));
 
 // ROWS x COLUMNS numbers in shared memory, in bytes. Rows are so far apart that eight of them at one column, which load_matrices takes together,
 // lie in different banks: an odd number of 16 bytes. For a float that is read across them it is 8 words beyond whole sets of banks.
@@ -69,12 +69,12 @@ __device__ __forceinline__ void copy_panel(char* to, const typename P::Number* f
 
 // Rows of a panel at a distance, the first `live` of them: one after another, or by a list of their numbers, where a negative one is none.
 struct Rows {
-  int live, distance;
+  int live, stride;
   const int* list = nullptr;
   __device__ __forceinline__ int operator()(int row) const {
     if (row >= live) return -1;
     const int number = list ? load_global(list + row) : row;
-    return number < 0 ? -1 : number * distance;
+    return number < 0 ? -1 : number * stride;
   }
 };
 
@@ -118,10 +118,10 @@ struct Fragments {
   float at[M][N][4];
 };
 
-// The product of one piece by all warps of a block, each of which has M x N fragments of C, rows and columns side by side.
-template <class T, int ROWS, int COLUMNS, int THREADS, Lie A = Lie::along, Lie B = Lie::along, int DEPTH = piece<T>>
+// The product of one k-tile by all warps of a block, each of which has M x N fragments of C, rows and columns side by side.
+template <class T, int ROWS, int COLUMNS, int THREADS, Major A = Major::k, Major B = Major::k, int DEPTH = k_tile<T>>
 struct Product {
-  static constexpr bool a_across = A == Lie::across, b_across = B == Lie::across, wide = sizeof(T) == 4;
+  static constexpr bool a_across = A == Major::mn, b_across = B == Major::mn, wide = sizeof(T) == 4;
   using PanelA = Panel<T, a_across ? DEPTH : ROWS, a_across ? ROWS : DEPTH, a_across>;
   using PanelB = Panel<T, b_across ? DEPTH : COLUMNS, b_across ? COLUMNS : DEPTH, b_across>;
   static constexpr int threads = THREADS, rows = ROWS, columns = COLUMNS;
@@ -151,11 +151,11 @@ struct Product {
 
   // C += A B. `once`: products of float with 11 bits of each, else with all; of 16-bit types it means nothing.
   // Of columns from `live` on what C gets is not said: a warp leaves out what it has of them, in halves.
-  static __device__ __forceinline__ void multiply(const char* a, const char* b, Sums& c, bool once = false, int live = COLUMNS) {
+  static __device__ __forceinline__ void multiply(const char* a, const char* b, Sums& c, bool allow_tf32 = false, int live = COLUMNS) {
     const int mine = live - first_column();
     if (mine <= 0) return;
-    if (N > 1 && mine <= N / 2 * 8) multiply_some<(N + 1) / 2>(a, b, c, once);
-    else multiply_some<N>(a, b, c, once);
+    if (N > 1 && mine <= N / 2 * 8) multiply_some<(N + 1) / 2>(a, b, c, allow_tf32);
+    else multiply_some<N>(a, b, c, allow_tf32);
   }
 
  private:
@@ -164,9 +164,9 @@ struct Product {
 
   // The first COUNT fragments of each row of fragments.
   template <int COUNT>
-  static __device__ __forceinline__ void multiply_some(const char* a, const char* b, Sums& c, bool once) {
+  static __device__ __forceinline__ void multiply_some(const char* a, const char* b, Sums& c, bool allow_tf32) {
     if constexpr (wide)
-      if (!once) return add_split_products<COUNT>(a, b, c);
+      if (!allow_tf32) return add_split_products<COUNT>(a, b, c);
     add_products<COUNT>(a, b, c);
   }
 
@@ -245,7 +245,7 @@ struct Product {
   }
 
   // A = its first 11 bits + rest, B alike: adds the product of the first ones, and those of a first one and a rest. Tensor cores cut where others
-  // round: in one chain over all of the reduction errors of one sign would add up, so each piece has a chain of its own, whose sum is rounded.
+  // round: in one chain over all of the reduction errors of one sign would add up, so each k-tile has a chain of its own, whose sum is rounded.
   template <int COUNT>
   static __device__ __forceinline__ void add_split_products(const char* a_panel, const char* b_panel, Sums& c) {
     Sums first{}, cross{};
@@ -274,7 +274,7 @@ struct Product {
       for (int j = 0; j < COUNT; j++)
         FUSEDMOE_CUDA_UNROLL
         for (int n = 0; n < 4; n++) {
-          // The rest of an infinite number is NaN, and says nothing.
+          // inf - inf is NaN: ignore the low part.
           const float rest = cross.at[i][j][n];
           c.at[i][j][n] += first.at[i][j][n] + (rest == rest ? rest : 0.0f);
         }

@@ -35,7 +35,7 @@ pybind11::class_<Of> bind_bound(pybind11::module_& m) {
       .def_readwrite("plan_bytes", &Of::plan_bytes)
       .def_readwrite("floats_bytes", &Of::floats_bytes)
       .def_readwrite("softmax", &Of::softmax)
-      .def_readwrite("kept", &Of::kept)
+      .def_readwrite("buffer_width", &Of::buffer_width)
       .def_readwrite("tile", &Of::tile)
       .def_readwrite("steps", &Of::steps)
       .def_readwrite("aligned", &Of::aligned)

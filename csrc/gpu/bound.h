@@ -27,14 +27,14 @@ class Tables {
   // The table, or none. It lives as long as the tensor that is returned.
   std::optional<Tensor> find(const std::vector<const void*>& addresses) {
     std::lock_guard lock(mutex_);
-    for (const Known& one : known_)
-      if (one.addresses == addresses) return one.table;
+    for (const Known& known : known_)
+      if (known.addresses == addresses) return known.table;
     return std::nullopt;
   }
-  void keep(const std::vector<const void*>& addresses, const Tensor& table) {
+  void remember(const std::vector<const void*>& addresses, const Tensor& table) {
     std::lock_guard lock(mutex_);
-    for (const Known& one : known_)
-      if (one.addresses == addresses) return;
+    for (const Known& known : known_)
+      if (known.addresses == addresses) return;
     if (known_.size() == most) known_.erase(known_.begin());
     known_.push_back({addresses, table});
   }
@@ -59,10 +59,10 @@ struct Bound {
   // Numbers of a vector load, and whether the table's sizes are multiples of them.
   int64_t lanes = 1;
   bool reached = false;
-  // The plan on the device. softmax: rows of the softmax; kept: numbers of the buffers a row; tile: rows of a tile.
+  // The plan on the device. softmax: rows of the softmax; buffer_width: elements of the buffers a row; tile: rows of a tile.
   uintptr_t ints = 0, floats = 0;
   uint64_t plan_bytes = 0, floats_bytes = 0;
-  int64_t softmax = 0, kept = 0, tile = 0;
+  int64_t softmax = 0, buffer_width = 0, tile = 0;
   std::vector<Step> steps;
   // What Triton's kernels were compiled for: vector loads, and mixing weights or their gradients.
   bool aligned = false, weights = false;
@@ -81,7 +81,7 @@ inline int64_t lines(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 // What the forward leaves for the backward: the softmax in float32, and the stages' buffers behind it.
 struct Saved {
   int64_t buffers, bytes;
-  Saved(const Bound& bound, int64_t rows) : buffers(lines(4 * bound.softmax * rows)), bytes(buffers + lines(bound.size * bound.kept * rows)) {}
+  Saved(const Bound& bound, int64_t rows) : buffers(lines(4 * bound.softmax * rows)), bytes(buffers + lines(bound.size * bound.buffer_width * rows)) {}
 };
 
 // What the backward needs besides: dw and the parts of the gradients in float32, dz, the buffers' gradients, and a counter for each task.
@@ -91,7 +91,7 @@ struct Scratch {
       : parts(lines(4 * bound.sums * rows)),
         dz(parts + lines(4 * chunks * bound.total)),
         buffers(dz + lines(bound.size * rows * bound.columns)),
-        arrived(buffers + lines(bound.size * rows * bound.kept)),
+        arrived(buffers + lines(bound.size * rows * bound.buffer_width)),
         bytes(arrived + lines(4 * bound.gradients.programs)) {}
 };
 

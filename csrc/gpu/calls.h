@@ -59,8 +59,8 @@ struct Given {
     parameters.reserve(params.size());
     for (size_t i = 0; i < params.size(); i++) {
       check(params[i], bound.shapes[i], x, "params", dtype, int64_t(i));
-      const Tensor& one = params[i].is_contiguous() ? params[i] : copies.emplace_back(torch::stable::contiguous(params[i]));
-      parameters.push_back(one.const_data_ptr());
+      const Tensor& parameter = params[i].is_contiguous() ? params[i] : copies.emplace_back(torch::stable::contiguous(params[i]));
+      parameters.push_back(parameter.const_data_ptr());
       even = even && reinterpret_cast<uintptr_t>(parameters.back()) % 16 == 0;
     }
     aligned = even && bound.reached && x_row % bound.lanes == 0 && x_slot % bound.lanes == 0;

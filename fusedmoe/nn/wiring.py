@@ -58,15 +58,6 @@ ACTIVATIONS: dict[type, Callable[[Any], Activation | None]] = {
 }
 
 
-def layers_of(sequential: nn.Module) -> tuple[Layer, ...]:
-    """Return the layers of an `nn.Sequential` of `nn.Linear`, each with or without an activation
-    module after it.
-
-    Raises: Unfusable, naming the place, for anything else.
-    """
-    return _stack(_steps(sequential, "")).layers
-
-
 @dataclass(frozen=True)
 class Layout:
     """Where a layer class keeps the parts of a family's network.
@@ -339,7 +330,7 @@ def _stack(steps: Sequence[tuple[str, nn.Module]]) -> Stack:
 
 
 def _steps(module: nn.Module, where: str) -> list[tuple[str, nn.Module]]:
-    """(path, module) of what runs in turn inside Sequentials and MLP modules (child `mlp_net`)."""
+    """(path, module) of what runs in turn in Sequentials and in MLPs (a child `mlp_net`)."""
     if type(module) is not nn.Sequential and list(module._modules) != ["mlp_net"]:
         return [(where, module)]
     # Not named_children(): it leaves out the second use of a shared activation module.
@@ -359,7 +350,7 @@ def _read(module: nn.Module, *names: str) -> list:
 
 
 def _check_children(module: nn.Module, *names: str) -> None:
-    """Raise Unfusable unless the module has just these submodules, and no tensors of its own."""
+    """Raise Unfusable unless the module has exactly these submodules and no tensors of its own."""
     if set(module._modules) != set(names):
         expected, got = ", ".join(names), ", ".join(module._modules) or "none"
         raise Unfusable(f"{type(module).__name__}: expected the submodules {expected}, got {got}")

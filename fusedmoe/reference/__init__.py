@@ -1,1 +1,1 @@
-"""The operator in plain PyTorch (`operator.py`, read it first) and the layers as users write them (`layers/`)."""
+"""The operator in plain PyTorch (`operator.py`), and the layers as users write them (`layers/`)."""

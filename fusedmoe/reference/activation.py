@@ -1,6 +1,7 @@
 """The activations in plain PyTorch: each function, and its derivative as autograd takes it.
 
-At a kink the derivative is PyTorch's: relu'(0) = 0, leaky_relu'(0) = its slope, elu'(0) = alpha. NaN passes through all of them.
+At a kink the derivative is PyTorch's: relu'(0) = 0, leaky_relu'(0) = its slope, elu'(0) = alpha.
+NaN passes through all of them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def apply(activation: Activation, z: Tensor) -> Tensor:
 
 
 def pullback(activation: Activation, z: Tensor, d: Tensor) -> Tensor:
-    """Return d * a'(z), elementwise, by operations that can be differentiated again. z, d: [...]."""
+    """Return d * a'(z), elementwise; it can be differentiated again. z, d: [...]."""
     if activation.name == "identity":
         return d
     if activation.name == "relu":
@@ -71,7 +72,8 @@ def _leaky_relu(z: Tensor, slope: float) -> Tensor:
 
 
 def _elu(z: Tensor, alpha: float) -> Tensor:
-    # Clamped, since exp overflows on the side that is not taken, and its derivative times 0 would be NaN.
+    # Clamped, since exp overflows on the side that is not taken, and its derivative times 0 would
+    # be NaN.
     return torch.where(z > 0, torch.ones_like(z), alpha * torch.exp(z.clamp(max=0)))
 
 

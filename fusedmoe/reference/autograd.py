@@ -1,4 +1,7 @@
-"""The backend `reference`: autograd around `operator.py`, whose backward is plain PyTorch and can be differentiated again."""
+"""The backend `reference`: autograd around `operator.py`.
+
+Its backward is plain PyTorch, so it can be differentiated again.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from fusedmoe.table import Table
 
 
 class _Reference(torch.autograd.Function):
-    """The reference's forward and hand-derived backward; only the inputs are saved, so backward can be differentiated again."""
+    """The reference's forward and hand-derived backward.
+
+    Only the inputs are saved, so backward can be differentiated again.
+    """
 
     @staticmethod
     def forward(ctx, table: Table, tasks_apart: bool, mixing: bool, x: Tensor, *params: Tensor):

@@ -1,46 +1,59 @@
-"""The operator, slowly and in plain PyTorch: a network of fusion levels with task towers on top. Read this file first.
+"""The operator in plain PyTorch: a network of levels with task towers on top. Read this file first.
 
-Every faster backend is checked against `forward` and `backward`; both are checked against loops written from the papers.
+Every faster backend is checked against `forward` and `backward`; both are checked against loops
+written from the papers.
 
-Sizes: B rows, S input slots of width D; per level E experts of output width H and U fusion units; T tasks.
-A level reads slots s (the input x[:, s] below, the units of the level under it above); r is the input slot that root selectors read.
+Sizes: B rows, S input slots of width D; per level E experts of output width H and U fusion units; T
+tasks. A level reads slots s (the input x[:, s] below, the units of the level under it above); r is
+the input slot that root selectors read.
 
 Forward, for every row b of one level:
 
-    y[e]     = MLP_e(s[slot(e)])                       expert e: h <- a(W h + b) for each of its layers
-    z[u,e]   = (MLP_u(q[u]))[e]    for e in sees(u)    gate of unit u over its selector q[u]: a slot, the root input or a y[e]
-    p[u,:]   = softmax over sees(u) of z[u,:]          softmax over nothing is 0; without a gate p = 0
-    w[u,e]   = p[u,e] + v[u,e]     for e in reads(u)   v: static weights; reads(u) = sees(u) and the experts of v[u]
-    out[u,:] = sum over e in reads(u) of w[u,e] y[e,:] ascending in e; a unit that reads nothing is zero
+    y[e]     = MLP_e(s[slot(e)])                         h <- a(W h + b) for each layer of expert e
+    z[u,e]   = (MLP_u(q[u]))[e]    for e in sees(u)      q[u], the selector: a slot, root or y[e]
+    p[u,:]   = softmax over sees(u) of z[u,:]            0 over nothing, and without a gate
+    w[u,e]   = p[u,e] + v[u,e]     for e in reads(u)     v: static weights
+    out[u,:] = sum over e in reads(u) of w[u,e] y[e,:]   ascending in e; 0 if u reads nothing
+
+reads(u) are the experts in sees(u) and those of v[u].
 
 Task t's tower is one more MLP over the concatenation of its units. Rows never meet.
 
-Backward, given g[u,:] = dLoss/d out[u,:] (and k[u,e] = dLoss/d w[u,e] where the caller used the mixing weights, else 0):
+Backward, given g[u,:] = dLoss/d out[u,:] (and k[u,e] = dLoss/d w[u,e] where the caller used the
+mixing weights, else 0):
 
-- out is bilinear in w and y:            dw[u,e] = k[u,e] + g[u,:] . y[e,:]         dy[e,:] = sum over u of w[u,e] g[u,:]
+- out is bilinear in w and y:            dw[u,e] = k[u,e] + g[u,:] . y[e,:]
+                                         dy[e,:] = sum over u of w[u,e] g[u,:]
 - w adds v, the same for every row:      dv[u,e] = sum over b of dw[u,e]            dp = dw
-- dp[i]/dz[j] = p[i] ([i = j] - p[j]):   dz[u,e] = p[u,e] (dw[u,e] - sum over e' in sees(u) of p[u,e'] dw[u,e'])
+- dp[i]/dz[j] = p[i] ([i = j] - p[j]):   dz[u,e] = p[u,e] (dw[u,e] - sum over sees(u) of p dw[u,:])
                                          computed as below, under "Digits of the softmax"
-- dz through the gate's MLP gives dq[u], which goes to the slot, the root input or the expert that u selects (dy[e] += dq[u])
-- each linear map z = W h + b, h' = a(z): dz = a'(z) dh',  dW = sum over b of dz h^T,  db = sum over b of dz,  dh = W^T dz
+- dz through the gate's MLP gives dq[u], which goes to the slot, the root input or the expert that u
+  selects (dy[e] += dq[u])
+- a linear map z = W h + b, h' = a(z):   dz = a'(z) dh'     dW = sum over b of dz h^T
+                                         dh = W^T dz        db = sum over b of dz
 - a slot sums what the experts and gates that read it send: it is g of the unit below, or d_x[:, s]
 
-Digits of the softmax. Where one expert i has nearly all the weight, the difference in dz[i] is far smaller than its two terms: with
-roundoff r and m = sum of p dw, its error is up to r |m|, against a true dz[i] of about 1 - p[i] times differences of dw. But p sums to
-1, so any number c may come off every dw first: dz[e] = p[e] (dw[e] - c - sum over e' of p[e'] (dw[e'] - c)). With c = m as computed:
+Digits of the softmax. Where one expert i has nearly all the weight, the difference in dz[i] is far
+smaller than its two terms: with roundoff r and m = sum of p dw, its error is up to r |m|, against a
+true dz[i] of about 1 - p[i] times differences of dw. But p sums to 1, so any number c may come off
+every dw first: dz[e] = p[e] (dw[e] - c - sum over e' of p[e'] (dw[e'] - c)). With c = m as
+computed:
 
     c = sum over e of p[e] dw[e]        t[e] = dw[e] - c
     rest = sum over e of p[e] t[e]      dz[e] = p[e] (t[e] - rest)
 
-c's own error cancels, for it is a shift like any other; and where p does not sum to 1 quite, rest takes off what that did to c. With
-n = len(sees(u)) and M = sum of p |t|, the rounding that is left is that of t, r |t[e]|; of rest, (n + 1) r M; of the difference and of
-the product: an error of dz[e] of at most p[e] r (3 |t[e]| + (n + 4) M), to first order in r. t and M hold differences of dw, and c's
-error of at most n r |m|, which the bound multiplies by r once more: the term r |m| is gone. Another c does less: with the largest dw,
-t of an expert that has the weight and not the largest dw stays as large as the differences, and so does M. dz's derivative by c is
-p (sum of p - 1) = 0: dz can be differentiated again as it is written.
+c's own error cancels, for it is a shift like any other; and where p does not sum to 1 quite, rest
+takes off what that did to c. With n = len(sees(u)) and M = sum of p |t|, the rounding that is left
+is that of t, r |t[e]|; of rest, (n + 1) r M; of the difference and of the product: an error of
+dz[e] of at most p[e] r (3 |t[e]| + (n + 4) M), to first order in r. t and M hold differences of dw,
+and c's error of at most n r |m|, which the bound multiplies by r once more: the term r |m| is gone.
+Another c does less: with the largest dw, t of an expert that has the weight and not the largest dw
+stays as large as the differences, and so does M. dz's derivative by c is p (sum of p - 1) = 0: dz
+can be differentiated again as it is written.
 
-Pairs outside reads(u) are skipped, never multiplied by zero, and what no output depends on (not `table.live`) is not computed:
-a NaN in an expert cannot reach a unit that does not read it. Source: AdaTT (KDD 2023) eq. 2-10; MMoE eq. 6-8; PLE eq. 2-7.
+Pairs outside reads(u) are skipped, never multiplied by zero, and what no output depends on (not
+`table.live`) is not computed: a NaN in an expert cannot reach a unit that does not read it. Source:
+AdaTT (KDD 2023) eq. 2-10; MMoE eq. 6-8; PLE eq. 2-7.
 """
 
 from __future__ import annotations
@@ -72,9 +85,11 @@ def forward(x: Tensor, params: Sequence[Tensor], table: Table, softmax: Softmax 
         x: [B, S, D].
         params: one tensor per `table.parameters`, in that order and of those shapes.
         table: the network.
-        softmax: what turns the logits [B, len(sees)] of a gate into p; the tests' truth has one that autograd differentiates more accurately.
+        softmax: what turns the logits [B, len(sees)] of a gate into p; the tests' truth has one
+            that autograd differentiates more accurately.
 
-    Returns: out [B, *table.output], and per level w [B, U, E], zero outside reads(u) and for units on which no output depends.
+    Returns: out [B, *table.output], and per level w [B, U, E], zero outside reads(u) and for units
+        on which no output depends.
     """
     run = _run(x, params, table, softmax)
     return run.out, tuple(_dense(level, state, x) for level, state in zip(table.levels, run.levels, strict=True))
@@ -86,7 +101,8 @@ def backward(x: Tensor, params: Sequence[Tensor], table: Table, d_out: Tensor, d
     Args:
         x, params, table: as in `forward`.
         d_out: [B, *table.output], the gradient of the output.
-        d_weights: per level the gradient [B, U, E] of the mixing weights, or None; entries outside reads(u) are ignored.
+        d_weights: per level the gradient [B, U, E] of the mixing weights, or None; entries outside
+            reads(u) are ignored.
 
     Returns: d_x [B, S, D], and one gradient per parameter: None where no output depends on it.
     """
@@ -105,9 +121,10 @@ def backward(x: Tensor, params: Sequence[Tensor], table: Table, d_out: Tensor, d
 
 
 def preactivations(x: Tensor, params: Sequence[Tensor], table: Table) -> Iterator[tuple[Activation, Tensor, Tensor]]:
-    """Yield, for each linear map that is computed, its activation, z = W h + b and sum over k of |W_k h_k| + |b|, all [B, width].
+    """Yield activation, z = W h + b and sum over k of |W_k h_k| + |b| of each computed linear map.
 
-    The last one is the scale of z's rounding error: parity tests leave out rows whose z is so near to a kink that it may fall on either side.
+    Both are [B, width]. The last one is the scale of z's rounding error: parity tests leave out
+    rows whose z is so near to a kink that it may fall on either side.
     """
     run = _run(x, params, table)
     mlps = [(run.layout.experts[number][e], trace) for number, state in enumerate(run.levels) for e, trace in state.experts.items()]
@@ -119,7 +136,7 @@ def preactivations(x: Tensor, params: Sequence[Tensor], table: Table) -> Iterato
 
 
 class _Map(NamedTuple):
-    """A linear map and the activation after it: where its weight and bias stand among the parameters."""
+    """A linear map and its activation: where its weight and bias stand among the parameters."""
 
     weight: int
     bias: int | None
@@ -132,7 +149,7 @@ _Trace = list[tuple[Tensor, Tensor]]
 
 
 class _Layout(NamedTuple):
-    """The MLPs of a table, `experts[level][e]`, `gates[level][u]`, `towers[t]`, and the place of its first static tensor."""
+    """The MLPs `experts[level][e]`, `gates[level][u]`, `towers[t]`; where statics begin."""
 
     experts: list[list[_MLP]]
     gates: list[list[_MLP]]
@@ -159,7 +176,7 @@ class _Run(NamedTuple):
 
 
 def _layout(table: Table) -> _Layout:
-    """Number the linear maps as `table.parameters` does. A gate is an MLP whose last layer is linear, one row per expert seen."""
+    """Number the linear maps as `table.parameters` does. A gate's last layer is linear."""
     index = itertools.count()
 
     def mlp(layers: tuple[Layer, ...]) -> _MLP:
@@ -256,7 +273,7 @@ def _or_zero(d: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _backward_mlp(maps: _MLP, trace: _Trace, d: Tensor, params: Sequence[Tensor], grads: list[Tensor | None]) -> Tensor:
-    """Turn the gradient of an MLP's output into that of its input; put those of its parameters into `grads`."""
+    """Turn the gradient of an MLP's output into that of its input; fill `grads`."""
     for m, (h, z) in zip(reversed(maps), reversed(trace), strict=True):
         d_z = pullback(m.activation, z, d)
         grads[m.weight] = d_z.T @ h
@@ -289,7 +306,7 @@ class _LevelBackward(NamedTuple):
     grads: list[Tensor | None]
 
     def slots_and_root(self, d_units: dict[int, Tensor], d_weights: Tensor | None) -> tuple[dict[int, Tensor], Tensor | None]:
-        """Return the gradients of the level's slots and of the root input, given those of its units and mixing weights."""
+        """Return the gradients of slots and root input from those of units and mixing weights."""
         d_y: dict[int, Tensor] = {}
         d_slots: dict[int, Tensor] = {}
         d_root: Tensor | None = None

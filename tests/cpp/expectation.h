@@ -73,19 +73,19 @@ inline Problem<double> problem(const Case& c, uint64_t seed) {
   return given;
 }
 
-// The weights of the maps rounded to bfloat16.
+// The weights of the linears rounded to bfloat16.
 inline Problem<float> halved(Problem<float> given) {
-  given.half = true;
+  given.bf16 = true;
   for (size_t i = 0; i < given.params.size(); i++)
     if (is_weight(given.table, i))
-      for (float& value : given.params[i]) value = Halves::round(value);
+      for (float& value : given.params[i]) value = Bf16Operands::round(value);
   return given;
 }
 
 // The roundoff of a problem's type.
 template <class T>
 double roundoff_of(const Problem<T>& given) {
-  return given.half ? 0x1p-9 : roundoff<T>;
+  return given.bf16 ? 0x1p-9 : roundoff<T>;
 }
 
 // Every number moved up or down by a rounding or two: another draw of the rounding errors.
@@ -98,11 +98,11 @@ inline Problem<float> neighbour(Problem<float> given, uint64_t seed) {
   for (auto& param : given.params) move(param);
   move(given.d_out);
   move(given.d_weights);
-  return given.half ? halved(given) : given;
+  return given.bf16 ? halved(given) : given;
 }
 
 // In bfloat16 nearly every row has a z within rounding of 0.
-inline Size size_kind(const Table& table, bool half) {
+inline Size size_kind(const Table& table, bool bf16) {
   const auto any = [](const std::vector<Layer>& layers) { return std::any_of(layers.begin(), layers.end(), [](const Layer& l) { return kinked(l.act); }); };
   bool found = false;
   for (const Level& level : table.levels) {
@@ -110,7 +110,7 @@ inline Size size_kind(const Table& table, bool half) {
     for (const Unit& u : level.units) found = found || (u.gate && any(u.gate->layers));
   }
   for (const Task& task : table.tasks) found = found || any(task.tower);
-  return half && found ? Size::norm : Size::largest;
+  return bf16 && found ? Size::norm : Size::largest;
 }
 
 // The largest error of the plain loop in float or bfloat16, by name.
@@ -119,8 +119,8 @@ inline std::map<std::string, double> plain_errors(const Problem<float>& given) {
   for (int i = 0; i <= neighbours; i++) {
     const Problem<float> drawn = i ? neighbour(given, uint64_t(i)) : given;
     const Problem<double> exact = convert<double>(drawn);
-    const Named truth = named(Plain<double>(exact).run()), plain = named(given.half ? Plain<float, Halves>(drawn).run() : Plain<float>(drawn).run());
-    for (const auto& [name, values] : plain) worst[name] = std::max(worst[name], error(values, truth.at(name), size_kind(given.table, given.half)));
+    const Named truth = named(Plain<double>(exact).run()), plain = named(given.bf16 ? Plain<float, Bf16Operands>(drawn).run() : Plain<float>(drawn).run());
+    for (const auto& [name, values] : plain) worst[name] = std::max(worst[name], error(values, truth.at(name), size_kind(given.table, given.bf16)));
   }
   return worst;
 }
@@ -136,7 +136,7 @@ std::map<std::string, Expected> expectation(const Problem<T>& given, const std::
   std::map<std::string, Expected> all;
   const Problem<double> exact = convert<double>(given);
   for (const auto& [name, truth] : named(Plain<double>(exact).run()))
-    all[name] = {truth, (scale == 1 ? 2 : 3) * scale * plain.at(name) + 8 * roundoff_of(given) * size_of(truth, size_kind(given.table, given.half))};
+    all[name] = {truth, (scale == 1 ? 2 : 3) * scale * plain.at(name) + 8 * roundoff_of(given) * size_of(truth, size_kind(given.table, given.bf16))};
   return all;
 }
 

@@ -31,10 +31,10 @@ class Run {
  public:
   Run(const Problem<T>& given, const Request& request)
       : given_(given), request_(request), table_(given.table),
-        plan_(cpu::make_plan(table_, {request.training, given.expanded, request.recompute, given.half})),
+        plan_(cpu::make_plan(table_, {request.training, given.expanded, request.recompute, given.bf16})),
         x_(layout()), d_out_(given.d_out), d_weights_(given.d_weights),
         out_(given.rows * size_of(table_.output)), weights_(request.weights ? given.rows * table_.mixing : 0),
-        kept_(request.training ? plan_->kept * cpu::padded(given.rows) : 0),
+        kept_(request.training ? plan_->saved * cpu::padded(given.rows) : 0),
         d_x_(request.training && request.d_x ? given.x.size() : 0) {
     for (size_t i = 0; i < given.params.size(); i++) {
       params_.push_back(std::make_unique<Guarded<T>>(given.params[i]));
@@ -49,7 +49,7 @@ class Run {
       cpu::pack<T>(*plan_, packing, param_pointers_.data(), packed_->data());
       for (size_t i = 0; i < given.params.size(); i++) param_pointers_[i] = packing.offset[i] < 0 ? nullptr : packed_->data() + packing.offset[i];
     }
-    if (given.half) halve();
+    if (given.bf16) halve();
     for (Guarded<T>* memory : written()) memory->fill(std::numeric_limits<T>::quiet_NaN());
   }
 
@@ -84,12 +84,12 @@ class Run {
     return x;
   }
 
-  // The maps' weights in bfloat16, and in no other type.
+  // The linears' weights in bfloat16, and in no other type.
   void halve() {
     for (size_t i = 0; i < given_.params.size(); i++) {
       std::vector<uint16_t> bits;
       if (is_weight(table_, i))
-        for (T value : given_.params[i]) bits.push_back(Halves::bits(value));
+        for (T value : given_.params[i]) bits.push_back(Bf16Operands::bits(value));
       halves_.push_back(std::make_unique<Guarded<uint16_t>>(bits));
       half_pointers_.push_back(halves_[i]->data());
       if (is_weight(table_, i)) param_pointers_[i] = nullptr;
@@ -104,10 +104,10 @@ class Run {
     call.slot_stride = slot_stride();
     call.params = param_pointers_.data();
     call.packed = request_.packed;
-    call.halves = given_.half ? half_pointers_.data() : nullptr;
+    call.bf16_weights = given_.bf16 ? half_pointers_.data() : nullptr;
     call.out = out_.data();
     call.weights = request_.weights ? weights_.data() : nullptr;
-    call.kept = kept_.data();
+    call.saved = kept_.data();
     call.block = cpu::rows_of_block(given_.rows, request_.threads);
     if (!request_.training) return call;
     call.d_out = d_out_.data();

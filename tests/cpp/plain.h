@@ -1,5 +1,5 @@
 // The operator, slowly: loops over the sums of fusedmoe/reference/operator.py, one row at a time, in the number type `Real`. In double it
-// is the truth of these tests; in float, with operands of maps and sums over rows as they are or in bfloat16, the plain rival by whose
+// is the truth of these tests; in float, with operands of linears and sums over rows as they are or in bfloat16, the plain rival by whose
 // errors the kernels' are judged.
 #pragma once
 #include <algorithm>
@@ -56,7 +56,7 @@ Real slope(const Layer& layer, Real z) {
   return std::numeric_limits<Real>::quiet_NaN();
 }
 
-template <class Real, class Operands = Exact>
+template <class Real, class Operands = NativeOperands>
 class Plain {
  public:
   using Vector = std::vector<Real>;

@@ -15,7 +15,7 @@ struct Problem {
   Table table;
   int64_t rows = 0;
   bool expanded = false;  // all slots of x hold the same numbers, and the kernels read them once
-  bool half = false;      // the operands of the maps are bfloat16; the weights are such numbers
+  bool bf16 = false;      // the operands of the linears are bfloat16; the weights are such numbers
   std::vector<T> x;
   std::vector<std::vector<T>> params;
   std::vector<T> d_out, d_weights;
@@ -57,12 +57,12 @@ class Random {
   uint64_t state_;
 };
 
-// Operands of a map: as they are, or rounded to bfloat16, ties to even.
-struct Exact {
+// Operands of a linear: as they are, or rounded to bfloat16, ties to even.
+struct NativeOperands {
   template <class Real>
   static Real round(Real x) { return x; }
 };
-struct Halves {
+struct Bf16Operands {
   static uint16_t bits(float x) {
     uint32_t whole;
     std::memcpy(&whole, &x, 4);
@@ -82,7 +82,7 @@ std::vector<To> convert(const std::vector<From>& from) {
 
 template <class To, class From>
 Problem<To> convert(const Problem<From>& from) {
-  Problem<To> to{from.table, from.rows, from.expanded, from.half, convert<To>(from.x), {}, convert<To>(from.d_out), convert<To>(from.d_weights)};
+  Problem<To> to{from.table, from.rows, from.expanded, from.bf16, convert<To>(from.x), {}, convert<To>(from.d_out), convert<To>(from.d_weights)};
   for (const auto& param : from.params) to.params.push_back(convert<To>(param));
   return to;
 }

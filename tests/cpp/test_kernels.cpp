@@ -62,7 +62,7 @@ Problem<T> rows_of(const Problem<T>& given, int64_t first, int64_t count) {
     const int64_t width = int64_t(values.size()) / given.rows;
     return std::vector<T>(values.begin() + first * width, values.begin() + (first + count) * width);
   };
-  return {given.table, count, given.expanded, given.half, part(given.x), given.params, part(given.d_out), part(given.d_weights)};
+  return {given.table, count, given.expanded, given.bf16, part(given.x), given.params, part(given.d_out), part(given.d_weights)};
 }
 
 // Fill the kernels' own memory with NaN, so that a number of an earlier call that is read shows.
@@ -84,7 +84,7 @@ template <class T>
 Results<T> check_parity(const Problem<T>& given, const std::map<std::string, Expected>& expected) {
   poison(given);
   const Results<T> whole = run(given);
-  check_close(named(whole), expected, size_kind(given.table, given.half), "training");
+  check_close(named(whole), expected, size_kind(given.table, given.bf16), "training");
   Request request;
   request.training = false;
   poison(given);
@@ -106,7 +106,7 @@ void check_requests(const Problem<T>& given, const Results<T>& whole) {
   request.training = false;
   check_same(run(given, request), whole, "inference without mixing weights");
   // bfloat16 has no packed form.
-  request.packed = !given.half;
+  request.packed = !given.bf16;
   check_same(run(given, request), whole, "inference from packed parameters");
   request = {};
   request.recompute = true;
@@ -262,8 +262,8 @@ int check_all(int64_t rows) {
     current = c.name + ", double";
     check(given, plain);
     current = c.name + ", bfloat16";
-    const Problem<float> half = halved(rounded);
-    check(half, plain_errors(half));
+    const Problem<float> bf16 = halved(rounded);
+    check(bf16, plain_errors(bf16));
     count++;
   }
   return count;

@@ -134,7 +134,7 @@ ADDRESSES = {
 
 FORMULAS = {
     "an expert's rows of W from the first on": Mutant(
-        "walk.h", "+ int64_t($row) * $b_distance + $column", "+ $column", _FLOAT32, "plain", _matrix("whole vectors", "float32", "a launch a level"), WRONG
+        "prefetch.h", "+ int64_t($row) * $b_distance + $column", "+ $column", _FLOAT32, "plain", _matrix("whole vectors", "float32", "a launch a level"), WRONG
     ),
     "the softmax of another unit": Mutant(
         "forward.h", "+ $g::$size + $call.$units + $u) + $read)", "+ $g::$size + $call.$units) + $read)", _BFLOAT16, "plain", _WHOLE, NUMBERS
@@ -154,7 +154,7 @@ FORMULAS = {
         "backward.h", "if (plan($record + $r::$add) != 0) $add_tile", "if (false) $add_tile", _BACKWARD, "plain", _FEATURES, WRONG
     ),
     "what is beside hidden outputs handed on": Mutant(
-        "series.h", "$one ? $low : 0.0f, $both ? $high : 0.0f);", "$one ? $low : $low, $both ? $high : $high);", _FLOAT32, "plain",
+        "mainloop.h", "$one ? $low : 0.0f, $both ? $high : 0.0f);", "$one ? $low : $low, $both ? $high : $high);", _FLOAT32, "plain",
         _INFINITE.format("a hidden layer"), "assert False",
     ),
     "what is beside an expert's columns in its weights' gradient": Mutant(

@@ -74,7 +74,7 @@ class Instance(NamedTuple):
         rows = dict(self.sizes).get("rows")
         if self.kernel != "forward" or self.number == "float":
             return 0
-        return tiles.MOST_KEPT[rows == 16]
+        return tiles.MOST_RESIDENT[rows == 16]
 
     def chosen(self, arch: str) -> bool:
         """Whether a launch on this architecture can take it: all are compiled for all."""

@@ -57,8 +57,8 @@ _CHUNKS = f"{_SIZES}::test_several_chunks[narrow]"
 MEMORY = {
     "a row mask lost on a load": Mutant(
         "records.py",
-        "$h = tl.load($first + $block.$rows[:, None] * $distance + $at[None, :], mask=$block.$live[:, None] & $inside[None, :], other=0.0)",
-        "$h = tl.load($first + $block.$rows[:, None] * $distance + $at[None, :], mask=$inside[None, :], other=0.0)",
+        "$rows[:, None] * $stride + $k[None, :], mask=$block.$live[:, None] & $inside[None, :],",
+        "$rows[:, None] * $stride + $k[None, :], mask=$inside[None, :],",
         INTERPRETED, _WATCHED, OUTSIDE,
     ),
     "a row mask lost on a store": Mutant(
@@ -66,8 +66,8 @@ MEMORY = {
     ),
     "a column mask lost on a load": Mutant(
         "records.py",
-        "(column + $at)[:, None], mask=$inside[:, None] & $live[None, :], other=0.0)",
-        "(column + $at)[:, None], mask=$inside[:, None], other=0.0)",
+        "(column + $k)[:, None], mask=$inside[:, None] & $live[None, :],",
+        "(column + $k)[:, None], mask=$inside[:, None],",
         INTERPRETED, _WATCHED, OUTSIDE,
     ),
     "a column mask lost on a store": Mutant(
@@ -96,7 +96,7 @@ MEMORY = {
         EXECUTED, "tests/gpu_free/test_executed.py::test_outputs_of_odd_widths", MISALIGNED,
     ),
     "alignment claimed of any address": Mutant(
-        "bound.py", "$even and $x.data_ptr() % 16 == 0 and", "",
+        "bound.py", "$aligned16 and $x.data_ptr() % 16 == 0 and", "",
         EXECUTED, "tests/gpu_free/test_executed.py::test_parameters_at_odd_addresses", MISALIGNED,
     ),
 }  # fmt: skip
@@ -104,14 +104,14 @@ MEMORY = {
 FORWARD = {
     "an expert's rows of W from the first on": Mutant(
         "records.py",
-        "+ tl.cast($first, tl.int64) * $reduction, $shape.$BYTES)\n    $inner = -1",
-        ", $shape.$BYTES)\n    $inner = -1",
+        "$weight + tl.cast($first, tl.int64) * $reduction, $shape.$BYTES)\n    $hidden = -1",
+        "$weight, $shape.$BYTES)\n    $hidden = -1",
         INTERPRETED, _of_width(47), WRONG,
     ),
     "a hidden layer's rows of W from the first on": Mutant(
         "records.py",
-        "+ tl.cast($first, tl.int64) * $reduction, $shape.$BYTES)\n    return",
-        ", $shape.$BYTES)\n    return",
+        "$weight + tl.cast($first, tl.int64) * $reduction, $shape.$BYTES)\n    $z = $product(",
+        "$weight, $shape.$BYTES)\n    $z = $product(",
         INTERPRETED, f"{_SIZES}::test_inference[wide-0]", WRONG,
     ),
     "the bias of other columns": Mutant(
@@ -119,7 +119,7 @@ FORWARD = {
         INTERPRETED, _of_width(47), WRONG,
     ),
     "rows of W at the width of one source": Mutant(
-        "records.py", "$weight + $outputs[None, :] * $reduction + (column + $at)", "$weight + $outputs[None, :] * width + (column + $at)",
+        "records.py", "$weight + $outputs[None, :] * $reduction + (column + $k)", "$weight + $outputs[None, :] * width + (column + $k)",
         INTERPRETED, _parity("customized_sharing-odd"), WRONG,
     ),
     "a softmax over experts that are not seen": Mutant(
@@ -144,7 +144,7 @@ FORWARD = {
         INTERPRETED, _parity("mmoe-odd"), WRONG,
     ),
     "what stands beyond a hidden layer": Mutant(
-        "records.py", "tl.where($inside[None, :], $apply($hidden, $code, $parameter, $shape.$ACTS), 0.0)", "$apply($hidden, $code, $parameter, $shape.$ACTS)",
+        "records.py", "tl.where($inside[None, :], $activated($block, $shape, $hidden, $y), 0.0)", "$activated($block, $shape, $hidden, $y)",
         INTERPRETED, f"{_SIZES}::test_an_infinite_input[tanh]", NOT_FINITE,
     ),
     "one product of tf32 instead of three": Mutant(
@@ -152,7 +152,7 @@ FORWARD = {
         EXECUTED, _executed("ple-torch.float32-one launch"), WRONG,
     ),
     "a launch for every stage": Mutant(
-        "plan.py", "else $program.$groups", "else tuple((stage,) for stage in range(len($program.stages)))",
+        "plan.py", "else $program.$levels", "else tuple((segment,) for segment in range(len($program.segments)))",
         INTERPRETED, f"{_ACCESSES}::test_launches[towers1-1]", LAUNCHES,
     ),
 }  # fmt: skip

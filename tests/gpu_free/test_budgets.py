@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="gpu_free: expected the package triton, whi
 import triton
 
 from fusedmoe.kernels import tiles
-from fusedmoe.kernels.program import fused, lower
+from fusedmoe.kernels.program import inline_hidden, lower
 
 from . import budgets
 from .compiled import ARCHS, LIMITS
@@ -117,7 +117,7 @@ MOST_ROWS = 16384
 def test_few_kernels_serve_every_batch(name, dtype, training):
     """Tiles, for each number of rows; and what launches compile, by Triton's own specialization, for numbers of rows of every divisibility."""
     table = TABLES[name]
-    program = lower(table) if training else fused(table)
+    program = lower(table) if training else inline_hidden(table)
     chosen = {tiles.choose(program, dtype, rows, QUICK_ARCH) for rows in range(1, MOST_ROWS + 1)}
     assert {(one.whole, one.rows) for one in chosen} <= {(True, 16), (False, 64), (False, 128)} and len(chosen) <= MOST_VARIANTS
     rows = {near for power in range(15) for near in range((1 << power) - 2, (1 << power) + 3) if 1 <= near <= MOST_ROWS}

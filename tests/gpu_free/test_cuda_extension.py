@@ -75,7 +75,7 @@ def test_it_needs_neither_cudas_runtime_nor_triton(built):
     (library,) = built.glob("_cuda*.so")
     needed = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
     assert "libcudart" not in needed and "libtorch_cuda" not in needed and "libcuda.so" not in needed
-    program = "sys.modules['triton'] = None; from fusedmoe.kernels import launchers, network, operator, registered, trial, words; "
+    program = "sys.modules['triton'] = None; from fusedmoe.kernels import launchers, network, operator, registered, self_test, words; "
     assert said_by(built, program + "print(launchers.launcher('cuda').__name__.split('.')[-1])") == "launch_cuda"
 
 

@@ -58,7 +58,7 @@ def stub():
 def test_the_driver_is_given_the_same_words(rows, dtype, stub, tmp_path):
     """The same kernels, grids, shared memory and numbers, launch by launch; of addresses, that there are as many."""
     log = tmp_path / "launches"
-    environment = {**os.environ, **stub.environment(stub.build(), log), "FUSEDMOE_TRIAL": "0", "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    environment = {**os.environ, **stub.environment(stub.build(), log), "FUSEDMOE_SELF_TEST": "0", "TRITON_CACHE_DIR": str(tmp_path / "triton")}
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM.replace("ROWS", str(rows)).replace("bfloat16", dtype)], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -13,7 +13,7 @@ from fusedmoe.speed.subjects import MAIN, SUBJECTS, build
 pytest.importorskip("triton", reason="gpu_free: expected the package triton, which compiles without a device, got none")
 
 from fusedmoe.kernels import network, tiles
-from fusedmoe.kernels.program import fused, lower
+from fusedmoe.kernels.program import inline_hidden, lower
 
 from .executed import executed
 from .launches import KERNELS
@@ -46,7 +46,7 @@ def test_products_of_a_forward():
 
 def test_hidden_layers_are_computed_again_for_each_tile_of_columns():
     """MMoE T3e8: eight experts of 256 -> 256 -> 128, whose first layer every tile of the last one's columns needs."""
-    program = fused(build(SUBJECTS["MMoE T3e8"]).table)
+    program = inline_hidden(build(SUBJECTS["MMoE T3e8"]).table)
     (one,) = launches("inference", layer="MMoE T3e8")
     columns = ceil(128 / gpu_model.tiles_of(program, B, gpu_model.LEVELS, BF16).columns)
     again, rest = divmod(one.products - 2 * B * 8 * 256 * (256 * columns + 128), 2 * B * 3 * 8 * 256)

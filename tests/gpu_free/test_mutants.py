@@ -19,7 +19,7 @@ from ..mutation import mutated, places
 from .mutants import EXECUTED, INTERPRETED, MUTANTS, QUICK
 
 PACKAGE, KERNELS, TESTS = Path(fusedmoe.__file__).parent, Path(kernels.__file__).parent, Path(__file__).parent.parent
-LEFT_OUT = shutil.ignore_patterns("__pycache__", "kernels", "data")
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "kernels")
 
 
 def quick_first(names) -> list:

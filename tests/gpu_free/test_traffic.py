@@ -11,7 +11,7 @@ from fusedmoe.speed.subjects import SUBJECTS, build
 pytest.importorskip("triton", reason="gpu_free: expected the package triton, which compiles without a device, got none")
 
 from fusedmoe.kernels import network, tiles
-from fusedmoe.kernels.program import fused, of_one_slot
+from fusedmoe.kernels.program import inline_hidden, of_one_slot
 
 from .executed import executed
 from .ptx import Counts
@@ -42,7 +42,7 @@ def test_the_forward_moves_the_bytes_of_its_plan(call, rows, monkeypatch):
     monkeypatch.setattr(tiles, "MANY_ROWS", many)
     layer = build(SUBJECTS[name], torch.bfloat16)
     table = layer.table
-    program = of_one_slot(fused(table)) if expanded else fused(table)
+    program = of_one_slot(inline_hidden(table)) if expanded else inline_hidden(table)
     x = torch.randn(batch, 1 if expanded else table.slots, table.width, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     lent = [(parameter.name, tensor.detach()) for parameter, tensor in zip(table.parameters, layer.params, strict=True)]
     with executed(lent) as kernels:

@@ -91,7 +91,7 @@ def environment_of(folder: Path) -> dict[str, str]:
     result |= built.environment(library, folder / "launches.jsonl")
     result |= {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder / "site"), "PIP_NO_INDEX": "1"}
     # Every tensor in memory of its own, so that an address of one that is gone shows. What cannot pass here does not stop what stands behind it.
-    result |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FUSEDMOE_TRIAL": "0", "GPU_CASES": "few", "GPU_PATIENCE": "10", "STUB_CUDA_BRIEF": "1"}
+    result |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FUSEDMOE_SELF_TEST": "0", "GPU_CASES": "few", "GPU_PATIENCE": "10", "STUB_CUDA_BRIEF": "1"}
     result.setdefault("FUSEDMOE_BUILD", "cpu")
     if (wrapper := library.parent / "nvcc").exists():
         result["NVCC"] = str(wrapper)

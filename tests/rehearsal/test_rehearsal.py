@@ -51,7 +51,7 @@ def test_wrong_numbers_are_reported_by_tensor_and_error(rehearsed):
     results = rehearsed.results("b")
     for dtype in ("bfloat16", "float32"):
         for backend in backends(rehearsed):
-            assert "expected errors of at most 1 x the one allowed, got" in results[f"trial, {dtype}, {backend}"]["error"]
+            assert "expected errors of at most 1 x the one allowed, got" in results[f"self-test, {dtype}, {backend}"]["error"]
             error = results[f"every_feature, {dtype}, {backend}"]["error"]
             assert "59 differ: " in error
             assert re.search(r"\b(out|d_x|weights\.\d|d_[a-z]+\.[\w.]+): expected an error of at most \S+, got \S+ \(\[", error)
@@ -141,14 +141,14 @@ def test_recorded_captures_are_timed_as_graphs(rehearsed):
     assert {result["how"] for result in shares} == {"CUDA graph"}
 
 
-def test_parts_behind_a_failed_trial_are_left_out(rehearsed):
+def test_parts_behind_a_failed_self_test_are_left_out(rehearsed):
     path = rehearsed.folder / "failed.json"
     path.write_text(json.dumps({"head": {}, "parts": {"b": rehearsed.content["parts"]["b"]}}))
     for part in "cf":
-        done = rehearsed.make("gpu", f"GPU_JSON={path}", f"PART={part}", FUSEDMOE_TRIAL="")
+        done = rehearsed.make("gpu", f"GPU_JSON={path}", f"PART={part}", FUSEDMOE_SELF_TEST="")
         assert done.returncode != 0
         found = json.loads(path.read_text())["parts"][part]
-        assert found["status"].startswith("skipped: no backend passed the trial (triton in bfloat16: AssertionError: expected errors of at most 1 x")
+        assert found["status"].startswith("skipped: no backend passed the self-test (triton in bfloat16: AssertionError: expected errors of at most 1 x")
         assert found["results"] == {}
 
 

@@ -1,7 +1,9 @@
-"""The layers as users write them: plain loops over `nn.ModuleList`, `stack`, `bmm`. The parity truth and the eager baseline.
+"""The layers as users write them: plain loops over `nn.ModuleList`, `stack`, `bmm`.
 
-Constructors, attribute names, `state_dict` keys and the order in which parameters are created are those of the public AdaTT
-library where it has the layer, so that a checkpoint loads in both and the same seed gives the same weights.
+The tests compare the fused layers with these, and the benchmark times them as eager PyTorch. If the
+public AdaTT library has a layer, ours has the same constructor, attribute names and `state_dict`
+keys, and creates its parameters in the same order. So a checkpoint loads in both, and the same seed
+gives the same weights.
 """
 
 from fusedmoe.reference.layers.adatt import AdaTT, AdaTTSp, AdaTTWSharedExps

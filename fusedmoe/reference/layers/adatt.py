@@ -1,4 +1,4 @@
-"""Adaptive task-to-task fusion: a gate over all experts, plus static weights on a unit's own ones."""
+"""Adaptive task-to-task fusion: a gate over all experts, and static weights on a unit's own."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ from fusedmoe.validation import require_integer
 
 
 class AdaTTSp(nn.Module):
-    """AdaTT without shared experts: unit t mixes all experts by a gate on slot t and adds its own ones with static weights.
+    """AdaTT without shared experts.
+
+    Unit t mixes all experts by a gate on slot t, and adds its own experts with static weights v.
 
         y[e] = MLP_e(x[owner(e)])
-        out[t] = sum over e of softmax(G[t] x[t])[e] * y[e] + sum over e in own(t) of v[t, e] * y[e];   x <- out
+        out[t] = sum over e of softmax(G[t] x[t])[e] * y[e] + sum over e in own(t) of v[t, e] * y[e]
+        x <- out
 
     Args:
-        input_dim: D.
+        input_dim: D, the width of an input vector.
         expert_out_dims: per level the layer widths of an expert.
-        num_tasks: T.
-        num_task_experts: m experts per task.
+        num_tasks: T, the number of tasks.
+        num_task_experts: m, the experts of each task.
         self_exp_res_connect: whether v exists: learned [T, m] per level, or ones when m = 1.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, T, D] to [B, T, H].
-    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what came.
+    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what
+        came.
     Source: AdaTT, equations 2 to 10.
     """
 
@@ -75,25 +79,30 @@ class AdaTTSp(nn.Module):
 
 
 class AdaTT(nn.Module):
-    """AdaTT with shared experts: every unit mixes all experts by a gate on its own slot and adds its own ones with static weights.
+    """AdaTT with shared experts.
+
+    Every unit mixes all experts by a gate on its own slot, and adds its own experts with static
+    weights v.
 
         y[e] = MLP_e(x[owner(e)])
-        out[u] = sum over e of (softmax(G[u] x[u])[e] + v[u, e]) * y[e];   x <- out          v[u, e] = 0 outside own(u)
+        out[u] = sum over e of (softmax(G[u] x[u])[e] + v[u, e]) * y[e]   v[u, e] = 0 outside own(u)
+        x <- out
 
     The shared unit (u = T) exists below the last level; the shared experts are its own.
 
     Args:
-        input_dim: D.
+        input_dim: D, the width of an input vector.
         expert_out_dims: per level the layer widths of an expert.
-        num_tasks: T.
-        num_shared_experts: m_s, 0 or more.
+        num_tasks: T, the number of tasks.
+        num_shared_experts: m_s, the number of shared experts, 0 or more.
         num_task_experts: m_t, one number for all tasks; or else
         num_task_expert_list: one m_t for each task.
-        self_exp_res_connect: whether v exists: learned [L, m_t] per task and [L - 1, m_s] for the shared unit, or ones when every
-            m_t and m_s is 1.
+        self_exp_res_connect: whether v exists: learned [L, m_t] per task and [L - 1, m_s] for the
+            shared unit, or ones when every m_t and m_s is 1.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, T + 1, D], the shared slot last, to [B, T, H].
-    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what came.
+    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what
+        came.
     Source: AdaTT, section 3.2.
     """
 
@@ -161,6 +170,6 @@ AdaTTWSharedExps = AdaTT
 
 
 def static_weights(rows: int, experts: int) -> nn.Parameter:
-    """Return learned static weights [rows, experts], uniform in +-1/sqrt(experts); there may be no experts."""
+    """Return learned static weights [rows, experts], uniform in +-1/sqrt(experts)."""
     scale = sqrt(1.0 / max(experts, 1))
     return nn.Parameter(torch.empty(rows, experts).uniform_(-scale, scale))

@@ -25,10 +25,12 @@ class MtlConfigs:
         mtl_model: a name out of `BACKBONES`.
         num_task_experts: m_t, one number or, where the backbone takes one, a list.
         num_shared_experts: m_s; for "mmoe" and "omoe" the number of experts.
-        expert_out_dims: per level the layer widths of an expert; backbones of one level stack all of them in one expert.
+        expert_out_dims: per level the layer widths of an expert; backbones of one level stack all
+            of them in one expert.
         self_exp_res_connect: whether AdaTT has static weights.
         expert_archs, gate_archs, num_experts: accepted and not read, as in the public library.
-        borrows: for "asymmetric", which bottoms each task reads; None: each task its own and task 0's.
+        borrows: for "asymmetric", which bottoms each task reads; None: each task its own and task
+            0's.
     """
 
     mtl_model: str = "att_sp"
@@ -44,7 +46,7 @@ class MtlConfigs:
 
 @dataclass(frozen=True)
 class ArchInputs:
-    """The tasks: how many, the hidden widths of a tower, and the activation of the whole network."""
+    """The tasks: their number, the hidden widths of a tower, and the activation of the network."""
 
     num_task: int = 3
     task_mlp: list[int] = field(default_factory=list)
@@ -53,9 +55,10 @@ class ArchInputs:
 
 
 class Backbone(NamedTuple):
-    """How to build one from (input_dim, configs, tasks); it takes x [B, D], or x [B, T + extra_slots, D] unless that is None.
+    """How to build a backbone from (input_dim, configs, tasks).
 
-    Its output is `outputs` times as wide as an expert.
+    It takes x [B, D] if `extra_slots` is None, otherwise x [B, T + extra_slots, D]. Its output is
+    `outputs` times as wide as an expert.
     """
 
     build: Callable[[int, MtlConfigs, ArchInputs], nn.Module]
@@ -141,14 +144,17 @@ BACKBONES: dict[str, Backbone] = {
 
 
 class CentralTaskArch(nn.Module):
-    """Run a backbone on an input that all tasks share, then task t's tower: out[t] = W_t MLP_t(backbone(x)[t]) + b_t.
+    """A backbone on an input that all tasks share, then towers.
+
+        out[t] = W_t MLP_t(backbone(x)[t]) + b_t
 
     Args:
         mtl_configs: the backbone.
         opts: the tasks and their towers.
-        input_dim: D.
+        input_dim: D, the width of an input vector.
     Returns: forward maps [B, D] to a list of T tensors [B, 1].
-    Raises: ValueError, TypeError at construction, naming the argument or the field, what was expected and what came.
+    Raises: ValueError, TypeError at construction, naming the argument or the field, what was
+        expected and what came.
     """
 
     def __init__(self, mtl_configs: MtlConfigs, opts: ArchInputs, input_dim: int) -> None:

@@ -1,4 +1,4 @@
-"""Cross-stitch networks: one expert per task, mixed by learned weights that are the same for every row."""
+"""Cross-stitch networks: one expert per task, mixed by learned weights, the same for all rows."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from fusedmoe.reference.layers.mlp import experts_of, require_counts, require_le
 
 
 class CrossStitch(nn.Module):
-    """Mix the tasks' experts with learned weights: y[t] = MLP_t(x[t]); out[u] = sum over t of v[u, t] * y[t]; x <- out.
+    """Mix the tasks' experts with learned weights.
+
+        y[t] = MLP_t(x[t]);   out[u] = sum over t of v[u, t] * y[t];   x <- out
 
     Args:
-        input_dim: D.
+        input_dim: D, the width of an input vector.
         expert_archs: per level the layer widths of an expert.
-        num_tasks: T.
+        num_tasks: T, the number of tasks.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, T, D] to [B, T, H].
-    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what came.
+    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what
+        came.
     Source: Misra et al., CVPR 2016, equation 1; MMoE, section 6.1.
     """
 

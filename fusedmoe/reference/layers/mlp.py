@@ -1,4 +1,4 @@
-"""The small MLP that every expert, gate and tower is made of, and the checks of what the layers' constructors take."""
+"""The MLP of every expert, gate and tower, and the checks of the constructors' arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ACTIVATION_MODULES: dict[str, Callable[[Activation], nn.Module]] = {
 
 
 def activation_module(value: str | Activation) -> nn.Module:
-    """Return a fresh module of the activation that `value` names. Raises: ValueError for an unknown name."""
+    """Return a new module of an activation, given by name. Raises: ValueError if it is unknown."""
     kind = activation(value)
     return ACTIVATION_MODULES[kind.name](kind)
 
@@ -90,7 +90,10 @@ def require_levels(what: str, levels: Sequence[Sequence[int]]) -> None:
 
 
 def counts_per_task(num_tasks: int, **given: int | Sequence[int]) -> list[int]:
-    """Return m_t for each task, from one number or a list of T, given by its name. Raises: ValueError for anything else."""
+    """Return m_t for each task, from one named argument: a number or a list of T.
+
+    Raises: ValueError for anything else.
+    """
     ((what, counts),) = given.items()
     if isinstance(counts, int):
         return [require_integer(counts, what)] * num_tasks

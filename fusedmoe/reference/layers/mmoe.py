@@ -12,19 +12,20 @@ from fusedmoe.reference.layers.mlp import MLP, experts_of, require_counts, requi
 
 
 class MLMMoE(nn.Module):
-    """Multi-level MMoE: expert e of a level reads unit e of the level below, and every gate reads x.
+    """Levels of MMoE: expert e of a level reads unit e of the level below, and every gate reads x.
 
         y[e] = MLP_e(h[e]);   out[u] = sum over e of softmax(G[u] x)[e] * y[e];   h <- out
 
     Args:
-        input_dim: D.
+        input_dim: D, the width of an input vector.
         expert_archs: per level the layer widths of an expert.
         gate_archs: per level the hidden widths of a gate.
         num_tasks: T, the units of the last level.
         num_experts: E, experts of every level and units of every level below the last.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, D] to [B, T, H].
-    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what came.
+    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what
+        came.
     Source: AdaTT, section 4.1; MMoE, equations 6 to 8.
     """
 
@@ -66,7 +67,7 @@ class MLMMoE(nn.Module):
 
 
 class MMoE(MLMMoE):
-    """One level of experts, one gate per task: out[t] = sum over e of softmax(G[t] x)[e] * MLP_e(x).
+    """One level, one gate per task: out[t] = sum over e of softmax(G[t] x)[e] * MLP_e(x).
 
     Args:
         expert_arch: the layer widths of an expert.
@@ -92,7 +93,7 @@ class MMoE(MLMMoE):
 
 
 class OMoE(MMoE):
-    """One level of experts under one gate, handed to every task: out[t] = sum over e of softmax(G x)[e] * MLP_e(x).
+    """One level, one gate for all tasks: out[t] = sum over e of softmax(G x)[e] * MLP_e(x).
 
     Args: as `MMoE`.
     Returns: forward maps [B, D] to [B, T, H], expanded from [B, 1, H].

@@ -13,19 +13,23 @@ from fusedmoe.validation import require_integer
 
 
 class PLE(nn.Module):
-    """Unit t mixes own(t) and the shared experts; the shared unit, below the last level, mixes all of them.
+    """Unit t mixes own(t) and the shared experts; the shared unit mixes all experts.
 
-        y[e] = MLP_e(x[owner(e)]);   out[u] = sum over e in sees(u) of softmax(G[u] x[u])[e] * y[e];   x <- out
+        y[e] = MLP_e(x[owner(e)])
+        out[u] = sum over e in sees(u) of softmax(G[u] x[u])[e] * y[e];   x <- out
+
+    The shared unit exists below the last level.
 
     Args:
-        input_dim: D.
+        input_dim: D, the width of an input vector.
         expert_out_dims: per level the layer widths of an expert.
-        num_tasks: T.
+        num_tasks: T, the number of tasks.
         num_task_experts: m_t, one number for all tasks or a list of T.
-        num_shared_experts: m_s, 0 or more.
+        num_shared_experts: m_s, the number of shared experts, 0 or more.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, T + 1, D], the shared slot last, to [B, T, H].
-    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what came.
+    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what
+        came.
     Source: PLE, equations 6 and 7.
     """
 

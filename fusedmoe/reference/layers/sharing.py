@@ -22,12 +22,13 @@ class SharedBottom(nn.Module):
     """Hand one bottom to every task: out[t] = MLP(x).
 
     Args:
-        input_dim: D.
+        input_dim: D, the width of an input vector.
         hidden_dims: the layer widths of the bottom.
-        num_tasks: T.
+        num_tasks: T, the number of tasks.
         activation: its name in any case, or an `Activation`.
     Returns: forward maps [B, D] to [B, T, H], expanded from [B, H] (stride 0 over tasks).
-    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what came.
+    Raises: ValueError, TypeError at construction, naming the argument, what was expected and what
+        came.
     Source: MMoE, equation 1.
     """
 
@@ -62,12 +63,12 @@ class SingleTask(nn.Module):
 
 
 class AsymmetricSharing(nn.Module):
-    """Let task t combine the bottoms of the tasks it borrows from: out[t] = combine over e in borrows[t] of MLP_e(x).
+    """Task t combines the bottoms of the tasks it borrows: MLP_e(x) for e in borrows[t].
 
     Args:
-        input_dim: D.
+        input_dim: D, the width of an input vector.
         hidden_dims: the layer widths of each bottom.
-        num_tasks: T.
+        num_tasks: T, the number of tasks.
         borrows: one list of task indices per task, its own included where it uses its own bottom.
         combine: "sum", "mean" or "concat".
         activation: its name in any case, or an `Activation`.
@@ -123,7 +124,10 @@ class CustomizedSharing(nn.Module):
 
 
 def _require_borrows(borrows: Sequence[Sequence[int]], num_tasks: int, combine: str) -> None:
-    """Raise ValueError unless `borrows` lists different tasks for each task, and equally many where they are concatenated."""
+    """Check that `borrows` lists different tasks for each task, equally many for a concatenation.
+
+    Raises: ValueError.
+    """
     if not isinstance(borrows, Sequence) or not all(isinstance(tasks, Sequence) for tasks in borrows):
         raise ValueError(f"borrows: expected one list of tasks for each of {num_tasks} tasks, got {borrows!r}")
     if len(borrows) != num_tasks:

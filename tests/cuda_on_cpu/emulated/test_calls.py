@@ -1,4 +1,4 @@
-"""Calls of the CUDA kernels on the emulated device: schedules, memory that they may touch, launches, autocast, torch.compile, the trial, errors."""
+"""Calls of the CUDA kernels on the emulated device: schedules, memory that they may touch, launches, autocast, torch.compile, the self-test, errors."""
 
 from contextlib import ExitStack
 from functools import cache, partial
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedmoe.casting import lowered
 from fusedmoe.codec import encode
-from fusedmoe.kernels import device, launch_cuda, registered, tiles, trial
+from fusedmoe.kernels import device, launch_cuda, registered, self_test, tiles
 from fusedmoe.kernels.launchers import GRADIENT_LAUNCHES
 from fusedmoe.nn import AdaTTSp
 from fusedmoe.op import fusion_network
@@ -102,10 +102,10 @@ def test_a_table_that_a_graph_writes_stays_as_long_as_the_call(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_trial_passes(dtype, monkeypatch):
-    monkeypatch.setattr(trial, "ROWS", (17,))
-    trial.once.cache_clear()
-    trial.once(torch.device("cpu"), dtype, "cuda")
+def test_the_self_test_passes(dtype, monkeypatch):
+    monkeypatch.setattr(self_test, "ROWS", (17,))
+    self_test.check.cache_clear()
+    self_test.check(torch.device("cpu"), dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

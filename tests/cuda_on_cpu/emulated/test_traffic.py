@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fusedmoe.kernels import network, tiles
-from fusedmoe.kernels.program import fused
+from fusedmoe.kernels.program import inline_hidden
 from fusedmoe.speed.subjects import SUBJECTS, build
 
 from ..watched import watched
@@ -39,7 +39,7 @@ def test_the_forward_moves_the_bytes_of_its_plan(name, rows, monkeypatch):
     monkeypatch.setattr(tiles, "WHOLE_ROWS", whole)
     monkeypatch.setattr(tiles, "MANY_ROWS", many)
     layer = build(SUBJECTS[name], torch.bfloat16)
-    table, program = layer.table, fused(layer.table)
+    table, program = layer.table, inline_hidden(layer.table)
     chosen = tiles.choose(program, torch.bfloat16, batch, "cpu", tiles.BESIDE_HIDDEN["cuda"])
     monkeypatch.setattr(roofline, "READERS", {(chosen.rows, inner): readers(chosen.rows) for inner in (False, True)})
     x = torch.randn(batch, table.slots, table.width, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)

@@ -9,7 +9,7 @@ from torch import nn
 
 from fusedmoe.casting import lowered
 from fusedmoe.families import mmoe
-from fusedmoe.kernels import device, trial
+from fusedmoe.kernels import device, self_test
 from fusedmoe.kernels.plan import plan_of
 from fusedmoe.kernels.program import lower
 from fusedmoe.nn import AdaTTSp
@@ -134,7 +134,7 @@ def test_what_a_graph_cannot_have_is_refused(no_tables, monkeypatch):
     for call in (
         lambda: device.addresses([torch.randn(3, 5)], torch.device("cpu")),
         lambda: device.written(plan_of(lower(mmoe(5, [[3]], 2, 7)), True, 2, 16), torch.device("cpu")),
-        lambda: trial.once(torch.device("cpu"), torch.float64, "triton"),
+        lambda: self_test.check(torch.device("cpu"), torch.float64, "triton"),
     ):
         with pytest.raises(RuntimeError, match="a CUDA graph is being captured: expected a call with this network"):
             call()
@@ -143,5 +143,5 @@ def test_what_a_graph_cannot_have_is_refused(no_tables, monkeypatch):
 def test_what_stays_on_a_gpu_is_made_by_another_thread(monkeypatch):
     """Of the memory pool that torch.compile lends to the calling one for its CUDA graphs nothing may stay."""
     monkeypatch.setattr(device, "capturing", lambda _: False)
-    there, here = (device.kept(torch.device(name), threading.get_ident) for name in ("cuda", "cpu"))
+    there, here = (device.persistent(torch.device(name), threading.get_ident) for name in ("cuda", "cpu"))
     assert there != threading.get_ident() == here

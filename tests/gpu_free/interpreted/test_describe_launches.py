@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fusedmoe import nn as fused_nn
-from fusedmoe.kernels import tiles, trial
+from fusedmoe.kernels import self_test, tiles
 from fusedmoe.kernels.describe import describe_launches
 from fusedmoe.reference import layers
 from fusedmoe.swap import describe, fuse
@@ -55,10 +55,10 @@ def test_launches_are_those_that_run(name, monkeypatch):
 
 STAGES = {
     "two levels": ("none", "none"),
-    "hidden layers": ("level 0, hidden 0 (2 maps)", "none"),
-    "hidden layers in gates": ("level 0, hidden 0 (2 maps)", "none"),
-    "experts of three layers": ("level 0, hidden 0 (2 maps); level 0, hidden 1 (2 maps)",) * 2,
-    "towers": ("towers, hidden 0 (2 maps)", "none"),
+    "hidden layers": ("level 0, hidden 0 (2 linears)", "none"),
+    "hidden layers in gates": ("level 0, hidden 0 (2 linears)", "none"),
+    "experts of three layers": ("level 0, hidden 0 (2 linears); level 0, hidden 1 (2 maps)",) * 2,
+    "towers": ("towers, hidden 0 (2 linears)", "none"),
 }
 
 
@@ -67,7 +67,7 @@ def test_stages_through_memory_are_named(name):
     model = LAYERS[name]()
     fuse(model, backend="triton")
     for when, stages in zip(("training", "inference"), STAGES[name], strict=True):
-        assert f"stages of their own, handed on in memory, {when}: {stages}" in [line.strip() for line in describe(model).splitlines()]
+        assert f"segments of their own, handed on in memory, {when}: {stages}" in [line.strip() for line in describe(model).splitlines()]
 
 
 def test_only_where_triton_runs_the_layer():
@@ -81,7 +81,7 @@ def test_only_where_triton_runs_the_layer():
 @pytest.mark.parametrize("known", [{}, {("triton", "sm_90"): "a report"}])
 def test_an_architecture_and_whether_it_has_been_run(known, monkeypatch):
     """As on a machine that has the device."""
-    monkeypatch.setattr(trial, "KNOWN", known)
+    monkeypatch.setattr(self_test, "KNOWN", known)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=9, minor=0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
     line = describe_launches(build("mmoe", 4, [[3]], 2, 2), torch.bfloat16, torch.device("cuda", 0), "triton").splitlines()[0]

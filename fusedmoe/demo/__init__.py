@@ -1,1 +1,0 @@
-"""The main job: one multi-task model trained twice from one seed, plain and fused. Run `python -m fusedmoe demo`."""
