@@ -57,7 +57,7 @@ STAGES = {
     "two levels": ("none", "none"),
     "hidden layers": ("level 0, hidden 0 (2 linears)", "none"),
     "hidden layers in gates": ("level 0, hidden 0 (2 linears)", "none"),
-    "experts of three layers": ("level 0, hidden 0 (2 linears); level 0, hidden 1 (2 maps)",) * 2,
+    "experts of three layers": ("level 0, hidden 0 (2 linears); level 0, hidden 1 (2 linears)",) * 2,
     "towers": ("towers, hidden 0 (2 linears)", "none"),
 }
 
