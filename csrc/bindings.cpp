@@ -21,8 +21,8 @@ using fusedmoe::shape_of;
 using fusedmoe::Tensor;
 namespace cpu = fusedmoe::cpu;
 
-// What forward tells backward in the first numbers of `saved`: the rows of a block, which backward must keep to however many threads
-// there are by then, and whether it recomputes.
+// What forward tells backward in the first numbers of `saved`: the rows of a block, which backward
+// must keep to however many threads there are by then, and whether it recomputes.
 enum Header { block_at, recompute_at, header_size = cpu::lane_multiple };
 // What the operator's `save` asks for.
 enum Save { save_nothing, save_all, save_least };
@@ -39,14 +39,16 @@ struct Arguments {
   std::shared_ptr<const cpu::Plan> plan;
   cpu::Call<T> call;
 
-  Arguments(const Tensor& input, const std::vector<Tensor>& tensors, const std::string& text, Save save) : x(input), stored(x.scalar_type()) {
+  Arguments(const Tensor& input, const std::vector<Tensor>& tensors, const std::string& text, Save save)
+      : x(input), stored(x.scalar_type()) {
     STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu(), "x: expected a CPU tensor [B, S, D], got ", shape_of(x.sizes()));
     fusedmoe::check_memory(x, "x");
     if (x.numel() > 0 && x.size(2) > 1 && x.stride(2) != 1) x = torch::stable::contiguous(x);
     const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
     plan = plan_of(text, {save != save_nothing, x.stride(1) == 0 && x.size(1) > 1, save == save_least, bf16});
     const fusedmoe::Table& table = plan->table;
-    STD_TORCH_CHECK(x.size(1) == table.slots && x.size(2) == table.width, "x: expected [B, ", table.slots, ", ", table.width, "], got ", shape_of(x.sizes()));
+    STD_TORCH_CHECK(x.size(1) == table.slots && x.size(2) == table.width, "x: expected [B, ", table.slots, ", ",
+                    table.width, "], got ", shape_of(x.sizes()));
     const size_t count = tensors.size();
     STD_TORCH_CHECK(count == table.shapes.size(), "params: expected ", table.shapes.size(), " tensors, got ", count);
     // Under autocast the input is lowered, and the parameters stay in float32.
@@ -72,14 +74,17 @@ struct Arguments {
 };
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vector<Tensor>& params, const std::string& text, Save save, bool mixing) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vector<Tensor>& params,
+                                           const std::string& text, Save save, bool mixing) {
   Arguments<T> a(input, params, text, save);
   const fusedmoe::Table& table = a.plan->table;
   const int64_t rows = a.call.rows;
   Tensor out = torch::stable::new_empty(a.x, {rows, table.output[0], table.output[1]});
   const bool poison = save && fusedmoe::poisoning(a.x);
-  Tensor weights = mixing ? torch::stable::new_empty(a.x, {rows, table.mixing}) : fusedmoe::Results(a.x, a.x.scalar_type(), poison).make({rows, 0});
-  Tensor saved = fusedmoe::Results(a.x, dtype_of<T>, poison).make({save ? a.plan->saved * cpu::padded(rows) + header_size : 0});
+  Tensor weights = mixing ? torch::stable::new_empty(a.x, {rows, table.mixing})
+                          : fusedmoe::Results(a.x, a.x.scalar_type(), poison).make({rows, 0});
+  Tensor saved =
+      fusedmoe::Results(a.x, dtype_of<T>, poison).make({save ? a.plan->saved * cpu::padded(rows) + header_size : 0});
   a.call.out = a.storage.write(out);
   a.call.weights = mixing ? a.storage.write(weights) : nullptr;
   a.call.block = cpu::rows_of_block(rows, torch::stable::get_num_threads());
@@ -96,10 +101,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vecto
 }
 
 template <class T>
-std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& input, const std::vector<Tensor>& params,
-                             const Tensor& given, const std::string& text, const std::string& needs) {
-  STD_TORCH_CHECK(given.is_cpu() && given.dim() == 1 && given.numel() >= header_size && given.scalar_type() == dtype_of<T>,
-                  "saved: expected what the forward of this call returned, got ", shape_of(given.sizes()));
+std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& input,
+                             const std::vector<Tensor>& params, const Tensor& given, const std::string& text,
+                             const std::string& needs) {
+  STD_TORCH_CHECK(
+      given.is_cpu() && given.dim() == 1 && given.numel() >= header_size && given.scalar_type() == dtype_of<T>,
+      "saved: expected what the forward of this call returned, got ", shape_of(given.sizes()));
   // A hook of saved tensors may give back an equal one of any layout.
   const Tensor saved = checked(given, {given.numel()}, dtype_of<T>, "saved");
   T* state = static_cast<T*>(saved.data_ptr());
@@ -107,9 +114,10 @@ std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d
   Arguments<T> a(input, params, text, state[recompute_at] != 0 ? save_least : save_all);
   const fusedmoe::Table& table = a.plan->table;
   const int64_t rows = a.call.rows;
-  STD_TORCH_CHECK(saved.numel() == a.plan->saved * cpu::padded(rows) + header_size && block >= cpu::lane_multiple && block <= cpu::block_rows &&
-                      (block & (block - 1)) == 0,
-                  "saved: expected what the forward of this call returned, got ", shape_of(saved.sizes()), " with other numbers");
+  STD_TORCH_CHECK(saved.numel() == a.plan->saved * cpu::padded(rows) + header_size && block >= cpu::lane_multiple &&
+                      block <= cpu::block_rows && (block & (block - 1)) == 0,
+                  "saved: expected what the forward of this call returned, got ", shape_of(saved.sizes()),
+                  " with other numbers");
   const size_t count = a.pointers.size();
   STD_TORCH_CHECK(needs.size() == count + 1, "needs: expected ", count + 1, " flags, got ", needs.size());
   Tensor d_top = checked(d_out, {rows, table.output[0], table.output[1]}, a.x.scalar_type(), "d_out");
@@ -150,19 +158,26 @@ auto in_kernel_type(const Tensor& x, F f) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> network_cpu(const Tensor& x, const std::vector<Tensor>& params, const std::string& table, int64_t save, bool mixing) {
-  STD_TORCH_CHECK(save >= save_nothing && save <= save_least, "save: expected 0 (nothing), 1 (what backward needs) or 2 (as little as possible), got ", save);
-  return in_kernel_type(x, [&](auto number) { return forward<decltype(number)>(x, params, table, Save(save), mixing); });
+std::tuple<Tensor, Tensor, Tensor> network_cpu(const Tensor& x, const std::vector<Tensor>& params,
+                                               const std::string& table, int64_t save, bool mixing) {
+  STD_TORCH_CHECK(save >= save_nothing && save <= save_least,
+                  "save: expected 0 (nothing), 1 (what backward needs) or 2 (as little as possible), got ", save);
+  return in_kernel_type(x,
+                        [&](auto number) { return forward<decltype(number)>(x, params, table, Save(save), mixing); });
 }
 
-std::vector<Tensor> network_cpu_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& x, const std::vector<Tensor>& params,
-                                         const Tensor& saved, const std::string& table, const std::string& needs) {
-  return in_kernel_type(x, [&](auto number) { return backward<decltype(number)>(d_out, d_weights, x, params, saved, table, needs); });
+std::vector<Tensor> network_cpu_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& x,
+                                         const std::vector<Tensor>& params, const Tensor& saved,
+                                         const std::string& table, const std::string& needs) {
+  return in_kernel_type(
+      x, [&](auto number) { return backward<decltype(number)>(d_out, d_weights, x, params, saved, table, needs); });
 }
 
 int64_t packed_size(const std::string& table) { return fusedmoe::planned(table, {})->packing.size; }
 
-int64_t saved_width(const std::string& table, bool recompute) { return plan_of(table, {true, false, recompute})->saved; }
+int64_t saved_width(const std::string& table, bool recompute) {
+  return plan_of(table, {true, false, recompute})->saved;
+}
 
 double fma_peak(double seconds) {
   const cpu::Isa& isa = cpu::chosen_isa();
@@ -185,7 +200,9 @@ void bind_triton(pybind11::module_& m);
 
 STABLE_TORCH_LIBRARY(fusedmoe, m) {
   m.def("network_cpu(Tensor x, Tensor[] params, str table, int save, bool mixing) -> (Tensor, Tensor, Tensor)");
-  m.def("network_cpu_backward(Tensor d_out, Tensor? d_weights, Tensor x, Tensor[] params, Tensor saved, str table, str needs) -> Tensor[]");
+  m.def(
+      "network_cpu_backward(Tensor d_out, Tensor? d_weights, Tensor x, Tensor[] params, "
+      "Tensor saved, str table, str needs) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedmoe, CPU, m) {
@@ -200,13 +217,17 @@ PYBIND11_MODULE(_C, m) {
     for (const auto& [isa, here] : cpu::isas()) result.emplace_back(isa->name, here);
     return result;
   }, "Every ISA of this build, best first, and whether this processor has it.");
-  m.def("isa", [] { return std::string(cpu::chosen_isa().name); }, "The ISA whose kernels run; RuntimeError for a wrong FUSEDMOE_ISA.");
+  m.def(
+      "isa", [] { return std::string(cpu::chosen_isa().name); },
+      "The ISA whose kernels run; RuntimeError for a wrong FUSEDMOE_ISA.");
   m.def("free_bytes", &fusedmoe::free_bytes, "Bytes of results that died, kept for the next ones.");
-  m.def("saved_width", &saved_width, "Elements a row that forward saves for backward, or the least of them, for a backward that recomputes.");
+  m.def("saved_width", &saved_width,
+        "Elements a row that forward saves for backward, or the least of them, for a backward that recomputes.");
   m.attr("LANE_MULTIPLE") = int64_t(cpu::lane_multiple);
   m.attr("HEADER_SIZE") = int64_t(header_size);
   m.def("packed_size", &packed_size, "Numbers of the packed parameters of a frozen network.");
-  m.def("fma_peak", &fma_peak, "GFLOP/s of independent fp32 multiply-adds on one core: the best of as many rounds as fit into `seconds`.");
+  m.def("fma_peak", &fma_peak,
+        "GFLOP/s of independent fp32 multiply-adds on one core: the best of as many rounds as fit into `seconds`.");
   bind_guards(m);
   bind_triton(m);
 }

@@ -10,7 +10,8 @@
 namespace fusedmoe {
 namespace {
 
-// Four sizes to every doubling: batches that vary a little share their blocks, and the pages beyond what is asked for are never touched.
+// Four sizes to every doubling: batches that vary a little share their blocks, and the pages beyond
+// what is asked for are never touched.
 constexpr int sizes_per_doubling = 4;
 
 struct Pool {
@@ -41,8 +42,8 @@ void release(Slab* slab) {
 
 }  // namespace
 
-// Neither waits for another thread: where the list is in use, the system's allocator serves. A child that was forked while a thread
-// of its parent was in here would wait for ever.
+// Neither waits for another thread: where the list is in use, the system's allocator serves. A
+// child that was forked while a thread of its parent was in here would wait for ever.
 Slab* take_slab(size_t bytes) {
   const auto [kind, size] = size_of(bytes);
   Pool& p = pool();
@@ -54,7 +55,9 @@ Slab* take_slab(size_t bytes) {
     return slab;
   }
   char* memory = static_cast<char*>(std::aligned_alloc(slab_alignment, size));
-  if (!memory) throw std::runtime_error("cpu backend: expected " + std::to_string(size) + " bytes of memory for results, got none");
+  if (!memory)
+    throw std::runtime_error("cpu backend: expected " + std::to_string(size) +
+                             " bytes of memory for results, got none");
   return new Slab{memory, size, kind, 1};
 }
 

@@ -1,5 +1,6 @@
-// Memory that outlives its tensors: blocks that go back to a free list when the last tensor in them dies, so that a step of training
-// finds the pages of the step before instead of asking the system for fresh ones.
+// Memory that outlives its tensors: blocks that go back to a free list when the last tensor in them
+// dies, so that a step of training finds the pages of the step before instead of asking the system
+// for fresh ones.
 #pragma once
 #include <atomic>
 #include <cstddef>
@@ -7,11 +8,12 @@
 
 namespace fusedmoe {
 
-// The smallest block. Tensors that fit share one; a larger tensor has one of its own, up to a quarter larger. So whoever keeps a small
-// gradient keeps at most this much memory besides.
+// The smallest block. Tensors that fit share one; a larger tensor has one of its own, up to a
+// quarter larger. So whoever keeps a small gradient keeps at most this much memory besides.
 constexpr size_t smallest_slab = size_t(64) << 10;
-// The most that lies free, all threads together: the kept activations of AdaTT T3m2 at 16,000 rows. What comes back beyond it
-// sends everything else that is free back to the system, so sizes that are no longer asked for do not stay.
+// The most that lies free, all threads together: the kept activations of AdaTT T3m2 at 16,000 rows.
+// What comes back beyond it sends everything else that is free back to the system, so sizes that
+// are no longer asked for do not stay.
 constexpr size_t most_free = size_t(256) << 20;
 // Of a block and of every tensor in it: a cache line, and the longest vector.
 constexpr size_t slab_alignment = 64;

@@ -36,8 +36,9 @@ inline std::string name_of(const char* what, int64_t index) {
   return index < 0 ? what : std::string(what) + "[" + std::to_string(index) + "]";
 }
 
-// Raise unless all of a tensor's numbers lie inside its storage. They do not where the storage was freed, as FSDP frees a gathered
-// parameter, or where the tensor never had one. Neither shape nor dtype tells; a kernel that read it would end the process.
+// Raise unless all of a tensor's numbers lie inside its storage. They do not where the storage was
+// freed, as FSDP frees a gathered parameter, or where the tensor never had one. Neither shape nor
+// dtype tells; a kernel that read it would end the process.
 inline void check_memory(const Tensor& t, const char* what, int64_t index = -1) {
   if (t.numel() == 0) return;
   int64_t last = t.storage_offset(), held = 0;
@@ -46,17 +47,20 @@ inline void check_memory(const Tensor& t, const char* what, int64_t index = -1) 
   const int64_t needed = (last + 1) * int64_t(stored_as(t.scalar_type()).first);
   // A tensor without a storage answers with an error.
   if (aoti_torch_get_storage_size(t.get(), &held)) held = 0;
-  STD_TORCH_CHECK(held >= needed, name_of(what, index), ": expected a storage of ", needed, " bytes or more, got one of ", held, "; was it freed?");
+  STD_TORCH_CHECK(held >= needed, name_of(what, index), ": expected a storage of ", needed,
+                  " bytes or more, got one of ", held, "; was it freed?");
 }
 
-// Raise unless a tensor is `there`, which `place` says in words, has this shape and dtype, and memory. `index`: its place in the list `what`.
-inline void check(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype, bool there, const char* place, const char* what,
-                  int64_t index = -1) {
+// Raise unless a tensor is `there`, which `place` says in words, has this shape and dtype, and
+// memory. `index`: its place in the list `what`.
+inline void check(const Tensor& t, const std::vector<int64_t>& sizes, ScalarType dtype, bool there, const char* place,
+                  const char* what, int64_t index = -1) {
   const auto have = t.sizes();
   const bool same = have.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), have.begin());
   STD_TORCH_CHECK(same, name_of(what, index), ": expected shape ", shape_of(sizes), ", got ", shape_of(have));
   STD_TORCH_CHECK(there, name_of(what, index), ": expected a tensor ", place);
-  STD_TORCH_CHECK(t.scalar_type() == dtype, name_of(what, index), ": expected dtype ", dtype, ", got ", t.scalar_type());
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name_of(what, index), ": expected dtype ", dtype, ", got ",
+                  t.scalar_type());
   check_memory(t, what, index);
 }
 

@@ -14,7 +14,8 @@ using fusedmoe::Tensor;
 
 void check_dtype(const Tensor& t, const char* what) {
   const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, what, ": a frozen network expects float32 or float64");
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, what,
+                  ": a frozen network expects float32 or float64");
 }
 
 // Through the dispatcher, as `new_empty` goes, this would take as long as a small network.
@@ -24,7 +25,8 @@ Tensor empty_like(const Tensor& like, const std::vector<int64_t>& sizes) {
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), -1, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), -1, &made));
   return Tensor(made);
 }
 
@@ -45,26 +47,30 @@ Tensor freeze(const std::vector<Tensor>& tensors, const Planned& planned) {
 Tensor freeze_cpu(const std::vector<Tensor>& params, const std::string& table) {
   const auto planned = fusedmoe::planned(table, {});
   const size_t expected = planned->plan->table.shapes.size();
-  STD_TORCH_CHECK(params.size() == expected && expected > 0, "params: expected ", expected, " tensors, got ", params.size());
+  STD_TORCH_CHECK(params.size() == expected && expected > 0, "params: expected ", expected, " tensors, got ",
+                  params.size());
   check_dtype(params[0], "params");
-  return params[0].scalar_type() == ScalarType::Float ? freeze<float>(params, *planned) : freeze<double>(params, *planned);
+  return params[0].scalar_type() == ScalarType::Float ? freeze<float>(params, *planned)
+                                                      : freeze<double>(params, *planned);
 }
 
 template <class T>
 Tensor run(const Tensor& input, const Tensor& packed, const std::string& text) {
   Tensor x = input;
   const int64_t dims = x.dim(), width = dims ? x.size(dims - 1) : 0;
-  STD_TORCH_CHECK((dims == 2 || dims == 3) && x.is_cpu(), "x: expected a CPU tensor [B, S, D] or [B, D], got ", shape_of(x.sizes()));
+  STD_TORCH_CHECK((dims == 2 || dims == 3) && x.is_cpu(), "x: expected a CPU tensor [B, S, D] or [B, D], got ",
+                  shape_of(x.sizes()));
   fusedmoe::check_memory(x, "x");
   if (width > 1 && x.numel() > 0 && x.stride(dims - 1) != 1) x = torch::stable::contiguous(x);
   const int64_t slots = dims == 3 ? x.size(1) : 1, slot_stride = dims == 3 ? x.stride(1) : 0;
   const auto planned = fusedmoe::planned(text, {false, slot_stride == 0 && slots > 1});
   const fusedmoe::Table& table = planned->plan->table;
   const cpu::Packing& packing = planned->packing;
-  STD_TORCH_CHECK(slots == table.slots && width == table.width, "x: expected [B, ", table.slots, ", ", table.width, "], got ", shape_of(x.sizes()));
+  STD_TORCH_CHECK(slots == table.slots && width == table.width, "x: expected [B, ", table.slots, ", ", table.width,
+                  "], got ", shape_of(x.sizes()));
   STD_TORCH_CHECK(packed.scalar_type() == x.scalar_type(), "x: expected the dtype of the frozen parameters");
-  STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() && packed.numel() == packing.size, "packed: expected what freeze_cpu returned, [", packing.size,
-                  "], got ", shape_of(packed.sizes()));
+  STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() && packed.numel() == packing.size,
+                  "packed: expected what freeze_cpu returned, [", packing.size, "], got ", shape_of(packed.sizes()));
   fusedmoe::check_memory(packed, "packed");
   const T* buffer = static_cast<const T*>(packed.data_ptr());
   std::vector<const T*> params(packing.offset.size(), nullptr);

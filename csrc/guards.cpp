@@ -1,4 +1,5 @@
-// The guards of fusedmoe/nn/guards.py and frozen.py, at a price that every call can pay: a few nanoseconds for each dict or tensor.
+// The guards of fusedmoe/nn/guards.py and frozen.py, at a price that every call can pay: a few
+// nanoseconds for each dict or tensor.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -7,7 +8,8 @@ namespace py = pybind11;
 
 namespace {
 
-// The tuples hold the dicts of live modules, so they belong to Python objects, whose cycles the collector can free; nothing is kept here.
+// The tuples hold the dicts of live modules, so they belong to Python objects, whose cycles the
+// collector can free; nothing is kept here.
 
 bool any_filled(const py::tuple& dicts) {
   for (const py::handle& dict : dicts)
@@ -37,8 +39,9 @@ bool any_differ(const py::tuple& dicts, const py::tuple& expected) {
   return false;
 }
 
-// What shows that a tensor was written to or given other memory: its version, its address, and the bytes of its middle element at an
-// offset. PyTorch does not count every write (through `.data`, by the fused optimizers); those that reach all elements reach that one.
+// What shows that a tensor was written to or given other memory: its version, its address, and the
+// bytes of its middle element at an offset. PyTorch does not count every write (through `.data`, by
+// the fused optimizers); those that reach all elements reach that one.
 py::tuple stamp(const py::handle& tensor) {
   const auto sizes = py::cast<py::tuple>(tensor.attr("shape")), strides = py::cast<py::tuple>(tensor.attr("stride")());
   const auto element = py::cast<int64_t>(tensor.attr("element_size")());
@@ -53,7 +56,8 @@ py::tuple stamp(const py::handle& tensor) {
   const auto held = py::cast<int64_t>(tensor.attr("untyped_storage")().attr("nbytes")());
   const auto first = py::cast<int64_t>(tensor.attr("storage_offset")()) * element;
   const bool readable = count && memory && first + offset + element <= held;
-  return py::make_tuple(tensor.attr("_version"), address, offset, py::bytes(readable ? memory + offset : "", readable ? element : 0));
+  return py::make_tuple(tensor.attr("_version"), address, offset,
+                        py::bytes(readable ? memory + offset : "", readable ? element : 0));
 }
 
 // Whether a new reference to a number, or null after an error, is another number than `expected`.
@@ -66,7 +70,8 @@ bool other(PyObject* number, PyObject* expected) {
 }
 
 bool any_written(const py::tuple& tensors, const py::tuple& stamps) {
-  // Looked up once: to find an attribute by name takes longer than to read it. Never freed, as a module is not either.
+  // Looked up once: to find an attribute by name takes longer than to read it. Never freed, as a
+  // module is not either.
   static PyObject* const type = py::object(py::module_::import("torch").attr("_C").attr("TensorBase")).release().ptr();
   static PyObject* const version = PyObject_GetAttrString(type, "_version");
   static PyObject* const pointer = PyObject_GetAttrString(type, "data_ptr");

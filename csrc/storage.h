@@ -1,5 +1,6 @@
-// Numbers in the kernels' type for tensors that store another one: widened on the way in, rounded once on the way out. In between they
-// stand in memory of the caching allocator. Whole calls in float16 are so computed in float32; bfloat16 so far as the linears' weights are not concerned,
+// Numbers in the kernels' type for tensors that store another one: widened on the way in, rounded
+// once on the way out. In between they stand in memory of the caching allocator. Whole calls in
+// float16 are so computed in float32; bfloat16 so far as the linears' weights are not concerned,
 // which the kernels take as they are.
 #pragma once
 #include <torch/headeronly/util/Half.h>
@@ -50,7 +51,8 @@ class Storage {
     widen(t.const_data_ptr(), t.scalar_type(), t.numel(), to);
     return to;
   }
-  // Those of x [B, S, D], rows and slots at strides that may change; an expanded slot is widened once.
+  // Those of x [B, S, D], rows and slots at strides that may change; an expanded slot is widened
+  // once.
   void read(const Tensor& x, cpu::Call<T>& call) {
     call.rows = x.size(0);
     call.row_stride = x.stride(0);
@@ -61,7 +63,8 @@ class Storage {
     T* to = memory_.take<T>(call.rows * slots * width);
     for (int64_t b = 0; b < call.rows; b++)
       for (int64_t s = 0; s < slots; s++) {
-        const char* from = static_cast<const char*>(x.const_data_ptr()) + 2 * (b * call.row_stride + s * call.slot_stride);
+        const char* from =
+            static_cast<const char*>(x.const_data_ptr()) + 2 * (b * call.row_stride + s * call.slot_stride);
         widen(from, x.scalar_type(), width, to + (b * slots + s) * width);
       }
     call.x = to;

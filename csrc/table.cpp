@@ -8,10 +8,12 @@
 namespace fusedmoe {
 namespace {
 
-const char* const activations[] = {"identity", "relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "leaky_relu", "elu", "softplus"};
+const char* const activations[] = {"identity", "relu",      "sigmoid",    "tanh", "silu",
+                                   "gelu",     "gelu_tanh", "leaky_relu", "elu",  "softplus"};
 const char* const selectors[] = {"slot", "root", "expert"};
 
-// The token stream, one field at a time, in the order of the dataclasses' fields. No stream and no strtod: they obey the locale.
+// The token stream, one field at a time, in the order of the dataclasses' fields. No stream and no
+// strtod: they obey the locale.
 class TokenReader {
  public:
   explicit TokenReader(std::string_view text) : rest_(text) {}
@@ -179,8 +181,12 @@ void number(Table& t, const std::vector<std::vector<int64_t>>& statics) {
   for (Level& level : t.levels) {
     for (Expert& e : level.experts) numbers.stack(e.layers, slots.at(e.slot), e.live);
     for (Unit& u : level.units) {
-      if (u.gate) numbers.stack(u.gate->layers, selector_width(t, level, u.gate->selector, slots), u.live && !u.gate->sees.empty());
-      int reads = u.gate && !u.gate->sees.empty() ? u.gate->sees[0] : u.static_weights && !u.static_weights->experts.empty() ? u.static_weights->experts[0] : 0;
+      if (u.gate)
+        numbers.stack(u.gate->layers, selector_width(t, level, u.gate->selector, slots),
+                      u.live && !u.gate->sees.empty());
+      int reads = u.gate && !u.gate->sees.empty()                          ? u.gate->sees[0]
+                  : u.static_weights && !u.static_weights->experts.empty() ? u.static_weights->experts[0]
+                                                                           : 0;
       u.width = level.experts.at(reads).layers.back().width;
     }
     slots.clear();
@@ -212,7 +218,8 @@ bool repeated(std::vector<int> indices) {
   return std::adjacent_find(indices.begin(), indices.end()) != indices.end();
 }
 
-// The rules of fusedmoe/table.py on which the kernels rely for memory safety; the messages are given there.
+// The rules of fusedmoe/table.py on which the kernels rely for memory safety; the messages are
+// given there.
 bool consistent(const Table& t, const std::vector<std::vector<int64_t>>& statics) {
   const auto positive = [](const std::vector<Layer>& layers) {
     for (const Layer& layer : layers)

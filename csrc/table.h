@@ -1,4 +1,5 @@
-// A network as data, as fusedmoe/table.py defines it: what `decode` reads is the token stream that fusedmoe/encoding.py writes.
+// A network as data, as fusedmoe/table.py defines it: what `decode` reads is the token stream that
+// fusedmoe/encoding.py writes.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -73,7 +74,7 @@ struct Table {
   int64_t mixing = 0;                                                   // mixing weights of a row, all levels
   std::vector<std::vector<int64_t>> shapes;                             // of the parameters, in the operator's order
   std::vector<bool> live;                                               // of the parameters: some output depends on it
-  size_t first_static = 0;                                              // number of the first static tensor among the parameters
+  size_t first_static = 0;  // number of the first static tensor among the parameters
   std::vector<int64_t> output;                                          // {T, width} with towers, {U, H} without
 };
 

@@ -1,7 +1,9 @@
-// A whole call with kernels that Triton has compiled, as an operator of PyTorch's: kernels/launch_triton.py says which, and what they were compiled for.
+// A whole call with kernels that Triton has compiled, as an operator of PyTorch's:
+// kernels/launch_triton.py says which, and what they were compiled for.
 //
-// A compiled kernel takes its arguments in order, tensors by address, those that were constant left out, and two addresses of scratch behind them, which
-// none of ours has. That is private to Triton: launch_triton.py comes here for the versions that it was tried with alone.
+// A compiled kernel takes its arguments in order, tensors by address, those that were constant left
+// out, and two addresses of scratch behind them, which none of ours has. That is private to Triton:
+// launch_triton.py comes here for the versions that it was tried with alone.
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 
@@ -14,8 +16,8 @@ namespace {
 
 // CUDA's driver, which Triton has loaded.
 struct Driver {
-  using Launch = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared_bytes, void* stream, void** arguments,
-                         void** extra);
+  using Launch = int (*)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
+                         unsigned shared_bytes, void* stream, void** arguments, void** extra);
   Launch launch = nullptr;
   int (*context)(void**) = nullptr;
   int (*name)(int, const char**) = nullptr;
@@ -27,7 +29,8 @@ struct Driver {
     context = reinterpret_cast<int (*)(void**)>(dlsym(library, "cuCtxGetCurrent"));
     name = reinterpret_cast<int (*)(int, const char**)>(dlsym(library, "cuGetErrorName"));
   }
-  // Whether there is a driver, and a device that this thread works with: Triton sees to that in the first launch of a thread.
+  // Whether there is a driver, and a device that this thread works with: Triton sees to that in the
+  // first launch of a thread.
   bool ready() const {
     void* current = nullptr;
     return launch && context && name && context(&current) == 0 && current;
@@ -43,38 +46,61 @@ class Launches {
  public:
   using Of = Bound;
 
-  // table: the parameters' addresses on the device; where it is not given, they may have been seen before.
+  // table: the parameters' addresses on the device; where it is not given, they may have been seen
+  // before.
   Launches(const Of& bound, const Given& given, const std::optional<Tensor>& table)
       : bound_(bound), given_(given), table_(table ? table : const_cast<Bound&>(bound).tables.find(given.parameters)) {}
 
-  // Whether the kernels were compiled for tensors like these: their alignment, and that of every tensor to 16 bytes; numbers of 32 bits.
+  // Whether the kernels were compiled for tensors like these: their alignment, and that of every
+  // tensor to 16 bytes; numbers of 32 bits.
   bool can(std::initializer_list<const Tensor*> tensors, bool weights) {
     constexpr int64_t most = int64_t(1) << 31;
     bool usual = table_ && given_.aligned == bound_.aligned && weights == bound_.weights;
     usual = usual && given_.rows < most && given_.x_row < most && given_.x_slot < most && bound_.total < most;
-    for (const Tensor* tensor : tensors) usual = usual && reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0;
+    for (const Tensor* tensor : tensors)
+      usual = usual && reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0;
     if (!usual || !driver().ready()) return false;
     stream_ = current_stream(given_.x.get_device_index());
     return true;
   }
 
   void forward(const Step& step, const Places& of) {
-    const Words words[]{of.x,  of.buffers,  of.out,      of.p,          of.weights ? of.weights : of.x, table(),        bound_.ints,
-                        bound_.floats, step.place, given_.rows, given_.x_row, given_.x_slot, bound_.mixing};
+    const Words words[]{of.x,         of.buffers,    of.out,        of.p,       of.weights ? of.weights : of.x,
+                        table(),      bound_.ints,   bound_.floats, step.place, given_.rows,
+                        given_.x_row, given_.x_slot, bound_.mixing};
     launch("forward", step, blocks(), step.programs, words);
   }
 
   void backward_rows(const Step& step, const Places& of, const Below& below) {
-    const Words words[]{of.x,        of.buffers, of.out,        of.p,         below.dw,       below.d_x,                     below.d_buffers,
-                        of.out,      weights(of), below.dz,     table(),      bound_.ints,    bound_.floats,                 step.place,
-                        given_.rows, given_.x_row, given_.x_slot, bound_.slots * bound_.width, bound_.width, bound_.columns, bound_.mixing};
+    const Words words[]{of.x,
+                        of.buffers,
+                        of.out,
+                        of.p,
+                        below.dw,
+                        below.d_x,
+                        below.d_buffers,
+                        of.out,
+                        weights(of),
+                        below.dz,
+                        table(),
+                        bound_.ints,
+                        bound_.floats,
+                        step.place,
+                        given_.rows,
+                        given_.x_row,
+                        given_.x_slot,
+                        bound_.slots * bound_.width,
+                        bound_.width,
+                        bound_.columns,
+                        bound_.mixing};
     launch("backward_rows", step, blocks(), step.programs, words);
   }
 
   void gradients(const Places& of, const Below& below, int64_t, int64_t chunks) {
     const Step &step = bound_.gradients, &add = bound_.add;
-    const Words words[]{of.x,       of.buffers,  of.out,        below.dw,       weights(of),     below.dz,       below.parts,  bound_.ints,
-                        step.place, given_.rows, given_.x_row, given_.x_slot, bound_.columns, bound_.mixing, bound_.total};
+    const Words words[]{of.x,         of.buffers,    of.out,         below.dw,      weights(of),
+                        below.dz,     below.parts,   bound_.ints,    step.place,    given_.rows,
+                        given_.x_row, given_.x_slot, bound_.columns, bound_.mixing, bound_.total};
     launch("gradients", step, step.programs, chunks, words);
     const Words sums[]{below.parts, below.flat, bound_.total, chunks};
     launch("add_chunks", add, add.programs, 1, sums);
@@ -100,12 +126,14 @@ class Launches {
     void *arguments[N + 2], *scratch = nullptr;
     for (size_t i = 0; i < N; i++) arguments[i] = const_cast<Words*>(&words[i]);
     arguments[N] = arguments[N + 1] = &scratch;
-    const int failed = driver().launch(reinterpret_cast<void*>(step.function), unsigned(x), unsigned(y), 1, unsigned(step.threads), 1, 1,
-                                       unsigned(step.shared_bytes), stream_, arguments, nullptr);
+    const int failed =
+        driver().launch(reinterpret_cast<void*>(step.function), unsigned(x), unsigned(y), 1, unsigned(step.threads), 1,
+                        1, unsigned(step.shared_bytes), stream_, arguments, nullptr);
     if (!failed) return;
     const char* name = nullptr;
     driver().name(failed, &name);
-    STD_TORCH_CHECK(false, "triton: the launch of ", what, " failed with ", name ? name : std::to_string(failed).c_str());
+    STD_TORCH_CHECK(false, "triton: the launch of ", what, " failed with ",
+                    name ? name : std::to_string(failed).c_str());
   }
 
   const Bound& bound_;
@@ -116,13 +144,16 @@ class Launches {
 
 const Bound& at(int64_t address) { return *reinterpret_cast<const Bound*>(address); }
 
-// bound: the address of a Bound, which the caller keeps. Nothing where Triton has to launch by itself.
-std::vector<Tensor> network_triton(const Tensor& x, const std::vector<Tensor>& params, int64_t bound, bool mixing, const std::optional<Tensor>& table) {
+// bound: the address of a Bound, which the caller keeps. Nothing where Triton has to launch by
+// itself.
+std::vector<Tensor> network_triton(const Tensor& x, const std::vector<Tensor>& params, int64_t bound, bool mixing,
+                                   const std::optional<Tensor>& table) {
   return forward<Launches>(x, params, at(bound), mixing, table);
 }
 
-std::vector<Tensor> network_triton_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& x,
-                                            const std::vector<Tensor>& params, const Tensor& saved, int64_t bound, int64_t chunk, bool apart,
+std::vector<Tensor> network_triton_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights,
+                                            const Tensor& x, const std::vector<Tensor>& params, const Tensor& saved,
+                                            int64_t bound, int64_t chunk, bool apart,
                                             const std::optional<Tensor>& table) {
   return backward<Launches>(d_out, d_weights, x, params, saved, at(bound), chunk, apart, table);
 }
@@ -140,8 +171,10 @@ bool network_triton_table(const Tensor& table, const std::vector<Tensor>& params
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedmoe, m) {
   m.def("network_triton(Tensor x, Tensor[] params, int bound, bool mixing, Tensor? table) -> Tensor[]");
-  m.def("network_triton_backward(Tensor d_out, Tensor? d_weights, Tensor x, Tensor[] params, Tensor saved, int bound, int chunk, bool apart, Tensor? table)"
-        " -> Tensor[]");
+  m.def(
+      "network_triton_backward(Tensor d_out, Tensor? d_weights, Tensor x, Tensor[] params, "
+      "Tensor saved, int bound, int chunk, bool apart, Tensor? table)"
+      " -> Tensor[]");
   m.def("network_triton_table(Tensor table, Tensor[] params, int bound) -> bool");
 }
 

@@ -9,6 +9,7 @@ kernels from csrc/cuda/layout.h, which this module writes: `python -m fusedmoe.k
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,20 +206,23 @@ CONSTANTS = ("FROM_X", "FROM_BUFFER", "TO_OUTPUT", "WRITE_SOFTMAX", "WRITE_WEIGH
 
 def header() -> str:
     """Return csrc/cuda/layout.h: a struct of offsets for each record, and the constants."""
+    constants = f"constexpr int {', '.join(f'{name.lower()} = {globals()[name]}' for name in CONSTANTS)};"
     lines = [
-        "// The records of a plan, for the CUDA kernels. kernels/layout.py, which says what the fields mean, writes this file:",
+        "// The records of a plan, for the CUDA kernels. kernels/layout.py, which says what the fields",
+        "// mean, writes this file:",
         "// python -m fusedmoe.kernels.layout csrc/cuda/layout.h",
         "#pragma once",
         "",
         "namespace fusedmoe::cuda {",
         "",
-        f"constexpr int {', '.join(f'{name.lower()} = {globals()[name]}' for name in CONSTANTS)};",
+        *textwrap.wrap(constants, 100, subsequent_indent=" " * 14),
         "",
     ]
     for record in RECORDS:
         name = record.name.title().replace("_", "") + "Record"
         offsets = [f"{field} = {getattr(record, field)}" for field in record.fields]
-        lines += [f"struct {name} {{", f"  static constexpr int {', '.join([*offsets, f'size = {record.size}'])};", "};"]
+        declared = f"static constexpr int {', '.join([*offsets, f'size = {record.size}'])};"
+        lines += [f"struct {name} {{", *textwrap.wrap(declared, 100, initial_indent="  ", subsequent_indent=" " * 23), "};"]
     return "\n".join([*lines, "", "}  // namespace fusedmoe::cuda", ""])
 
 

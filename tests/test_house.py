@@ -50,6 +50,7 @@ FLOORS = {
     "fusedmoe.__main__": 13,
 }
 LONGEST_FILE, LONGEST_FUNCTION, MOST_ARGUMENTS = 400, 60, 8
+LONGEST_LINE = 120
 # A kernel's tile is one loop nest over registers, which cannot be cut.
 LONGEST_BODY_OF_CPP = 60
 
@@ -123,6 +124,12 @@ def test_imports_point_down():
 )
 def test_an_upward_import_is_noticed(text, fault):
     assert upward("fusedmoe.op", imports_of(ast.parse(text), set(MODULES))) == [fault]
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.suffix != ".py"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_of_cpp_are_short(path):
+    # Those of Python are ruff's.
+    assert [line for line in path.read_text().splitlines() if len(line) > LONGEST_LINE] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

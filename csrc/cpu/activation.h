@@ -13,8 +13,9 @@ template <class T>
 inline vec<T> sigmoid(vec<T> x) {
   return T(1) / (T(1) + exp<T>(-x));
 }
-// With e = exp(-2|x|) - 1: -e / (e + 2) for small |x|, where nothing cancels, and 1 - 2 exp(-2|x|) / (exp(-2|x|) + 1) beyond, where the
-// error of the quotient is small beside 1. Not e + 1 for exp(-2|x|): beside -1 that has lost its digits.
+// With e = exp(-2|x|) - 1: -e / (e + 2) for small |x|, where nothing cancels, and 1 - 2 exp(-2|x|)
+// / (exp(-2|x|) + 1) beyond, where the error of the quotient is small beside 1. Not e + 1 for
+// exp(-2|x|): beside -1 that has lost its digits.
 template <class T>
 inline vec<T> tanh(vec<T> x) {
   vec<T> size = x < T(0) ? -x : x;
@@ -28,13 +29,15 @@ template <class T, class F>
 inline void elementwise(const T* z, T* out, int64_t n, F f) {
   for (int64_t i = 0; i < n; i += Lanes<T>::count) store<T>(out + i, f(load<T>(z + i)));
 }
-// d[i] *= act'(s[i]), where s is what forward kept: the output of relu, sigmoid and tanh, the pre-activation of the others.
+// d[i] *= act'(s[i]), where s is what forward kept: the output of relu, sigmoid and tanh, the
+// pre-activation of the others.
 template <class T, class F>
 inline void chain_rule(const T* s, T* d, int64_t n, F f) {
   for (int64_t i = 0; i < n; i += Lanes<T>::count) store<T>(d + i, f(load<T>(s + i), load<T>(d + i)));
 }
 
-constexpr double inverse_sqrt_two_pi = 0.39894228040143267794, sqrt_two_over_pi = 0.79788456080286535588, gelu_cubic = 0.044715;
+constexpr double inverse_sqrt_two_pi = 0.39894228040143267794, sqrt_two_over_pi = 0.79788456080286535588,
+                 gelu_cubic = 0.044715;
 constexpr double softplus_threshold = 20.0;  // PyTorch's default: above it softplus is the identity
 
 // 2 u in gelu_tanh(x) = x (1 + tanh(u)) / 2 = x sigmoid(2 u), which does not cancel at negative x.
@@ -95,8 +98,10 @@ void differentiate(Act act, T parameter, const T* s, T* d, int64_t n) {
       });
     case Act::gelu_tanh: return chain_rule(s, d, n, [](vec<T> x, vec<T> g) { return g * gelu_tanh_slope<T>(x); });
     case Act::leaky_relu: return chain_rule(s, d, n, [=](vec<T> x, vec<T> g) { return x > T(0) ? g : g * parameter; });
-    case Act::elu: return chain_rule(s, d, n, [=](vec<T> x, vec<T> g) { return x > T(0) ? g : g * (parameter * exp<T>(x)); });
-    case Act::softplus: return chain_rule(s, d, n, [](vec<T> x, vec<T> g) { return x > T(softplus_threshold) ? g : g * sigmoid<T>(x); });
+    case Act::elu:
+      return chain_rule(s, d, n, [=](vec<T> x, vec<T> g) { return x > T(0) ? g : g * (parameter * exp<T>(x)); });
+    case Act::softplus:
+      return chain_rule(s, d, n, [](vec<T> x, vec<T> g) { return x > T(softplus_threshold) ? g : g * sigmoid<T>(x); });
   }
 }
 

@@ -1,4 +1,5 @@
-// The product of bf16.h on AMX tiles: A is a tile of weights as PyTorch stores them, B one of a panel's words, C 16 x 16 of float32.
+// The product of bf16.h on AMX tiles: A is a tile of weights as PyTorch stores them, B one of a
+// panel's words, C 16 x 16 of float32.
 #pragma once
 #include <immintrin.h>
 
@@ -35,7 +36,8 @@ struct LastK {
 };
 
 // C (+)= one accumulator, `rows` of it, by the epilogue that all kernels share.
-inline void finish_tile(const Bf16Product& p, const float (&c)[tile_side][tile_side], int64_t rows, int64_t at_row, int64_t at_column) {
+inline void finish_tile(const Bf16Product& p, const float (&c)[tile_side][tile_side], int64_t rows, int64_t at_row,
+                        int64_t at_column) {
   Product<float> q = p.epilogue();
   if (p.columns && p.columns <= at_column) return;
   q.columns = p.columns && p.columns < at_column + tile_side ? p.columns - at_column : 0;
@@ -54,7 +56,8 @@ __attribute__((noinline)) void tile_block(const Bf16Product& p, int64_t rows) {
   if (RIGHT) _tile_zero(1);
   if (LOWER) _tile_zero(2);
   if (LOWER && RIGHT) _tile_zero(3);
-  const auto step = [&](const uint16_t* a0, const uint16_t* a1, int64_t a_stride, const uint32_t* b0, const uint32_t* b1, int64_t b_stride) {
+  const auto step = [&](const uint16_t* a0, const uint16_t* a1, int64_t a_stride, const uint32_t* b0,
+                        const uint32_t* b1, int64_t b_stride) {
     _tile_loadd(4, a0, a_stride);
     _tile_loadd(6, b0, b_stride);
     _tile_dpbf16ps(0, 4, 6);
@@ -104,7 +107,8 @@ __attribute__((noinline)) void tile_block(const Bf16Product& p, int64_t rows) {
 
 inline void multiply_tiles(const Bf16Product& whole, int64_t rows, int64_t columns) {
   const auto band = [&](Bf16Product p, int64_t band_rows) {
-    const TileShapes shapes(band_rows < tile_side ? band_rows : tile_side, band_rows > tile_side ? band_rows - tile_side : 1);
+    const TileShapes shapes(band_rows < tile_side ? band_rows : tile_side,
+                            band_rows > tile_side ? band_rows - tile_side : 1);
     _tile_loadconfig(&shapes);
     return p;
   };

@@ -1,5 +1,6 @@
-// The backward: row blocks bring the gradients of every pre-activation and of x; then the parameters' gradients are summed, map by
-// map and tile by tile, over a chunk of rows. Both orders are functions of the batch size alone, not of the threads.
+// The backward: row blocks bring the gradients of every pre-activation and of x; then the
+// parameters' gradients are summed, map by map and tile by tile, over a chunk of rows. Both orders
+// are functions of the batch size alone, not of the threads.
 #pragma once
 #include "forward.h"
 
@@ -16,7 +17,8 @@ struct BackwardBlock : Block<T> {
   void clear(int64_t offset, int64_t width) const { memset(d(offset), 0, width * this->ld * sizeof(T)); }
 };
 
-// From the gradient of the chain's output, which stands in the dz of its last step, down to that of its input, which is added.
+// From the gradient of the chain's output, which stands in the dz of its last step, down to that of
+// its input, which is added.
 template <class Operands, class T>
 void backward_mlp(const BackwardBlock<T>& b, const Mlp& mlp) {
   for (int64_t j = mlp.linears.count; j-- > 0;) {
@@ -24,7 +26,8 @@ void backward_mlp(const BackwardBlock<T>& b, const Mlp& mlp) {
     differentiate<T>(linear.act, T(linear.parameter), b.at(linear.z), b.d_z(linear), linear.n * b.ld);
     if (b.call.transposed) Operands::store_dz(b, (const T*)b.d_z(linear), linear);
     if (j == 0 && mlp.reads_x && !b.call.d_x) return;
-    // Each linear's sum by itself, then added: as accurate as PyTorch, where one chain through all experts is not.
+    // Each linear's sum by itself, then added: as accurate as PyTorch, where one chain through all
+    // experts is not.
     Operands::d_input(b, linear, b.d_z(linear), j > 0 ? b.d_z(mlp.linears[j - 1]) : b.d(mlp.d_in), j == 0);
   }
 }
@@ -56,7 +59,8 @@ void backward_unit(const BackwardBlock<T>& b, const UnitPlan& unit) {
     const Read& read = unit.reads[i];
     T* to = dw + i * b.ld;
     if (b.call.d_weights)
-      for (int64_t r = 0; r < b.rows; r++) to[r] += b.call.d_weights[(b.row + r) * b.plan.table.mixing + unit.weights + read.expert];
+      for (int64_t r = 0; r < b.rows; r++)
+        to[r] += b.call.d_weights[(b.row + r) * b.plan.table.mixing + unit.weights + read.expert];
     if (read.d_static >= 0) memcpy(b.chunk_row(read.d_static), to, b.rows * sizeof(T));
   }
   if (unit.gate.linears.count == 0) return;
@@ -71,12 +75,14 @@ void transpose_inputs(const BackwardBlock<T>& b, const Span<TransposedInput>& tr
   for (const TransposedInput& transposed_input : transposes) {
     T* to = b.call.transposed + transposed_input.to * b.call.transposed_rows;
     if (transposed_input.slot >= 0) {
-      Operands::transpose_rows(b, b.call.x + b.row * b.call.row_stride + transposed_input.slot * b.call.slot_stride, transposed_input.from.width, to);
+      Operands::transpose_rows(b, b.call.x + b.row * b.call.row_stride + transposed_input.slot * b.call.slot_stride,
+                               transposed_input.from.width, to);
       continue;
     }
     T* from = b.at(transposed_input.from);
     if (transposed_input.linear) {
-      activate<T>(transposed_input.linear->act, T(transposed_input.linear->parameter), from, b.workspace, transposed_input.from.width * b.ld);
+      activate<T>(transposed_input.linear->act, T(transposed_input.linear->parameter), from, b.workspace,
+                  transposed_input.from.width * b.ld);
       from = b.workspace;
     }
     Operands::transpose_panel(b, from, transposed_input.from.width, to);
@@ -88,12 +94,14 @@ void backward_segment(const BackwardBlock<T>& b, const Segment& segment) {
   if (b.plan.recompute) {
     run_experts<Transposed<T, Operands>>(b, segment);
     for (const UnitPlan& unit : segment.units)
-      for (int64_t j = 0; j + 1 < unit.gate.linears.count; j++) Transposed<T, Operands>::linear(b, unit.gate.linears[j]);
+      for (int64_t j = 0; j + 1 < unit.gate.linears.count; j++)
+        Transposed<T, Operands>::linear(b, unit.gate.linears[j]);
   }
   transpose_inputs<Operands>(b, segment.transposes);
   for (int e : segment.order) {
     const Linear& last = segment.experts[e].linears[segment.experts[e].linears.count - 1];
-    if (b.at(last.out) != b.at(last.z)) activate<T>(last.act, T(last.parameter), b.at(last.z), b.at(last.out), last.n * b.ld);
+    if (b.at(last.out) != b.at(last.z))
+      activate<T>(last.act, T(last.parameter), b.at(last.z), b.at(last.out), last.n * b.ld);
     if (segment.d_expert[e] >= 0) b.clear(segment.d_expert[e], last.n);
     dots(b, segment, e);
   }
@@ -145,14 +153,17 @@ void backward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, 
   const int64_t ld = padded(rows);
   T* d_panels = scratch + plan.scratch * ld;
   T* d_linears = d_panels + plan.d_scratch * ld;
-  BackwardBlock<T> b{{plan, call, row, rows, ld, call.saved_of(plan, row), scratch, d_linears + plan.d_linears * ld}, d_panels, d_linears};
+  BackwardBlock<T> b{{plan, call, row, rows, ld, call.saved_of(plan, row), scratch, d_linears + plan.d_linears * ld},
+                     d_panels,
+                     d_linears};
   const Span<UnitPlan>& last = plan.segments[plan.segments.count - 1].units;
   if (plan.recompute) read_inputs<Transposed<T, Operands>>(b);
   if (plan.towers.count) {
     backward_towers<Operands>(b);
   } else {
     const int64_t width = last[0].out.width, stride = last.count * width;
-    for (int64_t u = 0; u < last.count; u++) transpose(call.d_out + row * stride + u * width, stride, rows, width, b.d(last[u].d_out), ld, ld);
+    for (int64_t u = 0; u < last.count; u++)
+      transpose(call.d_out + row * stride + u * width, stride, rows, width, b.d(last[u].d_out), ld, ld);
   }
   for (int64_t l = plan.segments.count; l-- > 0;) {
     if (l > 0)
@@ -171,7 +182,8 @@ void backward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, 
 template <class T, class Operands>
 void linear_gradient(const Plan&, const Call<T>& call, const LinearTask& task, int64_t chunk, bool fresh) {
   const Linear& linear = *task.linear;
-  if (T* d_weight = call.grads[linear.weight]) Operands::weight_gradient(call, linear, task.first, task.rows, chunk, d_weight, !fresh);
+  if (T* d_weight = call.grads[linear.weight])
+    Operands::weight_gradient(call, linear, task.first, task.rows, chunk, d_weight, !fresh);
   T* d_bias = linear.bias >= 0 ? call.grads[linear.bias] : nullptr;
   for (int64_t n = task.first; n < task.first + task.rows && d_bias; n++) {
     T sum = Operands::sum((const T*)call.d_z + (linear.d_z + n) * call.chunk, chunk);
@@ -179,7 +191,8 @@ void linear_gradient(const Plan&, const Call<T>& call, const LinearTask& task, i
   }
 }
 
-// dv += sum over rows of dw, over the elements that some unit uses; the caller has zeroed the tensors.
+// dv += sum over rows of dw, over the elements that some unit uses; the caller has zeroed the
+// tensors.
 template <class T>
 void static_gradient(const Plan& plan, const Call<T>& call, int64_t chunk) {
   for (const Segment& segment : plan.segments)
@@ -187,7 +200,8 @@ void static_gradient(const Plan& plan, const Call<T>& call, int64_t chunk) {
       for (int64_t i = 0; i < unit.reads.count; i++) {
         const Read& read = unit.reads[i];
         if (read.d_static >= 0 && call.grads[read.parameter])
-          call.grads[read.parameter][read.element] += NativeOperands::sum((const T*)call.d_z + read.d_static * call.chunk, chunk);
+          call.grads[read.parameter][read.element] +=
+              NativeOperands::sum((const T*)call.d_z + read.d_static * call.chunk, chunk);
       }
 }
 

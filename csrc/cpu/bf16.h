@@ -1,5 +1,6 @@
-// bfloat16: the operands of the linears are rounded to it, everything else is float32. A word of 32 bits is two neighbours of a reduction,
-// the first one in the low half: two weights of one row as PyTorch stores them, or two rows of a panel, joined.
+// bfloat16: the operands of the linears are rounded to it, everything else is float32. A word of 32
+// bits is two neighbours of a reduction, the first one in the low half: two weights of one row as
+// PyTorch stores them, or two rows of a panel, joined.
 #pragma once
 #include <type_traits>
 
@@ -33,14 +34,16 @@ inline words join(floats_of first, floats_of second) {
 #endif
 }
 
-// Rows in pairs: to[i] = words of rows 2 i and 2 i + 1; a last row alone gets zeros beside it. `n` rows of `columns` numbers.
+// Rows in pairs: to[i] = words of rows 2 i and 2 i + 1; a last row alone gets zeros beside it. `n`
+// rows of `columns` numbers.
 inline void pair_rows(const float* from, int64_t n, int64_t ld, int64_t columns, uint32_t* to, int64_t ld_to) {
   constexpr int lanes = Lanes<float>::count;
   for (int64_t i = 0; i < n; i += 2, to += ld_to) {
     const float *first = from + i * ld, *second = first + ld;
     const bool two = i + 1 < n;
     int64_t v = 0;
-    for (; v + lanes <= columns; v += lanes) *(words*)(to + v) = join(load<float>(first + v), two ? load<float>(second + v) : floats_of{});
+    for (; v + lanes <= columns; v += lanes)
+      *(words*)(to + v) = join(load<float>(first + v), two ? load<float>(second + v) : floats_of{});
     for (; v < columns; v++) to[v] = join(splat(first[v]), splat(two ? second[v] : 0.0f))[0];
   }
 }
@@ -70,7 +73,8 @@ inline void widen_row(const uint16_t* from, int64_t n, float* to) {
   constexpr int lanes = Lanes<float>::count;
   typedef uint16_t shorts __attribute__((vector_size(FUSEDMOE_VECTOR_BYTES / 2), aligned(2), may_alias));
   int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) store<float>(to + i, (floats_of)(__builtin_convertvector(*(const shorts*)(from + i), words) << 16));
+  for (; i + lanes <= n; i += lanes)
+    store<float>(to + i, (floats_of)(__builtin_convertvector(*(const shorts*)(from + i), words) << 16));
   for (; i < n; i++) to[i] = widened(from[i]);
 }
 
@@ -85,7 +89,8 @@ inline floats_of multiply_add(floats_of acc, uint32_t w, words x) {
 #endif
 }
 
-// C[m][v] (+)= sum over k of A(m, k) B(k, v): A(m, k) = a[m * lda + k], bfloat16; B(2 j, v) and B(2 j + 1, v) share the word b[j * ldb + v].
+// C[m][v] (+)= sum over k of A(m, k) B(k, v): A(m, k) = a[m * lda + k], bfloat16; B(2 j, v) and B(2
+// j + 1, v) share the word b[j * ldb + v].
 struct Bf16Product {
   const uint16_t* a;
   int64_t lda;
@@ -142,7 +147,8 @@ inline void half_rows(Bf16Product p, int64_t rows) {
     if (rows) half_rows<V, M / 2>(p, rows);
 }
 
-// The words of a chain: as many bytes of B as in float32 (gemm.h), so that they stay in L1 for all rows.
+// The words of a chain: as many bytes of B as in float32 (gemm.h), so that they stay in L1 for all
+// rows.
 constexpr int64_t bf16_k_block = 2 * k_block;
 
 inline void half_columns(const Bf16Product& whole, int64_t rows, int64_t columns) {

@@ -1,4 +1,5 @@
-// Blocks transposed in registers, and the linears of few rows, whose lanes run over the outputs instead of the rows.
+// Blocks transposed in registers, and the linears of few rows, whose lanes run over the outputs
+// instead of the rows.
 #pragma once
 #include "gemm.h"
 #if FUSEDMOE_VECTOR_BYTES > 16
@@ -27,14 +28,16 @@ struct Rows {
   }
 };
 
-// Four numbers of one row a lane, transposed: t[j] lane (i + 4 l) = number j of row (i + 4 l). Blocks of 4 x 4 are transposed inside 128
-// bits; loading row i + 4 l into part l of vector i does the rest.
+// Four numbers of one row a lane, transposed: t[j] lane (i + 4 l) = number j of row (i + 4 l).
+// Blocks of 4 x 4 are transposed inside 128 bits; loading row i + 4 l into part l of vector i does
+// the rest.
 template <int LANES, class Source>
 inline void transpose_tile(Source rows, floats<LANES>* t) {
   FUSEDMOE_UNROLL
   for (int i = 0; i < 4; i++) {
     auto part = rows(i);
-    // Intrinsics, because GCC 12 makes a load and a shuffle of the portable form; these place what they load.
+    // Intrinsics, because GCC 12 makes a load and a shuffle of the portable form; these place what
+    // they load.
 #if FUSEDMOE_VECTOR_BYTES == 64
     if constexpr (LANES == 16) {
       __m512 row = _mm512_castps128_ps512((__m128)part(0));
@@ -44,7 +47,8 @@ inline void transpose_tile(Source rows, floats<LANES>* t) {
     }
 #endif
 #if FUSEDMOE_VECTOR_BYTES >= 32
-    if constexpr (LANES == 8) t[i] = (floats<LANES>)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)part(0)), (__m128)part(1), 1);
+    if constexpr (LANES == 8)
+      t[i] = (floats<LANES>)_mm256_insertf128_ps(_mm256_castps128_ps256((__m128)part(0)), (__m128)part(1), 1);
 #endif
     if constexpr (LANES == 4) t[i] = part(0);
   }
@@ -60,7 +64,8 @@ inline void transpose_tile(Source rows, floats<LANES>* t) {
   }(std::make_integer_sequence<int, LANES>());
 }
 
-// to[c * ld_to + r] = from[r * ld_from + c] for `rows` x `columns`; columns `rows` .. `fill` of `to` become 0.
+// to[c * ld_to + r] = from[r * ld_from + c] for `rows` x `columns`; columns `rows` .. `fill` of
+// `to` become 0.
 template <class T>
 void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T* to, int64_t ld_to, int64_t fill) {
   constexpr int lanes = Lanes<T>::count;
@@ -94,8 +99,9 @@ inline void finish_few(const Product<float>& p, floats<LANES> (&sum)[G][R], floa
     }
 }
 
-// Few rows: the lanes run over the outputs, blocks of W are transposed in registers, and W is streamed once.
-// y[r * ldy + i] = act(sum of w[i * k + j] x[r * ldx + j] + bias[i]) for G vectors of outputs, or for `n` below one vector (EDGE).
+// Few rows: the lanes run over the outputs, blocks of W are transposed in registers, and W is
+// streamed once. y[r * ldy + i] = act(sum of w[i * k + j] x[r * ldx + j] + bias[i]) for G vectors
+// of outputs, or for `n` below one vector (EDGE).
 template <int R, int LANES, int G, bool EDGE>
 __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
   typedef floats<LANES> lane_vec;
@@ -105,7 +111,8 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
   lane_vec acc[G][R], sum[G][R] = {};
   const float* row_of[LANES];
   if (EDGE)
-    for (int i = 0; i < LANES; i++) row_of[i] = w + (i < n ? i : n - 1) * stride;  // rows repeated here are dropped below
+    for (int i = 0; i < LANES; i++)
+      row_of[i] = w + (i < n ? i : n - 1) * stride;  // rows repeated here are dropped below
   FUSEDMOE_UNROLL
   for (int g = 0; g < G; g++)
     FUSEDMOE_UNROLL
@@ -126,7 +133,8 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
         }
   };
   int64_t k = 0;
-  // The end of a chain, where another one follows: `sum` is exact at 0, so the first chain passes unchanged.
+  // The end of a chain, where another one follows: `sum` is exact at 0, so the first chain passes
+  // unchanged.
   auto full = [&] {
     FUSEDMOE_UNROLL
     for (int g = 0; g < G; g++)
@@ -141,14 +149,16 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
     FUSEDMOE_UNROLL
     for (int i = 0; i < G * LANES / 4; i++, ahead += 16) __builtin_prefetch(ahead);
     if constexpr (EDGE)
-      step(k, 4, [&](int) { return [&](int i) { return [&, i](int l) { return *(const quad*)(row_of[i + 4 * l] + k); }; }; });
+      step(k, 4,
+           [&](int) { return [&](int i) { return [&, i](int l) { return *(const quad*)(row_of[i + 4 * l] + k); }; }; });
     else
       step(k, 4, [&](int g) { return Rows{w + g * LANES * stride + k, stride}; });
   }
   if (k < k_count) {
     if (k > 0 && k % k_block == 0) full();
     float last[G * LANES][4] = {};
-    for (int i = 0; i < G * LANES; i++) memcpy(last[i], (EDGE ? row_of[i] : w + i * stride) + k, (k_count - k) * sizeof(float));
+    for (int i = 0; i < G * LANES; i++)
+      memcpy(last[i], (EDGE ? row_of[i] : w + i * stride) + k, (k_count - k) * sizeof(float));
     step(k, int(k_count - k), [&](int g) { return Rows{last[g * LANES], 4}; });
   }
   finish_few<R, LANES, G>(p, sum, acc, EDGE ? n : LANES);
@@ -157,8 +167,8 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
 // A = W [n, k] with lda = k, B = X [R, k] row-major, C = Y [R, n] row-major.
 template <int R>
 inline void few(Product<float> p, int64_t n) {
-  // Case "AdaTT T3m2, inference, B = 1" of bench/: with 32-byte vectors, which a Zen 4 turns as fast, a Zen 5 takes 49 us and not 34;
-  // with the next tile fetched into L2 instead of L1, 50.
+  // Case "AdaTT T3m2, inference, B = 1" of bench/: with 32-byte vectors, which a Zen 4 turns as
+  // fast, a Zen 5 takes 49 us and not 34; with the next tile fetched into L2 instead of L1, 50.
   constexpr int native = Lanes<float>::count, LANES = native;
   auto advance = [&](int64_t by) {
     p.a += by * p.lda;
@@ -170,7 +180,8 @@ inline void few(Product<float> p, int64_t n) {
   for (; n > 0; advance(n < LANES ? n : LANES)) few_tile<R, LANES, 1, true>(p, n < LANES ? n : LANES);
 }
 
-// C of few rows by the register tile, as wide as the registers allow, so that B is read in long pieces.
+// C of few rows by the register tile, as wide as the registers allow, so that B is read in long
+// pieces.
 template <int M>
 inline void multiply_few(Product<float> p, int64_t columns) {
   constexpr int lanes = Lanes<float>::count, budget = 2 * tile_rows / M;
@@ -196,7 +207,8 @@ inline void multiply_few(const Product<float>& p, int64_t rows, int64_t columns)
   }
 }
 
-// run(R) with the number of rows, 1, 2, 4 or 8, that the kernels have a form for: as a constant, so that it can be a template's argument.
+// run(R) with the number of rows, 1, 2, 4 or 8, that the kernels have a form for: as a constant, so
+// that it can be a template's argument.
 template <class Run>
 inline int64_t with_few_rows(int64_t rows, Run run) {
   if (rows == 1) return run(std::integral_constant<int, 1>()), 1;

@@ -1,5 +1,6 @@
-// The forward of a whole network for a block of rows. Two layouts of an activation share one walk through the plan:
-// `Transposed`, [width, ld], for any number of rows, and `RowByRow`, [R, padded(width)], for the few rows of online serving.
+// The forward of a whole network for a block of rows. Two layouts of an activation share one walk
+// through the plan: `Transposed`, [width, ld], for any number of rows, and `RowByRow`, [R,
+// padded(width)], for the few rows of online serving.
 #pragma once
 #include "operands.h"
 
@@ -16,7 +17,8 @@ struct Transposed {
   }
   static void linear(const Block<T>& b, const Linear& linear) {
     Operands::linear(b, linear);
-    if (linear.act != Act::relu && linear.act != Act::identity) activate<T>(linear.act, T(linear.parameter), b.at(linear.z), b.at(linear.out), linear.n * b.ld);
+    if (linear.act != Act::relu && linear.act != Act::identity)
+      activate<T>(linear.act, T(linear.parameter), b.at(linear.z), b.at(linear.out), linear.n * b.ld);
   }
   static void weights(const Block<T>& b, const UnitPlan& unit) {
     if (unit.gate.linears.count) softmax(b.at(unit.gate.out), unit.p.width, b.ld, b.at(unit.p));
@@ -37,13 +39,16 @@ struct Transposed {
         return at < 0 ? nullptr : w[u] + at * b.ld;
       };
       auto source = [&](int64_t i) { return (const T*)b.at(segment.experts[group.experts[i]].out); };
-      mix<T, units>(count, weight, source, nullptr, segment.units[group.units[0]].out.width, b.ld, [&](int u) { return out[u]; });
+      mix<T, units>(count, weight, source, nullptr, segment.units[group.units[0]].out.width, b.ld,
+                    [&](int u) { return out[u]; });
     });
   }
   static void concatenate(const Block<T>& b, const Panel& from, int64_t at, const Panel& to) {
     memcpy(b.at(to) + at * b.ld, b.at(from), from.width * b.ld * sizeof(T));
   }
-  static void output(const Block<T>& b, const Panel& from, T* to, int64_t stride) { transpose(b.at(from), b.ld, from.width, b.rows, to, stride, from.width); }
+  static void output(const Block<T>& b, const Panel& from, T* to, int64_t stride) {
+    transpose(b.at(from), b.ld, from.width, b.rows, to, stride, from.width);
+  }
 };
 
 struct RowByRow {
@@ -63,14 +68,17 @@ struct RowByRow {
     p.ldb = padded(linear.in.width);
     p.ldc = padded(linear.n);
     const int64_t rows = with_few_rows(b.rows, [&](auto r) { few<r>(p, linear.n); });
-    if (!p.relu && linear.act != Act::identity) activate<float>(linear.act, float(linear.parameter), p.c, p.c, rows * p.ldc);
+    if (!p.relu && linear.act != Act::identity)
+      activate<float>(linear.act, float(linear.parameter), p.c, p.c, rows * p.ldc);
   }
-  // The logits are transposed, so that softmax and mixing weights are computed by the same code, and come out in the same bits.
+  // The logits are transposed, so that softmax and mixing weights are computed by the same code,
+  // and come out in the same bits.
   static void weights(const Block<float>& b, const UnitPlan& unit) {
     float* p = b.workspace;
     if (unit.gate.linears.count) {
       for (int64_t e = 0; e < unit.p.width; e++)
-        for (int64_t r = 0; r < lane_multiple; r++) p[e * lane_multiple + r] = r < b.rows ? line(b, unit.gate.out, r)[e] : 0.0f;
+        for (int64_t r = 0; r < lane_multiple; r++)
+          p[e * lane_multiple + r] = r < b.rows ? line(b, unit.gate.out, r)[e] : 0.0f;
       softmax(p, unit.p.width, lane_multiple, p);
     }
     mixing_weights(unit.reads, b.call.params, p, lane_multiple, b.at(unit.w));
@@ -85,7 +93,8 @@ struct RowByRow {
         for (int64_t n = 0; n < unit.out.width; n += lanes) {
           vec<float> sum = splat<float>(0);
           for (int64_t i = 0; i < unit.reads.count; i++)
-            sum = sum + w[i * lane_multiple + r] * load<float>(line(b, segment.experts[unit.reads[i].expert].out, r) + n);
+            sum =
+                sum + w[i * lane_multiple + r] * load<float>(line(b, segment.experts[unit.reads[i].expert].out, r) + n);
           store<float>(line(b, unit.out, r) + n, sum);
         }
     }
@@ -98,7 +107,8 @@ struct RowByRow {
   }
 };
 
-// weights[row, column + e] = w of expert e, zero outside reads and in units that nothing depends on.
+// weights[row, column + e] = w of expert e, zero outside reads and in units that nothing depends
+// on.
 template <class T>
 void write_weights(const Block<T>& b, const Segment& segment, const UnitPlan& unit, const T* w, int64_t lanes) {
   for (int64_t r = 0; r < b.rows; r++) {
@@ -158,7 +168,8 @@ void forward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, T
   const Span<UnitPlan>& last = plan.segments[plan.segments.count - 1].units;
   if (plan.towers.count == 0) {
     const int64_t width = last[0].out.width, stride = last.count * width;
-    for (int64_t u = 0; u < last.count; u++) Layout::output(b, last[u].out, call.out + row * stride + u * width, stride);
+    for (int64_t u = 0; u < last.count; u++)
+      Layout::output(b, last[u].out, call.out + row * stride + u * width, stride);
     return;
   }
   const int64_t width = plan.towers[0].mlp.out.width, stride = plan.towers.count * width;

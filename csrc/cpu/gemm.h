@@ -1,9 +1,11 @@
-// Dense linears straight from PyTorch's row-major weights: nothing is packed, so nothing can go stale.
+// Dense linears straight from PyTorch's row-major weights: nothing is packed, so nothing can go
+// stale.
 //
-// Activations of a block of rows stand transposed, X[k * ld + row]: the rows are the vector lanes, a weight is broadcast.
-// Every output is a sum, in order, of chains fma(a, b, acc) of `chain` products each, the reduction index ascending; then comes the
-// bias. So its bits depend neither on the batch a row came in nor on the kernel. (Needs a * b + c to be contracted: the default of
-// GCC, -ffp-contract=fast for Clang.)
+// Activations of a block of rows stand transposed, X[k * ld + row]: the rows are the vector lanes,
+// a weight is broadcast. Every output is a sum, in order, of chains fma(a, b, acc) of `chain`
+// products each, the reduction index ascending; then comes the bias. So its bits depend neither on
+// the batch a row came in nor on the kernel. (Needs a * b + c to be contracted: the default of GCC,
+// -ffp-contract=fast for Clang.)
 #pragma once
 #include <bit>
 #include <utility>
@@ -13,8 +15,8 @@
 
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
-// One chain over the whole reduction would err by its length, where libraries add several shorter ones; at 128 the extra additions
-// cost 1 / 128 of the multiply-adds.
+// One chain over the whole reduction would err by its length, where libraries add several shorter
+// ones; at 128 the extra additions cost 1 / 128 of the multiply-adds.
 constexpr int64_t k_block = 128;
 
 // C[m][v] (+)= sum over k of A(m, k) B[k * ldb + v].
@@ -34,9 +36,10 @@ struct Product {
   int64_t span = 0, jump = 0;  // A's rows stand in groups of `span`, `jump` apart; 0: in one
 };
 
-// The register tile. Each broadcast of A feeds `tile_vectors` multiply-adds, each load of B `tile_rows`, and the chains cover latency x
-// ports (4 x 2): 8 x 3 accumulators of 32 registers (AVX-512, NEON), where 11 loads feed 24 multiply-adds and not 10 feed 16;
-// 6 x 2 of 16 registers (AVX2, SSE2).
+// The register tile. Each broadcast of A feeds `tile_vectors` multiply-adds, each load of B
+// `tile_rows`, and the chains cover latency x ports (4 x 2): 8 x 3 accumulators of 32 registers
+// (AVX-512, NEON), where 11 loads feed 24 multiply-adds and not 10 feed 16; 6 x 2 of 16 registers
+// (AVX2, SSE2).
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int tile_rows = 8, tile_vectors = 3, narrow_rows = 16;
 #else
@@ -90,8 +93,8 @@ __attribute__((noinline)) void tile(const Product<T>& p) {
   constexpr int lanes = Lanes<T>::count, thirds = (M + 2) / 3, line = 64 / sizeof(T);
   const T* a[thirds];  // x86 addresses reach lda and 2 lda from a pointer: a third of the pointers suffice
   const T* b = p.b;
-  // What the next tile reads: of its rows, line after line; where A is transposed, the next line of each row, into L2 alone, because
-  // rows of 1 KB fall into a few sets of L1.
+  // What the next tile reads: of its rows, line after line; where A is transposed, the next line of
+  // each row, into L2 alone, because rows of 1 KB fall into a few sets of L1.
   const T* ahead = p.a + (TRANSPOSED ? line : M * p.lda);
   const int64_t lda = p.lda, ldb = p.ldb;
   FUSEDMOE_UNROLL
@@ -125,7 +128,8 @@ __attribute__((noinline)) void tile(const Product<T>& p) {
       step(0);
     }
   } else {
-    // M prefetches a line of k, or some more: one every second k for eight rows of floats. A divisor of the line.
+    // M prefetches a line of k, or some more: one every second k for eight rows of floats. A
+    // divisor of the line.
     constexpr int every = M < line ? std::bit_floor(unsigned(line / M)) : 1;
     for (; k + line <= p.k; k += line, ahead += line) {
       const T* row = ahead;
@@ -149,7 +153,8 @@ inline void last_rows(const Product<T>& p, int64_t rows) {
   if constexpr (M > 1) last_rows<T, V, TRANSPOSED, M - 1>(p, rows);
 }
 
-// All `rows` of C for V vectors of columns: chain by chain, so that a chain's part of B stays in L1 for all rows.
+// All `rows` of C for V vectors of columns: chain by chain, so that a chain's part of B stays in L1
+// for all rows.
 template <class T, int V, bool TRANSPOSED, int M>
 inline void multiply_columns(const Product<T>& whole, int64_t rows) {
   for (int64_t k = 0; k < whole.k; k += k_block) {
@@ -186,7 +191,8 @@ inline void multiply_columns(const Product<T>& whole, int64_t rows) {
 template <class T, bool TRANSPOSED>
 inline void multiply(Product<T> p, int64_t rows, int64_t columns) {
   constexpr int lanes = Lanes<T>::count;
-  // Sixteen weight rows at a stride of 4 KB would fall into one set of an L1 cache, which has 8 to 12 ways.
+  // Sixteen weight rows at a stride of 4 KB would fall into one set of an L1 cache, which has 8 to
+  // 12 ways.
   const bool tall = TRANSPOSED || p.lda * int64_t(sizeof(T)) % 4096 != 0;
   while (columns > 0) {
     const int64_t vectors = (columns + lanes - 1) / lanes;

@@ -1,4 +1,5 @@
-// One build of the kernels for one ISA: setup.py compiles this file once for each, with -DFUSEDMOE_ISA=name and the ISA's flags.
+// One build of the kernels for one ISA: setup.py compiles this file once for each, with
+// -DFUSEDMOE_ISA=name and the ISA's flags.
 #include "isa.h"
 
 #include "backward.h"
@@ -25,12 +26,13 @@ double multiply_adds(int64_t count) {
 extern const Isa isa;
 const Isa isa = {
     FUSEDMOE_NAME_OF(FUSEDMOE_ISA),
-    {forward<float, Transposed<float, NativeOperands>>, forward<float, RowByRow>, forward<float, Transposed<float, Packed>>, forward<float, PackedRowByRow>,
-     backward<float, NativeOperands>, linear_gradient<float, NativeOperands>, static_gradient<float>, nullptr},
+    {forward<float, Transposed<float, NativeOperands>>, forward<float, RowByRow>,
+     forward<float, Transposed<float, Packed>>, forward<float, PackedRowByRow>, backward<float, NativeOperands>,
+     linear_gradient<float, NativeOperands>, static_gradient<float>, nullptr},
     {forward<double, Transposed<double, NativeOperands>>, nullptr, forward<double, Transposed<double, Packed>>, nullptr,
      backward<double, NativeOperands>, linear_gradient<double, NativeOperands>, static_gradient<double>, nullptr},
-    {forward<float, Transposed<float, Bf16Operands>>, nullptr, nullptr, nullptr,
-     backward<float, Bf16Operands>, linear_gradient<float, Bf16Operands>, static_gradient<float>, transpose_weight},
+    {forward<float, Transposed<float, Bf16Operands>>, nullptr, nullptr, nullptr, backward<float, Bf16Operands>,
+     linear_gradient<float, Bf16Operands>, static_gradient<float>, transpose_weight},
     widen_row,
     round_row,
     multiply_adds,

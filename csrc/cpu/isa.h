@@ -4,13 +4,15 @@
 
 namespace fusedmoe::cpu {
 
-// Pointers of one call; all tensors but x and d_x are contiguous. Pointers that a call has no use for are null.
+// Pointers of one call; all tensors but x and d_x are contiguous. Pointers that a call has no use
+// for are null.
 template <class T>
 struct Call {
   const T* x = nullptr;  // [B, S, D]: rows at row_stride, slots at slot_stride, the last dimension contiguous
   int64_t rows = 0, row_stride = 0, slot_stride = 0;
   const T* const* params = nullptr;
-  const uint16_t* const* bf16_weights = nullptr;  // a plan of bfloat16 takes the linears' weights from here, and only the vectors from params
+  const uint16_t* const* bf16_weights =
+      nullptr;           // a plan of bfloat16 takes the linears' weights from here, and only the vectors from params
   bool packed = false;   // params point into the buffer of a frozen network (packing.h)
   T* out = nullptr;      // [B, *output]
   T* weights = nullptr;  // [B, mixing]
@@ -32,7 +34,8 @@ struct Call {
 // Rows `row` .. `row + rows` of a call, at most block_rows of them.
 template <class T>
 using RunBlock = void (*)(const Plan&, const Call<T>&, int64_t row, int64_t rows, T* scratch);
-// Rows `first` .. `first + rows` of the gradient of linear `linear`, over the chunk of `chunk` rows at row 0 (`fresh`) or after it.
+// Rows `first` .. `first + rows` of the gradient of linear `linear`, over the chunk of `chunk` rows
+// at row 0 (`fresh`) or after it.
 struct LinearTask {
   const Linear* linear;
   int64_t first, rows;
@@ -52,7 +55,8 @@ struct Kernels {
   RunBlock<T> backward;      // gradients of the activations; `row` counts from the chunk's first row, see Call
   RunLinear<T> linear_gradient;    // dW and db
   RunStatics<T> static_gradient;
-  RunWeight<T> transpose_weight;      // what backward needs of a linear's weight before all else; null where it needs nothing
+  RunWeight<T>
+      transpose_weight;  // what backward needs of a linear's weight before all else; null where it needs nothing
 };
 
 struct Isa {
@@ -74,7 +78,9 @@ struct Isa {
 };
 
 // Numbers of scratch that a thread needs for a block of so many rows, one of the few included.
-inline int64_t forward_scratch(const Plan& plan, int64_t rows) { return (plan.scratch + 2 * plan.widest) * padded(rows); }
+inline int64_t forward_scratch(const Plan& plan, int64_t rows) {
+  return (plan.scratch + 2 * plan.widest) * padded(rows);
+}
 inline int64_t backward_scratch(const Plan& plan, int64_t rows) {
   return (plan.scratch + plan.d_scratch + plan.d_linears + 2 * plan.widest) * padded(rows);
 }

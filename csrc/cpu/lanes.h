@@ -12,7 +12,8 @@
 #endif
 #define FUSEDMOE_UNROLL _Pragma("GCC unroll 16")
 
-// Everything here lives in a namespace of its ISA: equal names in two of them would be merged by the linker.
+// Everything here lives in a namespace of its ISA: equal names in two of them would be merged by
+// the linker.
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
 template <class T>

@@ -1,4 +1,5 @@
-// Softmax, mixing weights and the mix, on panels of ld lanes; and their backward. Formulas: fusedmoe/reference/operator.py.
+// Softmax, mixing weights and the mix, on panels of ld lanes; and their backward. Formulas:
+// fusedmoe/reference/operator.py.
 #pragma once
 #include "few.h"
 #include "isa.h"
@@ -46,22 +47,26 @@ void mixing_weights(const Span<Read>& reads, const T* const* params, const T* p,
   for (int64_t i = 0; i < reads.count; i++) {
     const Read& read = reads[i];
     T v = read.parameter >= 0 ? params[read.parameter][read.element] : T(read.value);
-    for (int64_t l = 0; l < ld; l += Lanes<T>::count) store<T>(w + i * ld + l, (read.seen >= 0 ? load<T>(p + read.seen * ld + l) : splat<T>(0)) + v);
+    for (int64_t l = 0; l < ld; l += Lanes<T>::count)
+      store<T>(w + i * ld + l, (read.seen >= 0 ? load<T>(p + read.seen * ld + l) : splat<T>(0)) + v);
   }
 }
 
-// Numbers of an output that share the loads of a weight: with `mixed_units` outputs 16 accumulators, or half of the registers.
+// Numbers of an output that share the loads of a weight: with `mixed_units` outputs 16
+// accumulators, or half of the registers.
 constexpr int shared_numbers = tile_vectors > 2 ? 4 : 2;
 
-// Hand the outputs from `first` on to run(first, number) in groups of at most U, their number a constant.
+// Hand the outputs from `first` on to run(first, number) in groups of at most U, their number a
+// constant.
 template <int U, class Run>
 inline void in_groups(int64_t first, int64_t count, Run run) {
   for (; count - first >= U; first += U) run(first, std::integral_constant<int, U>());
   if constexpr (U > 1) in_groups<U - 1>(first, count, run);
 }
 
-// out(u)[n] = start[n] + sum over i, ascending, of weight(u, i) * source(i)[n] for U outputs; `start` may be null, and so may a weight:
-// then u does not read i. What is read for one output serves them all: a panel is 64 KB or more, and comes from the L2 cache.
+// out(u)[n] = start[n] + sum over i, ascending, of weight(u, i) * source(i)[n] for U outputs;
+// `start` may be null, and so may a weight: then u does not read i. What is read for one output
+// serves them all: a panel is 64 KB or more, and comes from the L2 cache.
 template <class T, int U, class Weight, class Source, class Out>
 void mix(int64_t count, Weight weight, Source source, const T* start, int64_t n, int64_t ld, Out out) {
   const auto columns = [&](int64_t at, int64_t v, auto numbers) {
@@ -90,12 +95,14 @@ void mix(int64_t count, Weight weight, Source source, const T* start, int64_t n,
   };
   int64_t j = 0;
   for (; j + shared_numbers <= n; j += shared_numbers)
-    for (int64_t v = 0; v < ld; v += Lanes<T>::count) columns(j * ld + v, v, std::integral_constant<int, shared_numbers>());
+    for (int64_t v = 0; v < ld; v += Lanes<T>::count)
+      columns(j * ld + v, v, std::integral_constant<int, shared_numbers>());
   for (; j < n; j++)
     for (int64_t v = 0; v < ld; v += Lanes<T>::count) columns(j * ld + v, v, std::integral_constant<int, 1>());
 }
 
-// dw(u) = sum over n of g(u)[n] * y[n] for U outputs, each in four chains so that their latencies overlap.
+// dw(u) = sum over n of g(u)[n] * y[n] for U outputs, each in four chains so that their latencies
+// overlap.
 template <class T, int U, class Gradient, class To>
 void dot(Gradient g, const T* y, int64_t n, int64_t ld, To dw) {
   constexpr int chains = 4;
@@ -117,8 +124,8 @@ void dot(Gradient g, const T* y, int64_t n, int64_t ld, To dw) {
   }
 }
 
-// dz[e] = p[e] * (dw[e] - c - sum over e' of p[e'] (dw[e'] - c)) with c the sum of p dw, so that one p near 1 costs no digits; dw stands at
-// the place of expert e among the unit's reads.
+// dz[e] = p[e] * (dw[e] - c - sum over e' of p[e'] (dw[e'] - c)) with c the sum of p dw, so that
+// one p near 1 costs no digits; dw stands at the place of expert e among the unit's reads.
 template <class T>
 void softmax_backward(const Span<Read>& reads, const T* p, const T* dw, int64_t ld, T* dz) {
   for (int64_t v = 0; v < ld; v += Lanes<T>::count) {
@@ -133,7 +140,8 @@ void softmax_backward(const Span<Read>& reads, const T* p, const T* dw, int64_t 
     const auto off_mean = [&](int64_t i) { return load<T>(dw + i * ld + v) - mean; };
     const vec<T> rest = total(off_mean);
     for (int64_t i = 0; i < reads.count; i++)
-      if (reads[i].seen >= 0) store<T>(dz + reads[i].seen * ld + v, load<T>(p + reads[i].seen * ld + v) * (off_mean(i) - rest));
+      if (reads[i].seen >= 0)
+        store<T>(dz + reads[i].seen * ld + v, load<T>(p + reads[i].seen * ld + v) * (off_mean(i) - rest));
   }
 }
 

@@ -57,8 +57,8 @@ std::vector<std::pair<const Isa*, bool>> isas() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   bool avx2_here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  bool avx512_here = avx2_here && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                     __builtin_cpu_supports("avx512vl");
+  bool avx512_here = avx2_here && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   bool bf16_here = avx512_here && __builtin_cpu_supports("avx512bf16");
   result.emplace_back(&amx::isa, bf16_here && amx_here());
   result.emplace_back(&avx512_bf16::isa, bf16_here);
@@ -76,7 +76,8 @@ const Isa& choose() {
   std::string names;
   for (const auto& [isa, here] : isas()) {
     if (wanted ? std::strcmp(wanted, isa->name) == 0 : here) {
-      if (!here) throw std::runtime_error(std::string("FUSEDMOE_ISA: expected an ISA of this processor, got '") + wanted + "'");
+      if (!here)
+        throw std::runtime_error(std::string("FUSEDMOE_ISA: expected an ISA of this processor, got '") + wanted + "'");
       return *isa;
     }
     names += std::string(names.empty() ? "" : ", ") + isa->name;
@@ -84,8 +85,9 @@ const Isa& choose() {
   throw std::runtime_error("FUSEDMOE_ISA: expected one of " + names + ", got '" + wanted + "'");
 }
 
-// Memory of one thread, kept from call to call: fresh pages would cost more than a small network. Zeroed once, because the lanes
-// that pad a panel are computed with, and what stands in fresh memory could be denormal and slow.
+// Memory of one thread, kept from call to call: fresh pages would cost more than a small network.
+// Zeroed once, because the lanes that pad a panel are computed with, and what stands in fresh
+// memory could be denormal and slow.
 template <class T>
 class Scratch {
  public:
@@ -95,7 +97,8 @@ class Scratch {
       memory_.reset(static_cast<T*>(std::aligned_alloc(4096, bytes)));
       if (!memory_) {
         count_ = 0;
-        throw std::runtime_error("cpu backend: expected " + std::to_string(bytes) + " bytes of memory for intermediate results, got none");
+        throw std::runtime_error("cpu backend: expected " + std::to_string(bytes) +
+                                 " bytes of memory for intermediate results, got none");
       }
       std::memset(memory_.get(), 0, bytes);
       count_ = count;
@@ -127,19 +130,22 @@ uint16_t* weight_scratch(int64_t count) {
   return scratch.get(count);
 }
 
-// The gradients' tasks of every map: rows of dW in pieces of this many, so that the threads end together; a multiple of every tile.
+// The gradients' tasks of every map: rows of dW in pieces of this many, so that the threads end
+// together; a multiple of every tile.
 constexpr int64_t task_rows = 48;
 
 std::vector<LinearTask> linear_tasks(const Plan& plan, const std::function<bool(int)>& wanted) {
   std::vector<LinearTask> tasks;
   for (const Linear* linear : plan.linears)
     if (wanted(linear->weight) || (linear->bias >= 0 && wanted(linear->bias)))
-      for (int64_t n = 0; n < linear->n; n += task_rows) tasks.push_back({linear, n, std::min(task_rows, linear->n - n)});
+      for (int64_t n = 0; n < linear->n; n += task_rows)
+        tasks.push_back({linear, n, std::min(task_rows, linear->n - n)});
   return tasks;
 }
 
-// So many rows of a frozen network are run few at a time, each time over the packed weights again. A Xeon of 2024 took 0.80 (9 rows) to
-// 0.93 (24 rows) of the time of a block for AdaTT T3m2, and 1.18 of it for 32 rows.
+// So many rows of a frozen network are run few at a time, each time over the packed weights again.
+// A Xeon of 2024 took 0.80 (9 rows) to 0.93 (24 rows) of the time of a block for AdaTT T3m2, and
+// 1.18 of it for 32 rows.
 constexpr int64_t packed_few_rows = 3 * few_rows;
 
 }  // namespace
@@ -156,7 +162,8 @@ int64_t rows_of_block(int64_t rows, int64_t threads) {
 template <class T>
 void forward(const Plan& plan, const Call<T>& call, const ForEach& each) {
   const Kernels<T>& kernels = chosen_isa().kernels<T>(plan);
-  const RunBlock<T> run = call.packed ? kernels.packed : kernels.forward, few = call.packed ? kernels.packed_few : kernels.forward_few;
+  const RunBlock<T> run = call.packed ? kernels.packed : kernels.forward,
+                    few = call.packed ? kernels.packed_few : kernels.forward_few;
   if (call.rows <= (call.packed ? packed_few_rows : few_rows) && !plan.training && few) {
     each((call.rows + few_rows - 1) / few_rows, [&](int64_t part) {
       const int64_t row = part * few_rows, rows = std::min(few_rows, call.rows - row);

@@ -17,8 +17,8 @@ std::vector<std::pair<const Isa*, bool>> isas();
 // Throws std::runtime_error where that one is unknown or the processor lacks it.
 const Isa& chosen_isa();
 
-// The rows of a block for so many rows on so many threads: as many as may be, or few enough that every thread has some. A power of
-// two, so that blocks do not reach across chunks.
+// The rows of a block for so many rows on so many threads: as many as may be, or few enough that
+// every thread has some. A power of two, so that blocks do not reach across chunks.
 int64_t rows_of_block(int64_t rows, int64_t threads);
 
 // Fill call.out, and call.weights and call.saved where the plan and the call ask for them.

@@ -1,5 +1,6 @@
-// What the linears read and how they multiply: `NativeOperands` takes panels as they are, `Bf16Operands` rounds both operands to bfloat16 and sums in
-// float32. One walk through the plan, forward or backward, serves both.
+// What the linears read and how they multiply: `NativeOperands` takes panels as they are,
+// `Bf16Operands` rounds both operands to bfloat16 and sums in float32. One walk through the plan,
+// forward or backward, serves both.
 #pragma once
 #include "bf16.h"
 #include "mix.h"
@@ -19,14 +20,16 @@ Product<T> product(const Block<T>& b, const Linear& linear) {
   return p;
 }
 
-// A row of a panel's numbers side by side, for the few rows of a small batch: to[r * ld_to + i] = panel[i * ld + r].
+// A row of a panel's numbers side by side, for the few rows of a small batch: to[r * ld_to + i] =
+// panel[i * ld + r].
 inline void gather_rows(const float* panel, int64_t ld, int64_t n, int64_t rows, float* to, int64_t ld_to) {
   for (int64_t r = 0; r < rows; r++)
     for (int64_t i = 0; i < n; i++) to[r * ld_to + i] = panel[i * ld + r];
 }
 
-// z = W in + bias for at most few_rows rows of a training step: W is streamed once, in the order of memory (gemm.h, `few`), where one
-// vector of rows would be lanes that idle. The same sums, so the same bits.
+// z = W in + bias for at most few_rows rows of a training step: W is streamed once, in the order of
+// memory (gemm.h, `few`), where one vector of rows would be lanes that idle. The same sums, so the
+// same bits.
 inline void linear_few(const Block<float>& b, const Linear& linear) {
   float *x = b.workspace, *y = x + b.plan.widest * b.ld, *z = b.at(linear.z);
   Product<float> p = product(b, linear);
@@ -42,14 +45,16 @@ inline void linear_few(const Block<float>& b, const Linear& linear) {
     for (int64_t r = 0; r < b.ld; r++) z[n * b.ld + r] = r < rows ? y[r * linear.n + n] : 0.0f;
 }
 
-// to (+)= W^T dz for as few: the rows of W are added up as they stand in memory, the lanes running over its columns.
+// to (+)= W^T dz for as few: the rows of W are added up as they stand in memory, the lanes running
+// over its columns.
 inline void d_input_few(const Block<float>& b, const Linear& linear, const float* d_z, float* to, bool add) {
   float *rows = b.workspace, *sums = rows + b.plan.widest * b.ld;
   gather_rows(d_z, b.ld, linear.n, b.rows, rows, linear.n);
   // Chain by chain, as `multiply` adds them.
   for (int64_t n = 0; n < linear.n; n += k_block) {
     const int64_t count = linear.n - n < k_block ? linear.n - n : k_block;
-    multiply_few({rows + n, linear.n, b.call.params[linear.weight] + n * linear.k, linear.k, count, sums, linear.k}, b.rows, linear.k);
+    multiply_few({rows + n, linear.n, b.call.params[linear.weight] + n * linear.k, linear.k, count, sums, linear.k},
+                 b.rows, linear.k);
     for (int64_t k = 0; k < linear.k; k++)
       for (int64_t r = 0; r < b.rows; r++) {
         float* at = to + k * b.ld + r;
@@ -108,7 +113,8 @@ struct NativeOperands {
   }
   // dW (+)= dz x for rows of dW from `first` on.
   template <class T>
-  static void weight_gradient(const Call<T>& call, const Linear& linear, int64_t first, int64_t count, int64_t chunk, T* d_weight, bool add) {
+  static void weight_gradient(const Call<T>& call, const Linear& linear, int64_t first, int64_t count, int64_t chunk,
+                              T* d_weight, bool add) {
     Product<T> p{};
     p.a = call.d_z + (linear.d_z + first) * call.chunk;
     p.lda = call.chunk;
@@ -120,8 +126,9 @@ struct NativeOperands {
     p.add = add;
     multiply<T, false>(p, count, linear.k);
   }
-  // The sum of a row of the chunk's dz: several vectors of lanes side by side, then folded in half until one number is left. A chunk's 256
-  // numbers are chains of 4 to 16 numbers and 4 to 6 folds; all lanes one after another would be 16 more additions of what is nearly the sum.
+  // The sum of a row of the chunk's dz: several vectors of lanes side by side, then folded in half
+  // until one number is left. A chunk's 256 numbers are chains of 4 to 16 numbers and 4 to 6 folds;
+  // all lanes one after another would be 16 more additions of what is nearly the sum.
   template <class T>
   static T sum(const T* row, int64_t chunk) {
     constexpr int lanes = Lanes<T>::count, vectors = 4;
@@ -158,7 +165,8 @@ struct Bf16Operands {
   static void d_input(const Block<float>& b, const Linear& linear, const float* d_z, float* to, bool add) {
     uint32_t* pairs = (uint32_t*)b.workspace;
     pair_rows(d_z, linear.n, b.ld, padded(b.rows), pairs, b.ld);
-    Bf16Product p{b.call.transposed_weights + linear.transposed_weight, linear.n + linear.n % 2, pairs, b.ld, linear.n, to, b.ld};
+    Bf16Product p{
+        b.call.transposed_weights + linear.transposed_weight, linear.n + linear.n % 2, pairs, b.ld, linear.n, to, b.ld};
     p.add = add;
     multiply(p, linear.k, padded(b.rows));
   }
@@ -183,11 +191,18 @@ struct Bf16Operands {
       round_row(panel + w * b.ld, b.rows, plain + w * b.ld);
       if (b.rows % 2) plain[w * b.ld + b.rows] = 0;
     }
-    transpose((const float*)plain, b.ld / 2, width, (b.rows + 1) / 2, to + b.row % chunk_rows / 2 * stride, stride, padded(width));
+    transpose((const float*)plain, b.ld / 2, width, (b.rows + 1) / 2, to + b.row % chunk_rows / 2 * stride, stride,
+              padded(width));
   }
-  static void weight_gradient(const Call<float>& call, const Linear& linear, int64_t first, int64_t count, int64_t chunk, float* d_weight, bool add) {
-    Bf16Product p{(const uint16_t*)(call.d_z + (linear.d_z + first) * call.chunk), 2 * call.chunk,
-                  (const uint32_t*)(call.transposed + linear.transposed * call.transposed_rows), leading(linear.k), chunk, d_weight + first * linear.k, linear.k};
+  static void weight_gradient(const Call<float>& call, const Linear& linear, int64_t first, int64_t count,
+                              int64_t chunk, float* d_weight, bool add) {
+    Bf16Product p{(const uint16_t*)(call.d_z + (linear.d_z + first) * call.chunk),
+                  2 * call.chunk,
+                  (const uint32_t*)(call.transposed + linear.transposed * call.transposed_rows),
+                  leading(linear.k),
+                  chunk,
+                  d_weight + first * linear.k,
+                  linear.k};
     p.add = add;
     multiply(p, count, linear.k);
   }

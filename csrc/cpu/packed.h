@@ -1,4 +1,5 @@
-// Linear linears from packed weights (packing.h): the same sums as gemm.h's, so the same bits, without turning blocks of W.
+// Linear linears from packed weights (packing.h): the same sums as gemm.h's, so the same bits,
+// without turning blocks of W.
 #pragma once
 #include "forward.h"
 #include "packing.h"
@@ -25,9 +26,11 @@ constexpr int packed_accumulators = 16;
 constexpr int packed_accumulators = 8;
 #endif
 
-// sum[r][v] += C whole chains side by side (or `count` products of one), added in order; their latencies overlap.
+// sum[r][v] += C whole chains side by side (or `count` products of one), added in order; their
+// latencies overlap.
 template <int R, int V, int C>
-__attribute__((always_inline)) inline void packed_k_blocks(const Product<float>& p, int64_t k, int64_t count, vec<float> (&sum)[R][V]) {
+__attribute__((always_inline)) inline void packed_k_blocks(const Product<float>& p, int64_t k, int64_t count,
+                                                           vec<float> (&sum)[R][V]) {
   constexpr int lanes = Lanes<float>::count;
   const int64_t group = p.k * packed_group;
   const float* w = p.a + k * packed_group;
@@ -74,7 +77,8 @@ __attribute__((noinline)) void packed_tile(const Product<float>& p) {
     }
 }
 
-// All outputs of R rows, up to the next full group: weights and biases are zero there, and the panel has the room.
+// All outputs of R rows, up to the next full group: weights and biases are zero there, and the
+// panel has the room.
 template <int R>
 void packed_few(Product<float> p, int64_t n) {
   constexpr int lanes = Lanes<float>::count, budget = packed_accumulators / R;
@@ -103,7 +107,8 @@ struct PackedRowByRow : RowByRow {
     p.ldb = padded(linear.in.width);
     p.ldc = padded(linear.n);
     const int64_t rows = with_few_rows(b.rows, [&](auto r) { packed_few<r>(p, linear.n); });
-    if (!p.relu && linear.act != Act::identity) activate<float>(linear.act, float(linear.parameter), p.c, p.c, rows * p.ldc);
+    if (!p.relu && linear.act != Act::identity)
+      activate<float>(linear.act, float(linear.parameter), p.c, p.c, rows * p.ldc);
   }
 };
 

@@ -1,6 +1,7 @@
-// The parameters of a network in one buffer, laid out for serving: in the order in which a row block reads them, so that a prefetch
-// beyond one linear finds the next one's weights. A weight [n, k] stands as [ceil(n / 16)][k][16], its bias before it as [ceil(n / 16) * 16];
-// what pads them is zero. Static weights come last.
+// The parameters of a network in one buffer, laid out for serving: in the order in which a row
+// block reads them, so that a prefetch beyond one linear finds the next one's weights. A weight [n,
+// k] stands as [ceil(n / 16)][k][16], its bias before it as [ceil(n / 16) * 16]; what pads them is
+// zero. Static weights come last.
 #pragma once
 #include "plan.h"
 

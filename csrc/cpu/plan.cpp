@@ -7,8 +7,11 @@
 namespace fusedmoe::cpu {
 namespace {
 
-// Whether the derivative of an activation can be told from its output, so that the output alone is kept.
-bool from_output(Act act) { return act == Act::identity || act == Act::relu || act == Act::sigmoid || act == Act::tanh; }
+// Whether the derivative of an activation can be told from its output, so that the output alone is
+// kept.
+bool from_output(Act act) {
+  return act == Act::identity || act == Act::relu || act == Act::sigmoid || act == Act::tanh;
+}
 
 class Builder {
  public:
@@ -39,7 +42,8 @@ class Builder {
     return {owner->data(), int64_t(owner->size())};
   }
 
-  // Inference rounds widths up, because a few rows are laid out row by row in the same space (forward.h).
+  // Inference rounds widths up, because a few rows are laid out row by row in the same space
+  // (forward.h).
   Panel panel(int64_t width, bool save) {
     int64_t size = plan_.training ? width : padded(width);
     int64_t& top = save && plan_.training ? plan_.saved : top_;
@@ -79,7 +83,8 @@ class Builder {
     plan_.scratch = std::max(plan_.scratch, top_);
     return {at->second, fresh};
   }
-  // Maps that run again in backward may run without those that made their operands; the inputs' are always made.
+  // Maps that run again in backward may run without those that made their operands; the inputs' are
+  // always made.
   void operand(Linear& linear) {
     auto [at, fresh] = operand(linear.in);
     auto source = source_.find(linear.in.id);
@@ -104,10 +109,12 @@ class Builder {
     return at->second;
   }
 
-  // Whether the panels of a segment are read no more when it is done, so that the next one takes their space.
+  // Whether the panels of a segment are read no more when it is done, so that the next one takes
+  // their space.
   bool passing() const { return !plan_.training || plan_.recompute; }
 
-  // The output is placed first and the hidden layers behind it: in inference the next panel then takes their space.
+  // The output is placed first and the hidden layers behind it: in inference the next panel then
+  // takes their space.
   Mlp mlp(const std::vector<Layer>& layers, const Panel& in, int64_t d_in, bool out_saved) {
     std::vector<Linear> linears(layers.size());
     // Later chains read the operand of `in` too, so it stands before the space that they may take.
@@ -200,8 +207,12 @@ class Builder {
       const Gate& gate = *unit.gate;
       for (size_t j = 0; j < gate.sees.size(); j++) reads[gate.sees[j]] = {gate.sees[j], int(j), 0.0, -1, 0};
       const Selector& s = gate.selector;
-      Panel in = s.kind == SelectorKind::root ? roots_.at(table_.root) : s.kind == SelectorKind::slot ? slots_.at(s.index) : segment.experts[s.index].out;
-      int64_t d_in = s.kind == SelectorKind::root ? plan_.d_inputs[table_.root] : s.kind == SelectorKind::slot ? d_slots_.at(s.index) : segment.d_expert[s.index];
+      Panel in = s.kind == SelectorKind::root   ? roots_.at(table_.root)
+                 : s.kind == SelectorKind::slot ? slots_.at(s.index)
+                                                : segment.experts[s.index].out;
+      int64_t d_in = s.kind == SelectorKind::root   ? plan_.d_inputs[table_.root]
+                     : s.kind == SelectorKind::slot ? d_slots_.at(s.index)
+                                                    : segment.d_expert[s.index];
       mix.gate = mlp(gate.layers, in, d_in, false);
       mix.p = panel(int64_t(gate.sees.size()), true);
     }
@@ -238,10 +249,12 @@ class Builder {
       std::vector<int> reads;
       for (int u : members)
         for (int e : experts) {
-          const Read* at = std::find_if(units[u].reads.begin(), units[u].reads.end(), [&](const Read& read) { return read.expert == e; });
+          const Read* at = std::find_if(units[u].reads.begin(), units[u].reads.end(),
+                                        [&](const Read& read) { return read.expert == e; });
           reads.push_back(at == units[u].reads.end() ? -1 : int(at - units[u].reads.begin()));
         }
-      result.push_back({own(std::move(members)), own(std::vector<int>(experts.begin(), experts.end())), own(std::move(reads))});
+      result.push_back(
+          {own(std::move(members)), own(std::vector<int>(experts.begin(), experts.end())), own(std::move(reads))});
     }
     return own(std::move(result));
   }
@@ -249,7 +262,8 @@ class Builder {
   void uses(Segment& segment) {
     std::vector<std::vector<Use>> lists(segment.experts.count);
     for (int64_t u = 0; u < segment.units.count; u++)
-      for (int64_t i = 0; i < segment.units[u].reads.count; i++) lists[segment.units[u].reads[i].expert].push_back({int(u), i});
+      for (int64_t i = 0; i < segment.units[u].reads.count; i++)
+        lists[segment.units[u].reads[i].expert].push_back({int(u), i});
     std::vector<Span<Use>> spans;
     for (auto& list : lists) spans.push_back(own(std::move(list)));
     segment.uses = own(std::move(spans));
@@ -266,7 +280,8 @@ class Builder {
       bool one = units.size() == 1;
       tower.in = one ? slots_[units[0]] : panel(width, !plan_.recompute);
       // The derivative of the identity needs no output.
-      tower.mlp = mlp(task.tower, tower.in, one ? d_slots_[units[0]] : d_panel(width), task.tower.back().act != Act::identity && !plan_.recompute);
+      tower.mlp = mlp(task.tower, tower.in, one ? d_slots_[units[0]] : d_panel(width),
+                      task.tower.back().act != Act::identity && !plan_.recompute);
       tower.units = own(std::move(units));
       towers.push_back(tower);
     }

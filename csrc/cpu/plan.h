@@ -1,5 +1,6 @@
-// What a row block does, step by step: the table with every buffer placed. Plain data, so that code built for one ISA can read it
-// without instantiating anything of the standard library (the linker would keep one copy of it for all ISAs).
+// What a row block does, step by step: the table with every buffer placed. Plain data, so that code
+// built for one ISA can read it without instantiating anything of the standard library (the linker
+// would keep one copy of it for all ISAs).
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -9,12 +10,14 @@
 
 namespace fusedmoe::cpu {
 
-// Rows of a block, at most: it streams every weight once, 2.4 MB for AdaTT T3m2, which a core computes on for 5 us a row and reads from a
-// last-level cache of 30 GB/s in 80 us; more rows would drive the block's panels, 10 KB a row, out of an L2 of 1 MB. (128 rows: no
-// faster in inference, 3 to 9 % slower in a training step, B = 1024, of the three main layers of bench/ on a Zen 5.)
+// Rows of a block, at most: it streams every weight once, 2.4 MB for AdaTT T3m2, which a core
+// computes on for 5 us a row and reads from a last-level cache of 30 GB/s in 80 us; more rows would
+// drive the block's panels, 10 KB a row, out of an L2 of 1 MB. (128 rows: no faster in inference, 3
+// to 9 % slower in a training step, B = 1024, of the three main layers of bench/ on a Zen 5.)
 constexpr int64_t block_rows = 64;
-// Rows that backward keeps before it adds them to the parameters' gradients: two chains of dW (gemm.h), whose buffers, 13.5 KB
-// a row for AdaTT T3m2 (2,352 numbers of dz and 1,024 of transposed inputs), stay in the last-level cache.
+// Rows that backward keeps before it adds them to the parameters' gradients: two chains of dW
+// (gemm.h), whose buffers, 13.5 KB a row for AdaTT T3m2 (2,352 numbers of dz and 1,024 of
+// transposed inputs), stay in the last-level cache.
 constexpr int64_t chunk_rows = 4 * block_rows;
 // The most rows that the forms for few rows take.
 constexpr int64_t few_rows = 8;
@@ -25,8 +28,9 @@ constexpr int64_t lane_multiple = 16;
 
 constexpr int64_t padded(int64_t n) { return (n + lane_multiple - 1) / lane_multiple * lane_multiple; }
 
-// The distance between the rows of one of a chunk's buffers, of n columns: beyond 64 no multiple of 64 columns, because three lines of
-// each of 128 rows would then fall into a quarter of the sets of an L1 cache.
+// The distance between the rows of one of a chunk's buffers, of n columns: beyond 64 no multiple of
+// 64 columns, because three lines of each of 128 rows would then fall into a quarter of the sets of
+// an L1 cache.
 constexpr int64_t leading(int64_t n) { return padded(n) + (n > 64 && padded(n) % 64 == 0 ? lane_multiple : 0); }
 
 template <class T>
@@ -38,24 +42,28 @@ struct Span {
   __attribute__((always_inline)) T& operator[](int64_t i) const { return first[i]; }
 };
 
-// `width` rows of a transposed activation, at `offset` rows of a block's buffer: the kept one, or the thread's own.
+// `width` rows of a transposed activation, at `offset` rows of a block's buffer: the kept one, or
+// the thread's own.
 struct Panel {
   int64_t offset = -1, width = 0;
   bool saved = false;
   int id = -1;  // of its own: another panel may take the same place later
 };
 
-// One linear map with its activation: in -> z -> out. `z` is what is kept for backward: the pre-activation, or where the
-// derivative can be told from the output (relu, sigmoid, tanh, identity) the output itself, and then z is out.
+// One linear map with its activation: in -> z -> out. `z` is what is kept for backward: the
+// pre-activation, or where the derivative can be told from the output (relu, sigmoid, tanh,
+// identity) the output itself, and then z is out.
 struct Linear {
   int64_t k, n;
   int weight, bias;
   Act act;
   double parameter;
   Panel in, z, out;
-  // Backward: its dz among the thread's, that of the whole chunk [n, chunk], and the input transposed to [chunk, leading(k)].
+  // Backward: its dz among the thread's, that of the whole chunk [n, chunk], and the input
+  // transposed to [chunk, leading(k)].
   int64_t d = -1, d_z = -1, transposed = -1;
-  // bfloat16: the operand of `in` among the thread's panels, whether this step is to make it, and the transposed weight.
+  // bfloat16: the operand of `in` among the thread's panels, whether this step is to make it, and
+  // the transposed weight.
   int64_t operand = -1, transposed_weight = -1;
   bool convert = false;
 };
@@ -67,7 +75,8 @@ struct Mlp {
   bool reads_x = false; // `in` is an input slot of the network
 };
 
-// An activation that backward transposes to [chunk, leading(width)] in the chunk's buffer: the x of a dW.
+// An activation that backward transposes to [chunk, leading(width)] in the chunk's buffer: the x of
+// a dW.
 struct TransposedInput {
   Panel from;
   int slot = -1;               // >= 0: input slot of the network, read from x itself
@@ -75,7 +84,8 @@ struct TransposedInput {
   int64_t to = 0;
 };
 
-// One expert that a unit reads: its place in the softmax (-1: not seen) and its static weight, fixed or an element of a parameter.
+// One expert that a unit reads: its place in the softmax (-1: not seen) and its static weight,
+// fixed or an element of a parameter.
 struct Read {
   int expert, seen;
   double value;
@@ -92,8 +102,8 @@ struct UnitPlan {
   int64_t d_out, d_w;   // backward: panels of the thread's buffer
 };
 
-// Units of one width that are mixed together, and the experts that any of them reads: reads[u * experts.count + i] is the place of expert i
-// among the reads of unit u, or -1.
+// Units of one width that are mixed together, and the experts that any of them reads: reads[u *
+// experts.count + i] is the place of expert i among the reads of unit u, or -1.
 struct UnitGroup {
   Span<int> units, experts, reads;
 };
@@ -123,7 +133,7 @@ struct Tower {
 struct Plan {
   Table table;
   bool training, expanded;
-  bool recompute;                // keep only the units' outputs and the softmax, and run linears and towers again in backward
+  bool recompute;  // keep only the units' outputs and the softmax, and run linears and towers again in backward
   Span<Panel> inputs;            // of the input slots; one for all when x is expanded
   bool bf16;                     // the linears take bfloat16
   Span<int64_t> input_operands;  // and find the input slots there
@@ -142,8 +152,9 @@ struct Plan {
   std::vector<std::shared_ptr<void>> storage;
 };
 
-// How a call is to be planned. `training`: keep what backward needs, with `recompute` as little as possible. `expanded`: x has stride 0
-// over its slots, so one panel serves all. `bf16`: the linears' operands are bfloat16.
+// How a call is to be planned. `training`: keep what backward needs, with `recompute` as little as
+// possible. `expanded`: x has stride 0 over its slots, so one panel serves all. `bf16`: the
+// linears' operands are bfloat16.
 struct PlanKind {
   bool training = false, expanded = false, recompute = false, bf16 = false;
 };

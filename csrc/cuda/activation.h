@@ -1,4 +1,5 @@
-// The activations on the device: a(z) and a'(z) in float. The formulas are those of kernels/activation.py.
+// The activations on the device: a(z) and a'(z) in float. The formulas are those of
+// kernels/activation.py.
 #pragma once
 #include "device.h"
 
@@ -7,7 +8,8 @@ namespace fusedmoe::cuda {
 // The names and their order are those of fusedmoe/activation.py.
 enum class Act { identity, relu, sigmoid, tanh, silu, gelu, gelu_tanh, leaky_relu, elu, softplus };
 
-constexpr float gelu_cubic = 0.044715f, root_half = 0.70710678118654752f, root_two_over_pi = 0.79788456080286536f, root_one_over_two_pi = 0.39894228040143268f;
+constexpr float gelu_cubic = 0.044715f, root_half = 0.70710678118654752f, root_two_over_pi = 0.79788456080286536f,
+                root_one_over_two_pi = 0.39894228040143268f;
 // PyTorch's default: above it softplus is the identity.
 constexpr float softplus_linear = 20.0f;
 
@@ -20,10 +22,12 @@ __device__ __forceinline__ Shares shares(float z) {
   return z < 0.0f ? Shares{smaller, larger} : Shares{larger, smaller};
 }
 __device__ __forceinline__ float sigmoid(float z) { return shares(z).share; }
-// Near 0 the difference loses its digits: Taylor's series, whose next term is below a roundoff for |z| < 1/4.
+// Near 0 the difference loses its digits: Taylor's series, whose next term is below a roundoff for
+// |z| < 1/4.
 __device__ __forceinline__ float tangent(float z) {
   const float t = expf(-2.0f * fabsf(z)), large = (1.0f - t) / (1.0f + t), u = z * z;
-  const float small = z * (1.0f - u * (1.0f / 3.0f - u * (2.0f / 15.0f - u * (17.0f / 315.0f - u * (62.0f / 2835.0f)))));
+  const float small =
+      z * (1.0f - u * (1.0f / 3.0f - u * (2.0f / 15.0f - u * (17.0f / 315.0f - u * (62.0f / 2835.0f)))));
   return fabsf(z) < 0.25f ? small : z < 0.0f ? -large : large;
 }
 // 1 - tanh(z)^2 without a difference.
@@ -31,8 +35,11 @@ __device__ __forceinline__ float tangent_slope(float z) {
   const float t = expf(-2.0f * fabsf(z));
   return 4.0f * t / ((1.0f + t) * (1.0f + t));
 }
-// 2 u in z (1 + tanh(u)) / 2 = z sigmoid(2 u), of which the right side does not cancel at a negative z.
-__device__ __forceinline__ float gelu_tanh_inner(float z) { return z * (z * z * gelu_cubic + 1.0f) * (2.0f * root_two_over_pi); }
+// 2 u in z (1 + tanh(u)) / 2 = z sigmoid(2 u), of which the right side does not cancel at a
+// negative z.
+__device__ __forceinline__ float gelu_tanh_inner(float z) {
+  return z * (z * z * gelu_cubic + 1.0f) * (2.0f * root_two_over_pi);
+}
 // z where it is negative or NaN, which fminf would drop, else 0.
 __device__ __forceinline__ float not_above_zero(float z) { return z > 0.0f ? 0.0f : z; }
 
@@ -85,7 +92,8 @@ struct Activation {
   static __device__ __forceinline__ float slope(float z, float parameter) { return derivative<ACT>(z, parameter); }
 };
 
-// Call f(Activation<code>()): numbers are visited inside of the choice, and not the choice made for each of them.
+// Call f(Activation<code>()): numbers are visited inside of the choice, and not the choice made for
+// each of them.
 template <class F>
 __device__ __forceinline__ void choose(int code, F&& f) {
   switch (Act(code)) {

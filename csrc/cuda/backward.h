@@ -1,11 +1,13 @@
-// The row-local backward of any stages in one launch. Formulas: fusedmoe/reference/operator.py; its twin in Triton, which reads the same plans:
-// kernels/backward.py.
+// The row-local backward of any stages in one launch. Formulas: fusedmoe/reference/operator.py; its
+// twin in Triton, which reads the same plans: kernels/backward.py.
 //
 // Grid: (row blocks, programs of a block). Each program runs a list of tiles, of two kinds:
 //
-//   expert   some columns of an expert: y again from its sources; dw of every unit that reads it (a part for each such tile);
+//   expert   some columns of an expert: y again from its sources; dw of every unit that reads it
+//            (a part for each such tile);
 //            dz = a'(z) x sum of (p + v) g
-//   source   some columns of a source: the softmax's backward of the gates that read it, then d = sum of W^T dz over what reads it
+//   source   some columns of a source: the softmax's backward of the gates that read it, then
+//            d = sum of W^T dz over what reads it
 #pragma once
 #include "columns.h"
 #include "k_tiles.h"
@@ -29,7 +31,8 @@ struct RowsBackward {
   using Sums = typename Up::Sums;
   static constexpr int stage = stage_bytes<Up> > stage_bytes<Down> ? stage_bytes<Up> : stage_bytes<Down>;
   static constexpr int bytes = stages * stage;
-  static_assert(stage_bytes<Choice> <= stage && store_bytes<Up, T> <= bytes && 2 * Up::across * ROWS * int(sizeof(float)) <= bytes);
+  static_assert(stage_bytes<Choice> <= stage && store_bytes<Up, T> <= bytes &&
+                2 * Up::across * ROWS * int(sizeof(float)) <= bytes);
 
   const RowsCall& call;
   const Block<T> block;
@@ -37,8 +40,12 @@ struct RowsBackward {
   __device__ __forceinline__ int plan(int at) const { return block.plan(at); }
   static __device__ __forceinline__ char* shared(int at = 0) { return shared_memory<char>() + at * stage; }
   // The block's rows of dz, and of a row of dw.
-  __device__ __forceinline__ Row<T> dz() const { return {static_cast<T*>(call.of.dz) + block.row * call.of.dz_row, call.of.dz_row}; }
-  __device__ __forceinline__ float* dw(int64_t part) const { return call.of.dw + part * block.network.rows + block.row; }
+  __device__ __forceinline__ Row<T> dz() const {
+    return {static_cast<T*>(call.of.dz) + block.row * call.of.dz_row, call.of.dz_row};
+  }
+  __device__ __forceinline__ float* dw(int64_t part) const {
+    return call.of.dw + part * block.network.rows + block.row;
+  }
   __device__ __forceinline__ Columns columns_of(int first, int width) const {
     return {first, width - first < call.columns ? width - first : call.columns};
   }
@@ -59,10 +66,12 @@ struct RowsBackward {
     Up::clear(dy);
     readers(record + Tile::size, plan(record + Tile::readers), linear, columns, z, dy);
     slope(linear, z, dy);
-    // Of the partial sums, all have been read. Zeros up to the next linear's column, so that products over dz need not stop within a vector.
+    // Of the partial sums, all have been read. Zeros up to the next linear's column, so that
+    // products over dz need not stop within a vector.
     sync_block();
     const Row<T> to = dz();
-    store_tile<Up>(shared(), dy, Row<T>{to.first + plan(record + Tile::dz), to.stride}, columns_of(columns.first, padded(width)), block.live, true);
+    store_tile<Up>(shared(), dy, Row<T>{to.first + plan(record + Tile::dz), to.stride},
+                   columns_of(columns.first, padded(width)), block.live, true);
   }
 
   __device__ __forceinline__ void linear_forward(int linear, const Columns& columns, Sums& z) const {
@@ -71,18 +80,22 @@ struct RowsBackward {
     const auto fetch = [&](int at) { k_tiles(shared(at)); };
     ring.start(fetch);
     FUSEDMOE_CUDA_ROLLED
-    for (int source = 0; source < plan(linear + LinearRecord::sources); source++)
+    for (int s = 0; s < plan(linear + LinearRecord::sources); s++) {
+      const int source = linear + LinearRecord::size + s * SourceRecord::size;
       FUSEDMOE_CUDA_ROLLED
-      for (int left = plan(linear + LinearRecord::size + source * SourceRecord::size + SourceRecord::width); left > 0; left -= k_tile<T>) {
+      for (int left = plan(source + SourceRecord::width); left > 0; left -= k_tile<T>) {
         const char* a = shared(ring.step(fetch));
         Up::multiply(a, a + Up::PanelA::bytes, z, call.allow_tf32, columns.live);
       }
+    }
     ring.finish();
     add_bias<Up>(block, linear, columns, z);
   }
 
-  // dy = sum of (p + v) g over the units that read the expert, and each one's part of dw = sum of g y over these columns.
-  __device__ __forceinline__ void readers(int reader, int count, int linear, const Columns& columns, const Sums& z, Sums& dy) const {
+  // dy = sum of (p + v) g over the units that read the expert, and each one's part of dw = sum of g
+  // y over these columns.
+  __device__ __forceinline__ void readers(int reader, int count, int linear, const Columns& columns, const Sums& z,
+                                          Sums& dy) const {
     Sums y = z;
     activate<Up>(block, linear, y);
     Sums g;
@@ -94,7 +107,8 @@ struct RowsBackward {
       // On its way while this one is added up.
       Sums next;
       load_gradient(reader + ReaderRecord::size, count - 1 - i, columns, next);
-      // Two of them take turns, so that one barrier stands between the sums of one reader and those of the next but one.
+      // Two of them take turns, so that one barrier stands between the sums of one reader and those
+      // of the next but one.
       float* parts = reinterpret_cast<float*>(shared()) + i % 2 * Up::across * ROWS;
       FUSEDMOE_CUDA_UNROLL
       for (int m = 0; m < Up::M; m++)
@@ -125,7 +139,9 @@ struct RowsBackward {
   // g of the first of `count` readers, or zeros of none.
   __device__ __forceinline__ void load_gradient(int reader, int count, const Columns& columns, Sums& g) const {
     Up::clear(g);
-    if (count > 0) add_tile<Up>(block.rows_of(reader + ReaderRecord::place, call.of.below), columns, block.live, call.store_aligned, g);
+    if (count > 0)
+      add_tile<Up>(block.rows_of(reader + ReaderRecord::place, call.of.below), columns, block.live, call.store_aligned,
+                   g);
   }
 
   // dy x a'(z).
@@ -181,7 +197,8 @@ struct RowsBackward {
     ring.finish();
   }
 
-  // d += sum of G^T dz over gates, so many reads at a time. Two stages take turns: while one is multiplied the rows of G for the other are on their way.
+  // d += sum of G^T dz over gates, so many reads at a time. Two stages take turns: while one is
+  // multiplied the rows of G for the other are on their way.
   __device__ __forceinline__ void add_gates(int selection, int count, const Columns& columns, Sums& d) const {
     Softmax of{};
     int read = 0, to = 0, from = -1;
@@ -193,12 +210,14 @@ struct RowsBackward {
         store_logits_gradient(selection, of, read, a, columns.first == 0);
         copy_gate(selection, read, columns, a + Choice::PanelA::bytes);
         read += reads_step;
-        if (read >= plan(plan(selection + SelectionRecord::unit) + UnitRecord::reads)) read = 0, count--, selection += SelectionRecord::size;
+        if (read >= plan(plan(selection + SelectionRecord::unit) + UnitRecord::reads))
+          read = 0, count--, selection += SelectionRecord::size;
       }
       commit_copies();
       // A product wants the whole warp, whose lanes have each gone their way.
       sync_warp();
-      if (from >= 0) Choice::multiply(shared(from), shared(from) + Choice::PanelA::bytes, d, call.allow_tf32, columns.live);
+      if (from >= 0)
+        Choice::multiply(shared(from), shared(from) + Choice::PanelA::bytes, d, call.allow_tf32, columns.live);
       wait_copies<0>();
       sync_block();
       from = some ? to : -1;
@@ -209,26 +228,34 @@ struct RowsBackward {
   // Rows of G in the order of the unit's reads; one that is not seen is zero.
   __device__ __forceinline__ void copy_gate(int selection, int read, const Columns& columns, char* to) const {
     const int unit = plan(selection + SelectionRecord::unit);
-    const Rows rows{plan(unit + UnitRecord::reads) - read, plan(selection + SelectionRecord::reduction), block.network.plan + plan(unit + UnitRecord::seen) + read};
-    copy_panel<typename Choice::PanelB, THREADS>(to, block.parameter(plan(selection + SelectionRecord::weight)) + columns.first, columns.live, call.aligned, rows);
+    const Rows rows{plan(unit + UnitRecord::reads) - read, plan(selection + SelectionRecord::reduction),
+                    block.network.plan + plan(unit + UnitRecord::seen) + read};
+    copy_panel<typename Choice::PanelB, THREADS>(
+        to, block.parameter(plan(selection + SelectionRecord::weight)) + columns.first, columns.live, call.aligned,
+        rows);
   }
 
-  // What the softmax's backward of a gate takes off the d of its row: their mean under p, and what its rounding left of it, the mean of what remains.
-  // With the mean off first, what is nearly the mean keeps its digits.
+  // What the softmax's backward of a gate takes off the d of its row: their mean under p, and what
+  // its rounding left of it, the mean of what remains. With the mean off first, what is nearly the
+  // mean keeps its digits.
   struct Softmax {
     float mean, rest;
   };
   // Each row has a few neighbouring lanes, of which each has every lanes-th read.
   static constexpr int lanes = THREADS / ROWS;
   __device__ __forceinline__ int my_row() const { return thread() / lanes; }
-  __device__ __forceinline__ float probability(int selection, int read) const { return load_global(block.softmax(plan(selection + SelectionRecord::p) + read) + my_row()); }
+  __device__ __forceinline__ float probability(int selection, int read) const {
+    return load_global(block.softmax(plan(selection + SelectionRecord::p) + read) + my_row());
+  }
   __device__ __forceinline__ float weight_gradient(int selection, int read) const {
     float d = 0.0f;
-    const int tiles = plan(selection + SelectionRecord::tiles), first = plan(selection + SelectionRecord::dw) + read, stride = plan(selection + SelectionRecord::stride);
+    const int tiles = plan(selection + SelectionRecord::tiles), first = plan(selection + SelectionRecord::dw) + read,
+              stride = plan(selection + SelectionRecord::stride);
     // Several on their way at a time.
     FUSEDMOE_CUDA_UNROLL_SOME
     for (int tile = 0; tile < tiles; tile++) d += load_global(dw(first + tile * stride) + my_row());
-    const int columns = call.of.network.weights ? plan(plan(selection + SelectionRecord::unit) + UnitRecord::mixing) : -1;
+    const int columns =
+        call.of.network.weights ? plan(plan(selection + SelectionRecord::unit) + UnitRecord::mixing) : -1;
     if (columns >= 0) {
       const T* given = static_cast<const T*>(call.of.network.weights) + (block.row + my_row()) * block.network.mixing;
       d += widened(load_global(given + plan(columns + read)));
@@ -253,9 +280,12 @@ struct RowsBackward {
     }
     return sum_lanes<lanes>(sum);
   }
-  // dz of a gate from one of its reads on: [ROWS, reads_step] to shared memory, and to dz where this tile is the one to store it.
-  __device__ __forceinline__ void store_logits_gradient(int selection, const Softmax& of, int first, char* panel, bool storing) const {
-    const int unit = plan(selection + SelectionRecord::unit), reads = my_row() < block.live ? plan(unit + UnitRecord::reads) - first : 0;
+  // dz of a gate from one of its reads on: [ROWS, reads_step] to shared memory, and to dz where
+  // this tile is the one to store it.
+  __device__ __forceinline__ void store_logits_gradient(int selection, const Softmax& of, int first, char* panel,
+                                                        bool storing) const {
+    const int unit = plan(selection + SelectionRecord::unit),
+              reads = my_row() < block.live ? plan(unit + UnitRecord::reads) - first : 0;
     FUSEDMOE_CUDA_ROLLED
     for (int i = thread() % lanes; i < reads_step; i += lanes) {
       T d_z = rounded<T>(0.0f);
@@ -263,7 +293,8 @@ struct RowsBackward {
         const float p = probability(selection, first + i);
         if (p != 0.0f) d_z = rounded<T>(p * (weight_gradient(selection, first + i) - of.mean - of.rest));
         const int seen = plan(plan(unit + UnitRecord::seen) + first + i);
-        if (storing && seen >= 0 && plan(selection + SelectionRecord::store) != 0) store_global(dz().first + my_row() * call.of.dz_row + plan(selection + SelectionRecord::dz) + seen, d_z);
+        if (storing && seen >= 0 && plan(selection + SelectionRecord::store) != 0)
+          store_global(dz().first + my_row() * call.of.dz_row + plan(selection + SelectionRecord::dz) + seen, d_z);
       }
       *reinterpret_cast<T*>(panel + my_row() * Choice::PanelA::pitch + i * int(sizeof(T))) = d_z;
     }

@@ -1,4 +1,5 @@
-// A whole call with the kernels of this folder as an operator of PyTorch's: what to launch was worked out before, here come addresses and a stream.
+// A whole call with the kernels of this folder as an operator of PyTorch's: what to launch was
+// worked out before, here come addresses and a stream.
 #include "calls.h"
 
 #include <torch/csrc/stable/library.h>
@@ -24,7 +25,8 @@ class Launches {
     const size_t count = given.parameters.size();
     std::copy_n(given.parameters.begin(), std::min<size_t>(count, Addresses::count), network_.parameters.at);
     here_ = count <= Addresses::count || table;
-    if (count > Addresses::count && table) network_.parameters.more = static_cast<const void* const*>(table->const_data_ptr()) + Addresses::count;
+    if (count > Addresses::count && table)
+      network_.parameters.more = static_cast<const void* const*>(table->const_data_ptr()) + Addresses::count;
     tiles_.aligned = given.aligned;
     network_.plan = reinterpret_cast<const int32_t*>(bound.ints);
     network_.floats = reinterpret_cast<const float*>(bound.floats);
@@ -85,10 +87,12 @@ class Launches {
     return tiles;
   }
 
-  // What a launch may touch. `out` is the upstream gradient in the backward, which only reads it, and so the softmax and the buffers.
+  // What a launch may touch. `out` is the upstream gradient in the backward, which only reads it,
+  // and so the softmax and the buffers.
   std::vector<Reach> around(const Places& places, bool forward) const {
     const int64_t rows = given_.rows, size = bound_.size;
-    const int64_t x = 1 + (rows - 1) * given_.x_row + (bound_.slots - 1) * given_.x_slot + bound_.width - 1, top = bound_.output[0] * bound_.output[1];
+    const int64_t x = 1 + (rows - 1) * given_.x_row + (bound_.slots - 1) * given_.x_slot + bound_.width - 1,
+                  top = bound_.output[0] * bound_.output[1];
     return {{"x", places.x, uint64_t(size * x), false},
             {"buffers", places.buffers, uint64_t(size * bound_.buffer_width * rows), forward},
             {"out", places.out, uint64_t(size * rows * top), forward},
@@ -96,7 +100,8 @@ class Launches {
             {"weights", places.weights, places.weights ? uint64_t(size * rows * bound_.mixing) : 0, forward},
             {"plan", network_.plan, bound_.plan_bytes, false},
             {"floats", network_.floats, bound_.floats_bytes, false},
-            {"addresses", network_.parameters.more, network_.parameters.more ? 8 * (given_.parameters.size() - Addresses::count) : 0, false}};
+            {"addresses", network_.parameters.more,
+             network_.parameters.more ? 8 * (given_.parameters.size() - Addresses::count) : 0, false}};
   }
   std::vector<Reach> around(const Below& below) const {
     const int64_t rows = given_.rows, size = bound_.size;
@@ -119,12 +124,14 @@ class Launches {
 const Bound& at(int64_t address) { return *reinterpret_cast<const Bound*>(address); }
 
 // bound: the address of a Bound, which the caller keeps.
-std::vector<Tensor> network_cuda(const Tensor& x, const std::vector<Tensor>& params, int64_t bound, bool mixing, const std::optional<Tensor>& table) {
+std::vector<Tensor> network_cuda(const Tensor& x, const std::vector<Tensor>& params, int64_t bound, bool mixing,
+                                 const std::optional<Tensor>& table) {
   return gpu::forward<Launches>(x, params, at(bound), mixing, table);
 }
 
-std::vector<Tensor> network_cuda_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& x, const std::vector<Tensor>& params,
-                                          const Tensor& saved, int64_t bound, int64_t chunk, bool apart, const std::optional<Tensor>& table) {
+std::vector<Tensor> network_cuda_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& x,
+                                          const std::vector<Tensor>& params, const Tensor& saved, int64_t bound,
+                                          int64_t chunk, bool apart, const std::optional<Tensor>& table) {
   return gpu::backward<Launches>(d_out, d_weights, x, params, saved, at(bound), chunk, apart, table);
 }
 
@@ -133,11 +140,14 @@ std::vector<Tensor> network_cuda_backward(const Tensor& d_out, const std::option
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedmoe, m) {
   m.def("network_cuda(Tensor x, Tensor[] params, int bound, bool mixing, Tensor? table) -> Tensor[]");
-  m.def("network_cuda_backward(Tensor d_out, Tensor? d_weights, Tensor x, Tensor[] params, Tensor saved, int bound, int chunk, bool apart, Tensor? table)"
-        " -> Tensor[]");
+  m.def(
+      "network_cuda_backward(Tensor d_out, Tensor? d_weights, Tensor x, Tensor[] params, "
+      "Tensor saved, int bound, int chunk, bool apart, Tensor? table)"
+      " -> Tensor[]");
 }
 
-// Wherever the tensors are: the tests' emulator has them on the CPU. Implicit: autograd is the caller's, and nothing need look for it here.
+// Wherever the tensors are: the tests' emulator has them on the CPU. Implicit: autograd is the
+// caller's, and nothing need look for it here.
 STABLE_TORCH_LIBRARY_IMPL(fusedmoe, CompositeImplicitAutograd, m) {
   m.impl("network_cuda", TORCH_BOX(&fusedmoe::cuda::network_cuda));
   m.impl("network_cuda_backward", TORCH_BOX(&fusedmoe::cuda::network_cuda_backward));

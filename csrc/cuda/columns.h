@@ -6,14 +6,16 @@
 
 namespace fusedmoe::cuda {
 
-// `live` columns of a linear, or outputs, from `first` on; or by their numbers in a list of the plan, where `list` is not negative.
+// `live` columns of a linear, or outputs, from `first` on; or by their numbers in a list of the
+// plan, where `list` is not negative.
 struct Columns {
   int first, live, list = -1;
 };
 
 // Two neighbours of a row, read as one where `pair` says that they begin at a multiple of both.
 template <class T>
-__device__ __forceinline__ void load_two(const T* at, bool pair, bool first_live, bool second_live, float& first, float& second) {
+__device__ __forceinline__ void load_two(const T* at, bool pair, bool first_live, bool second_live, float& first,
+                                         float& second) {
   if (pair && second_live) {
     const Vector<T, 2> two = load_global(reinterpret_cast<const Vector<T, 2>*>(at));
     first = widened(two.at[0]), second = widened(two.at[1]);
@@ -24,7 +26,8 @@ __device__ __forceinline__ void load_two(const T* at, bool pair, bool first_live
 }
 
 template <class T>
-__device__ __forceinline__ void store_two(T* at, bool pair, bool first_live, bool second_live, float first, float second) {
+__device__ __forceinline__ void store_two(T* at, bool pair, bool first_live, bool second_live, float first,
+                                          float second) {
   if (pair && second_live) {
     store_global(reinterpret_cast<Vector<T, 2>*>(at), Vector<T, 2>{rounded<T>(first), rounded<T>(second)});
   } else {
@@ -33,20 +36,24 @@ __device__ __forceinline__ void store_two(T* at, bool pair, bool first_live, boo
   }
 }
 
-// sums += the numbers of `from` in their place, zeros where there are none. `pairs`: columns and rows begin at even numbers.
+// sums += the numbers of `from` in their place, zeros where there are none. `pairs`: columns and
+// rows begin at even numbers.
 template <class P, class T>
-__device__ __forceinline__ void add_tile(const Row<T>& from, const Columns& columns, int rows, bool pairs, typename P::Sums& sums) {
+__device__ __forceinline__ void add_tile(const Row<T>& from, const Columns& columns, int rows, bool pairs,
+                                         typename P::Sums& sums) {
   P::visit(sums, [&](int row, int column, float& low, float& high) {
     const bool first_live = row < rows && column < columns.live, second_live = row < rows && column + 1 < columns.live;
     float first, second;
-    load_two(from.first + int64_t(row) * from.stride + columns.first + column, pairs, first_live, second_live, first, second);
+    load_two(from.first + int64_t(row) * from.stride + columns.first + column, pairs, first_live, second_live, first,
+             second);
     low += first, high += second;
   });
 }
 
 // z += b.
 template <class P, class T>
-__device__ __forceinline__ void add_bias(const Block<T>& block, int linear, const Columns& columns, typename P::Sums& z) {
+__device__ __forceinline__ void add_bias(const Block<T>& block, int linear, const Columns& columns,
+                                         typename P::Sums& z) {
   const int number = block.plan(linear + LinearRecord::bias);
   if (number < 0) return;
   const T* bias = block.parameter(number) + columns.first;
@@ -85,16 +92,20 @@ __device__ __forceinline__ void put(char* row, int column, float low, float high
   else *reinterpret_cast<Vector<float, 2>*>(row + column * 4) = {low, high};
 }
 
-// A tile to where it goes. Every warp passes its part through `scratch` in shared memory, which nobody else reads, so that 16 bytes are written at a
-// time where `vectors` says that they may be.
+// A tile to where it goes. Every warp passes its part through `scratch` in shared memory, which
+// nobody else reads, so that 16 bytes are written at a time where `vectors` says that they may be.
 template <class P, class T>
-__device__ __forceinline__ void store_tile(char* scratch, typename P::Sums& from, const Row<T>& to, const Columns& columns, int rows, bool vectors) {
-  constexpr int across = P::N * 8, down = P::M * 16, pitch = across * int(sizeof(T)) + 16, numbers = 16 / int(sizeof(T));
+__device__ __forceinline__ void store_tile(char* scratch, typename P::Sums& from, const Row<T>& to,
+                                           const Columns& columns, int rows, bool vectors) {
+  constexpr int across = P::N * 8, down = P::M * 16, pitch = across * int(sizeof(T)) + 16,
+                numbers = 16 / int(sizeof(T));
   char* part = scratch + warp() * down * pitch;
   const int first_row = warp() % P::down * down, first_column = P::first_column();
   // Of the tile before, all have been read.
   sync_warp();
-  P::visit(from, [&](int row, int column, float low, float high) { put<T>(part + (row - first_row) * pitch, column - first_column, low, high); });
+  P::visit(from, [&](int row, int column, float low, float high) {
+    put<T>(part + (row - first_row) * pitch, column - first_column, low, high);
+  });
   sync_warp();
   const auto each = [&](auto number, int count) {
     using Stored = decltype(number);
@@ -103,7 +114,8 @@ __device__ __forceinline__ void store_tile(char* scratch, typename P::Sums& from
       const int row = i / count, column = i % count * (across / count);
       if (first_row + row >= rows || first_column + column >= columns.live) continue;
       T* at = to.first + int64_t(first_row + row) * to.stride + columns.first + first_column + column;
-      store_global(reinterpret_cast<Stored*>(at), *reinterpret_cast<const Stored*>(part + row * pitch + column * int(sizeof(T))));
+      store_global(reinterpret_cast<Stored*>(at),
+                   *reinterpret_cast<const Stored*>(part + row * pitch + column * int(sizeof(T))));
     }
   };
   if (vectors) each(Vector<T, numbers>{}, across / numbers);

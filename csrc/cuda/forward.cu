@@ -14,8 +14,9 @@ void forward(const Network& network, const Tiles& tiles, int place, int programs
 }
 
 void refuse(const Tiles& tiles) {
-  throw std::invalid_argument("cuda: expected tiles of 16, 64 or 128 rows that a kernel is compiled for, got " + std::to_string(tiles.rows) + " x " +
-                              std::to_string(tiles.columns) + " with " + std::to_string(tiles.units) + " units");
+  throw std::invalid_argument("cuda: expected tiles of 16, 64 or 128 rows that a kernel is compiled for, got " +
+                              std::to_string(tiles.rows) + " x " + std::to_string(tiles.columns) + " with " +
+                              std::to_string(tiles.units) + " units");
 }
 
 }  // namespace fusedmoe::cuda

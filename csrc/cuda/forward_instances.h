@@ -11,14 +11,17 @@ template <class T, int ROWS, int COLUMNS, int UNITS, int THREADS, int BLOCKS, bo
 void launch_forward(const Network& network, const Tiles& tiles, int place, int programs, Stream stream) {
   using Of = Forward<T, ROWS, COLUMNS, UNITS, THREADS, HIDDEN>;
   if (tiles.units > UNITS) refuse(tiles);
-  const Call call{network, place, tiles.resident, Of::Shared::panels_for(tiles.resident), tiles.units, tiles.aligned, tiles.store_aligned, tiles.allow_tf32};
-  const Shape shape{unsigned((network.rows + ROWS - 1) / ROWS), unsigned(programs), THREADS, size_t(Of::bytes(tiles.resident))};
+  const Call call{network,     place,         tiles.resident,      Of::Shared::panels_for(tiles.resident),
+                  tiles.units, tiles.aligned, tiles.store_aligned, tiles.allow_tf32};
+  const Shape shape{unsigned((network.rows + ROWS - 1) / ROWS), unsigned(programs), THREADS,
+                    size_t(Of::bytes(tiles.resident))};
   launch("forward", forward_kernel<T, ROWS, COLUMNS, UNITS, THREADS, BLOCKS, HIDDEN>, shape, stream, call);
 }
 
-// Narrow tiles mix up to eight units, wide ones four, those of 128 rows three. Two blocks of eight warps have 128 registers a thread, which accumulators
-// of 64 numbers and what stands beside them fill: of more, or beside a hidden tile, a multiprocessor runs one. What is narrower than a tile leaves
-// the rest of it out.
+// Narrow tiles mix up to eight units, wide ones four, those of 128 rows three. Two blocks of eight
+// warps have 128 registers a thread, which accumulators of 64 numbers and what stands beside them
+// fill: of more, or beside a hidden tile, a multiprocessor runs one. What is narrower than a tile
+// leaves the rest of it out.
 template <class T, bool HIDDEN>
 void choose_forward(const Network& network, const Tiles& tiles, int place, int programs, Stream stream) {
   const auto run = [&](auto launch_one) { launch_one(network, tiles, place, programs, stream); };

@@ -1,8 +1,10 @@
-// The gradients of all parameters in one launch; its twin in Triton, which reads the same plans: kernels/backward.py.
+// The gradients of all parameters in one launch; its twin in Triton, which reads the same plans:
+// kernels/backward.py.
 //
-// Grid: (tasks, chunks of rows). A task is a tile of dW = dz^T h, with db = sum of dz where its columns are W's first; or one element of a learned
-// static weight. Each block adds up its rows; with several chunks it stores float parts, and the block that comes last to a task adds them, chunk by
-// chunk, so that no sum depends on who that is.
+// Grid: (tasks, chunks of rows). A task is a tile of dW = dz^T h, with db = sum of dz where its
+// columns are W's first; or one element of a learned static weight. Each block adds up its rows;
+// with several chunks it stores float parts, and the block that comes last to a task adds them,
+// chunk by chunk, so that no sum depends on who that is.
 #pragma once
 #include "columns.h"
 
@@ -45,16 +47,18 @@ struct ParameterGradients {
   };
   __device__ __forceinline__ Matrix matrix_of(int record) const {
     using Task = MatrixTaskRecord;
-    const int n = plan(record + Task::row), k = plan(record + Task::column), source = record + Task::source, bias = plan(record + Task::bias);
+    const int n = plan(record + Task::row), k = plan(record + Task::column), source = record + Task::source,
+              bias = plan(record + Task::bias);
     const int rows = plan(record + Task::outputs) - n, columns = plan(source + SourceRecord::width) - k;
     const int stride = plan(record + Task::reduction);
-    return {plan(record + Task::weight) + plan(source + SourceRecord::first) + int64_t(n) * stride + k, stride, rows < OUTPUTS ? rows : OUTPUTS,
-            columns < call.columns ? columns : call.columns, bias < 0 ? -1 : bias + n};
+    return {plan(record + Task::weight) + plan(source + SourceRecord::first) + int64_t(n) * stride + k, stride,
+            rows < OUTPUTS ? rows : OUTPUTS, columns < call.columns ? columns : call.columns, bias < 0 ? -1 : bias + n};
   }
 
   __device__ __forceinline__ void matrix_tile(int record) const {
     const Matrix to = matrix_of(record);
-    const int n = plan(record + MatrixTaskRecord::row), k = plan(record + MatrixTaskRecord::column), dz_row = call.of.dz_row;
+    const int n = plan(record + MatrixTaskRecord::row), k = plan(record + MatrixTaskRecord::column),
+              dz_row = call.of.dz_row;
     const T* a = static_cast<const T*>(call.of.dz) + block.row * dz_row + plan(record + MatrixTaskRecord::dz) + n;
     Row<T> b = block.rows_of(record + MatrixTaskRecord::source);
     b.first += k;
@@ -63,7 +67,8 @@ struct ParameterGradients {
     const auto fetch = [&](int at) {
       if (left <= 0) return;
       copy_panel<typename P::PanelA, THREADS>(shared(at), a, padded(to.rows), true, Rows{left, dz_row});
-      copy_panel<typename P::PanelB, THREADS>(shared(at) + P::PanelA::bytes, b.first, to.columns, call.aligned, Rows{left, b.stride});
+      copy_panel<typename P::PanelB, THREADS>(shared(at) + P::PanelA::bytes, b.first, to.columns, call.aligned,
+                                              Rows{left, b.stride});
       a += int64_t(k_tile<T>) * dz_row;
       b.first += int64_t(k_tile<T>) * b.stride;
       left -= k_tile<T>;
@@ -97,7 +102,8 @@ struct ParameterGradients {
     const auto each = [&](auto* first) {
       P::visit(sums, [&](int row, int column, float low, float high) {
         const bool live = row < to.rows;
-        store_two(first + to.first + int64_t(row) * to.stride + column, pairs, live && column < to.columns, live && column + 1 < to.columns, low, high);
+        store_two(first + to.first + int64_t(row) * to.stride + column, pairs, live && column < to.columns,
+                  live && column + 1 < to.columns, low, high);
       });
     };
     if (alone()) each(static_cast<T*>(call.to.grads));
@@ -112,7 +118,8 @@ struct ParameterGradients {
     store(to.bias + thread(), bias);
   }
 
-  // Whether this block is the last one to come to its task, of several, so that it sees the parts of all.
+  // Whether this block is the last one to come to its task, of several, so that it sees the parts
+  // of all.
   __device__ __forceinline__ bool arrives_last() const {
     if (alone()) return false;
     int* flag = shared_memory<int>();
@@ -124,7 +131,8 @@ struct ParameterGradients {
     sync_block();
     return *flag != 0;
   }
-  // COUNT numbers of the gradients, `place(n)` or none where that is negative: of every chunk, in their order. One chunk's are on their way at a time.
+  // COUNT numbers of the gradients, `place(n)` or none where that is negative: of every chunk, in
+  // their order. One chunk's are on their way at a time.
   template <int COUNT, class Place>
   __device__ __forceinline__ void add_chunks(Place&& place) const {
     float sums[COUNT] = {};
@@ -166,16 +174,21 @@ struct ParameterGradients {
       for (int other = 1; other < THREADS / 32; other++) value += sums[other];
       store(plan(record + StaticTaskRecord::element), value);
     }
-    if (arrives_last() && thread() == 0) add_chunks<1>([&](int) { return int64_t(plan(record + StaticTaskRecord::element)); });
+    if (arrives_last() && thread() == 0)
+      add_chunks<1>([&](int) { return int64_t(plan(record + StaticTaskRecord::element)); });
   }
   __device__ __forceinline__ float term(int term) const {
     const int64_t first = plan(term + TermRecord::dw), stride = plan(term + TermRecord::stride);
-    const int tiles = plan(term + TermRecord::tiles), column = call.of.network.weights ? plan(term + TermRecord::mixing) : -1;
+    const int tiles = plan(term + TermRecord::tiles),
+              column = call.of.network.weights ? plan(term + TermRecord::mixing) : -1;
     float value = 0.0f;
     FUSEDMOE_CUDA_ROLLED
     for (int64_t row = block.row + thread(); row < block.row + block.live; row += THREADS) {
-      for (int tile = 0; tile < tiles; tile++) value += load_global(call.of.dw + (first + tile * stride) * block.network.rows + row);
-      if (column >= 0) value += widened(load_global(static_cast<const T*>(call.of.network.weights) + row * block.network.mixing + column));
+      for (int tile = 0; tile < tiles; tile++)
+        value += load_global(call.of.dw + (first + tile * stride) * block.network.rows + row);
+      if (column >= 0)
+        value +=
+            widened(load_global(static_cast<const T*>(call.of.network.weights) + row * block.network.mixing + column));
     }
     return value;
   }
@@ -190,7 +203,9 @@ struct ParameterGradients {
 template <class T, int OUTPUTS, int COLUMNS, int THREADS, int BLOCKS>
 __global__ void __launch_bounds__(THREADS, BLOCKS) gradients_kernel(const __grid_constant__ GradientsCall call) {
   const int64_t row = int64_t(block_y()) * call.to.chunk, left = call.of.network.rows - row;
-  ParameterGradients<T, OUTPUTS, COLUMNS, THREADS>{call, {call.of.network, row, int(left < call.to.chunk ? left : call.to.chunk)}}.run();
+  ParameterGradients<T, OUTPUTS, COLUMNS, THREADS>{
+      call, {call.of.network, row, int(left < call.to.chunk ? left : call.to.chunk)}}
+      .run();
 }
 
 }  // namespace fusedmoe::cuda

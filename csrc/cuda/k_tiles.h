@@ -1,4 +1,5 @@
-// What fills the stages of a product in the backward: k-tiles of an operand and of a weight, ahead of those who multiply them.
+// What fills the stages of a product in the backward: k-tiles of an operand and of a weight, ahead
+// of those who multiply them.
 #pragma once
 #include "records.h"
 #include "tile.h"
@@ -9,7 +10,8 @@ namespace fusedmoe::cuda {
 template <class P>
 constexpr int stage_bytes = P::PanelA::bytes + P::PanelB::bytes;
 
-// z = W h of one linear: its sources one after another, and W's columns for them. Rows of W: `live` of them from `first` on.
+// z = W h of one linear: its sources one after another, and W's columns for them. Rows of W: `live`
+// of them from `first` on.
 template <class T, class P>
 struct LinearTiles {
   const Block<T>& block;
@@ -36,12 +38,14 @@ struct LinearTiles {
   __device__ __forceinline__ void open(int record) {
     h = block.rows_of(record);
     w.stride = block.plan(linear + LinearRecord::reduction);
-    w.first = block.parameter(block.plan(linear + LinearRecord::weight)) + int64_t(first) * w.stride + block.plan(record + SourceRecord::first);
+    w.first = block.parameter(block.plan(linear + LinearRecord::weight)) + int64_t(first) * w.stride +
+              block.plan(record + SourceRecord::first);
     left = block.plan(record + SourceRecord::width);
   }
 };
 
-// d = W^T dz of all linears that read a source, one behind another; those that copy it are left out. Columns of W: `live` of them from `first` on.
+// d = W^T dz of all linears that read a source, one behind another; those that copy it are left
+// out. Columns of W: `live` of them from `first` on.
 template <class T, class P>
 struct UseTiles {
   const Block<T>& block;

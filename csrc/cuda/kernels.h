@@ -1,4 +1,5 @@
-// What the host may ask for: one function a kernel. A plan's integers (kernels/plan.py) say what each launch does; PyTorch is not known here.
+// What the host may ask for: one function a kernel. A plan's integers (kernels/plan.py) say what
+// each launch does; PyTorch is not known here.
 #pragma once
 #include <cstdint>
 
@@ -8,21 +9,24 @@ namespace fusedmoe::cuda {
 
 enum class Number { bfloat16, float16, float32 };
 
-// The parameters' addresses travel in a kernel's argument, which may have 4 KB; a table with more of them keeps the rest in an array on the device.
+// The parameters' addresses travel in a kernel's argument, which may have 4 KB; a table with more
+// of them keeps the rest in an array on the device.
 struct Addresses {
   static constexpr int count = 448;
   const void* at[count];
   const void* const* more;
 };
 
-// Where sources and outputs lie: x [B, S, D] at distances x_row and x_slot, the stages' buffers one behind another, and out [B, width].
+// Where sources and outputs lie: x [B, S, D] at distances x_row and x_slot, the stages' buffers one
+// behind another, and out [B, width].
 struct Places {
   void *x, *buffers, *out;
   int64_t x_row, x_slot;
 };
 
-// Arguments that every kernel of a call shares. p: the softmax of every unit [reads, B]; weights: mixing weights [B, mixing], or null; rows: B.
-// In the backward `weights` are the gradients that mixing weights were given, and they and p are only read.
+// Arguments that every kernel of a call shares. p: the softmax of every unit [reads, B]; weights:
+// mixing weights [B, mixing], or null; rows: B. In the backward `weights` are the gradients that
+// mixing weights were given, and they and p are only read.
 struct Network {
   Places places;
   float* p;
@@ -34,21 +38,25 @@ struct Network {
   Addresses parameters;
 };
 
-// How a launch runs, as kernels/tiles.py chose it for the plan. rows, columns: of a tile; units: mixed at a time; keep: columns of a source that are
-// kept for all that read it, or 0; aligned: all that is read begins at multiples of 16 bytes, row by row; stored: so does what is written;
-// hidden: some linear has a hidden layer inside; allow_tf32: products of float32 by 11 bits of each number instead of all.
+// How a launch runs, as kernels/tiles.py chose it for the plan. rows, columns: of a tile; units:
+// mixed at a time; keep: columns of a source that are kept for all that read it, or 0; aligned: all
+// that is read begins at multiples of 16 bytes, row by row; stored: so does what is written;
+// hidden: some linear has a hidden layer inside; allow_tf32: products of float32 by 11 bits of each
+// number instead of all.
 struct Tiles {
   Number number;
   int rows, columns, units, resident;
   bool aligned, store_aligned, hidden, allow_tf32;
 };
 
-// Run the tiles whose programs stand at `place` of the plan, for every block of rows.
-// Raises: std::invalid_argument for tiles that no kernel is compiled for; std::runtime_error, as `launch`.
+// Run the tiles whose programs stand at `place` of the plan, for every block of rows. Raises:
+// std::invalid_argument for tiles that no kernel is compiled for; std::runtime_error, as `launch`.
 void forward(const Network& network, const Tiles& tiles, int place, int programs, Stream stream);
 
-// What the backward reads and writes beside the network. below: d_x, the buffers' gradients, and the given d_out; dw: parts of the gradients of every
-// read's weight [parts, B]; dz [B, dz_row]; arrived: a number for each of the `tasks` of `gradients`, which every launch of backward_rows makes zero.
+// What the backward reads and writes beside the network. below: d_x, the buffers' gradients, and
+// the given d_out; dw: parts of the gradients of every read's weight [parts, B]; dz [B, dz_row];
+// arrived: a number for each of the `tasks` of `gradients`, which every launch of backward_rows
+// makes zero.
 struct Backward {
   Network network;
   Places below;
@@ -58,19 +66,20 @@ struct Backward {
   int dz_row, tasks;
 };
 
-// What `gradients` makes: grads [total], by parts [chunks, total] of so many rows each, which nobody needs where there is one chunk.
+// What `gradients` makes: grads [total], by parts [chunks, total] of so many rows each, which
+// nobody needs where there is one chunk.
 struct Gradients {
   float* parts;
   void* grads;
   int64_t total, chunk;
 };
 
-// Run the tiles of kernels/backward_plan.py whose programs stand at `place`, for every block of rows; `network.floats` are the plan's own too.
-// Raises: as `forward`.
+// Run the tiles of kernels/backward_plan.py whose programs stand at `place`, for every block of
+// rows; `network.floats` are the plan's own too. Raises: as `forward`.
 void backward_rows(const Backward& backward, const Tiles& tiles, int place, int programs, Stream stream);
 
-// Add up the gradients of all parameters, whose tasks stand at `place`. The block that comes last to a task adds its chunks in their order.
-// Raises: as `forward`.
+// Add up the gradients of all parameters, whose tasks stand at `place`. The block that comes last
+// to a task adds its chunks in their order. Raises: as `forward`.
 void gradients(const Backward& backward, const Gradients& gradients, const Tiles& tiles, int place, Stream stream);
 
 }  // namespace fusedmoe::cuda

@@ -1,4 +1,5 @@
-// How the host starts a kernel: by name, on a stream that it was given, and never without asking what became of it.
+// How the host starts a kernel: by name, on a stream that it was given, and never without asking
+// what became of it.
 #pragma once
 #include <cstddef>
 #include <map>
@@ -18,17 +19,20 @@ struct Shape {
   size_t shared_bytes = 0;
 };
 
-// void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape, Stream stream, Parameters... arguments)
+// void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape, Stream stream,
+// Parameters... arguments)
 //   Raises: std::runtime_error with the name of CUDA's error, which is CUDA's last one no more.
 #if defined(__CUDACC__)
 inline void check(cudaError_t status, const char* name) {
   if (status == cudaSuccess) return;
   cudaGetLastError();
-  throw std::runtime_error(std::string("cuda: the launch of ") + name + " failed with " + cudaGetErrorName(status) + " (" + cudaGetErrorString(status) + ")");
+  throw std::runtime_error(std::string("cuda: the launch of ") + name + " failed with " + cudaGetErrorName(status) +
+                           " (" + cudaGetErrorString(status) + ")");
 }
 
-// Ask for shared memory unless the kernel has asked for as much on this device before: asking takes as long as a good part of a launch. Under the lock,
-// so that no smaller number comes after a larger one.
+// Ask for shared memory unless the kernel has asked for as much on this device before: asking takes
+// as long as a good part of a launch. Under the lock, so that no smaller number comes after a
+// larger one.
 inline void ask_for(const void* kernel, int bytes, const char* name) {
   static std::mutex mutex;
   static std::map<std::pair<int, const void*>, int> asked;
@@ -42,11 +46,14 @@ inline void ask_for(const void* kernel, int bytes, const char* name) {
 }
 
 template <class... Parameters>
-void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape, Stream stream, std::type_identity_t<Parameters>... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape, Stream stream,
+            std::type_identity_t<Parameters>... arguments) {
   // More than this a kernel must ask for.
   constexpr size_t without_asking = 48 * 1024;
-  if (shape.shared_bytes > without_asking) ask_for(reinterpret_cast<const void*>(kernel), int(shape.shared_bytes), name);
-  kernel<<<dim3(shape.blocks_x, shape.blocks_y), dim3(unsigned(shape.threads)), shape.shared_bytes, stream>>>(arguments...);
+  if (shape.shared_bytes > without_asking)
+    ask_for(reinterpret_cast<const void*>(kernel), int(shape.shared_bytes), name);
+  kernel<<<dim3(shape.blocks_x, shape.blocks_y), dim3(unsigned(shape.threads)), shape.shared_bytes, stream>>>(
+      arguments...);
   check(cudaGetLastError(), name);
 }
 #endif

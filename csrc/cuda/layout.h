@@ -1,10 +1,12 @@
-// The records of a plan, for the CUDA kernels. kernels/layout.py, which says what the fields mean, writes this file:
+// The records of a plan, for the CUDA kernels. kernels/layout.py, which says what the fields
+// mean, writes this file:
 // python -m fusedmoe.kernels.layout csrc/cuda/layout.h
 #pragma once
 
 namespace fusedmoe::cuda {
 
-constexpr int from_x = 0, from_buffer = 1, to_output = 2, write_softmax = 1, write_weights = 2, expert_kind = 0, matrix_kind = 0;
+constexpr int from_x = 0, from_buffer = 1, to_output = 2, write_softmax = 1, write_weights = 2,
+              expert_kind = 0, matrix_kind = 0;
 
 struct PlaceRecord {
   static constexpr int kind = 0, column = 1, stride = 2, buffer = 3, size = 4;
@@ -13,10 +15,12 @@ struct SourceRecord {
   static constexpr int place = 0, width = 4, first = 5, size = 6;
 };
 struct LinearRecord {
-  static constexpr int weight = 0, bias = 1, width = 2, reduction = 3, activation = 4, parameter = 5, hidden = 6, sources = 7, size = 8;
+  static constexpr int weight = 0, bias = 1, width = 2, reduction = 3, activation = 4, parameter =
+                       5, hidden = 6, sources = 7, size = 8;
 };
 struct UnitRecord {
-  static constexpr int gate = 0, reads = 1, seen = 2, statics = 3, elements = 4, fixed = 5, place = 6, mixing = 10, size = 11;
+  static constexpr int gate = 0, reads = 1, seen = 2, statics = 3, elements = 4, fixed = 5, place =
+                       6, mixing = 10, size = 11;
 };
 struct GroupRecord {
   static constexpr int units = 0, width = 1, runs = 2, copies = 3, selectors = 4, size = 5;
@@ -43,16 +47,19 @@ struct ReaderRecord {
   static constexpr int place = 0, p = 4, dw = 5, unit = 6, read = 7, size = 8;
 };
 struct SourceTileRecord {
-  static constexpr int place = 0, column = 4, width = 5, add = 6, uses = 7, selections = 8, size = 9;
+  static constexpr int place = 0, column = 4, width = 5, add = 6, uses = 7, selections = 8, size =
+                       9;
 };
 struct UseRecord {
   static constexpr int weight = 0, outputs = 1, reduction = 2, first = 3, dz = 4, size = 5;
 };
 struct SelectionRecord {
-  static constexpr int unit = 0, weight = 1, reduction = 2, dz = 3, p = 4, dw = 5, tiles = 6, stride = 7, store = 8, size = 9;
+  static constexpr int unit = 0, weight = 1, reduction = 2, dz = 3, p = 4, dw = 5, tiles = 6, stride
+                       = 7, store = 8, size = 9;
 };
 struct MatrixTaskRecord {
-  static constexpr int kind = 0, weight = 1, bias = 2, outputs = 3, reduction = 4, dz = 5, row = 6, column = 7, source = 8, size = 14;
+  static constexpr int kind = 0, weight = 1, bias = 2, outputs = 3, reduction = 4, dz = 5, row = 6,
+                       column = 7, source = 8, size = 14;
 };
 struct StaticTaskRecord {
   static constexpr int kind = 0, element = 1, terms = 2, size = 3;

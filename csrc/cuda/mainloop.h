@@ -1,4 +1,5 @@
-// A list of linears under way: the stages of shared memory, what fills them, and z = W h + b of the next linear.
+// A list of linears under way: the stages of shared memory, what fills them, and z = W h + b of the
+// next linear.
 #pragma once
 #include "prefetch.h"
 
@@ -16,7 +17,8 @@ __device__ __forceinline__ Block<T> block_of(const Call& call) {
   return {call.network, row, int(left < ROWS ? left : ROWS)};
 }
 
-// What a block has in shared memory: panels of sources in a circle, STAGES of weights, one of hidden outputs, and what is known of the k-tiles ahead.
+// What a block has in shared memory: panels of sources in a circle, STAGES of weights, one of
+// hidden outputs, and what is known of the k-tiles ahead.
 template <class P, class Prefetch, int STAGES, bool HIDDEN>
 struct Layout {
   using T = typename P::PanelA::Number;
@@ -26,14 +28,15 @@ struct Layout {
   static constexpr int known = 2;
   int panels;
 
-  // Up to `resident` columns of a source stay while its linears are multiplied. In a circle of STAGES or more, a copy that is STAGES - 1 steps ahead
-  // overwrites nothing that is still read.
+  // Up to `resident` columns of a source stay while its linears are multiplied. In a circle of
+  // STAGES or more, a copy that is STAGES - 1 steps ahead overwrites nothing that is still read.
   static __host__ __device__ __forceinline__ int panels_for(int resident) {
     const int k_tiles = resident / A::columns;
     return k_tiles > STAGES ? k_tiles : STAGES;
   }
   static __host__ __device__ __forceinline__ int bytes(int panels) {
-    return (panels + int(HIDDEN)) * A::bytes + STAGES * B::bytes + known * int(sizeof(CopyDescriptor<T>)) + int(sizeof(Prefetch));
+    return (panels + int(HIDDEN)) * A::bytes + STAGES * B::bytes + known * int(sizeof(CopyDescriptor<T>)) +
+           int(sizeof(Prefetch));
   }
 
   __device__ __forceinline__ char* b(int at) const { return shared_memory<char>() + at * B::bytes; }
@@ -43,7 +46,9 @@ struct Layout {
   }
   __device__ __forceinline__ Prefetch& ahead() const { return *reinterpret_cast<Prefetch*>(&descriptor(0) + known); }
   __device__ __forceinline__ char* a(int at) const { return reinterpret_cast<char*>(&ahead() + 1) + at * A::bytes; }
-  __device__ __forceinline__ int next(int at, int by = 1) const { return at + by < panels ? at + by : at + by - panels; }
+  __device__ __forceinline__ int next(int at, int by = 1) const {
+    return at + by < panels ? at + by : at + by - panels;
+  }
 };
 
 // The linears of one list after another, as P multiplies them.
@@ -60,7 +65,8 @@ struct Mainloop {
   // k-tiles that have been asked for, and where the panels of the source at hand begin.
   int asked = 0, base = 0;
 
-  // Worked out wherever it is needed, from the number of the block: accumulators need the registers.
+  // Worked out wherever it is needed, from the number of the block: accumulators need the
+  // registers.
   __device__ __forceinline__ Block<T> block() const { return block_of<T, P::rows>(call); }
   __device__ __forceinline__ int plan(int at) const { return load_global(call.network.plan + at); }
 
@@ -81,7 +87,8 @@ struct Mainloop {
     if (call.resident > 0) base = layout.next(base, k_tiles);
   }
 
-  // The next step: return the place of its weight. Until as many k-tiles have been asked for as there are stages, nothing has arrived.
+  // The next step: return the place of its weight. Until as many k-tiles have been asked for as
+  // there are stages, nothing has arrived.
   __device__ __forceinline__ int step() {
     // `asked` modulo `stages` is the slot of the ring.
     Ring<stages> ring{int(unsigned(asked + 1) % stages)};
@@ -96,9 +103,12 @@ struct Mainloop {
     const CopyDescriptor<T> next = layout.descriptor(asked++);
     if (!next.here) return;
     const int to = call.resident > 0 ? next.to : place;
-    if (next.to >= 0) copy_panel<typename P::PanelA, P::threads>(layout.a(to), next.a, next.columns, call.aligned, Rows{block().live, next.a_stride});
+    if (next.to >= 0)
+      copy_panel<typename P::PanelA, P::threads>(layout.a(to), next.a, next.columns, call.aligned,
+                                                 Rows{block().live, next.a_stride});
     const int* list = next.list < 0 ? nullptr : call.network.plan + next.list;
-    copy_panel<typename P::PanelB, P::threads>(layout.b(place), next.b, next.columns, call.aligned, Rows{next.live, next.b_stride, list});
+    copy_panel<typename P::PanelB, P::threads>(layout.b(place), next.b, next.columns, call.aligned,
+                                               Rows{next.live, next.b_stride, list});
   }
 
   // z += W h of a linear without a hidden layer inside. Return the number of its k-tiles.
@@ -112,7 +122,8 @@ struct Mainloop {
         const int place = step();
         if (asked < stages) continue;
         // Panels of a source that does not stay come in the same turn as those of weights.
-        P::multiply(layout.a(call.resident > 0 ? layout.next(base, k_tiles) : place), layout.b(place), z, call.allow_tf32, live);
+        P::multiply(layout.a(call.resident > 0 ? layout.next(base, k_tiles) : place), layout.b(place), z,
+                    call.allow_tf32, live);
         k_tiles++;
         left -= k_tile<T>;
         if (left <= 0) break;
@@ -121,13 +132,15 @@ struct Mainloop {
     return k_tiles;
   }
 
-  // z = W h + b of the linear, the next of the list. Return the number of its source's k-tiles. Where it has a hidden layer inside, that hidden layer goes
-  // through shared memory, as many outputs at a time as the tile has columns.
+  // z = W h + b of the linear, the next of the list. Return the number of its source's k-tiles.
+  // Where it has a hidden layer inside, that hidden layer goes through shared memory, as many
+  // outputs at a time as the tile has columns.
   __device__ __forceinline__ int linear_forward(int linear, const Columns& outputs, Sums& z) {
     P::clear(z);
     int k_tiles = 0;
     if constexpr (HIDDEN) {
-      const int hidden = plan(linear + LinearRecord::hidden), reduction = hidden < 0 ? 1 : plan(linear + LinearRecord::reduction);
+      const int hidden = plan(linear + LinearRecord::hidden),
+                reduction = hidden < 0 ? 1 : plan(linear + LinearRecord::reduction);
       FUSEDMOE_CUDA_ROLLED
       for (int first = 0; first < reduction; first += P::columns) {
         Sums h;
@@ -148,22 +161,24 @@ struct Mainloop {
     return k_tiles;
   }
 
-  // act(z + b) of hidden outputs, in T, to their panel. The next step's barrier stands between this and its readers, and the last step's between
-  // those of the outputs before and this.
+  // act(z + b) of hidden outputs, in T, to their panel. The next step's barrier stands between this
+  // and its readers, and the last step's between those of the outputs before and this.
   __device__ __forceinline__ void hand_inside(int hidden, const Columns& outputs, Sums& z) const {
     add_bias<P>(block(), hidden, outputs, z);
     activate<P>(block(), hidden, z);
     P::visit(z, [&](int row, int column, float low, float high) {
       // Beyond the layer stands 0 h, which is NaN where h is infinite, and NaN x 0 is NaN.
       const bool first_live = column < outputs.live, second_live = column + 1 < outputs.live;
-      put<T>(layout.hidden_panel() + row * P::PanelA::pitch, column, first_live ? low : 0.0f, second_live ? high : 0.0f);
+      put<T>(layout.hidden_panel() + row * P::PanelA::pitch, column, first_live ? low : 0.0f,
+             second_live ? high : 0.0f);
     });
   }
 
   // Of the panel of hidden outputs a product reads more columns than are ever written.
   __device__ __forceinline__ void clear_hidden() const {
     if constexpr (HIDDEN && P::columns < k_tile<T>)
-      for (int i = thread() * 4; i < P::PanelA::bytes; i += P::threads * 4) *reinterpret_cast<uint32_t*>(layout.hidden_panel() + i) = 0;
+      for (int i = thread() * 4; i < P::PanelA::bytes; i += P::threads * 4)
+        *reinterpret_cast<uint32_t*>(layout.hidden_panel() + i) = 0;
   }
 };
 

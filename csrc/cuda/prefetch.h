@@ -1,21 +1,26 @@
-// The order in which a forward's stages are filled: all k-tiles of all linears of a list, ahead of those who multiply them.
+// The order in which a forward's stages are filled: all k-tiles of all linears of a list, ahead of
+// those who multiply them.
 //
-// A list is the runs of a group (experts of one source each) or its selectors (gates that read one source each). A linear's k-tiles are those of its
-// sources; of a linear with a hidden layer inside, for every COLUMNS hidden outputs, those of the inner linear, and then one that brings the outer weight alone.
-// One thread iterates, and writes a descriptor of each k-tile to shared memory: its state would cost every thread registers.
+// A list is the runs of a group (experts of one source each) or its selectors (gates that read one
+// source each). A linear's k-tiles are those of its sources; of a linear with a hidden layer
+// inside, for every COLUMNS hidden outputs, those of the inner linear, and then one that brings the
+// outer weight alone. One thread iterates, and writes a descriptor of each k-tile to shared memory:
+// its state would cost every thread registers.
 #pragma once
 #include "columns.h"
 
 namespace fusedmoe::cuda {
 
-// A list: the place of its first run, their number, and what stands in it for each linear: the linear and `stride` - 1 more numbers, or, of
-// gates, the unit, whose rows are taken COLUMNS at a time.
+// A list: the place of its first run, their number, and what stands in it for each linear: the
+// linear and `stride` - 1 more numbers, or, of gates, the unit, whose rows are taken COLUMNS at a
+// time.
 struct WorkList {
   int record, runs, stride;
   bool gates;
 };
 
-// What one step copies, if it is `here`: up to `columns` numbers of rows of a source to panel `to`, unless that is negative, and of a weight.
+// What one step copies, if it is `here`: up to `columns` numbers of rows of a source to panel `to`,
+// unless that is negative, and of a weight.
 template <class T>
 struct alignas(16) CopyDescriptor {
   const T *a, *b;
@@ -32,7 +37,8 @@ struct PrefetchIterator {
   bool resident;
   WorkList list;
   Columns outputs;
-  // Linears left in the run; the linear whose sources are read, and which of these; the columns left of that one.
+  // Linears left in the run; the linear whose sources are read, and which of these; the columns
+  // left of that one.
   int maps, map, source, left;
   // The place of the next panel of a source.
   int to;
@@ -71,7 +77,8 @@ struct PrefetchIterator {
     return list.gates ? block.plan(named + UnitRecord::gate) : named;
   }
 
-  // Begin with the next linear, of this run or of a later one, if there is any: a unit may have no gate.
+  // Begin with the next linear, of this run or of a later one, if there is any: a unit may have no
+  // gate.
   __device__ __forceinline__ void begin_run(const Block<T>& block) {
     for (; list.runs > 0; list.runs--) {
       maps = block.plan(list.record + RunRecord::count);

@@ -1,4 +1,5 @@
-// device.h in PTX, for sm_80 and later. An access to shared memory clobbers memory: the compiler must not move others across it.
+// device.h in PTX, for sm_80 and later. An access to shared memory clobbers memory: the compiler
+// must not move others across it.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,7 +12,8 @@ namespace fusedmoe::cuda {
 using bfloat16 = __nv_bfloat16;
 using float16 = __half;
 
-// Asked for anew wherever it stands: otherwise all that loops make of it is worked out in front of them, and kept, in registers that accumulators need.
+// Asked for anew wherever it stands: otherwise all that loops make of it is worked out in front of
+// them, and kept, in registers that accumulators need.
 __device__ __forceinline__ int thread() {
   uint32_t number;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
@@ -76,7 +78,8 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int given
   if constexpr (BYTES == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(given) : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global), "n"(BYTES), "r"(given) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global), "n"(BYTES), "r"(given)
+                 : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
@@ -133,11 +136,13 @@ __device__ __forceinline__ uint32_t rounded_tf32(float x) {
   return bits;
 }
 
-#define FUSEDMOE_LDMATRIX(COUNT, TO, ...)                                                                                                   \
-  if constexpr (TRANSPOSED)                                                                                                                 \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x" COUNT ".trans.shared.b16 " TO ";" : __VA_ARGS__ : "r"(shared) : "memory");                 \
-  else                                                                                                                                      \
-    asm volatile("ldmatrix.sync.aligned.m8n8.x" COUNT ".shared.b16 " TO ";" : __VA_ARGS__ : "r"(shared) : "memory")
+#define FUSEDMOE_LDMATRIX(COUNT, TO, ...)                                         \
+  if constexpr (TRANSPOSED)                                                       \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x" COUNT ".trans.shared.b16 " TO ";" \
+                 : __VA_ARGS__                                                    \
+                 : "r"(shared)                                                    \
+                 : "memory");                                                     \
+  else asm volatile("ldmatrix.sync.aligned.m8n8.x" COUNT ".shared.b16 " TO ";" : __VA_ARGS__ : "r"(shared) : "memory")
 
 template <int N, bool TRANSPOSED = false>
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[N], const void* row) {

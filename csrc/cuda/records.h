@@ -9,7 +9,9 @@ namespace fusedmoe::cuda {
 // Columns of what stages hand on begin at multiples of so many.
 constexpr int column_step = 16;
 // A width rounded up to a multiple of `column_step`.
-__host__ __device__ __forceinline__ int padded(int width) { return (width + column_step - 1) / column_step * column_step; }
+__host__ __device__ __forceinline__ int padded(int width) {
+  return (width + column_step - 1) / column_step * column_step;
+}
 
 // Rows at a distance, by the first number of the first one.
 template <class T>
@@ -30,13 +32,17 @@ struct Block {
 
   __device__ __forceinline__ const T* parameter(int number) const {
     const Addresses& all = network.parameters;
-    return static_cast<const T*>(number < Addresses::count ? all.at[number] : load_global(all.more + (number - Addresses::count)));
+    return static_cast<const T*>(number < Addresses::count ? all.at[number]
+                                                           : load_global(all.more + (number - Addresses::count)));
   }
-  // Where the block's rows of a place stand. Inside a tile 32 bits reach; what is larger stands in the first.
+  // Where the block's rows of a place stand. Inside a tile 32 bits reach; what is larger stands in
+  // the first.
   __device__ __forceinline__ Row<T> rows_of(int place, const Places& places) const {
     const int kind = plan(place + PlaceRecord::kind);
-    const int64_t column = plan(place + PlaceRecord::column), stride = kind == from_x ? places.x_row : plan(place + PlaceRecord::stride);
-    const int64_t before = plan(place + PlaceRecord::buffer) * network.rows + (kind == from_x ? column * places.x_slot : column);
+    const int64_t column = plan(place + PlaceRecord::column),
+                  stride = kind == from_x ? places.x_row : plan(place + PlaceRecord::stride);
+    const int64_t before =
+        plan(place + PlaceRecord::buffer) * network.rows + (kind == from_x ? column * places.x_slot : column);
     void* base = kind == from_x ? places.x : kind == from_buffer ? places.buffers : places.out;
     return {static_cast<T*>(base) + before + row * stride, int(stride)};
   }

@@ -1,4 +1,5 @@
-// The device's side of runtime.h; the tests' emulator, which compiles every .cu, has one of its own.
+// The device's side of runtime.h; the tests' emulator, which compiles every .cu, has one of its
+// own.
 #if defined(__CUDACC__)
 #include "runtime.h"
 
@@ -7,7 +8,9 @@
 namespace fusedmoe::cuda {
 namespace {
 
-std::string words(cudaError_t status) { return std::string(cudaGetErrorName(status)) + " (" + cudaGetErrorString(status) + ")"; }
+std::string words(cudaError_t status) {
+  return std::string(cudaGetErrorName(status)) + " (" + cudaGetErrorString(status) + ")";
+}
 
 }  // namespace
 

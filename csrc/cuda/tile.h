@@ -1,12 +1,15 @@
-// Products of tiles: panels of operands in shared memory, how they come there, and what the warps of a block make of them.
+// Products of tiles: panels of operands in shared memory, how they come there, and what the warps
+// of a block make of them.
 //
-// C [ROWS, COLUMNS] += A B over DEPTH numbers of the reduction; A and B each lie in a panel as global memory has them:
+// C [ROWS, COLUMNS] += A B over DEPTH numbers of the reduction; A and B each lie in a panel as
+// global memory has them:
 //
 //   Major::k     rows of C's (for B: columns of C), DEPTH numbers of the reduction in each: h and W in z = h W^T
 //   Major::mn    DEPTH rows, of C's rows or columns in each: W in d = dz W; dz and h in dW = dz^T h
 //
-// A product runs through a ring of stages. Every step waits for its own copies, lets the whole block meet, and asks for those of STAGES - 1
-// steps later; a group is committed at every step, with nothing in it behind the last one, so that the wait counts the same to the end.
+// A product runs through a ring of stages. Every step waits for its own copies, lets the whole
+// block meet, and asks for those of STAGES - 1 steps later; a group is committed at every step,
+// with nothing in it behind the last one, so that the wait counts the same to the end.
 #pragma once
 #include "device.h"
 
@@ -18,8 +21,9 @@ enum class Major { k, mn };
 template <class T>
 constexpr int k_tile = 128 / int(sizeof(T));
 
-// ROWS x COLUMNS numbers in shared memory, in bytes. Rows are so far apart that eight of them at one column, which load_matrices takes together,
-// lie in different banks: an odd number of 16 bytes. For a float that is read across them it is 8 words beyond whole sets of banks.
+// ROWS x COLUMNS numbers in shared memory, in bytes. Rows are so far apart that eight of them at
+// one column, which load_matrices takes together, lie in different banks: an odd number of 16
+// bytes. For a float that is read across them it is 8 words beyond whole sets of banks.
 template <class T, int ROWS, int COLUMNS, bool ACROSS = false>
 struct Panel {
   using Number = T;
@@ -29,10 +33,12 @@ struct Panel {
   static_assert(COLUMNS * size % 32 == 0);
 };
 
-// Ask for a panel: row r of it is what stands `row(r)` numbers behind `from`, up to `columns` of them; it is zero beyond, and where row(r) is negative.
-// `aligned`: every row begins at a multiple of 16 bytes, and `columns` is a multiple of as many.
+// Ask for a panel: row r of it is what stands `row(r)` numbers behind `from`, up to `columns` of
+// them; it is zero beyond, and where row(r) is negative. `aligned`: every row begins at a multiple
+// of 16 bytes, and `columns` is a multiple of as many.
 template <class P, int THREADS, class Row>
-__device__ __forceinline__ void copy_panel(char* to, const typename P::Number* from, int columns, bool aligned, Row row) {
+__device__ __forceinline__ void copy_panel(char* to, const typename P::Number* from, int columns, bool aligned,
+                                           Row row) {
   if (aligned) {
     constexpr int numbers = 16 / P::size, vectors = P::columns / numbers, all = P::rows * vectors;
     // By a number of turns that the compiler knows.
@@ -42,20 +48,24 @@ __device__ __forceinline__ void copy_panel(char* to, const typename P::Number* f
       if (all % THREADS != 0 && i >= all) break;
       const int column = i % vectors * numbers, offset = row(i / vectors);
       const bool live = offset >= 0 && column < columns;
-      copy_async<16>(to + i / vectors * P::pitch + column * P::size, live ? from + offset + column : from, live ? 16 : 0);
+      copy_async<16>(to + i / vectors * P::pitch + column * P::size, live ? from + offset + column : from,
+                     live ? 16 : 0);
     }
     return;
   }
   constexpr int all = P::rows * P::columns, some = all % (2 * THREADS) == 0 ? 2 : 1;
   FUSEDMOE_CUDA_ROLLED
   for (int first = thread(); first < all; first += some * THREADS) {
-    // Numbers of 16 bits, which are too few for a copy, pass through registers: several on their way at a time.
+    // Numbers of 16 bits, which are too few for a copy, pass through registers: several on their
+    // way at a time.
     uint16_t numbers[some];
     FUSEDMOE_CUDA_UNROLL
     for (int n = 0; n < some; n++) {
       const int i = first + n * THREADS, column = i % P::columns, offset = row(i / P::columns);
       const bool live = offset >= 0 && column < columns;
-      if constexpr (P::size == 4) copy_async<4>(to + i / P::columns * P::pitch + column * P::size, live ? from + offset + column : from, live ? 4 : 0);
+      if constexpr (P::size == 4)
+        copy_async<4>(to + i / P::columns * P::pitch + column * P::size, live ? from + offset + column : from,
+                      live ? 4 : 0);
       else numbers[n] = live ? load_global(reinterpret_cast<const uint16_t*>(from + offset + column)) : uint16_t(0);
     }
     if constexpr (P::size == 2)
@@ -67,7 +77,8 @@ __device__ __forceinline__ void copy_panel(char* to, const typename P::Number* f
   }
 }
 
-// Rows of a panel at a distance, the first `live` of them: one after another, or by a list of their numbers, where a negative one is none.
+// Rows of a panel at a distance, the first `live` of them: one after another, or by a list of their
+// numbers, where a negative one is none.
 struct Rows {
   int live, stride;
   const int* list = nullptr;
@@ -109,7 +120,9 @@ struct Ring {
     wait_copies<0>();
     sync_block();
   }
-  __device__ __forceinline__ int place(int later) const { return at + later < STAGES ? at + later : at + later - STAGES; }
+  __device__ __forceinline__ int place(int later) const {
+    return at + later < STAGES ? at + later : at + later - STAGES;
+  }
 };
 
 // What a thread has of C: M x N fragments of a multiply_add.
@@ -118,7 +131,8 @@ struct Fragments {
   float at[M][N][4];
 };
 
-// The product of one k-tile by all warps of a block, each of which has M x N fragments of C, rows and columns side by side.
+// The product of one k-tile by all warps of a block, each of which has M x N fragments of C, rows
+// and columns side by side.
 template <class T, int ROWS, int COLUMNS, int THREADS, Major A = Major::k, Major B = Major::k, int DEPTH = k_tile<T>>
 struct Product {
   static constexpr bool a_across = A == Major::mn, b_across = B == Major::mn, wide = sizeof(T) == 4;
@@ -132,11 +146,15 @@ struct Product {
   using Sums = Fragments<M, N>;
 
   // C's row of at[i][..][2 half], and its column of at[..][j][0]; the next column is at[..][..][1].
-  static __device__ __forceinline__ int row(int i, int half) { return (warp() % down * M + i) * 16 + half * 8 + lane() / 4; }
+  static __device__ __forceinline__ int row(int i, int half) {
+    return (warp() % down * M + i) * 16 + half * 8 + lane() / 4;
+  }
   static __device__ __forceinline__ int column(int j) { return first_column() + j * 8 + lane() % 4 * 2; }
   static __device__ __forceinline__ int first_column() { return warp() / down * N * 8; }
 
-  static __device__ __forceinline__ void clear(Sums& c) { visit(c, [](int, int, float& low, float& high) { low = high = 0.0f; }); }
+  static __device__ __forceinline__ void clear(Sums& c) {
+    visit(c, [](int, int, float& low, float& high) { low = high = 0.0f; });
+  }
 
   // f(row, column, low, high) for every two neighbours of C that this thread has.
   template <class F>
@@ -149,9 +167,11 @@ struct Product {
         for (int j = 0; j < N; j++) f(row(i, half), column(j), c.at[i][j][2 * half], c.at[i][j][2 * half + 1]);
   }
 
-  // C += A B. `once`: products of float with 11 bits of each, else with all; of 16-bit types it means nothing.
-  // Of columns from `live` on what C gets is not said: a warp leaves out what it has of them, in halves.
-  static __device__ __forceinline__ void multiply(const char* a, const char* b, Sums& c, bool allow_tf32 = false, int live = COLUMNS) {
+  // C += A B. `once`: products of float with 11 bits of each, else with all; of 16-bit types it
+  // means nothing. Of columns from `live` on what C gets is not said: a warp leaves out what it has
+  // of them, in halves.
+  static __device__ __forceinline__ void multiply(const char* a, const char* b, Sums& c, bool allow_tf32 = false,
+                                                  int live = COLUMNS) {
     const int mine = live - first_column();
     if (mine <= 0) return;
     if (N > 1 && mine <= N / 2 * 8) multiply_some<(N + 1) / 2>(a, b, c, allow_tf32);
@@ -170,16 +190,19 @@ struct Product {
     add_products<COUNT>(a, b, c);
   }
 
-  // Words of A for rows 16 i.., and of B for columns 8 j.. of this warp, from k on. Transposed matrices are of 16 bits, so floats are picked one by one.
+  // Words of A for rows 16 i.., and of B for columns 8 j.. of this warp, from k on. Transposed
+  // matrices are of 16 bits, so floats are picked one by one.
   static __device__ __forceinline__ void load_a(const char* panel, int i, int k, A4& a) {
     const int first = (warp() % down * M + i) * 16;
     if constexpr (!a_across) {
       load_matrices<4>(a, panel + (first + lane() % 16) * PanelA::pitch + k * PanelA::size + lane() / 16 * 16);
     } else if constexpr (!wide) {
-      load_matrices<4, true>(a, panel + (k + lane() / 16 * 8 + lane() % 8) * PanelA::pitch + (first + lane() / 8 % 2 * 8) * PanelA::size);
+      load_matrices<4, true>(
+          a, panel + (k + lane() / 16 * 8 + lane() % 8) * PanelA::pitch + (first + lane() / 8 % 2 * 8) * PanelA::size);
     } else {
       FUSEDMOE_CUDA_UNROLL
-      for (int n = 0; n < 4; n++) a[n] = word<PanelA>(panel, k + lane() % 4 + n / 2 * 4, first + lane() / 4 + n % 2 * 8);
+      for (int n = 0; n < 4; n++)
+        a[n] = word<PanelA>(panel, k + lane() % 4 + n / 2 * 4, first + lane() / 4 + n % 2 * 8);
     }
   }
   static __device__ __forceinline__ void load_b(const char* panel, int j, int k, B2& b) {
@@ -202,9 +225,11 @@ struct Product {
       const int first = first_column() + j * 8;
       uint32_t words[4];
       if constexpr (b_across)
-        load_matrices<4, true>(words, panel + (k + lane() % 16) * PanelB::pitch + (first + lane() / 16 * 8) * PanelB::size);
+        load_matrices<4, true>(words,
+                               panel + (k + lane() % 16) * PanelB::pitch + (first + lane() / 16 * 8) * PanelB::size);
       else
-        load_matrices<4>(words, panel + (first + lane() / 16 * 8 + lane() % 8) * PanelB::pitch + k * PanelB::size + lane() / 8 % 2 * 16);
+        load_matrices<4>(words, panel + (first + lane() / 16 * 8 + lane() % 8) * PanelB::pitch + k * PanelB::size +
+                                    lane() / 8 % 2 * 16);
       b[0] = words[0], b[1] = words[1], next[0] = words[2], next[1] = words[3];
     }
   }
@@ -244,8 +269,9 @@ struct Product {
     }
   }
 
-  // A = its first 11 bits + rest, B alike: adds the product of the first ones, and those of a first one and a rest. Tensor cores cut where others
-  // round: in one chain over all of the reduction errors of one sign would add up, so each k-tile has a chain of its own, whose sum is rounded.
+  // A = its first 11 bits + rest, B alike: adds the product of the first ones, and those of a first
+  // one and a rest. Tensor cores cut where others round: in one chain over all of the reduction
+  // errors of one sign would add up, so each k-tile has a chain of its own, whose sum is rounded.
   template <int COUNT>
   static __device__ __forceinline__ void add_split_products(const char* a_panel, const char* b_panel, Sums& c) {
     Sums first{}, cross{};

@@ -21,7 +21,8 @@ pybind11::class_<Of> bind_bound(pybind11::module_& m) {
       .def_readwrite("shared_bytes", &Step::shared_bytes);
   py::class_<Of> bound(m, "Bound", "What a call is bound to.", py::module_local());
   bound.def(py::init<>())
-      .def_property_readonly("address", [](const Of& self) { return reinterpret_cast<uintptr_t>(&self); }, "What the operators take.")
+      .def_property_readonly(
+          "address", [](const Of& self) { return reinterpret_cast<uintptr_t>(&self); }, "What the operators take.")
       .def_readwrite("shapes", &Of::shapes)
       .def_readwrite("output", &Of::output)
       .def_readwrite("slots", &Of::slots)

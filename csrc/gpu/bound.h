@@ -1,4 +1,5 @@
-// What a call on a GPU is bound to, as kernels/bound.py works it out once for a network: a call adds addresses, rows and a stream.
+// What a call on a GPU is bound to, as kernels/bound.py works it out once for a network: a call
+// adds addresses, rows and a stream.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -12,8 +13,9 @@ namespace fusedmoe::gpu {
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
-// One launch. place, programs: where the plan has its programs, and how many a block of rows has; stores: whether what it writes begins at multiples of
-// a vector load where everything else does. Of a compiled kernel of Triton's: CUDA's function, threads, bytes of shared memory.
+// One launch. place, programs: where the plan has its programs, and how many a block of rows has;
+// stores: whether what it writes begins at multiples of a vector load where everything else does.
+// Of a compiled kernel of Triton's: CUDA's function, threads, bytes of shared memory.
 struct Step {
   int64_t place = 0, programs = 0;
   bool stores = true;
@@ -21,7 +23,8 @@ struct Step {
   int64_t threads = 0, shared_bytes = 0;
 };
 
-// The addresses of parameters that have been seen with the table of them on the device. It holds no values, so it cannot go stale.
+// The addresses of parameters that have been seen with the table of them on the device. It holds no
+// values, so it cannot go stale.
 class Tables {
  public:
   // The table, or none. It lives as long as the tensor that is returned.
@@ -52,25 +55,29 @@ class Tables {
 
 // The names are those of kernels/bound.py.
 struct Bound {
-  // The parameters' shapes; x [B, slots, width]; a row of the output; columns of the mixing weights; bytes of a number.
+  // The parameters' shapes; x [B, slots, width]; a row of the output; columns of the mixing
+  // weights; bytes of a number.
   std::vector<Sizes> shapes;
   Sizes output;
   int64_t slots = 0, width = 0, mixing = 0, size = 0;
   // Numbers of a vector load, and whether the table's sizes are multiples of them.
   int64_t lanes = 1;
   bool reached = false;
-  // The plan on the device. softmax: rows of the softmax; buffer_width: elements of the buffers a row; tile: rows of a tile.
+  // The plan on the device. softmax: rows of the softmax; buffer_width: elements of the buffers a
+  // row; tile: rows of a tile.
   uintptr_t ints = 0, floats = 0;
   uint64_t plan_bytes = 0, floats_bytes = 0;
   int64_t softmax = 0, buffer_width = 0, tile = 0;
   std::vector<Step> steps;
   // What Triton's kernels were compiled for: vector loads, and mixing weights or their gradients.
   bool aligned = false, weights = false;
-  // Of a backward. columns: of dz; sums: rows of dw; total: numbers of all gradients; grads: where each parameter's begins, or -1; those two launches.
+  // Of a backward. columns: of dz; sums: rows of dw; total: numbers of all gradients; grads: where
+  // each parameter's begins, or -1; those two launches.
   int64_t columns = 0, sums = 0, total = 0;
   Sizes grads;
   Step gradients, add;
-  // How often every kernel is launched: more than once for who wants to know what the launches alone take (bench/gpu_host.py).
+  // How often every kernel is launched: more than once for who wants to know what the launches
+  // alone take (bench/gpu_host.py).
   int64_t times = 1;
   Tables tables;
 };
@@ -78,13 +85,16 @@ struct Bound {
 // Pieces of one allocation begin at multiples of a line.
 inline int64_t lines(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
-// What the forward leaves for the backward: the softmax in float32, and the stages' buffers behind it.
+// What the forward leaves for the backward: the softmax in float32, and the stages' buffers behind
+// it.
 struct Saved {
   int64_t buffers, bytes;
-  Saved(const Bound& bound, int64_t rows) : buffers(lines(4 * bound.softmax * rows)), bytes(buffers + lines(bound.size * bound.buffer_width * rows)) {}
+  Saved(const Bound& bound, int64_t rows)
+      : buffers(lines(4 * bound.softmax * rows)), bytes(buffers + lines(bound.size * bound.buffer_width * rows)) {}
 };
 
-// What the backward needs besides: dw and the parts of the gradients in float32, dz, the buffers' gradients, and a counter for each task.
+// What the backward needs besides: dw and the parts of the gradients in float32, dz, the buffers'
+// gradients, and a counter for each task.
 struct Scratch {
   int64_t parts, dz, buffers, arrived, bytes;
   Scratch(const Bound& bound, int64_t rows, int64_t chunks)

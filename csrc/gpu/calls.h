@@ -1,6 +1,8 @@
-// A network's forward and backward on a GPU in one go: tensors are looked at, results allocated, kernels launched, by whoever `Launches` are.
+// A network's forward and backward on a GPU in one go: tensors are looked at, results allocated,
+// kernels launched, by whoever `Launches` are.
 //
-// Results that are empty say that the call is none for these launches; the caller then has another way, which takes longer.
+// Results that are empty say that the call is none for these launches; the caller then has another
+// way, which takes longer.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -12,12 +14,14 @@
 
 namespace fusedmoe::gpu {
 
-inline void check(const Tensor& t, const Sizes& sizes, const Tensor& x, const char* what, ScalarType dtype, int64_t index = -1) {
+inline void check(const Tensor& t, const Sizes& sizes, const Tensor& x, const char* what, ScalarType dtype,
+                  int64_t index = -1) {
   const bool there = t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index();
   fusedmoe::check(t, sizes, dtype, there, "where x is", what, index);
 }
 
-// Contiguous, and from a multiple of 16 bytes on: rows are read in vectors where their distance allows it.
+// Contiguous, and from a multiple of 16 bytes on: rows are read in vectors where their distance
+// allows it.
 inline Tensor at_sixteen(const Tensor& t) {
   Tensor here = t.is_contiguous() ? t : torch::stable::contiguous(t);
   return reinterpret_cast<uintptr_t>(here.const_data_ptr()) % 16 ? torch::stable::clone(here) : here;
@@ -30,7 +34,8 @@ inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
   Sizes strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), stored_as(dtype).second, aoti_torch_device_type_cuda(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                                  stored_as(dtype).second, aoti_torch_device_type_cuda(),
                                                   like.get_device_index(), &handle));
   return Tensor(handle);
 }
@@ -49,9 +54,10 @@ struct Given {
   bool aligned;
 
   Given(const Bound& of, const Tensor& input, const std::vector<Tensor>& params) : bound(of), x(input) {
-    STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == bound.slots && x.size(2) == bound.width, "x: expected [B, ", bound.slots, ", ", bound.width, "], got ",
-                    shape_of(x.sizes()));
-    STD_TORCH_CHECK(params.size() == bound.shapes.size(), "params: expected ", bound.shapes.size(), " tensors, got ", params.size());
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(1) == bound.slots && x.size(2) == bound.width, "x: expected [B, ",
+                    bound.slots, ", ", bound.width, "], got ", shape_of(x.sizes()));
+    STD_TORCH_CHECK(params.size() == bound.shapes.size(), "params: expected ", bound.shapes.size(), " tensors, got ",
+                    params.size());
     check_memory(x, "x");
     const ScalarType dtype = x.scalar_type();
     rows = x.size(0), x_row = x.stride(0), x_slot = x.stride(1);
@@ -59,7 +65,8 @@ struct Given {
     parameters.reserve(params.size());
     for (size_t i = 0; i < params.size(); i++) {
       check(params[i], bound.shapes[i], x, "params", dtype, int64_t(i));
-      const Tensor& parameter = params[i].is_contiguous() ? params[i] : copies.emplace_back(torch::stable::contiguous(params[i]));
+      const Tensor& parameter =
+          params[i].is_contiguous() ? params[i] : copies.emplace_back(torch::stable::contiguous(params[i]));
       parameters.push_back(parameter.const_data_ptr());
       even = even && reinterpret_cast<uintptr_t>(parameters.back()) % 16 == 0;
     }
@@ -67,7 +74,8 @@ struct Given {
   }
 };
 
-// What both directions read and write. weights: mixing weights, or the gradients that they were given; null: none.
+// What both directions read and write. weights: mixing weights, or the gradients that they were
+// given; null: none.
 struct Places {
   void *x, *buffers, *out, *p, *weights;
 };
@@ -86,8 +94,8 @@ inline void* read(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()
 
 // {out, what backward takes, mixing weights if they are asked for}.
 template <class Launches>
-std::vector<Tensor> forward(const Tensor& x, const std::vector<Tensor>& params, const typename Launches::Of& bound, bool mixing,
-                            const std::optional<Tensor>& table) {
+std::vector<Tensor> forward(const Tensor& x, const std::vector<Tensor>& params, const typename Launches::Of& bound,
+                            bool mixing, const std::optional<Tensor>& table) {
   const Given given(bound, x, params);
   Launches launches(bound, given, table);
   if (given.rows && !launches.can({&x}, mixing)) return {};
@@ -101,7 +109,8 @@ std::vector<Tensor> forward(const Tensor& x, const std::vector<Tensor>& params, 
   }
   if (!given.rows) return results;
   const Tensor& memory = results[1];
-  const Places places{read(x), at(memory, saved.buffers), results[0].data_ptr(), at(memory, 0), mixing ? results[2].data_ptr() : nullptr};
+  const Places places{read(x), at(memory, saved.buffers), results[0].data_ptr(), at(memory, 0),
+                      mixing ? results[2].data_ptr() : nullptr};
   for (const Step& step : bound.steps)
     for (int64_t again = 0; again < bound.times; again++) launches.forward(step, places);
   return results;
@@ -115,15 +124,18 @@ inline void split(const Tensor& flat, const Bound& bound, std::vector<Tensor>& t
     Sizes strides(sizes.size(), 1);
     for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
     AtenTensorHandle handle;
-    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(flat.get(), int64_t(sizes.size()), sizes.data(), strides.data(), bound.grads[i], &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(flat.get(), int64_t(sizes.size()), sizes.data(),
+                                                          strides.data(), bound.grads[i], &handle));
     to.emplace_back(handle);
   }
 }
 
-// {d_x, the gradients of all live parameters one after another}, or these apart (`apart`). chunk: rows of one part of a gradient.
+// {d_x, the gradients of all live parameters one after another}, or these apart (`apart`). chunk:
+// rows of one part of a gradient.
 template <class Launches>
-std::vector<Tensor> backward(const Tensor& upstream, const std::optional<Tensor>& upstream_weights, const Tensor& x, const std::vector<Tensor>& params,
-                             const Tensor& left, const typename Launches::Of& bound, int64_t chunk, bool apart, const std::optional<Tensor>& table) {
+std::vector<Tensor> backward(const Tensor& upstream, const std::optional<Tensor>& upstream_weights, const Tensor& x,
+                             const std::vector<Tensor>& params, const Tensor& left, const typename Launches::Of& bound,
+                             int64_t chunk, bool apart, const std::optional<Tensor>& table) {
   const Given given(bound, x, params);
   const int64_t rows = given.rows, chunks = (rows + chunk - 1) / chunk;
   const Saved saved(bound, rows);
@@ -145,13 +157,15 @@ std::vector<Tensor> backward(const Tensor& upstream, const std::optional<Tensor>
   if (rows) {
     const Scratch scratch(bound, rows, chunks);
     const Tensor own = bytes(x, scratch.bytes);
-    const Places places{read(x), at(memory, saved.buffers), read(d_out), at(memory, 0), d_weights ? read(*d_weights) : nullptr};
+    const Places places{read(x), at(memory, saved.buffers), read(d_out), at(memory, 0),
+                        d_weights ? read(*d_weights) : nullptr};
     const auto floats = [&](int64_t first) { return reinterpret_cast<float*>(at(own, first)); };
     const Below below{results[0].data_ptr(), at(own, scratch.buffers), places.out, floats(0), at(own, scratch.dz),
                       reinterpret_cast<int32_t*>(at(own, scratch.arrived)), floats(scratch.parts), flat.data_ptr()};
     for (const Step& step : bound.steps)
       for (int64_t again = 0; again < bound.times; again++) launches.backward_rows(step, places, below);
-    for (int64_t again = 0; again < (bound.total ? bound.times : 0); again++) launches.gradients(places, below, chunk, chunks);
+    for (int64_t again = 0; again < (bound.total ? bound.times : 0); again++)
+      launches.gradients(places, below, chunk, chunks);
   }
   if (apart) split(flat, bound, results);
   else results.push_back(flat);

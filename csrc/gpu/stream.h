@@ -1,4 +1,5 @@
-// PyTorch's current stream of a device: its stable ABI tells it, so that who asks loads beside a build of PyTorch that knows no CUDA.
+// PyTorch's current stream of a device: its stable ABI tells it, so that who asks loads beside a
+// build of PyTorch that knows no CUDA.
 #pragma once
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>

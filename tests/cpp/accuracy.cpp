@@ -6,7 +6,8 @@
 namespace fusedmoe::test {
 namespace {
 
-// Every binade of both signs from the smallest that matters to where the functions are straight, `each` points in each, and 0.
+// Every binade of both signs from the smallest that matters to where the functions are straight,
+// `each` points in each, and 0.
 template <class T>
 std::vector<T> grid(int each) {
   std::vector<T> points = {0};
@@ -16,7 +17,8 @@ std::vector<T> grid(int each) {
   return points;
 }
 
-// A network that is the activation alone: its output and, from an upstream gradient of 1, its derivative.
+// A network that is the activation alone: its output and, from an upstream gradient of 1, its
+// derivative.
 template <class T>
 Results<T> through_network(Act act, const std::vector<T>& x) {
   const std::vector<T> ones(x.size(), T(1)), zeros(x.size(), T(0));
@@ -24,10 +26,12 @@ Results<T> through_network(Act act, const std::vector<T>& x) {
 }
 Layer layer_of(Act act) { return single(act).levels[0].experts[0].layers[0]; }
 
-// The kernels take the derivative of these from the output, whose rounding is not small beside a derivative near 0.
+// The kernels take the derivative of these from the output, whose rounding is not small beside a
+// derivative near 0.
 bool from_output(Act act) { return act == Act::sigmoid || act == Act::tanh; }
 
-// The worst error in units of what a change of x and of the result by one roundoff each would cause: roundoff (|f| + |x f'|).
+// The worst error in units of what a change of x and of the result by one roundoff each would
+// cause: roundoff (|f| + |x f'|).
 template <class T>
 Accuracy measure(Act act, int each) {
   using Wide = long double;
@@ -66,14 +70,16 @@ template std::vector<Accuracy> accuracy<double>(int);
 
 template <class T>
 std::string special_values() {
-  const T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN(), largest = std::numeric_limits<T>::max();
+  const T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN(),
+          largest = std::numeric_limits<T>::max();
   const std::vector<T> x = {infinity, -infinity, nan, largest, -largest, T(-0.0)};
   for (size_t act = 0; act < activations.size(); act++) {
     const std::vector<T> ours = through_network(Act(act), x).out;
     for (size_t i = 0; i < x.size(); i++) {
       const T plain = activated(layer_of(Act(act)), x[i]);
       if (!(ours[i] == plain || (std::isnan(ours[i]) && std::isnan(plain))))
-        return activations[act] + " of " + std::to_string(x[i]) + ": expected " + std::to_string(plain) + ", got " + std::to_string(ours[i]);
+        return activations[act] + " of " + std::to_string(x[i]) + ": expected " + std::to_string(plain) + ", got " +
+               std::to_string(ours[i]);
     }
   }
   return "";

@@ -5,7 +5,8 @@
 
 namespace fusedmoe::test {
 
-// Worst errors of the value f and of the derivative, in units of roundoff (|f| + |x f'|): what one roundoff of x and one of f would cause.
+// Worst errors of the value f and of the derivative, in units of roundoff (|f| + |x f'|): what one
+// roundoff of x and one of f would cause.
 struct Accuracy {
   double value = 0, slope = 0;
 };
@@ -14,7 +15,8 @@ struct Accuracy {
 template <class T>
 std::vector<Accuracy> accuracy(int each);
 
-// Where infinities, NaN, the largest numbers and -0 come out otherwise than from the C library; empty if nowhere.
+// Where infinities, NaN, the largest numbers and -0 come out otherwise than from the C library;
+// empty if nowhere.
 template <class T>
 std::string special_values();
 

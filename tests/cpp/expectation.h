@@ -1,8 +1,11 @@
-// Inputs of a case, and how near to the truth a result must come: the rule at the top of fusedmoe/testing.py,
+// Inputs of a case, and how near to the truth a result must come: the rule at the top of
+// fusedmoe/testing.py,
 //   error(ours, truth) <= 2 error(plain loop in that type, truth) + 8 roundoff max |truth|,
-// with the largest absolute difference as error, a plain loop in double as truth, and the plain loop's error as the largest of seventeen
-// runs, on the problem and on neighbours a rounding or two away, because a single one may be small by luck. For double, where the loop is
-// the truth itself, its error is measured in float and scaled by the ratio of the roundoffs; it enters once more, for the truth errs as much.
+// with the largest absolute difference as error, a plain loop in double as truth, and the plain
+// loop's error as the largest of seventeen runs, on the problem and on neighbours a rounding or two
+// away, because a single one may be small by luck. For double, where the loop is the truth itself,
+// its error is measured in float and scaled by the ratio of the roundoffs; it enters once more, for
+// the truth errs as much.
 #pragma once
 #include <map>
 #include <string>
@@ -22,22 +25,30 @@ using Named = std::map<std::string, std::vector<double>>;
 
 template <class T>
 Named named(const Results<T>& results) {
-  Named all = {{"out", convert<double>(results.out)}, {"weights", convert<double>(results.weights)}, {"d_x", convert<double>(results.d_x)}};
-  for (size_t i = 0; i < results.grads.size(); i++) all["gradient of parameter " + std::to_string(i)] = convert<double>(results.grads[i]);
+  Named all = {{"out", convert<double>(results.out)},
+               {"weights", convert<double>(results.weights)},
+               {"d_x", convert<double>(results.d_x)}};
+  for (size_t i = 0; i < results.grads.size(); i++)
+    all["gradient of parameter " + std::to_string(i)] = convert<double>(results.grads[i]);
   return all;
 }
 
-// The size of an error or of a truth: its largest number or, where a z that falls on the other side of a kink is to be expected, its norm.
+// The size of an error or of a truth: its largest number or, where a z that falls on the other side
+// of a kink is to be expected, its norm.
 enum class Size { largest, norm };
 
 // Infinite where a number is NaN.
 inline double size_of(const std::vector<double>& values, Size kind) {
   double most = 0, squares = 0;
   for (double value : values) {
-    most = std::abs(value) <= most ? most : std::isnan(value) ? std::numeric_limits<double>::infinity() : std::abs(value);
+    most = std::abs(value) <= most ? most
+           : std::isnan(value)     ? std::numeric_limits<double>::infinity()
+                                   : std::abs(value);
     squares += value * value;
   }
-  return kind == Size::largest ? most : std::isnan(squares) ? std::numeric_limits<double>::infinity() : std::sqrt(squares);
+  return kind == Size::largest ? most
+         : std::isnan(squares) ? std::numeric_limits<double>::infinity()
+                               : std::sqrt(squares);
 }
 inline double error(std::vector<double> value, const std::vector<double>& truth, Size kind) {
   if (value.size() != truth.size()) return std::numeric_limits<double>::infinity();
@@ -45,8 +56,9 @@ inline double error(std::vector<double> value, const std::vector<double>& truth,
   return size_of(value, kind);
 }
 
-// Random numbers of the size that keeps a network's outputs near 1. A row whose z comes so near to a kink that another order of summation
-// may fall on its other side is drawn again; float's margin serves double too, because the plain loop is measured in float on the same rows.
+// Random numbers of the size that keeps a network's outputs near 1. A row whose z comes so near to
+// a kink that another order of summation may fall on its other side is drawn again; float's margin
+// serves double too, because the plain loop is measured in float on the same rows.
 inline Problem<double> problem(const Case& c, uint64_t seed) {
   const Table& t = c.table;
   Random random(seed);
@@ -55,8 +67,10 @@ inline Problem<double> problem(const Case& c, uint64_t seed) {
     while (count-- > 0) values.push_back(scale * random.normal());
     return values;
   };
-  Problem<double> given{t, c.rows, c.expanded, false, {}, {}, draw(c.rows * size_of(t.output)), draw(c.rows * t.mixing)};
-  for (const auto& shape : t.shapes) given.params.push_back(draw(size_of(shape), shape.size() > 1 ? 1 / std::sqrt(double(shape.back())) : 0.5));
+  Problem<double> given{
+      t, c.rows, c.expanded, false, {}, {}, draw(c.rows * size_of(t.output)), draw(c.rows * t.mixing)};
+  for (const auto& shape : t.shapes)
+    given.params.push_back(draw(size_of(shape), shape.size() > 1 ? 1 / std::sqrt(double(shape.back())) : 0.5));
   Problem<double> one = given;
   one.rows = 1;
   Plain<double> plain(one);
@@ -64,7 +78,8 @@ inline Problem<double> problem(const Case& c, uint64_t seed) {
     do {
       one.x = draw(t.width);
       for (int64_t s = 1; s < t.slots; s++) {
-        const std::vector<double> slot = c.expanded ? std::vector<double>(one.x.begin(), one.x.begin() + t.width) : draw(t.width);
+        const std::vector<double> slot =
+            c.expanded ? std::vector<double>(one.x.begin(), one.x.begin() + t.width) : draw(t.width);
         one.x.insert(one.x.end(), slot.begin(), slot.end());
       }
     } while (plain.distance_from_kinks(0) < kink_roundoffs * roundoff<float>);
@@ -103,7 +118,9 @@ inline Problem<float> neighbour(Problem<float> given, uint64_t seed) {
 
 // In bfloat16 nearly every row has a z within rounding of 0.
 inline Size size_kind(const Table& table, bool bf16) {
-  const auto any = [](const std::vector<Layer>& layers) { return std::any_of(layers.begin(), layers.end(), [](const Layer& l) { return kinked(l.act); }); };
+  const auto any = [](const std::vector<Layer>& layers) {
+    return std::any_of(layers.begin(), layers.end(), [](const Layer& l) { return kinked(l.act); });
+  };
   bool found = false;
   for (const Level& level : table.levels) {
     for (const Expert& e : level.experts) found = found || any(e.layers);
@@ -119,8 +136,10 @@ inline std::map<std::string, double> plain_errors(const Problem<float>& given) {
   for (int i = 0; i <= neighbours; i++) {
     const Problem<float> drawn = i ? neighbour(given, uint64_t(i)) : given;
     const Problem<double> exact = convert<double>(drawn);
-    const Named truth = named(Plain<double>(exact).run()), plain = named(given.bf16 ? Plain<float, Bf16Operands>(drawn).run() : Plain<float>(drawn).run());
-    for (const auto& [name, values] : plain) worst[name] = std::max(worst[name], error(values, truth.at(name), size_kind(given.table, given.bf16)));
+    const Named truth = named(Plain<double>(exact).run()),
+                plain = named(given.bf16 ? Plain<float, Bf16Operands>(drawn).run() : Plain<float>(drawn).run());
+    for (const auto& [name, values] : plain)
+      worst[name] = std::max(worst[name], error(values, truth.at(name), size_kind(given.table, given.bf16)));
   }
   return worst;
 }
@@ -136,7 +155,8 @@ std::map<std::string, Expected> expectation(const Problem<T>& given, const std::
   std::map<std::string, Expected> all;
   const Problem<double> exact = convert<double>(given);
   for (const auto& [name, truth] : named(Plain<double>(exact).run()))
-    all[name] = {truth, (scale == 1 ? 2 : 3) * scale * plain.at(name) + 8 * roundoff_of(given) * size_of(truth, size_kind(given.table, given.bf16))};
+    all[name] = {truth, (scale == 1 ? 2 : 3) * scale * plain.at(name) +
+                            8 * roundoff_of(given) * size_of(truth, size_kind(given.table, given.bf16))};
   return all;
 }
 

@@ -1,4 +1,5 @@
-// A run of fusedmoe::cpu::forward and backward on guarded memory: the only place here that fills a Call.
+// A run of fusedmoe::cpu::forward and backward on guarded memory: the only place here that fills a
+// Call.
 #pragma once
 #include <functional>
 #include <limits>
@@ -47,7 +48,8 @@ class Run {
       const cpu::Packing packing = cpu::make_packing(*plan_);
       packed_ = std::make_unique<Guarded<T>>(packing.size);
       cpu::pack<T>(*plan_, packing, param_pointers_.data(), packed_->data());
-      for (size_t i = 0; i < given.params.size(); i++) param_pointers_[i] = packing.offset[i] < 0 ? nullptr : packed_->data() + packing.offset[i];
+      for (size_t i = 0; i < given.params.size(); i++)
+        param_pointers_[i] = packing.offset[i] < 0 ? nullptr : packed_->data() + packing.offset[i];
     }
     if (given.bf16) halve();
     for (Guarded<T>* memory : written()) memory->fill(std::numeric_limits<T>::quiet_NaN());
@@ -67,7 +69,9 @@ class Run {
  private:
   static constexpr int64_t slot_gap = 3, row_gap = 5;
 
-  int64_t slot_stride() const { return given_.expanded && table_.slots > 1 ? 0 : table_.width + (request_.spread ? slot_gap : 0); }
+  int64_t slot_stride() const {
+    return given_.expanded && table_.slots > 1 ? 0 : table_.width + (request_.spread ? slot_gap : 0);
+  }
   int64_t row_stride() const {
     const int64_t slots = given_.expanded ? 1 : table_.slots, gap = request_.spread ? slot_gap : 0;
     return slots * (table_.width + gap) + (request_.spread ? row_gap : 0);
@@ -76,7 +80,8 @@ class Run {
   std::vector<T> layout() const {
     const int64_t slots = given_.expanded ? 1 : table_.slots;
     if (given_.rows == 0) return {};
-    std::vector<T> x((given_.rows - 1) * row_stride() + (slots - 1) * slot_stride() + table_.width, std::numeric_limits<T>::quiet_NaN());
+    std::vector<T> x((given_.rows - 1) * row_stride() + (slots - 1) * slot_stride() + table_.width,
+                     std::numeric_limits<T>::quiet_NaN());
     for (int64_t row = 0; row < given_.rows; row++)
       for (int64_t s = 0; s < slots; s++)
         for (int64_t k = 0; k < table_.width; k++)
@@ -131,7 +136,8 @@ class Run {
     all.insert(all.end(), {&x_, &d_out_, &d_weights_});
     for (const auto& param : params_) all.push_back(param.get());
     for (const Guarded<T>* memory : all)
-      if (!memory->intact()) throw std::logic_error("expected nothing in front of a tensor to be written, got other bytes there");
+      if (!memory->intact())
+        throw std::logic_error("expected nothing in front of a tensor to be written, got other bytes there");
   }
 
   const Problem<T>& given_;

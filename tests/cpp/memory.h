@@ -1,5 +1,6 @@
-// Memory that ends where its numbers end: a read or write behind them stops the program, a write in front of them is found afterwards.
-// With FUSEDMOE_TEST_HEAP it is the heap's, whose blocks an address sanitizer watches at both ends.
+// Memory that ends where its numbers end: a read or write behind them stops the program, a write in
+// front of them is found afterwards. With FUSEDMOE_TEST_HEAP it is the heap's, whose blocks an
+// address sanitizer watches at both ends.
 #pragma once
 #include <cstdlib>
 #include <cstring>
@@ -35,7 +36,9 @@ class Guarded {
     for (size_t i = 0; i < bytes_ / sizeof(T); i++) first_[i] = value;
   }
   std::vector<T> values() const { return std::vector<T>(first_, first_ + bytes_ / sizeof(T)); }
-  bool holds(const std::vector<T>& values) const { return values.size() * sizeof(T) == bytes_ && (!bytes_ || std::memcmp(first_, values.data(), bytes_) == 0); }
+  bool holds(const std::vector<T>& values) const {
+    return values.size() * sizeof(T) == bytes_ && (!bytes_ || std::memcmp(first_, values.data(), bytes_) == 0);
+  }
 
 #if defined(FUSEDMOE_TEST_HEAP)
   ~Guarded() { std::free(first_); }

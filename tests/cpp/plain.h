@@ -1,6 +1,7 @@
-// The operator, slowly: loops over the sums of fusedmoe/reference/operator.py, one row at a time, in the number type `Real`. In double it
-// is the truth of these tests; in float, with operands of linears and sums over rows as they are or in bfloat16, the plain rival by whose
-// errors the kernels' are judged.
+// The operator, slowly: loops over the sums of fusedmoe/reference/operator.py, one row at a time,
+// in the number type `Real`. In double it is the truth of these tests; in float, with operands of
+// linears and sums over rows as they are or in bfloat16, the plain rival by whose errors the
+// kernels' are judged.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -25,7 +26,8 @@ Real activated(const Layer& layer, Real z) {
     case Act::sigmoid: return 1 / (1 + std::exp(-z));
     case Act::tanh: return std::tanh(z);
     case Act::silu: return z / (1 + std::exp(-z));
-    // In forms that keep their digits at negative z: 1 + erf(z) = erfc(-z), and 1 + tanh(u) = 2 / (1 + exp(-2 u)).
+    // In forms that keep their digits at negative z: 1 + erf(z) = erfc(-z), and 1 + tanh(u) = 2 /
+    // (1 + exp(-2 u)).
     case Act::gelu: return z / 2 * std::erfc(-z * Real(0.70710678118654752440L));
     case Act::gelu_tanh: return z / (1 + std::exp(-gelu_tanh_exponent(z)));
     case Act::leaky_relu: return z > 0 ? z : a * z;
@@ -44,7 +46,9 @@ Real slope(const Layer& layer, Real z) {
     case Act::sigmoid: return s * rest;
     case Act::tanh: return 1 / (std::cosh(z) * std::cosh(z));
     case Act::silu: return s * (1 + z * rest);
-    case Act::gelu: return std::erfc(-z * Real(0.70710678118654752440L)) / 2 + z * Real(0.39894228040143267794L) * std::exp(-z * z / 2);
+    case Act::gelu:
+      return std::erfc(-z * Real(0.70710678118654752440L)) / 2 +
+             z * Real(0.39894228040143267794L) * std::exp(-z * z / 2);
     case Act::gelu_tanh: {
       const Real share = 1 / (1 + std::exp(-gelu_tanh_exponent(z))), other = 1 / (1 + std::exp(gelu_tanh_exponent(z)));
       return share + z * share * other * 2 * Real(0.79788456080286535588L) * (1 + 3 * Real(0.044715L) * z * z);
@@ -67,7 +71,8 @@ class Plain {
   Results<Real> run() {
     results_ = {};
     results_.d_x.assign(given_.x.size(), 0);
-    for (size_t i = 0; i < given_.params.size(); i++) results_.grads.emplace_back(table_.live[i] ? given_.params[i].size() : 0, Real(0));
+    for (size_t i = 0; i < given_.params.size(); i++)
+      results_.grads.emplace_back(table_.live[i] ? given_.params[i].size() : 0, Real(0));
     for (int64_t row = 0; row < given_.rows; row++) {
       forward(row);
       backward(row);
@@ -91,7 +96,8 @@ class Plain {
     return {sum, size};
   }
 
-  // The least |z| / sum over k of |w_k x_k| of any pre-activation of the row where a derivative jumps.
+  // The least |z| / sum over k of |w_k x_k| of any pre-activation of the row where a derivative
+  // jumps.
   Real distance_from_kinks(int64_t row) {
     distance_ = std::numeric_limits<Real>::infinity();
     forward(row);
@@ -186,7 +192,9 @@ class Plain {
   static void append(Vector& to, const Vector& more) { to.insert(to.end(), more.begin(), more.end()); }
 
   const Vector& selected(const LevelState& state, const Selector& s) const {
-    return s.kind == SelectorKind::root ? inputs_[table_.root] : s.kind == SelectorKind::slot ? state.slots[s.index] : state.experts[s.index].out;
+    return s.kind == SelectorKind::root   ? inputs_[table_.root]
+           : s.kind == SelectorKind::slot ? state.slots[s.index]
+                                          : state.experts[s.index].out;
   }
 
   void mix(const Level& level, const Unit& unit, LevelState& state) {
@@ -251,7 +259,8 @@ class Plain {
   }
 
   // Returns the gradients of the level's slots; what root selectors send goes to d_inputs.
-  std::vector<Vector> backward_level(size_t l, const std::vector<Vector>& d_units, const Real* d_weights, std::vector<Vector>& d_inputs) {
+  std::vector<Vector> backward_level(size_t l, const std::vector<Vector>& d_units, const Real* d_weights,
+                                     std::vector<Vector>& d_inputs) {
     const Level& level = table_.levels[l];
     const LevelState& state = states_[l];
     const size_t experts = level.experts.size();
@@ -273,16 +282,20 @@ class Plain {
       }
       if (unit.static_weights && unit.static_weights->parameter >= 0)
         for (size_t j = 0; j < unit.static_weights->experts.size(); j++)
-          results_.grads[unit.static_weights->parameter][unit.static_weights->offset + int64_t(j)] += Operands::round(dw[unit.static_weights->experts[j]]);
+          results_.grads[unit.static_weights->parameter][unit.static_weights->offset + int64_t(j)] +=
+              Operands::round(dw[unit.static_weights->experts[j]]);
       if (!unit.gate || unit.gate->sees.empty()) continue;
       Vector d_logits;
       for (int e : unit.gate->sees) d_logits.push_back(state.p[u][e] * (dw[e] - sum));
       const Selector& s = unit.gate->selector;
-      Vector& d_q = s.kind == SelectorKind::root ? d_inputs[table_.root] : s.kind == SelectorKind::slot ? d_slots[s.index] : d_experts[s.index];
+      Vector& d_q = s.kind == SelectorKind::root   ? d_inputs[table_.root]
+                    : s.kind == SelectorKind::slot ? d_slots[s.index]
+                                                   : d_experts[s.index];
       add(d_q, mlp_backward(unit.gate->layers, state.gates[u], d_logits));
     }
     for (size_t e = 0; e < experts; e++)
-      if (level.experts[e].live) add(d_slots[level.experts[e].slot], mlp_backward(level.experts[e].layers, state.experts[e], d_experts[e]));
+      if (level.experts[e].live)
+        add(d_slots[level.experts[e].slot], mlp_backward(level.experts[e].layers, state.experts[e], d_experts[e]));
     return d_slots;
   }
 

@@ -1,4 +1,5 @@
-// What one comparison starts from and what it compares, and the random numbers both sides are given.
+// What one comparison starts from and what it compares, and the random numbers both sides are
+// given.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -9,7 +10,8 @@
 
 namespace fusedmoe::test {
 
-// x [B, S, D], the parameters in the operator's order, and the upstream gradients of the outputs and of the mixing weights.
+// x [B, S, D], the parameters in the operator's order, and the upstream gradients of the outputs
+// and of the mixing weights.
 template <class T>
 struct Problem {
   Table table;
@@ -34,7 +36,9 @@ inline int64_t size_of(const std::vector<int64_t>& shape) {
   return size;
 }
 
-inline bool is_weight(const Table& table, size_t parameter) { return parameter < table.first_static && table.shapes[parameter].size() == 2; }
+inline bool is_weight(const Table& table, size_t parameter) {
+  return parameter < table.first_static && table.shapes[parameter].size() == 2;
+}
 
 // The same bits on every platform, which the distributions of <random> do not promise.
 class Random {
@@ -82,7 +86,8 @@ std::vector<To> convert(const std::vector<From>& from) {
 
 template <class To, class From>
 Problem<To> convert(const Problem<From>& from) {
-  Problem<To> to{from.table, from.rows, from.expanded, from.bf16, convert<To>(from.x), {}, convert<To>(from.d_out), convert<To>(from.d_weights)};
+  Problem<To> to{from.table,          from.rows, from.expanded,           from.bf16,
+                 convert<To>(from.x), {},        convert<To>(from.d_out), convert<To>(from.d_weights)};
   for (const auto& param : from.params) to.params.push_back(convert<To>(param));
   return to;
 }

@@ -6,7 +6,8 @@
 
 namespace fusedmoe::test {
 
-const std::vector<std::string> activations = {"identity", "relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "leaky_relu", "elu", "softplus"};
+const std::vector<std::string> activations = {"identity", "relu",      "sigmoid",    "tanh", "silu",
+                                              "gelu",     "gelu_tanh", "leaky_relu", "elu",  "softplus"};
 
 namespace {
 
@@ -34,7 +35,9 @@ Gate gate(Selector selector, std::vector<int> sees, std::vector<Layer> hidden = 
   return {selector, std::move(sees), std::move(hidden)};
 }
 Static fixed(std::vector<int> experts, std::vector<double> values) { return {std::move(experts), std::move(values)}; }
-Static learned(std::vector<int> experts, int tensor, int64_t offset = 0) { return {std::move(experts), {}, tensor, offset}; }
+Static learned(std::vector<int> experts, int tensor, int64_t offset = 0) {
+  return {std::move(experts), {}, tensor, offset};
+}
 Unit unit(std::optional<Gate> gate, std::optional<Static> values = {}) { return {std::move(gate), std::move(values)}; }
 Task task(std::vector<int> units, std::vector<Layer> tower) { return {std::move(units), std::move(tower)}; }
 
@@ -115,20 +118,24 @@ Table decoded(const Table& table, const std::vector<std::vector<int64_t>>& stati
   return decode(words.text);
 }
 
-// `experts` experts of `widths` over slot 0, `tasks` units that see them all by a gate of `hidden` layers, towers of width 5 and 1.
-Table mmoe(int64_t width, const std::vector<int64_t>& widths, int64_t experts, int64_t tasks, Act act, const std::vector<int64_t>& hidden = {}) {
+// `experts` experts of `widths` over slot 0, `tasks` units that see them all by a gate of `hidden`
+// layers, towers of width 5 and 1.
+Table mmoe(int64_t width, const std::vector<int64_t>& widths, int64_t experts, int64_t tasks, Act act,
+           const std::vector<int64_t>& hidden = {}) {
   Table t;
   t.slots = 1;
   t.width = width;
   Level level;
   for (int64_t e = 0; e < experts; e++) level.experts.push_back(expert(0, mlp(widths, act)));
-  for (int64_t u = 0; u < tasks; u++) level.units.push_back(unit(gate({SelectorKind::slot, 0}, up_to(experts), mlp(hidden, act))));
+  for (int64_t u = 0; u < tasks; u++)
+    level.units.push_back(unit(gate({SelectorKind::slot, 0}, up_to(experts), mlp(hidden, act))));
   t.levels = {level};
   for (int64_t u = 0; u < tasks; u++) t.tasks.push_back(task({int(u)}, {layer(5, act), layer(1, Act::identity)}));
   return decoded(t);
 }
 
-// Two levels in the manner of PLE and AdaTT: own and shared experts, ragged in depth, own slots as selectors, learned static weights.
+// Two levels in the manner of PLE and AdaTT: own and shared experts, ragged in depth, own slots as
+// selectors, learned static weights.
 Table two_levels(int64_t width, int64_t inner, int64_t outer, Act act) {
   constexpr int tasks = 2, own = 2;
   Table t;
@@ -144,7 +151,8 @@ Table two_levels(int64_t width, int64_t inner, int64_t outer, Act act) {
     }
     for (int u = 0; u < (l == 0 ? tasks + 1 : tasks); u++) {
       std::vector<int> sees = u == tasks ? up_to(tasks * own + 1) : std::vector<int>{own * u, own * u + 1, tasks * own};
-      level.units.push_back(unit(gate({SelectorKind::slot, u}, sees), learned({own * u % (tasks * own), own * u % (tasks * own) + 1}, int(statics.size()))));
+      level.units.push_back(unit(gate({SelectorKind::slot, u}, sees),
+                                 learned({own * u % (tasks * own), own * u % (tasks * own) + 1}, int(statics.size()))));
       statics.push_back({own});
     }
     t.levels.push_back(level);
@@ -153,10 +161,13 @@ Table two_levels(int64_t width, int64_t inner, int64_t outer, Act act) {
   return decoded(t, statics);
 }
 
-// Selectors of all kinds, gates with hidden layers and without bias, static weights fixed, learned and shared, experts and units that no
-// output needs, a gate that sees nothing, a unit without anything, towers that share a unit.
+// Selectors of all kinds, gates with hidden layers and without bias, static weights fixed, learned
+// and shared, experts and units that no output needs, a gate that sees nothing, a unit without
+// anything, towers that share a unit.
 Table every_feature() {
-  const auto e = [](int slot, std::vector<int64_t> widths, Act act = Act::relu, bool bias = true) { return expert(slot, mlp(widths, act, bias)); };
+  const auto e = [](int slot, std::vector<int64_t> widths, Act act = Act::relu, bool bias = true) {
+    return expert(slot, mlp(widths, act, bias));
+  };
   const auto slot = [](int i) { return Selector{SelectorKind::slot, i}; };
   const Selector root{SelectorKind::root, 0};
   const auto output_of = [](int i) { return Selector{SelectorKind::expert, i}; };
@@ -164,13 +175,17 @@ Table every_feature() {
   t.slots = 2;
   t.width = 5;
   t.root = 1;
-  Level lower{{e(0, {5, 4}, Act::tanh), e(1, {4}, Act::relu, false), e(0, {6, 3, 5, 4}, Act::elu), e(1, {4}), e(0, {4})},
-              {unit(gate(slot(1), {2, 0}, mlp({3}, Act::gelu))), unit(gate(output_of(3), {0, 1}, {}, false), learned({1, 2}, 0, 1)),
-               unit(gate(root, {1, 2}), fixed({2}, {0.5})), unit(gate(slot(0), {})), unit({}), unit(gate(slot(0), {4}))}};
+  Level lower{
+      {e(0, {5, 4}, Act::tanh), e(1, {4}, Act::relu, false), e(0, {6, 3, 5, 4}, Act::elu), e(1, {4}), e(0, {4})},
+      {unit(gate(slot(1), {2, 0}, mlp({3}, Act::gelu))),
+       unit(gate(output_of(3), {0, 1}, {}, false), learned({1, 2}, 0, 1)), unit(gate(root, {1, 2}), fixed({2}, {0.5})),
+       unit(gate(slot(0), {})), unit({}), unit(gate(slot(0), {4}))}};
   Level upper{{e(0, {3}), e(1, {7, 3}, Act::silu), e(4, {3}), e(3, {3}), e(2, {3}, Act::leaky_relu)},
-              {unit(gate(root, {0, 1, 4}), learned({0}, 0)), unit({}, learned({1, 2, 3}, 1)), unit(gate(output_of(0), {3, 1})), unit({}, learned({0}, 2))}};
+              {unit(gate(root, {0, 1, 4}), learned({0}, 0)), unit({}, learned({1, 2, 3}, 1)),
+               unit(gate(output_of(0), {3, 1})), unit({}, learned({0}, 2))}};
   t.levels = {lower, upper};
-  t.tasks = {task({0}, mlp({4, 2}, Act::relu)), task({1, 0}, mlp({2}, Act::sigmoid)), task({2}, mlp({3, 2}, Act::relu, false))};
+  t.tasks = {task({0}, mlp({4, 2}, Act::relu)), task({1, 0}, mlp({2}, Act::sigmoid)),
+             task({2}, mlp({3, 2}, Act::relu, false))};
   return decoded(t, {{2, 3}, {3}, {1}});
 }
 
@@ -198,7 +213,9 @@ class RandomTable {
   }
 
  private:
-  Layer any_layer(int64_t width) { return layer(width, Act(random_.below(int64_t(activations.size()))), random_.chance(80)); }
+  Layer any_layer(int64_t width) {
+    return layer(width, Act(random_.below(int64_t(activations.size()))), random_.chance(80));
+  }
   std::vector<Layer> layers(int count) {
     std::vector<Layer> result;
     while (count-- > 0) result.push_back(any_layer(1 + random_.below(40)));
@@ -262,11 +279,14 @@ Table single(Act act) {
 
 std::vector<Case> cases() {
   std::vector<Case> list = {{"every feature", every_feature(), 70}};
-  for (size_t a = 0; a < activations.size(); a++) list.push_back({activations[a], mmoe(11, {9, 7}, 3, 2, Act(a), {6}), 37});
-  // Around the vectors, tiles and panels of the kernels: as input, hidden and output width, and as columns of gates.
+  for (size_t a = 0; a < activations.size(); a++)
+    list.push_back({activations[a], mmoe(11, {9, 7}, 3, 2, Act(a), {6}), 37});
+  // Around the vectors, tiles and panels of the kernels: as input, hidden and output width, and as
+  // columns of gates.
   for (int64_t width : {1, 2, 4, 7, 8, 15, 16, 17, 31, 32, 33, 47, 64, 100})
     list.push_back({"width " + std::to_string(width), mmoe(width, {width, width}, 3, 2, Act::tanh, {width}), 21});
-  for (int64_t experts : {1, 3, 7, 16, 30}) list.push_back({std::to_string(experts) + " experts", mmoe(6, {5}, experts, 1, Act::relu), 40});
+  for (int64_t experts : {1, 3, 7, 16, 30})
+    list.push_back({std::to_string(experts) + " experts", mmoe(6, {5}, experts, 1, Act::relu), 40});
   // Around the blocks of rows: few rows, a block and its remainder, chunks of blocks.
   for (int64_t rows : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 129, 255, 256, 257, 300})
     list.push_back({std::to_string(rows) + " rows", two_levels(13, 9, 7, Act::silu), rows, rows % 2 == 1});
@@ -275,7 +295,8 @@ std::vector<Case> cases() {
   list.push_back({"weights at a stride of 4 KB", mmoe(1024, {33, 5}, 1, 1, Act::relu), 20});
   for (uint64_t seed = 1; seed <= 24; seed++) {
     Random random(seed);
-    list.push_back({"random table " + std::to_string(seed), RandomTable(seed).build(), 1 + random.below(80), random.chance(40)});
+    list.push_back(
+        {"random table " + std::to_string(seed), RandomTable(seed).build(), 1 + random.below(80), random.chance(40)});
   }
   return list;
 }

@@ -1,8 +1,10 @@
-// The kernels against plain loops, on every table of tables.cpp, in float, double and bfloat16, plain, packed and recomputed.
+// The kernels against plain loops, on every table of tables.cpp, in float, double and bfloat16,
+// plain, packed and recomputed.
 //
 //   test_kernels isas                    names the ISAs of this build that this processor has
 //   test_kernels accuracy                prints the errors of the activations, in the units of accuracy.h
-//   test_kernels [ROWS]                  runs every check under the ISA that FUSEDMOE_ISA names, on cases of at most ROWS rows
+//   test_kernels [ROWS]                  runs every check under the ISA that FUSEDMOE_ISA names,
+//                                        on cases of at most ROWS rows
 #include <unistd.h>
 
 #include <atomic>
@@ -32,15 +34,19 @@ void check_close(const Named& ours, const std::map<std::string, Expected>& expec
   for (const auto& [name, values] : ours) {
     const Expected& e = expected.at(name);
     const double worst = error(values, e.truth, kind);
-    if (!(worst <= e.allowed)) fail(std::string(what) + ", " + name + ": expected an error of at most " + text(e.allowed) + ", got " + text(worst));
+    if (!(worst <= e.allowed))
+      fail(std::string(what) + ", " + name + ": expected an error of at most " + text(e.allowed) + ", got " +
+           text(worst));
   }
 }
 
 template <class T>
 void check_same(const std::vector<T>& ours, const std::vector<T>& others, const std::string& what) {
-  if (ours.size() != others.size()) fail(what + ": expected " + std::to_string(others.size()) + " numbers, got " + std::to_string(ours.size()));
+  if (ours.size() != others.size())
+    fail(what + ": expected " + std::to_string(others.size()) + " numbers, got " + std::to_string(ours.size()));
   for (size_t i = 0; i < ours.size(); i++)
-    if (std::memcmp(&ours[i], &others[i], sizeof(T))) fail(what + ": expected the same bits, got others at " + std::to_string(i));
+    if (std::memcmp(&ours[i], &others[i], sizeof(T)))
+      fail(what + ": expected the same bits, got others at " + std::to_string(i));
 }
 
 // Bits of all results but those that one of the runs was not asked for.
@@ -62,7 +68,8 @@ Problem<T> rows_of(const Problem<T>& given, int64_t first, int64_t count) {
     const int64_t width = int64_t(values.size()) / given.rows;
     return std::vector<T>(values.begin() + first * width, values.begin() + (first + count) * width);
   };
-  return {given.table, count, given.expanded, given.bf16, part(given.x), given.params, part(given.d_out), part(given.d_weights)};
+  return {given.table,   count,        given.expanded,    given.bf16,
+          part(given.x), given.params, part(given.d_out), part(given.d_weights)};
 }
 
 // Fill the kernels' own memory with NaN, so that a number of an earlier call that is read shows.
@@ -170,13 +177,15 @@ void check_batches(const Problem<T>& given, const Results<T>& whole) {
       Request request;
       check_same(run(part, request), rows, std::to_string(count) + " rows from " + std::to_string(first));
       request.training = false;
-      check_same(run(part, request), rows, "inference of " + std::to_string(count) + " rows from " + std::to_string(first));
+      check_same(run(part, request), rows,
+                 "inference of " + std::to_string(count) + " rows from " + std::to_string(first));
     }
   }
 }
 
-// The truth's own gradients against differences of its loss: (L(p + h v) - L(p - h v)) / 2 h for a random direction v of every tensor.
-// Halving h shows how far the difference is off: by as much as it changes, and by the roundoff of L.
+// The truth's own gradients against differences of its loss: (L(p + h v) - L(p - h v)) / 2 h for a
+// random direction v of every tensor. Halving h shows how far the difference is off: by as much as
+// it changes, and by the roundoff of L.
 void check_truth(const Problem<double>& given) {
   const double h = std::cbrt(roundoff<double>);
   const Results<double> results = Plain<double>(given).run();
@@ -203,7 +212,8 @@ void check_truth(const Problem<double>& given) {
     const auto [wide, ignored] = difference(2 * h);
     const auto [narrow, noise] = difference(h);
     if (!(std::abs(narrow - slope) <= std::abs(wide - narrow) + noise))
-      fail("the truth's gradient " + std::to_string(i) + ": expected " + text(narrow) + " by differences, got " + text(slope));
+      fail("the truth's gradient " + std::to_string(i) + ": expected " + text(narrow) + " by differences, got " +
+           text(slope));
   }
 }
 
@@ -225,8 +235,8 @@ void check_activations(const char* type) {
   const std::vector<Accuracy> all = accuracy<T>(check_points);
   for (size_t act = 0; act < all.size(); act++)
     if (!(all[act].value <= 8) || !(all[act].slope <= 8))
-      fail(activations[act] + ": expected errors of at most 8 roundoffs, got " + text(all[act].value) + " and, of the derivative, " +
-           text(all[act].slope));
+      fail(activations[act] + ": expected errors of at most 8 roundoffs, got " + text(all[act].value) +
+           " and, of the derivative, " + text(all[act].slope));
   if (const std::string fault = special_values<T>(); !fault.empty()) fail(fault);
 }
 
@@ -234,7 +244,8 @@ void report_accuracy() {
   const auto single = accuracy<float>(report_points), twice = accuracy<double>(report_points);
   std::printf("            float: value   slope   double: value   slope\n");
   for (size_t i = 0; i < activations.size(); i++)
-    std::printf("%-10s %14.2f %7.2f %15.2f %7.2f\n", activations[i].c_str(), single[i].value, single[i].slope, twice[i].value, twice[i].slope);
+    std::printf("%-10s %14.2f %7.2f %15.2f %7.2f\n", activations[i].c_str(), single[i].value, single[i].slope,
+                twice[i].value, twice[i].slope);
 }
 
 void on_fault(int) {

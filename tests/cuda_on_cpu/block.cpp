@@ -15,7 +15,8 @@ namespace {
 constexpr size_t stack_bytes = 256 * 1024;
 // Every bit set is NaN in every floating-point type, and -1.
 constexpr unsigned char nan_byte = 0xff;
-// In front of shared memory and behind it. Not a multiple of 256, so that nobody gets a better alignment than the 128 bytes promised.
+// In front of shared memory and behind it. Not a multiple of 256, so that nobody gets a better
+// alignment than the 128 bytes promised.
 constexpr size_t guard_bytes = 1024 + 128;
 
 size_t page() { return size_t(sysconf(_SC_PAGESIZE)); }
@@ -89,17 +90,20 @@ void Block::check_guards() {
     if (!before && i < guard_bytes + shared_bytes_) continue;
     if (static_cast<unsigned char>(memory_[i]) == nan_byte) continue;
     const size_t distance = before ? guard_bytes - i : i - guard_bytes - shared_bytes_;
-    throw Error(std::string(kernel_) + ": expected writes inside the " + std::to_string(shared_bytes_) + " bytes of shared memory, got one " +
-                std::to_string(distance) + " bytes " + (before ? "in front of" : "behind") + " them");
+    throw Error(std::string(kernel_) + ": expected writes inside the " + std::to_string(shared_bytes_) +
+                " bytes of shared memory, got one " + std::to_string(distance) + " bytes " +
+                (before ? "in front of" : "behind") + " them");
   }
 }
 
 void Block::check_copies() {
   const Thread& thread = current();
   const size_t committed = thread.groups.empty() ? 0 : thread.groups.back();
-  if (committed < thread.copies.size()) fail({}, "expected copies to be committed before the thread returns, got some that never are");
+  if (committed < thread.copies.size())
+    fail({}, "expected copies to be committed before the thread returns, got some that never are");
   // Groups without copies are how a pipeline runs dry.
-  if (!thread.copies.empty()) fail({}, "expected copies to be waited for before the thread returns, got some that never are");
+  if (!thread.copies.empty())
+    fail({}, "expected copies to be waited for before the thread returns, got some that never are");
 }
 
 void Block::run(Index at, Draws* draws) {
@@ -148,8 +152,8 @@ void Block::entry() {
   }
 }
 
-// By order the next one that is ready; by draw any lane of the ready warp with the highest priority, so that one warp runs far ahead of the
-// others and another one lags.
+// By order the next one that is ready; by draw any lane of the ready warp with the highest
+// priority, so that one warp runs far ahead of the others and another one lags.
 int Block::next_thread() {
   const int count = int(warps_.size());
   if (draws_) {
@@ -171,7 +175,8 @@ int Block::next_thread() {
   return -1;
 }
 
-// Until the next barrier. Half of the time they change at every switch point, so that all warps come along together.
+// Until the next barrier. Half of the time they change at every switch point, so that all warps
+// come along together.
 void Block::draw_priorities() {
   if (!draws_) return;
   for (Warp& warp : warps_) warp.priority = draws_->next();
@@ -200,8 +205,8 @@ void Block::switch_point() {
 std::string Block::where(Site site) const {
   const Index& b = running.block;
   const std::string at = site.line ? ", " + lines(site) : "";
-  return std::string(kernel_) + ", block (" + std::to_string(b.x) + ", " + std::to_string(b.y) + ", " + std::to_string(b.z) + "), thread " +
-         std::to_string(running.thread) + at;
+  return std::string(kernel_) + ", block (" + std::to_string(b.x) + ", " + std::to_string(b.y) + ", " +
+         std::to_string(b.z) + "), thread " + std::to_string(running.thread) + at;
 }
 
 // The first of these lanes, as a thread.
@@ -212,12 +217,15 @@ std::string Block::names_of(const Warp& warp, uint32_t lanes) const {
 void Block::sync(Site site) {
   Unwatched books;
   Warp& warp = warp_of(running.thread);
-  if (finished_) fail(site, "early return: expected every thread at the barrier, got " + std::to_string(finished_) + " that returned before it");
+  if (finished_)
+    fail(site, "early return: expected every thread at the barrier, got " + std::to_string(finished_) +
+                   " that returned before it");
   if (warp.arrived)
-    fail(site, std::string("divergent warp: expected the whole warp at ") + warp.operation->name + " (" + lines(warp.site) + "), where " +
-                   names_of(warp, warp.arrived) + " waits, got a thread at a barrier");
+    fail(site, std::string("divergent warp: expected the whole warp at ") + warp.operation->name + " (" +
+                   lines(warp.site) + "), where " + names_of(warp, warp.arrived) + " waits, got a thread at a barrier");
   if (waiting_ && !same(barrier_, site))
-    fail(site, "divergent barrier: expected every thread at one barrier, got thread " + std::to_string(first_waiting_) + " at " + lines(barrier_));
+    fail(site, "divergent barrier: expected every thread at one barrier, got thread " + std::to_string(first_waiting_) +
+                   " at " + lines(barrier_));
   if (!waiting_) barrier_ = site, first_waiting_ = running.thread;
   char& order = order_[phase_ % 2];
   released(&order);
@@ -238,12 +246,17 @@ void Block::together(const Together& operation, Site site, void* brought) {
   Unwatched books;
   Warp& warp = warp_of(running.thread);
   const uint32_t self = bit_of(running.thread), at_barrier = ~(warp.ready | warp.arrived | warp.finished);
-  const std::string whole = at_barrier || warp.finished ? std::string("expected the whole warp at ") + operation.name : "";
-  if (warp.finished) fail(site, "early return: " + whole + ", got " + names_of(warp, warp.finished) + ", which returned before it");
-  if (at_barrier) fail(site, "divergent warp: " + whole + ", got " + names_of(warp, at_barrier) + " at the barrier of " + lines(barrier_));
+  const std::string whole =
+      at_barrier || warp.finished ? std::string("expected the whole warp at ") + operation.name : "";
+  if (warp.finished)
+    fail(site, "early return: " + whole + ", got " + names_of(warp, warp.finished) + ", which returned before it");
+  if (at_barrier)
+    fail(site,
+         "divergent warp: " + whole + ", got " + names_of(warp, at_barrier) + " at the barrier of " + lines(barrier_));
   if (warp.arrived && (warp.operation != &operation || !same(warp.site, site)))
-    fail(site, std::string("divergent warp: expected the whole warp at ") + warp.operation->name + " (" + lines(warp.site) + "), where " +
-                   names_of(warp, warp.arrived) + " waits, got a thread at " + operation.name);
+    fail(site, std::string("divergent warp: expected the whole warp at ") + warp.operation->name + " (" +
+                   lines(warp.site) + "), where " + names_of(warp, warp.arrived) + " waits, got a thread at " +
+                   operation.name);
   warp.operation = &operation;
   warp.site = site;
   warp.brought[running.thread % warp_size] = brought;
@@ -268,11 +281,12 @@ void Block::finish() {
   Unwatched books;
   Warp& warp = warp_of(running.thread);
   if (waiting_)
-    fail(barrier_, "early return: expected every thread at the barrier, got one that returned before it, while thread " +
-                       std::to_string(first_waiting_) + " waits");
+    fail(barrier_,
+         "early return: expected every thread at the barrier, got one that returned before it, while thread " +
+             std::to_string(first_waiting_) + " waits");
   if (warp.arrived)
-    fail(warp.site, std::string("early return: expected the whole warp at ") + warp.operation->name + ", where " + names_of(warp, warp.arrived) +
-                        " waits, got a thread that returned before it");
+    fail(warp.site, std::string("early return: expected the whole warp at ") + warp.operation->name + ", where " +
+                        names_of(warp, warp.arrived) + " waits, got a thread that returned before it");
   check_copies();
   warp.ready &= ~bit_of(running.thread);
   warp.finished |= bit_of(running.thread);

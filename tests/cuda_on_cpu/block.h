@@ -44,8 +44,9 @@ struct Warp {
   const Together* operation = nullptr;
   Site site;
   void* brought[warp_size];
-  // What happens before a barrier must not seem to happen before the one that precedes it, for a thread that has yet to leave that one.
-  // So phases take turns with two objects; nobody is two phases behind.
+  // What happens before a barrier must not seem to happen before the one that precedes it, for a
+  // thread that has yet to leave that one. So phases take turns with two objects; nobody is two
+  // phases behind.
   unsigned phase = 0;
   char order[2];
 };
@@ -98,7 +99,8 @@ class Block {
   int first_waiting_ = 0;
   unsigned phase_ = 0;
   char order_[2];
-  // What was done before the block happened before what its threads do, and that before what follows.
+  // What was done before the block happened before what its threads do, and that before what
+  // follows.
   char began_, ended_;
   // [guard, shared memory, guard], and a stack for every thread there may be.
   char *memory_, *stacks_;

@@ -1,4 +1,5 @@
-// csrc/cuda/device.h and launch.h for a compiler of the processor: CUDA's words, and every operation as the emulator does it.
+// csrc/cuda/device.h and launch.h for a compiler of the processor: CUDA's words, and every
+// operation as the emulator does it.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -54,7 +55,8 @@ struct Matrices {
   uint32_t (&to)[N];
   uintptr_t at;
 
-  // A matrix comes in one go if its rows, of 16 bytes, lie in different groups of four banks, or are the same.
+  // A matrix comes in one go if its rows, of 16 bytes, lie in different groups of four banks, or
+  // are the same.
   static void count_conflicts(void* const (&brought)[warp_size]) {
     for (int matrix = 0; matrix < N; matrix++) {
       int rows[8] = {}, most = 0;
@@ -81,7 +83,8 @@ struct Matrices {
   }
 };
 
-// Products are exact and are added in float, k ascending; hardware may add them in another order, and to a bit or two less.
+// Products are exact and are added in float, k ascending; hardware may add them in another order,
+// and to a bit or two less.
 template <class T>
 struct Product {
   float (&c)[4];
@@ -116,7 +119,8 @@ struct Product {
       for (int k = 0; k < depth; k++)
         for (int column = 0; column < 8; column++) c[row][column] += a[row][k] * b[k][column];
     for (int lane = 0; lane < warp_size; lane++)
-      for (int i = 0; i < 4; i++) static_cast<const Product*>(brought[lane])->c[i] = c[place_of_c(lane, i).row][place_of_c(lane, i).column];
+      for (int i = 0; i < 4; i++)
+        static_cast<const Product*>(brought[lane])->c[i] = c[place_of_c(lane, i).row][place_of_c(lane, i).column];
   }
 };
 
@@ -202,7 +206,8 @@ inline void load_matrices(uint32_t (&to)[N], const void* row, const Here& here =
 }
 
 template <class T>
-inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Here& here = Here::current()) {
+inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         const Here& here = Here::current()) {
   static_assert(std::is_same_v<T, bfloat16> || std::is_same_v<T, float16> || std::is_same_v<T, float>);
   static constexpr cuda_on_cpu::Together operation{"multiply_add", cuda_on_cpu::Product<T>::act, false, true};
   cuda_on_cpu::Product<T> self{c, a, b};
@@ -210,8 +215,10 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
 }
 
 template <class... Parameters>
-void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape, Stream, std::type_identity_t<Parameters>... arguments) {
-  cuda_on_cpu::run(name, {shape.blocks_x, shape.blocks_y, 1}, shape.threads, shape.shared_bytes, [&] { kernel(arguments...); });
+void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape, Stream,
+            std::type_identity_t<Parameters>... arguments) {
+  cuda_on_cpu::run(name, {shape.blocks_x, shape.blocks_y, 1}, shape.threads, shape.shared_bytes,
+                   [&] { kernel(arguments...); });
 }
 
 }  // namespace fusedmoe::cuda

@@ -41,9 +41,11 @@ void arrive(const Copy& copy) {
   std::memset(static_cast<char*>(copy.to) + copy.given, 0, size_t(copy.bytes - copy.given));
 }
 
-// Turns since the program began, how many of them there were before this launch, and the first one of the running block.
+// Turns since the program began, how many of them there were before this launch, and the first one
+// of the running block.
 uint64_t turns = 0, turns_before = 0, first_turn = 0;
-// The turns of this launch that have arrived at each number; and which of others' turns the running block sees.
+// The turns of this launch that have arrived at each number; and which of others' turns the running
+// block sees.
 std::map<const int*, std::set<uint64_t>> arrivals;
 std::set<uint64_t> seen;
 
@@ -54,8 +56,8 @@ void claim(Region& region, size_t offset, size_t bytes, bool write, Site site) {
   for (size_t i = offset / 2; i <= (offset + bytes - 1) / 2; i++) {
     uint64_t& writer = region.writers[i];
     if (writer > turns_before && writer < first_turn && !seen.contains(writer))
-      fail(site, std::string("race: expected a ") + (write ? "store to" : "load of") + " what no other block writes, got byte " + std::to_string(offset) +
-                     " of " + region.name);
+      fail(site, std::string("race: expected a ") + (write ? "store to" : "load of") +
+                     " what no other block writes, got byte " + std::to_string(offset) + " of " + region.name);
     if (write) writer = turns;
   }
 }
@@ -68,7 +70,8 @@ std::string text(const void* address) {
 
 void check_alignment(const void* first, size_t alignment, const char* what, Site site) {
   if (uintptr_t(first) % alignment)
-    fail(site, std::string("misaligned ") + what + ": expected an address at a multiple of " + std::to_string(alignment) + " bytes, got " + text(first));
+    fail(site, std::string("misaligned ") + what + ": expected an address at a multiple of " +
+                   std::to_string(alignment) + " bytes, got " + text(first));
 }
 
 // `alone`: no other block of the launch may have written there.
@@ -97,8 +100,10 @@ void touch(const void* first, size_t bytes, size_t alignment, bool write, Site s
     const auto distance = [&](const Region& r) { return std::abs(at - (static_cast<const char*>(r.first) + r.bytes)); };
     return distance(a) < distance(b);
   });
-  fail(site, std::string("outside: expected a ") + (write ? "store" : "load") + " inside a tensor, got " + std::to_string(bytes) + " bytes at byte " +
-                 std::to_string(at - static_cast<const char*>(nearest->first)) + " of " + nearest->name + ", which has " + std::to_string(nearest->bytes));
+  fail(site, std::string("outside: expected a ") + (write ? "store" : "load") + " inside a tensor, got " +
+                 std::to_string(bytes) + " bytes at byte " +
+                 std::to_string(at - static_cast<const char*>(nearest->first)) + " of " + nearest->name +
+                 ", which has " + std::to_string(nearest->bytes));
 }
 
 }  // namespace
@@ -119,13 +124,14 @@ void run(const char* kernel, Index grid, int threads, size_t shared_bytes, const
   const std::lock_guard<std::mutex> alone(launching);
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (threads < warp_size || threads > most_threads || threads % warp_size)
-    throw Error(std::string(kernel) + ": expected a multiple of 32 threads, at most 1024, got " + std::to_string(threads));
+    throw Error(std::string(kernel) + ": expected a multiple of 32 threads, at most 1024, got " +
+                std::to_string(threads));
   if (blocks == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535)
-    throw Error(std::string(kernel) + ": expected a grid of 1 to 2147483647 by 65535 by 65535 blocks, got " + std::to_string(grid.x) + " by " +
-                std::to_string(grid.y) + " by " + std::to_string(grid.z));
+    throw Error(std::string(kernel) + ": expected a grid of 1 to 2147483647 by 65535 by 65535 blocks, got " +
+                std::to_string(grid.x) + " by " + std::to_string(grid.y) + " by " + std::to_string(grid.z));
   if (shared_bytes > most_shared_bytes)
-    throw Error(std::string(kernel) + ": expected at most " + std::to_string(most_shared_bytes) + " bytes of shared memory, got " +
-                std::to_string(shared_bytes));
+    throw Error(std::string(kernel) + ": expected at most " + std::to_string(most_shared_bytes) +
+                " bytes of shared memory, got " + std::to_string(shared_bytes));
   Draws draws(settings().seed);
   const bool drawn = settings().seed != 0;
   std::vector<uint64_t> order(blocks);
@@ -143,7 +149,8 @@ void run(const char* kernel, Index grid, int threads, size_t shared_bytes, const
   for (uint64_t i : order) {
     first_turn = ++turns;
     seen.clear();
-    block->run({unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)}, drawn ? &draws : nullptr);
+    block->run({unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)},
+               drawn ? &draws : nullptr);
     counts().blocks++;
   }
 }
@@ -169,7 +176,8 @@ int arrive(int* counter, Site site) {
 
 void copy_async(void* to, const void* from, int bytes, int given, Site site) {
   check_shared(to, size_t(bytes), "copy_async", site);
-  if (given < 0 || given > bytes) fail(site, "expected copy_async of 0 to " + std::to_string(bytes) + " bytes, got " + std::to_string(given));
+  if (given < 0 || given > bytes)
+    fail(site, "expected copy_async of 0 to " + std::to_string(bytes) + " bytes, got " + std::to_string(given));
   check_alignment(from, size_t(bytes), "source of copy_async", site);
   if (given) touch_global(from, size_t(given), 1, false, site);
   block->switch_point();
@@ -206,10 +214,13 @@ void wait_copies(size_t but) {
 void check_shared(const void* first, size_t bytes, const char* what, Site site) {
   check_alignment(first, bytes, what, site);
   if (!block->has_shared(first, bytes))
-    fail(site, std::string("outside: expected ") + what + " of " + std::to_string(bytes) + " bytes inside shared memory, got byte " +
+    fail(site, std::string("outside: expected ") + what + " of " + std::to_string(bytes) +
+                   " bytes inside shared memory, got byte " +
                    std::to_string(static_cast<const char*>(first) - running.shared) + " of it");
 }
 
-void touch_global(const void* first, size_t bytes, size_t alignment, bool write, Site site) { touch(first, bytes, alignment, write, site, true); }
+void touch_global(const void* first, size_t bytes, size_t alignment, bool write, Site site) {
+  touch(first, bytes, alignment, write, site, true);
+}
 
 }  // namespace fusedmoe::cuda_on_cpu

@@ -18,7 +18,8 @@ void AnnotateIgnoreReadsEnd(const char* file, int line);
 void AnnotateIgnoreWritesBegin(const char* file, int line);
 void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
-// A function that changes the thread under TSan's feet must not tell it about its own entry and exit.
+// A function that changes the thread under TSan's feet must not tell it about its own entry and
+// exit.
 #define FUSEDMOE_UNSEEN __attribute__((no_sanitize("thread"), noinline))
 
 static void unwatch() {
@@ -33,7 +34,8 @@ static void watch_again() {
 #define FUSEDMOE_UNSEEN
 #endif
 
-// swapcontext enters the kernel to save the signal mask, which takes thirty times as long as these twelve moves.
+// swapcontext enters the kernel to save the signal mask, which takes thirty times as long as these
+// twelve moves.
 #if defined(__x86_64__) && !defined(FUSEDMOE_UCONTEXT)
 extern "C" void fusedmoe_switch(void** from, void* to);
 asm(R"(
@@ -88,7 +90,8 @@ void Fiber::start(char* stack, size_t bytes, void (*entry)()) {
   // Frames that were given up have left their marks.
   permit(stack, bytes);
 #if defined(__x86_64__) && !defined(FUSEDMOE_UCONTEXT)
-  // Six registers, where to return to, and an end for whoever walks the stack; aligned as behind a call.
+  // Six registers, where to return to, and an end for whoever walks the stack; aligned as behind a
+  // call.
   void** top = reinterpret_cast<void**>(stack + bytes) - 8;
   std::memset(top, 0, 8 * sizeof(void*));
   top[6] = reinterpret_cast<void*>(entry);

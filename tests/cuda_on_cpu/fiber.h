@@ -1,10 +1,12 @@
-// Contexts that take turns on one thread of the operating system, and what the sanitizers must be told about them.
+// Contexts that take turns on one thread of the operating system, and what the sanitizers must be
+// told about them.
 #pragma once
 #include <cstddef>
 
 namespace fusedmoe::cuda_on_cpu {
 
-// ThreadSanitizer (TSan) sees every fiber as a thread of its own. A switch orders nothing for it: only what `released` and `acquired` say.
+// ThreadSanitizer (TSan) sees every fiber as a thread of its own. A switch orders nothing for it:
+// only what `released` and `acquired` say.
 class Fiber {
  public:
   Fiber() = default;
@@ -16,10 +18,12 @@ class Fiber {
   // One that will run `entry`, which never returns, on this stack.
   void start(char* stack, size_t bytes, void (*entry)());
   bool started() const { return at_; }
-  // Give it up, wherever it is, so that it can start anew; what it did happened before what follows `acquired(end)`.
+  // Give it up, wherever it is, so that it can start anew; what it did happened before what follows
+  // `acquired(end)`.
   void stop(void* end);
 
-  // Go on with `next` until something switches back. The caller is Unwatched, once, which the fiber is not while it does not run.
+  // Go on with `next` until something switches back. The caller is Unwatched, once, which the fiber
+  // is not while it does not run.
   void switch_to(Fiber& next);
   // The first call in `entry`.
   static void entered();

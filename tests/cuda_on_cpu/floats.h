@@ -1,4 +1,5 @@
-// The 16-bit floating-point types of the device, in plain C++; rounding is to the nearest, ties to even.
+// The 16-bit floating-point types of the device, in plain C++; rounding is to the nearest, ties to
+// even.
 #pragma once
 #include <bit>
 #include <cstdint>

@@ -4,7 +4,8 @@
 namespace fusedmoe::cuda::samples {
 namespace {
 
-// Four warps of 32 x 32 outputs. A row of a tile is 64 bytes of k, and 16 more, so that eight rows at one k lie in different banks.
+// Four warps of 32 x 32 outputs. A row of a tile is 64 bytes of k, and 16 more, so that eight rows
+// at one k lie in different banks.
 constexpr int tile = 64, threads = 128, line = 64, pad = 16;
 // A row of outputs.
 constexpr int out_stride = tile + 4;
@@ -12,7 +13,8 @@ constexpr int out_stride = tile + 4;
 template <class T, int STAGES, bool TURNED>
 struct Tiles {
   static constexpr int k = line / int(sizeof(T)), a_stride = line + pad;
-  static constexpr int b_rows = TURNED ? k : tile, b_bytes = TURNED ? tile * int(sizeof(T)) : line, b_stride = b_bytes + pad;
+  static constexpr int b_rows = TURNED ? k : tile, b_bytes = TURNED ? tile * int(sizeof(T)) : line,
+                       b_stride = b_bytes + pad;
   static constexpr int a_stage = tile * a_stride, b_stage = b_rows * b_stride;
   static constexpr int inputs = STAGES * (a_stage + b_stage), outputs = tile * out_stride * int(sizeof(float));
   static constexpr int bytes = inputs > outputs ? inputs : outputs;
@@ -20,12 +22,14 @@ struct Tiles {
 
 // Rows of `bytes` bytes of a tile: those beyond the matrix are zero.
 template <class T>
-__device__ __forceinline__ void copy_tile(char* to, int stride, int rows, int bytes, const T* from, int live_rows, int columns, int live_columns) {
+__device__ __forceinline__ void copy_tile(char* to, int stride, int rows, int bytes, const T* from, int live_rows,
+                                          int columns, int live_columns) {
   constexpr int piece = 16, numbers = piece / int(sizeof(T));
   for (int i = thread(); i < rows * (bytes / piece); i += threads) {
     const int row = i / (bytes / piece), column = i % (bytes / piece) * numbers;
     const bool live = row < live_rows && column < live_columns;
-    copy_async<piece>(to + row * stride + column * int(sizeof(T)), live ? from + int64_t(row) * columns + column : from, live ? piece : 0);
+    copy_async<piece>(to + row * stride + column * int(sizeof(T)), live ? from + int64_t(row) * columns + column : from,
+                      live ? piece : 0);
   }
 }
 
@@ -38,7 +42,8 @@ __device__ __forceinline__ void round_words(uint32_t* words, int count) {
 
 // A warp's 32 x 32 outputs (+)= what one stage has.
 template <class T, bool TURNED>
-__device__ __forceinline__ void multiply_stage(const char* a_tile, int a_stride, const char* b_tile, int b_stride, float (&c)[2][4][4]) {
+__device__ __forceinline__ void multiply_stage(const char* a_tile, int a_stride, const char* b_tile, int b_stride,
+                                               float (&c)[2][4][4]) {
   constexpr int step = 16 / int(sizeof(T)) * 2;
   const int row = warp() / 2 * 32, column = warp() % 2 * 32;
   FUSEDMOE_CUDA_UNROLL
@@ -54,7 +59,8 @@ __device__ __forceinline__ void multiply_stage(const char* a_tile, int a_stride,
       if constexpr (TURNED)
         load_matrices<2, true>(b[j], b_tile + (k + lane() % 16) * b_stride + (column + 8 * j) * int(sizeof(T)));
       else
-        load_matrices<2>(b[j], b_tile + (column + 8 * j + lane() % 8) * b_stride + k * int(sizeof(T)) + lane() / 8 % 2 * 16);
+        load_matrices<2>(b[j],
+                         b_tile + (column + 8 * j + lane() % 8) * b_stride + k * int(sizeof(T)) + lane() / 8 % 2 * 16);
       round_words<T>(b[j], 2);
     }
     FUSEDMOE_CUDA_UNROLL
@@ -75,9 +81,11 @@ __global__ void __launch_bounds__(threads, 2) gemm_kernel(const T* a, const T* b
     if (step < steps) {
       copy_tile(to, Of::a_stride, tile, line, a + int64_t(first_row) * k + at, m - first_row, k, k - at);
       if constexpr (TURNED)
-        copy_tile(to + Of::a_stage, Of::b_stride, Of::b_rows, Of::b_bytes, b + int64_t(at) * n + first_column, k - at, n, n - first_column);
+        copy_tile(to + Of::a_stage, Of::b_stride, Of::b_rows, Of::b_bytes, b + int64_t(at) * n + first_column, k - at,
+                  n, n - first_column);
       else
-        copy_tile(to + Of::a_stage, Of::b_stride, Of::b_rows, Of::b_bytes, b + int64_t(first_column) * k + at, n - first_column, k, k - at);
+        copy_tile(to + Of::a_stage, Of::b_stride, Of::b_rows, Of::b_bytes, b + int64_t(first_column) * k + at,
+                  n - first_column, k, k - at);
     }
     // Beyond the last step too, or the wait below would count otherwise there.
     commit_copies();
@@ -98,7 +106,8 @@ __global__ void __launch_bounds__(threads, 2) gemm_kernel(const T* a, const T* b
   for (int i = 0; i < 2; i++)
     for (int j = 0; j < 4; j++)
       for (int half = 0; half < 2; half++) {
-        const int row = warp() / 2 * 32 + 16 * i + 8 * half + lane() / 4, column = warp() % 2 * 32 + 8 * j + lane() % 4 * 2;
+        const int row = warp() / 2 * 32 + 16 * i + 8 * half + lane() / 4,
+                  column = warp() % 2 * 32 + 8 * j + lane() % 4 * 2;
         out[row * out_stride + column] = sums[i][j][2 * half];
         out[row * out_stride + column + 1] = sums[i][j][2 * half + 1];
       }
@@ -111,9 +120,10 @@ __global__ void __launch_bounds__(threads, 2) gemm_kernel(const T* a, const T* b
 
 template <class T, int STAGES, bool TURNED>
 void run(const Gemm& call, Stream stream) {
-  const Shape shape{unsigned((call.n + tile - 1) / tile), unsigned((call.m + tile - 1) / tile), threads, size_t(Tiles<T, STAGES, TURNED>::bytes)};
-  launch("gemm", gemm_kernel<T, STAGES, TURNED>, shape, stream, static_cast<const T*>(call.a), static_cast<const T*>(call.b), call.c, call.m,
-         call.n, call.k);
+  const Shape shape{unsigned((call.n + tile - 1) / tile), unsigned((call.m + tile - 1) / tile), threads,
+                    size_t(Tiles<T, STAGES, TURNED>::bytes)};
+  launch("gemm", gemm_kernel<T, STAGES, TURNED>, shape, stream, static_cast<const T*>(call.a),
+         static_cast<const T*>(call.b), call.c, call.m, call.n, call.k);
 }
 
 template <class T>

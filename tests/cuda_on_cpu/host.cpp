@@ -1,4 +1,5 @@
-// What csrc/cuda/runtime.h asks for where the emulator is the device; and the emulator's own words, for the tests that have loaded the library.
+// What csrc/cuda/runtime.h asks for where the emulator is the device; and the emulator's own words,
+// for the tests that have loaded the library.
 #include "cuda/runtime.h"
 
 #include <map>
@@ -14,7 +15,8 @@ Stream current_stream(int) { return nullptr; }
 
 namespace {
 
-// What a test watches: the regions that every launch may touch, the kernels that were launched, and what was moved of each region, by name.
+// What a test watches: the regions that every launch may touch, the kernels that were launched, and
+// what was moved of each region, by name.
 struct Watch {
   bool on = false;
   std::vector<cuda_on_cpu::Region> lent;
@@ -41,7 +43,9 @@ void tell(const char* kernel, const std::vector<Reach>& reaches) {
   watch.kernels.push_back(kernel);
   cuda_on_cpu::regions() = watch.lent;
   for (const Reach& reach : reaches)
-    if (reach.bytes) cuda_on_cpu::regions().push_back({std::string(kernel) + ", " + reach.name, reach.first, reach.bytes, reach.written});
+    if (reach.bytes)
+      cuda_on_cpu::regions().push_back(
+          {std::string(kernel) + ", " + reach.name, reach.first, reach.bytes, reach.written});
 }
 
 }  // namespace fusedmoe::cuda
@@ -57,7 +61,9 @@ FOR_TESTS void fusedmoe_schedule(uint64_t seed, bool eager) { settings() = {seed
 FOR_TESTS void fusedmoe_counts(Counts* to) { *to = counts(); }
 
 // Global memory that kernels may touch, as soon as there is any.
-FOR_TESTS void fusedmoe_lend(const char* name, const void* first, uint64_t bytes, bool written_to) { regions().push_back({name, first, bytes, written_to}); }
+FOR_TESTS void fusedmoe_lend(const char* name, const void* first, uint64_t bytes, bool written_to) {
+  regions().push_back({name, first, bytes, written_to});
+}
 FOR_TESTS void fusedmoe_take_back() { regions().clear(); }
 
 // From here on every launch may touch what it was given, and what was lent by then; nothing else.
@@ -69,7 +75,8 @@ FOR_TESTS void fusedmoe_watch_no_more() {
   fusedmoe::cuda::watch.settle();
   fusedmoe::cuda::watch.on = false;
 }
-// Of the launches since then: the name of one, or null; and by the place in the alphabet, what was read or written of a region, whose name is returned.
+// Of the launches since then: the name of one, or null; and by the place in the alphabet, what was
+// read or written of a region, whose name is returned.
 FOR_TESTS const char* fusedmoe_launched(uint64_t at) {
   const auto& kernels = fusedmoe::cuda::watch.kernels;
   return at < kernels.size() ? kernels[at].c_str() : nullptr;

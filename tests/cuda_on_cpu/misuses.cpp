@@ -26,7 +26,8 @@ struct Misuse {
 // A copy of 16 bytes into shared memory by every lane.
 void copy_line(Numbers from) { copy_async<16>(shared_memory<uint32_t>() + 4 * thread(), from + 4 * thread()); }
 
-// Lanes one after another would wait for ever for one that went elsewhere: each of these says so instead.
+// Lanes one after another would wait for ever for one that went elsewhere: each of these says so
+// instead.
 const Misuse divergences[] = {
     {"divergent barrier: expected every thread at one barrier", {1, 1, 64},
      [](Numbers) {
@@ -118,26 +119,34 @@ const Misuse addresses[] = {
 };
 
 const Misuse global_memory[] = {
-    {"misaligned load: expected an address at a multiple of 16 bytes", {1, 1, 32},
+    {"misaligned load: expected an address at a multiple of 16 bytes",
+     {1, 1, 32},
      [](Numbers from) { load_global(reinterpret_cast<const Vector<uint32_t, 4>*>(from + lane())); }},
-    {"outside: expected a load inside a tensor, got 4 bytes at byte 1024 of numbers, which has 1024", {1, 1, 32},
+    {"outside: expected a load inside a tensor, got 4 bytes at byte 1024 of numbers, which has 1024",
+     {1, 1, 32},
      [](Numbers from) { load_global(from + 225 + lane()); }},
-    {"outside: expected a load inside a tensor, got 16 bytes at byte 1024 of numbers", {1, 1, 32, 1024},
+    {"outside: expected a load inside a tensor, got 16 bytes at byte 1024 of numbers",
+     {1, 1, 32, 1024},
      [](Numbers from) {
        if (lane() == 0) copy_async<16>(shared_memory<char>(), from + 256);
      }},
-    {"outside: expected no store into numbers", {1, 1, 32}, [](Numbers from) { store_global(const_cast<uint32_t*>(from), 1u); }},
-    {"race: expected a store to what no other block writes, got byte 4 of sums", {3, 1, 32},
+    {"outside: expected no store into numbers",
+     {1, 1, 32},
+     [](Numbers from) { store_global(const_cast<uint32_t*>(from), 1u); }},
+    {"race: expected a store to what no other block writes, got byte 4 of sums",
+     {3, 1, 32},
      [](Numbers) {
        if (lane() == 7) store_global(sums + 1, 1.0f);
      }},
-    {"race: expected a load of what no other block writes, got byte", {2, 1, 32},
+    {"race: expected a load of what no other block writes, got byte",
+     {2, 1, 32},
      [](Numbers) {
        if (lane() > 0) return;
        store_global(sums + block_x(), 1.0f);
        load_global(sums + 1 - block_x());
      }},
-    {"race: expected a load of what no other block writes, got byte", {2, 1, 32},
+    {"race: expected a load of what no other block writes, got byte",
+     {2, 1, 32},
      [](Numbers) {
        if (lane() > 0) return;
        // Too late for whoever comes next.
@@ -217,7 +226,8 @@ const Misuse proper[] = {
        commit_copies();
        wait_copies<0>();
        for (int i = 0; i < 16; i++)
-         if (to[i] != (i < lane() % 17 ? reinterpret_cast<const char*>(from + 4 * lane())[i] : 0)) fail({}, "expected zeros behind it");
+         if (to[i] != (i < lane() % 17 ? reinterpret_cast<const char*>(from + 4 * lane())[i] : 0))
+           fail({}, "expected zeros behind it");
      }},
     {"groups without copies count", {1, 1, 32, 512},
      [](Numbers from) {
@@ -225,7 +235,8 @@ const Misuse proper[] = {
        commit_copies();
        commit_copies();
        wait_copies<1>();
-       if (shared_memory<uint32_t>()[4 * lane()] != uint32_t(4 * lane())) fail({}, "expected what the first group brought");
+       if (shared_memory<uint32_t>()[4 * lane()] != uint32_t(4 * lane()))
+         fail({}, "expected what the first group brought");
      }},
     {"as many threads and as much shared memory as there can be", {2, 1, 1024, 232448},
      [](Numbers) {
@@ -269,7 +280,8 @@ void check_refused(const Misuse& misuse, Numbers from) {
   } catch (const Error& error) {
     said = error.what();
   }
-  if (said.find(misuse.words) == std::string::npos) throw std::logic_error(std::string("expected \"") + misuse.words + "\", got " + said);
+  if (said.find(misuse.words) == std::string::npos)
+    throw std::logic_error(std::string("expected \"") + misuse.words + "\", got " + said);
 }
 
 }  // namespace
@@ -282,12 +294,15 @@ int check_misuses() {
   alignas(16) std::array<uint32_t, 256> numbers;
   for (uint32_t i = 0; i < numbers.size(); i++) numbers[i] = i;
   int checked = 0;
-  regions() = {{"numbers", numbers.data(), sizeof numbers, false}, {"sums", sums, sizeof sums, true}, {"arrived", arrived, sizeof arrived, true}};
+  regions() = {{"numbers", numbers.data(), sizeof numbers, false},
+               {"sums", sums, sizeof sums, true},
+               {"arrived", arrived, sizeof arrived, true}};
   const Settings before = settings();
   for (uint64_t seed = 0; seed < 4; seed++)
     for (bool eager : {false, true}) {
       settings() = {seed, eager};
-      for (std::span<const Misuse> misuses : std::initializer_list<std::span<const Misuse>>{divergences, addresses, global_memory, left_over, shapes})
+      for (std::span<const Misuse> misuses :
+           std::initializer_list<std::span<const Misuse>>{divergences, addresses, global_memory, left_over, shapes})
         for (const Misuse& misuse : misuses) check_refused(misuse, numbers.data()), checked++;
       // After so many errors, and among them.
       for (std::span<const Misuse> kernels : std::initializer_list<std::span<const Misuse>>{proper, ordered})

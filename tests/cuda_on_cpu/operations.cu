@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(32) operations_kernel(const uint32_t* from, ui
   uint32_t* shared = shared_memory<uint32_t>();
   const float number = float(lane()) + 0.1f;
   const uint32_t word = load_global(from + lane());
-  out.word(uint32_t(thread() + 100 * warp() + 1000 * block_x() + 10000 * blocks_x() + 100000 * block_y() + 1000000 * blocks_y()));
+  out.word(uint32_t(thread() + 100 * warp() + 1000 * block_x() + 10000 * blocks_x() + 100000 * block_y() +
+                    1000000 * blocks_y()));
   // 2 to 9: numbers of 32 bits among lanes.
   out.number(shuffle(number, (lane() * 7) % 32));
   out.number(shuffle_xor(number, 5));

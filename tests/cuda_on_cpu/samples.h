@@ -1,4 +1,5 @@
-// Small kernels with everything that those of csrc/cuda are made of: what the emulator is tested with, and nvcc.
+// Small kernels with everything that those of csrc/cuda are made of: what the emulator is tested
+// with, and nvcc.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -9,7 +10,8 @@ namespace fusedmoe::cuda::samples {
 
 enum class Element { bfloat16, float16, tf32 };
 
-// c [m, n] = a [m, k] times b [n, k] transposed or, where b is turned, b [k, n]. Rows of a and b are multiples of 16 bytes.
+// c [m, n] = a [m, k] times b [n, k] transposed or, where b is turned, b [k, n]. Rows of a and b
+// are multiples of 16 bytes.
 struct Gemm {
   Element element;
   int stages;  // of copies: 2 or 3
@@ -25,7 +27,8 @@ void softmax(const float* from, float* to, int rows, int n, Stream stream);
 
 // Every operation of device.h once, by one warp: what lane l got as word i stands in to[32 i + l].
 constexpr int operation_words = 51;
-// Pairs of numbers that are short in either 16-bit type, signs mixed: the sums of their products are exact in float, whatever their order.
+// Pairs of numbers that are short in either 16-bit type, signs mixed: the sums of their products
+// are exact in float, whatever their order.
 inline std::vector<uint32_t> operation_input() {
   std::vector<uint32_t> words;
   for (uint32_t i = 0; i < 256; i++) words.push_back((0x3c00 + 64 * (i * 5 % 7)) | (0xbc00 + 64 * (i * 3 % 8)) << 16);

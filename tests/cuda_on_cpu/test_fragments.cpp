@@ -1,4 +1,5 @@
-// The emulator's lane maps against those of CUTLASS, whose layouts say for lane and value where it lies.
+// The emulator's lane maps against those of CUTLASS, whose layouts say for lane and value where it
+// lies.
 #include <cstdio>
 #include <cute/atom/copy_traits_sm75.hpp>
 #include <cute/atom/mma_traits_sm80.hpp>
@@ -50,7 +51,8 @@ void check_load(const char* name, int count, bool transposed) {
     for (int matrix = 0; matrix < count; matrix++)
       for (int half = 0; half < 2; half++) {
         const Place place = place_in_matrix(transposed, lane, half);
-        check(1024 * matrix + 128 * place.row + 16 * place.column, to(lane, 32 * matrix + 16 * half), name, lane, 2 * matrix + half);
+        check(1024 * matrix + 128 * place.row + 16 * place.column, to(lane, 32 * matrix + 16 * half), name, lane,
+              2 * matrix + half);
       }
   }
 }

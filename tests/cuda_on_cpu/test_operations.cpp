@@ -33,8 +33,8 @@ class Expected {
     for (int lane = 0; lane < 32; lane++) {
       const uint32_t expected = of_lane(lane), got = got_[size_t(32 * at_ + lane)];
       if (got != expected)
-        throw std::logic_error(std::string(what) + ", word " + std::to_string(at_) + ", lane " + std::to_string(lane) + ": expected " +
-                               std::to_string(expected) + ", got " + std::to_string(got));
+        throw std::logic_error(std::string(what) + ", word " + std::to_string(at_) + ", lane " + std::to_string(lane) +
+                               ": expected " + std::to_string(expected) + ", got " + std::to_string(got));
     }
     at_++;
   }
@@ -71,10 +71,12 @@ void check_exchange(Expected& e, const std::vector<uint32_t>& from) {
 
 void check_copies(Expected& e, const std::vector<uint32_t>& from) {
   e.word([&](int l) { return l % 2 ? from[size_t(l)] : 0; }, "copy_async<4>");
-  for (int i = 0; i < 2; i++) e.word([&](int l) { return l % 2 || i == 0 ? from[size_t(2 * l + i)] : 0; }, "copy_async<8>");
+  for (int i = 0; i < 2; i++)
+    e.word([&](int l) { return l % 2 || i == 0 ? from[size_t(2 * l + i)] : 0; }, "copy_async<8>");
 }
 
-// Row r of matrix m is words 4 (8 m + r) to 4 (8 m + r) + 3, which copy_async<16> left out where r is even.
+// Row r of matrix m is words 4 (8 m + r) to 4 (8 m + r) + 3, which copy_async<16> left out where r
+// is even.
 void check_matrices(Expected& e, const std::vector<uint32_t>& from) {
   const auto number = [&](int matrix, int row, int column) {
     const int line = 8 * matrix + row;
@@ -96,8 +98,10 @@ void check_matrices(Expected& e, const std::vector<uint32_t>& from) {
 void check_conversions(Expected& e, const std::vector<uint32_t>& from) {
   e.number([](int l) { return widened(rounded<bfloat16>(own(l))); }, "bfloat16");
   e.number([](int l) { return float(_Float16(own(l))); }, "float16");
-  e.word([](int l) { return rounded<bfloat16>(own(l)).bits | uint32_t(rounded<bfloat16>(-own(l)).bits) << 16; }, "pair of bfloat16");
-  e.word([](int l) { return rounded<float16>(own(l)).bits | uint32_t(rounded<float16>(-own(l)).bits) << 16; }, "pair of float16");
+  e.word([](int l) { return rounded<bfloat16>(own(l)).bits | uint32_t(rounded<bfloat16>(-own(l)).bits) << 16; },
+         "pair of bfloat16");
+  e.word([](int l) { return rounded<float16>(own(l)).bits | uint32_t(rounded<float16>(-own(l)).bits) << 16; },
+         "pair of float16");
   e.number([&](int l) { return widened(bfloat16{uint16_t(from[size_t(l)])}); }, "low");
   e.number([&](int l) { return widened(bfloat16{uint16_t(from[size_t(l)] >> 16)}); }, "high");
   e.number([&](int l) { return widened(float16{uint16_t(from[size_t(l)])}); }, "low");
@@ -106,7 +110,8 @@ void check_conversions(Expected& e, const std::vector<uint32_t>& from) {
   for (int i = 0; i < 4; i++) e.word([&](int l) { return from[size_t(4 * l + i)]; }, "a vector");
 }
 
-// C [r][column] for r = l / 4 + 8 (i / 2) and column = 2 (l % 4) + i % 2, from words as the lanes brought them.
+// C [r][column] for r = l / 4 + 8 (i / 2) and column = 2 (l % 4) + i % 2, from words as the lanes
+// brought them.
 template <class T>
 void check_product(Expected& e, const std::vector<uint32_t>& from) {
   const auto number = [](uint32_t word, int half) {
@@ -115,7 +120,8 @@ void check_product(Expected& e, const std::vector<uint32_t>& from) {
   };
   // For a column k of A: in which word, quad and half it is.
   const auto a = [&](int row, int k) {
-    const int numbers = 4 / int(sizeof(T)), word = row / 8 + 2 * (k / (4 * numbers)), lane = row % 8 * 4 + k % (4 * numbers) / numbers;
+    const int numbers = 4 / int(sizeof(T)), word = row / 8 + 2 * (k / (4 * numbers)),
+              lane = row % 8 * 4 + k % (4 * numbers) / numbers;
     return number(from[size_t(32 * word + lane) % 256], k % numbers);
   };
   const auto b = [&](int k, int column) {
@@ -126,27 +132,31 @@ void check_product(Expected& e, const std::vector<uint32_t>& from) {
     e.number(
         [&](int l) {
           float sum = float(l - 8 * i);
-          for (int k = 0; k < (sizeof(T) == 2 ? 16 : 8); k++) sum += a(l / 4 + 8 * (i / 2), k) * b(k, 2 * (l % 4) + i % 2);
+          for (int k = 0; k < (sizeof(T) == 2 ? 16 : 8); k++)
+            sum += a(l / 4 + 8 * (i / 2), k) * b(k, 2 * (l % 4) + i % 2);
           return sum;
         },
         "multiply_add");
 }
 
-// Every float16, and floats around each and half way to the next, against the compiler's own conversion.
+// Every float16, and floats around each and half way to the next, against the compiler's own
+// conversion.
 int check_float16() {
   const auto check = [](float x) {
     const _Float16 theirs = _Float16(x);
     uint16_t bits;
     std::memcpy(&bits, &theirs, 2);
     const uint16_t ours = rounded<float16>(x).bits;
-    if (x == x ? ours != bits : (ours & 0x7fff) <= 0x7c00) throw std::logic_error("float16 of " + std::to_string(x) + ": expected " + std::to_string(bits));
+    if (x == x ? ours != bits : (ours & 0x7fff) <= 0x7c00)
+      throw std::logic_error("float16 of " + std::to_string(x) + ": expected " + std::to_string(bits));
   };
   for (uint32_t i = 0; i < 65536; i++) {
     const float x = widened(float16{uint16_t(i)}), next = widened(float16{uint16_t(i + 1)});
     const uint16_t bits = uint16_t(i);
     _Float16 theirs;
     std::memcpy(&theirs, &bits, 2);
-    if (x == x && float_as_word(x) != float_as_word(float(theirs))) throw std::logic_error("float16 " + std::to_string(i) + ": expected another float");
+    if (x == x && float_as_word(x) != float_as_word(float(theirs)))
+      throw std::logic_error("float16 " + std::to_string(i) + ": expected another float");
     const float middle = std::isfinite(next) ? (x + next) / 2 : x;
     for (float y : {x, middle, std::nextafter(middle, x), std::nextafter(middle, next)}) check(y);
   }
@@ -170,7 +180,8 @@ int check_operations() {
   check_product<bfloat16>(e, from);
   check_product<float16>(e, from);
   check_product<float>(e, from);
-  if (e.words() != cuda::samples::operation_words) throw std::logic_error("expected a check of every word, got " + std::to_string(e.words()));
+  if (e.words() != cuda::samples::operation_words)
+    throw std::logic_error("expected a check of every word, got " + std::to_string(e.words()));
   check_float16();
   return e.words();
 }

@@ -1,4 +1,5 @@
-// The sample kernels and every operation of csrc/cuda/device.h in the emulator, against plain loops.
+// The sample kernels and every operation of csrc/cuda/device.h in the emulator, against plain
+// loops.
 //
 //   test_samples samples         as FUSEDMOE_CUDA_SEED and FUSEDMOE_CUDA_COPIES say
 //   test_samples operations      each operation of the device, to the bit
@@ -27,7 +28,8 @@ void check_equal(uint64_t got, uint64_t expected, const std::string& what) {
   if (got != expected) wrong(what + ": expected " + std::to_string(expected) + ", got " + std::to_string(got));
 }
 
-// The rule of tests/cpp/expectation.h: twice the error of a plain loop in float, and 8 roundoffs of the largest number.
+// The rule of tests/cpp/expectation.h: twice the error of a plain loop in float, and 8 roundoffs of
+// the largest number.
 struct Sums {
   double worst = 0, plain = 0, largest = 0;
 
@@ -38,7 +40,8 @@ struct Sums {
   }
   void check(const std::string& what) const {
     const double allowed = 2 * plain + 8 * 0x1p-24 * largest;
-    if (!(worst <= allowed)) wrong(what + ": expected an error of at most " + std::to_string(allowed) + ", got " + std::to_string(worst));
+    if (!(worst <= allowed))
+      wrong(what + ": expected an error of at most " + std::to_string(allowed) + ", got " + std::to_string(worst));
   }
 };
 
@@ -72,7 +75,9 @@ void check_gemm(Gemm call, const std::string& what) {
                {"c", call.c, sizeof(float) * call.m * call.n, true}};
   const Counts before = counts();
   cuda::samples::gemm(call, nullptr);
-  const auto number_of_b = [&](int k, int column) { return operand(b.data()[call.turned ? k * call.n + column : column * call.k + k]); };
+  const auto number_of_b = [&](int k, int column) {
+    return operand(b.data()[call.turned ? k * call.n + column : column * call.k + k]);
+  };
   Sums sums;
   for (int row = 0; row < call.m; row++)
     for (int column = 0; column < call.n; column++) {
@@ -87,13 +92,15 @@ void check_gemm(Gemm call, const std::string& what) {
     }
   sums.check(what);
   if (!a.intact() || !b.intact() || !c.intact()) wrong(what + ": expected writes inside tensors, got some outside");
-  // 64 products make a tile of 64 x 64 and 64 bytes of k. Each tile of a is read for every 64 columns, each of b for every 64 rows, and c is written once.
+  // 64 products make a tile of 64 x 64 and 64 bytes of k. Each tile of a is read for every 64
+  // columns, each of b for every 64 rows, and c is written once.
   const auto tiles = [](int size) { return uint64_t(size + 63) / 64; };
   const uint64_t steps = (call.k * sizeof(T) + 63) / 64;
   check_equal(regions()[0].bytes_read, regions()[0].bytes * tiles(call.n), what + ", bytes of a");
   check_equal(regions()[1].bytes_read, regions()[1].bytes * tiles(call.m), what + ", bytes of b");
   check_equal(regions()[2].bytes_written, regions()[2].bytes, what + ", bytes of c");
-  check_equal(counts().matrix_products - before.matrix_products, tiles(call.m) * tiles(call.n) * steps * 64, what + ", matrix products");
+  check_equal(counts().matrix_products - before.matrix_products, tiles(call.m) * tiles(call.n) * steps * 64,
+              what + ", matrix products");
   check_equal(counts().barriers - before.barriers, tiles(call.m) * tiles(call.n) * (steps + 2), what + ", barriers");
   check_equal(counts().bank_conflicts, before.bank_conflicts, what + ", bank conflicts");
   regions().clear();
@@ -110,7 +117,8 @@ void check_softmax(int rows, int n) {
     double total = 0;
     float plain = 0;
     for (int i = 0; i < n; i++) total += std::exp(double(x[i])), plain += std::exp(x[i]);
-    for (int i = 0; i < n; i++) sums.add(to.data()[row * n + n - 1 - i], std::exp(x[i]) / plain, std::exp(double(x[i])) / total);
+    for (int i = 0; i < n; i++)
+      sums.add(to.data()[row * n + n - 1 - i], std::exp(x[i]) / plain, std::exp(double(x[i])) / total);
   }
   sums.check("softmax of " + std::to_string(rows) + " rows of " + std::to_string(n));
 }
@@ -123,8 +131,9 @@ int check_samples() {
         for (Element element : {Element::bfloat16, Element::float16, Element::tf32}) {
           if (element == Element::tf32 && turned) continue;
           const Gemm call{element, stages, turned, nullptr, nullptr, nullptr, m, n, k};
-          const std::string what = "gemm " + std::to_string(m) + " x " + std::to_string(n) + " x " + std::to_string(k) + ", element " +
-                                   std::to_string(int(element)) + ", " + std::to_string(stages) + " stages" + (turned ? ", turned" : "");
+          const std::string what = "gemm " + std::to_string(m) + " x " + std::to_string(n) + " x " + std::to_string(k) +
+                                   ", element " + std::to_string(int(element)) + ", " + std::to_string(stages) +
+                                   " stages" + (turned ? ", turned" : "");
           if (element == Element::bfloat16) check_gemm<cuda::bfloat16>(call, what);
           if (element == Element::float16) check_gemm<cuda::float16>(call, what);
           if (element == Element::tf32) check_gemm<float>(call, what);
@@ -142,7 +151,8 @@ int check_samples() {
 
 int main(int count, char** arguments) {
   using namespace fusedmoe::cuda_on_cpu;
-  const std::map<std::string, int (*)()> all = {{"samples", check_samples}, {"operations", check_operations}, {"misuses", check_misuses}};
+  const std::map<std::string, int (*)()> all = {
+      {"samples", check_samples}, {"operations", check_operations}, {"misuses", check_misuses}};
   const auto found = all.find(count == 2 ? arguments[1] : "");
   if (found == all.end()) {
     std::fprintf(stderr, "test_samples: expected one of samples, operations, misuses\n");

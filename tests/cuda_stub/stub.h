@@ -1,4 +1,5 @@
-// A driver of CUDA that takes every launch and runs none: what its parts share. README.md says what it is for.
+// A driver of CUDA that takes every launch and runs none: what its parts share. README.md says what
+// it is for.
 #pragma once
 
 #include <cuda.h>
@@ -44,7 +45,8 @@ typedef struct Stream {
 bool memory_is_live(CUdeviceptr address);
 bool memory_is_stray(CUdeviceptr address);
 CUdeviceptr memory_take(size_t bytes);
-// elf.c: the cubin for this device in a cubin or a fat binary, NULL where it cannot be unpacked; what it says of a kernel, false where it has none.
+// elf.c: the cubin for this device in a cubin or a fat binary, NULL where it cannot be unpacked;
+// what it says of a kernel, false where it has none.
 const void* image_of(const void* data);
 bool describe_kernel(const void* image, Kernel* kernel);
 size_t size_of_symbol(const void* image, const char* name);

@@ -135,7 +135,8 @@ def test_the_report_has_what_was_found_and_no_more(rehearsed):
 
 def test_recorded_captures_are_timed_as_graphs(rehearsed):
     path = rehearsed.folder / "recorded.json"
-    rehearsed.make("gpu", f"GPU_JSON={path}", "PART=d", STUB_CUDA_CAPTURE="record")
+    done = rehearsed.make("gpu", f"GPU_JSON={path}", "PART=d", STUB_CUDA_CAPTURE="record")
+    assert path.exists(), done.stdout + done.stderr
     shares = [result for key, result in json.loads(path.read_text())["parts"]["d"]["results"].items() if key != "ceilings"]
     assert shares
     assert {result["how"] for result in shares} == {"CUDA graph"}
