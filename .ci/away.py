@@ -43,4 +43,4 @@ check("demo --steps 2", 2, "python -m fusedmoe demo --data census-income.test.gz
 check("demo --steps 2 --data synthetic --threads 1", 0, "training step")
 if len(sys.argv) > 2:
     check(f"demo --steps 2 --data {sys.argv[2]} --threads 1", 0, "69,833 rows to train on")
-print(f"fusedmoe {fusedmoe.__version__} works from {Path(fusedmoe.__file__).parent}; backends: {fusedmoe.backends()}")
+print(f"fusedmoe {fusedmoe.__version__} works from {Path(fusedmoe.__file__).parent}; backends: {fusedmoe.available_backends()}")

@@ -50,7 +50,7 @@ class Cell(NamedTuple):
 
 def present() -> list[str]:
     """The backends for GPUs that this machine can run."""
-    return [name for name, reason in fusedmoe.backends().items() if name in LAUNCHERS and reason is None]
+    return [name for name, reason in fusedmoe.available_backends().items() if name in LAUNCHERS and reason is None]
 
 
 def verdict(book: dict, backend: str, dtype: str) -> str | None:

@@ -32,7 +32,7 @@ def versions() -> dict:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "absent"
     tools = {name: shutil.which(name) is not None for name in ("nvcc", "compute-sanitizer", "ncu")}
-    return {"versions": found | {"cuda": torch.version.cuda, "fusedmoe": fusedmoe.__version__}, "tools": tools, "backends": fusedmoe.backends()}
+    return {"versions": found | {"cuda": torch.version.cuda, "fusedmoe": fusedmoe.__version__}, "tools": tools, "backends": fusedmoe.available_backends()}
 
 
 def device() -> dict:

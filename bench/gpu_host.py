@@ -27,7 +27,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from fusedmoe import backends
+from fusedmoe import available_backends
 from fusedmoe.kernels import bound, network
 from fusedmoe.kernels.launchers import LAUNCHERS
 from fusedmoe.op import fusion_network
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     lines = []
     for backend in LAUNCHERS:
-        if reason := backends()[backend]:
+        if reason := available_backends()[backend]:
             print(f"{backend}: {reason}")
             continue
         for name in MAIN:

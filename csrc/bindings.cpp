@@ -193,8 +193,8 @@ double fma_peak(double seconds) {
 
 }  // namespace
 
-// watch.cpp
-void bind_watch(pybind11::module_& m);
+// guards.cpp
+void bind_guards(pybind11::module_& m);
 // triton.cpp
 void bind_triton(pybind11::module_& m);
 
@@ -228,6 +228,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_size", &packed_size, "Numbers of the packed parameters of a frozen network.");
   m.def("fma_peak", &fma_peak,
         "GFLOP/s of independent fp32 multiply-adds on one core: the best of as many rounds as fit into `seconds`.");
-  bind_watch(m);
+  bind_guards(m);
   bind_triton(m);
 }

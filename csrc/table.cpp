@@ -12,11 +12,11 @@ const char* const activations[] = {"identity", "relu",      "sigmoid",    "tanh"
                                    "gelu",     "gelu_tanh", "leaky_relu", "elu",  "softplus"};
 const char* const selectors[] = {"slot", "root", "expert"};
 
-// The word stream, one field at a time, in the order of the dataclasses' fields. No stream and no
+// The token stream, one field at a time, in the order of the dataclasses' fields. No stream and no
 // strtod: they obey the locale.
-class WordReader {
+class TokenReader {
  public:
-  explicit WordReader(std::string_view text) : rest_(text) {}
+  explicit TokenReader(std::string_view text) : rest_(text) {}
 
   int64_t integer() { return parsed<int64_t>(); }
   double number() { return parsed<double>(); }
@@ -34,9 +34,9 @@ class WordReader {
   bool flag() { return index(2) == 1; }
   template <size_t N>
   int name(const char* const (&names)[N]) {
-    std::string_view w = word();
+    std::string_view t = token();
     for (size_t i = 0; i < N; i++)
-      if (w == names[i]) return int(i);
+      if (t == names[i]) return int(i);
     fail();
   }
   template <class F>
@@ -51,25 +51,25 @@ class WordReader {
   [[noreturn]] void fail() { throw std::invalid_argument("table: expected the words of an encoded table"); }
 
  private:
-  std::string_view word() {
+  std::string_view token() {
     size_t end = std::min(rest_.find(' '), rest_.size());
-    std::string_view w = rest_.substr(0, end);
+    std::string_view t = rest_.substr(0, end);
     rest_.remove_prefix(std::min(end + 1, rest_.size()));
-    if (w.empty()) fail();
-    return w;
+    if (t.empty()) fail();
+    return t;
   }
   template <class T>
   T parsed() {
-    std::string_view w = word();
+    std::string_view t = token();
     T value{};
-    auto [end, error] = std::from_chars(w.data(), w.data() + w.size(), value);
-    if (error != std::errc() || end != w.data() + w.size()) fail();
+    auto [end, error] = std::from_chars(t.data(), t.data() + t.size(), value);
+    if (error != std::errc() || end != t.data() + t.size()) fail();
     return value;
   }
   std::string_view rest_;
 };
 
-std::vector<Layer> layers(WordReader& r) {
+std::vector<Layer> layers(TokenReader& r) {
   return r.list([&] {
     Layer layer;
     layer.width = r.natural();
@@ -80,7 +80,7 @@ std::vector<Layer> layers(WordReader& r) {
   });
 }
 
-Gate gate(WordReader& r) {
+Gate gate(TokenReader& r) {
   Gate g;
   g.selector.kind = SelectorKind(r.name(selectors));
   g.selector.index = r.index();
@@ -93,7 +93,7 @@ Gate gate(WordReader& r) {
   return g;
 }
 
-Static static_weights(WordReader& r) {
+Static static_weights(TokenReader& r) {
   Static s;
   s.experts = r.list([&] { return r.index(); });
   if (r.flag()) s.values = r.list([&] { return r.number(); });
@@ -102,7 +102,7 @@ Static static_weights(WordReader& r) {
   return s;
 }
 
-Level level(WordReader& r) {
+Level level(TokenReader& r) {
   Level l;
   l.experts = r.list([&] {
     Expert e;
@@ -268,7 +268,7 @@ bool even(const Table& t) {
 }  // namespace
 
 Table decode(const std::string& text) {
-  WordReader r(text);
+  TokenReader r(text);
   try {
     Table t;
     t.slots = r.natural();

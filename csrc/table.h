@@ -1,5 +1,5 @@
-// A network as data, as fusedmoe/table.py defines it: what `decode` reads is the word stream that
-// fusedmoe/words.py writes.
+// A network as data, as fusedmoe/table.py defines it: what `decode` reads is the token stream that
+// fusedmoe/encoding.py writes.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -78,7 +78,7 @@ struct Table {
   std::vector<int64_t> output;                                          // {T, width} with towers, {U, H} without
 };
 
-// Read a word stream; throws std::invalid_argument for text that `encode` did not write.
+// Read a token stream; throws std::invalid_argument for text that `encode` did not write.
 Table decode(const std::string& text);
 
 }  // namespace fusedmoe

@@ -9,7 +9,7 @@
 
 from fusedmoe import functional, nn
 from fusedmoe.activation import Activation
-from fusedmoe.backends import backends
+from fusedmoe.backends import available_backends
 from fusedmoe.freezing import FreezeReport, freeze, unfreeze
 from fusedmoe.swap import FuseReport, describe, fuse, register_adapter, unfuse
 from fusedmoe.table import Table
@@ -20,7 +20,7 @@ __all__ = [
     "FreezeReport",
     "FuseReport",
     "Table",
-    "backends",
+    "available_backends",
     "describe",
     "freeze",
     "functional",

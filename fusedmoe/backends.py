@@ -190,7 +190,7 @@ def candidates(device: torch.device) -> list[Backend]:
     return [row for row in BACKENDS if row.devices is None or device.type in row.devices]
 
 
-def backends() -> dict[str, str | None]:
+def available_backends() -> dict[str, str | None]:
     """Return every backend by name, in order of preference.
 
     Returns: None for a backend that can run on this machine, the reason for one that cannot.

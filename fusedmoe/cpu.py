@@ -74,52 +74,52 @@ def _register() -> None:
     library.register_autocast("fusedmoe::network_cpu", "cpu", torch.float32)
 
 
-def _fake_forward(x, params, table, save, mixing):
+def _fake_forward(x, params, table_text, save, mixing):
     from fusedmoe import _C
 
-    network = codec.decode(table)
-    check(x, params, network, lowered=x.dtype == torch.bfloat16)
+    table = codec.decode(table_text)
+    check(x, params, table, lowered=x.dtype == torch.bfloat16)
     rows = x.shape[0]
     # Whole vectors of rows (`padded` in csrc/cpu/plan.h), and a header of 16 numbers.
     padded = -(-rows // _C.LANE_MULTIPLE) * _C.LANE_MULTIPLE
-    size = padded * _C.saved_width(table, save == SAVE_LEAST) + _C.HEADER_SIZE if save else 0
+    size = padded * _C.saved_width(table_text, save == SAVE_LEAST) + _C.HEADER_SIZE if save else 0
     # bfloat16 and float16 are kept in float32.
     state = x.new_empty(size, dtype=torch.promote_types(x.dtype, torch.float32))
-    return x.new_empty(rows, *network.output), x.new_empty(rows, network.mixing if mixing else 0), state
+    return x.new_empty(rows, *table.output), x.new_empty(rows, table.mixing if mixing else 0), state
 
 
-def _fake_backward(d_out, d_weights, x, params, saved, table, needs):
+def _fake_backward(d_out, d_weights, x, params, saved, table_text, needs):
     wanted = [x, *params]
     return [tensor.new_empty(tensor.shape) for tensor, flag in zip(wanted, needs, strict=True) if flag == "1"]
 
 
 def _save(ctx, inputs, output):
-    x, params, table, _, _ = inputs
+    x, params, table_text, _, _ = inputs
     saved = output[2]
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, saved, *params)
-    ctx.table = table
+    ctx.table_text = table_text
 
 
 def _backward(ctx, d_out, d_weights, _):
     need_x, need_params, *_ = ctx.needs_input_grad
     x, *_ = ctx.saved_tensors
-    table = codec.decode(ctx.table)
+    table = codec.decode(ctx.table_text)
     whole = outputs.join((d_out, *(by_level(d_weights, table) if d_weights is not None and d_weights.shape[1] else ())), x, table, tasks_apart=False)
-    d_x, d_params = _gradients(ctx.saved_tensors, whole, ctx.table, (need_x, *need_params))
+    d_x, d_params = _gradients(ctx.saved_tensors, whole, ctx.table_text, (need_x, *need_params))
     return d_x, d_params, None, None, None
 
 
-def _gradients(tensors, upstream: outputs.Upstream, table: str, needed: tuple[bool, ...]) -> tuple[Tensor | None, list[Tensor | None]]:
+def _gradients(tensors, upstream: outputs.Upstream, table_text: str, needed: tuple[bool, ...]) -> tuple[Tensor | None, list[Tensor | None]]:
     """Run the backward operator for x and the parameters that need it.
 
     Returns: None in place of a gradient on which no output with a gradient depends.
     """
     x, saved, *params = tensors
     d_out, d_weights, tasks, levels = upstream
-    flags, text = _wanted(table, tasks, levels, needed)
-    arguments = (d_out, d_weights, x, params, saved, table, text)
+    flags, needs = _wanted(table_text, tasks, levels, needed)
+    arguments = (d_out, d_weights, x, params, saved, table_text, needs)
     if not torch.compiler.is_compiling() and (transforming() or torch._C._functorch.is_legacy_batchedtensor(d_out)):
         return _batched(*arguments)
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -135,52 +135,52 @@ def _gradients(tensors, upstream: outputs.Upstream, table: str, needed: tuple[bo
 
 
 @functools.lru_cache(maxsize=4096)
-def _wanted(text: str, tasks: tuple[bool, ...], levels: tuple[bool, ...], needed: tuple[bool, ...]) -> tuple[tuple[bool, ...], str]:
+def _wanted(table_text: str, tasks: tuple[bool, ...], levels: tuple[bool, ...], needed: tuple[bool, ...]) -> tuple[tuple[bool, ...], str]:
     """For x and each parameter, whether to compute its gradient; and the same as text.
 
     A gradient is computed if it is needed and some wanted output depends on its tensor.
     """
-    flags = tuple(a and b for a, b in zip(outputs.dependent(text, tasks, levels), needed, strict=True))
+    flags = tuple(a and b for a, b in zip(outputs.dependent(table_text, tasks, levels), needed, strict=True))
     return flags, "".join("1" if flag else "0" for flag in flags)
 
 
-def _batched(d_out, d_weights, x, params, saved, table, needs) -> tuple[Tensor | None, list[Tensor | None]]:
+def _batched(d_out, d_weights, x, params, saved, table_text, needs) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradients under vmap (`is_grads_batched`), by the reference.
 
     vmap can batch plain PyTorch, but no C++ kernel.
     """
-    grads = _plain_gradients(d_out, d_weights, x, params, codec.decode(table))
+    grads = _plain_gradients(d_out, d_weights, x, params, codec.decode(table_text))
     d_x, *d_params = [d if flag == "1" else None for d, flag in zip(grads, needs, strict=True)]
     return d_x, d_params
 
 
-def _plain_gradients(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], network: Table) -> list[Tensor | None]:
+def _plain_gradients(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], table: Table) -> list[Tensor | None]:
     """The reference's backward, in float32 where x is narrower, as the kernels sum.
 
     Returns: each gradient in the dtype of its tensor.
     """
-    d_levels = by_level(at_least_float32(d_weights), network) if d_weights is not None else (None,) * len(network.levels)
-    d_x, d_params = reference.backward(at_least_float32(x), [at_least_float32(p) for p in params], network, at_least_float32(d_out), d_levels)
+    d_levels = by_level(at_least_float32(d_weights), table) if d_weights is not None else (None,) * len(table.levels)
+    d_x, d_params = reference.backward(at_least_float32(x), [at_least_float32(p) for p in params], table, at_least_float32(d_out), d_levels)
     return [d if d is None else d.to(t.dtype) for d, t in zip((d_x, *d_params), (x, *params), strict=True)]
 
 
 def _save_for_double(ctx, inputs, output):
-    d_out, d_weights, x, params, _, table, needs = inputs
+    d_out, d_weights, x, params, _, table_text, needs = inputs
     ctx.save_for_backward(d_out, d_weights, x, *params)
-    ctx.table = table
+    ctx.table_text = table_text
     ctx.needs = needs
 
 
 def _double_backward(ctx, dd):
     """Differentiate the reference's backward, which is plain differentiable PyTorch."""
-    network = codec.decode(ctx.table)
+    table = codec.decode(ctx.table_text)
     again = torch.is_grad_enabled()
     # A third derivative goes on through their history. An alias each, because d_out may itself
     # depend on x: that path is not ours.
     tensors = [t if t is None else t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
     d_out, d_weights, x, *params = tensors
     with torch.enable_grad(), without_autocast(x):
-        grads = _plain_gradients(d_out, d_weights, x, params, network)
+        grads = _plain_gradients(d_out, d_weights, x, params, table)
         wanted = [d for d, flag in zip(grads, ctx.needs, strict=True) if flag == "1"]
         pairs = [(d, g) for d, g in zip(wanted, dd, strict=True) if g is not None and d is not None and d.requires_grad]
         inputs = [t for t in tensors if t is not None]

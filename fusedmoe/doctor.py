@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import fusedmoe
-from fusedmoe.backends import backends
+from fusedmoe.backends import available_backends
 from fusedmoe.kernels import self_test
 from fusedmoe.kernels.launchers import LAUNCHERS
 
@@ -79,7 +79,7 @@ def sections() -> dict[str, list[tuple[str, str]]]:
         ],
         "compilers": [(command, compiler(command)) for command in ("g++", "clang++", "nvcc")],
         "gpu": gpus(),
-        "backends": [(name, "available" if reason is None else f"not available: {reason}") for name, reason in backends().items()],
+        "backends": [(name, "available" if reason is None else f"not available: {reason}") for name, reason in available_backends().items()],
     }
 
 

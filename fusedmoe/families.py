@@ -10,43 +10,59 @@ Arguments that mean the same in every family:
     towers         the widths of each task's tower; its last layer is linear. Empty: no towers.
 
 T tasks, L levels, m_t experts of task t, m_s shared experts, own(t) and sh their indices, U units.
-All functions raise ValueError, naming the argument, what was expected and what came.
+All functions raise ValueError, naming the argument, what was expected and what came. Each puts a
+draft together, which `family` turns into a table when it is complete.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from fusedmoe.activation import IDENTITY, Activation
 from fusedmoe.activation import activation as activation_of
-from fusedmoe.table import MOST_SLOTS, Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit, require_indices, require_integer
+from fusedmoe.table import Draft, Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit, draft_of, family
+from fusedmoe.validation import (
+    MOST_SLOTS,
+    Widths,
+    require_count_per_task,
+    require_indices,
+    require_integer,
+    require_level_widths,
+    require_one_level,
+    require_sequence,
+)
 
-Widths = Sequence[Sequence[int]]
 ROOT = Selector("root")
+# A draft, or a table, which is checked.
+Network = TypeVar("Network", bound=Draft)
 
 
-def single_task(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Table:
+@family
+def single_task(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Draft:
     """Give each task a bottom of its own: out[t] = y[t].
 
     Returns: a table over x [B, 1, D] with output [B, T, H].
     Source: the single-task baseline of MMoE, section 6.1.
     """
     tasks = range(require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS))
-    level = Level(_experts([0] * len(tasks), _one_level(expert_widths), activation), tuple(Unit(static=_ones((t,))) for t in tasks))
-    return _finish(Table(1, input_width, (level,)), activation, towers)
+    level = Level(_experts([0] * len(tasks), require_one_level(expert_widths), activation), tuple(Unit(static=_ones((t,))) for t in tasks))
+    return _finish(Draft(1, input_width, (level,)), activation, towers)
 
 
-def shared_bottom(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Table:
+@family
+def shared_bottom(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Draft:
     """Hand one bottom to every task: out[t] = y[0].
 
     Returns: a table over x [B, 1, D] with one unit that all tasks read.
     Source: MMoE, equation 1.
     """
-    level = Level(_experts([0], _one_level(expert_widths), activation), (Unit(static=_ones((0,))),))
-    return _finish(Table(1, input_width, (level,), _same_unit(num_tasks)), activation, towers)
+    level = Level(_experts([0], require_one_level(expert_widths), activation), (Unit(static=_ones((0,))),))
+    return _finish(Draft(1, input_width, (level,), _same_unit(num_tasks)), activation, towers)
 
 
+@family
 def omoe(
     input_width: int,
     expert_widths: Widths,
@@ -55,7 +71,7 @@ def omoe(
     gate_widths: Sequence[int] = (),
     activation: str | Activation = "relu",
     towers: Sequence[int] = (),
-) -> Table:
+) -> Draft:
     """Mix all experts once for all tasks: out[t] = sum over e of softmax(G x)[e] * y[e].
 
     Args:
@@ -64,10 +80,11 @@ def omoe(
     Returns: a table over x [B, 1, D] with one unit that all tasks read.
     Source: MMoE, equation 5.
     """
-    table = ml_mmoe(input_width, [_one_level(expert_widths)], 1, num_experts, [gate_widths], activation)
-    return _finish(table, activation, towers, _same_unit(num_tasks))
+    draft = draft_of(ml_mmoe)(input_width, [require_one_level(expert_widths)], 1, num_experts, [gate_widths], activation)
+    return _finish(draft, activation, towers, _same_unit(num_tasks))
 
 
+@family
 def mmoe(
     input_width: int,
     expert_widths: Widths,
@@ -76,7 +93,7 @@ def mmoe(
     gate_widths: Sequence[int] = (),
     activation: str | Activation = "relu",
     towers: Sequence[int] = (),
-) -> Table:
+) -> Draft:
     """Mix all experts for each task: out[t] = sum over e of softmax(G[t] x)[e] * y[e].
 
     Args:
@@ -85,9 +102,10 @@ def mmoe(
     Returns: a table over x [B, 1, D] with output [B, T, H].
     Source: MMoE, equations 6 to 8.
     """
-    return ml_mmoe(input_width, [_one_level(expert_widths)], num_tasks, num_experts, [gate_widths], activation, towers)
+    return draft_of(ml_mmoe)(input_width, [require_one_level(expert_widths)], num_tasks, num_experts, [gate_widths], activation, towers)
 
 
+@family
 def ml_mmoe(
     input_width: int,
     expert_widths: Widths,
@@ -96,7 +114,7 @@ def ml_mmoe(
     gate_widths: Widths = (),
     activation: str | Activation = "relu",
     towers: Sequence[int] = (),
-) -> Table:
+) -> Draft:
     """Stack levels of MMoE: expert e reads unit e of the level below, every gate reads x.
 
     Args:
@@ -105,10 +123,10 @@ def ml_mmoe(
     Returns: a table over x [B, 1, D] with output [B, T, H].
     Source: AdaTT, section 4.1; PLE, figure 1h.
     """
-    levels = _levels(expert_widths)
+    levels = require_level_widths(expert_widths)
     count = require_integer(num_experts, "num_experts", 1, MOST_SLOTS)
-    lists = _sequence(gate_widths, "gate_widths", "one list of layer widths per level")
-    hidden = [_sequence(widths, "gate_widths") for widths in lists] or [()] * len(levels)
+    lists = require_sequence(gate_widths, "gate_widths", "one list of layer widths per level")
+    hidden = [require_sequence(widths, "gate_widths") for widths in lists] or [()] * len(levels)
     if len(hidden) != len(levels):
         raise ValueError(f"gate_widths: expected one list for each of {len(levels)} levels, got {len(hidden)}")
     kind = activation_of(activation)
@@ -118,9 +136,10 @@ def ml_mmoe(
         units = num_tasks if number == len(levels) - 1 else count
         slots = range(count) if number else [0] * count
         stack.append(Level(_experts(slots, widths, activation), (Unit(gate),) * require_integer(units, "num_tasks", 1, MOST_SLOTS)))
-    return _finish(Table(1, input_width, tuple(stack)), activation, towers)
+    return _finish(Draft(1, input_width, tuple(stack)), activation, towers)
 
 
+@family
 def cgc(
     input_width: int,
     expert_widths: Widths,
@@ -129,16 +148,17 @@ def cgc(
     num_shared_experts: int,
     activation: str | Activation = "relu",
     towers: Sequence[int] = (),
-) -> Table:
+) -> Draft:
     """Let each task mix its own and the shared experts by a gate on x: PLE of one level.
 
     Args: as `ple`.
     Returns: a table over x [B, 1, D] with output [B, T, H].
     Source: PLE, equations 2 to 5.
     """
-    return share_input(ple(input_width, [_one_level(expert_widths)], num_tasks, num_task_experts, num_shared_experts, activation, towers))
+    return share_input(draft_of(ple)(input_width, [require_one_level(expert_widths)], num_tasks, num_task_experts, num_shared_experts, activation, towers))
 
 
+@family
 def ple(
     input_width: int,
     expert_widths: Widths,
@@ -147,7 +167,7 @@ def ple(
     num_shared_experts: int,
     activation: str | Activation = "relu",
     towers: Sequence[int] = (),
-) -> Table:
+) -> Draft:
     """Let unit t mix own(t) and sh, and the shared unit all experts; each gate reads its own slot.
 
     Args:
@@ -156,14 +176,15 @@ def ple(
     Returns: a table over x [B, T + 1, D], the shared slot last, with output [B, T, H].
     Source: PLE, equations 6 and 7.
     """
-    levels = _levels(expert_widths)
-    own = _owned([*_per_task(num_tasks, num_task_experts), require_integer(num_shared_experts, "num_shared_experts", 0, MOST_SLOTS)])
+    levels = require_level_widths(expert_widths)
+    own = _owned([*require_count_per_task(num_tasks, num_task_experts), require_integer(num_shared_experts, "num_shared_experts", 0, MOST_SLOTS)])
     sees = [*(mine + own[-1] for mine in own[:-1]), tuple(range(sum(map(len, own))))]
     units = tuple(Unit(Gate(Selector("slot", u), seen)) for u, seen in enumerate(sees))
     stack = tuple(Level(_experts(_owners(own), widths, activation), units) for widths in levels)
-    return _finish(Table(num_tasks + 1, input_width, _without_shared_unit(stack, num_tasks)), activation, towers)
+    return _finish(Draft(num_tasks + 1, input_width, _without_shared_unit(stack, num_tasks)), activation, towers)
 
 
+@family
 def adatt_sp(
     input_width: int,
     expert_widths: Widths,
@@ -172,7 +193,7 @@ def adatt_sp(
     static_weights: bool = True,
     activation: str | Activation = "relu",
     towers: Sequence[int] = (),
-) -> Table:
+) -> Draft:
     """Let unit t mix all experts with weights softmax(G[t] x[t]) + v[t], v only on its own experts.
 
     Args:
@@ -181,8 +202,8 @@ def adatt_sp(
     Returns: a table over x [B, T, D] with output [B, T, H].
     Source: AdaTT, equations 2 to 10.
     """
-    levels = _levels(expert_widths)
-    counts = _per_task(num_tasks, num_task_experts)
+    levels = require_level_widths(expert_widths)
+    counts = require_count_per_task(num_tasks, num_task_experts)
     own = _owned(counts)
     shape = (num_tasks, counts[0]) if len(set(counts)) == 1 else (sum(counts),)
 
@@ -193,9 +214,10 @@ def adatt_sp(
 
     stack = tuple(_see_all(own, level, widths, static, activation) for level, widths in enumerate(levels))
     statics = (shape,) * len(levels) if static_weights and set(counts) != {1} else ()
-    return _finish(Table(num_tasks, input_width, stack, statics=statics), activation, towers)
+    return _finish(Draft(num_tasks, input_width, stack, statics=statics), activation, towers)
 
 
+@family
 def adatt(
     input_width: int,
     expert_widths: Widths,
@@ -205,7 +227,7 @@ def adatt(
     static_weights: bool = True,
     activation: str | Activation = "relu",
     towers: Sequence[int] = (),
-) -> Table:
+) -> Draft:
     """As AdaTT-sp, with shared experts and a shared unit that owns them.
 
     Args:
@@ -216,8 +238,8 @@ def adatt(
     Returns: a table over x [B, T + 1, D], the shared slot last, with output [B, T, H].
     Source: AdaTT, section 3.2.
     """
-    levels = _levels(expert_widths)
-    counts = [*_per_task(num_tasks, num_task_experts), require_integer(num_shared_experts, "num_shared_experts", 0, MOST_SLOTS)]
+    levels = require_level_widths(expert_widths)
+    counts = [*require_count_per_task(num_tasks, num_task_experts), require_integer(num_shared_experts, "num_shared_experts", 0, MOST_SLOTS)]
     own = _owned(counts)
 
     def static(level: int, u: int) -> Static | None:
@@ -229,24 +251,26 @@ def adatt(
     stack = tuple(_see_all(own, level, widths, static, activation) for level, widths in enumerate(levels))
     shapes = (*((len(levels), m) for m in counts[:-1]), (len(levels) - 1, counts[-1]))
     statics = shapes if static_weights and set(counts) != {1} else ()
-    return _finish(Table(num_tasks + 1, input_width, _without_shared_unit(stack, num_tasks), statics=statics), activation, towers)
+    return _finish(Draft(num_tasks + 1, input_width, _without_shared_unit(stack, num_tasks), statics=statics), activation, towers)
 
 
-def cross_stitch(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Table:
+@family
+def cross_stitch(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Draft:
     """Mix one expert per task with learned weights: out[u] = sum over e of v[u, e] * y[e].
 
     Returns: a table over x [B, T, D] with output [B, T, H]; v is a static tensor for each level.
     Source: MMoE, section 6.1; Misra et al., CVPR 2016, equation 1.
     """
-    levels = _levels(expert_widths)
+    levels = require_level_widths(expert_widths)
     tasks = tuple(range(require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)))
     stack = tuple(
         Level(_experts(tasks, widths, activation), tuple(Unit(static=Static(tasks, tensor=level, offset=u * num_tasks)) for u in tasks))
         for level, widths in enumerate(levels)
     )
-    return _finish(Table(num_tasks, input_width, stack, statics=((num_tasks, num_tasks),) * len(levels)), activation, towers)
+    return _finish(Draft(num_tasks, input_width, stack, statics=((num_tasks, num_tasks),) * len(levels)), activation, towers)
 
 
+@family
 def asymmetric_sharing(
     input_width: int,
     expert_widths: Widths,
@@ -255,7 +279,7 @@ def asymmetric_sharing(
     combine: str = "sum",
     activation: str | Activation = "relu",
     towers: Sequence[int] = (),
-) -> Table:
+) -> Draft:
     """Give each task a bottom; task t combines the bottoms y[e] for e in borrows[t].
 
     Args:
@@ -265,30 +289,31 @@ def asymmetric_sharing(
     Source: PLE, section 3.2.
     """
     form = f"one list of tasks for each of {require_integer(num_tasks, 'num_tasks', 1, MOST_SLOTS)} tasks"
-    sources = [_sequence(tasks, "borrows", form) for tasks in _sequence(borrows, "borrows", form)]
+    sources = [require_sequence(tasks, "borrows", form) for tasks in require_sequence(borrows, "borrows", form)]
     if len(sources) != num_tasks:
         raise ValueError(f"borrows: expected {form}, got {len(sources)}")
     for t, tasks in enumerate(sources):
         require_indices(tasks, num_tasks, f"borrows, task {t}", "tasks", 1)
     if combine == "concat":
-        table = single_task(input_width, expert_widths, num_tasks, activation)
-        return _finish(table, activation, towers, tuple(Task(tasks) for tasks in sources))
+        draft = draft_of(single_task)(input_width, expert_widths, num_tasks, activation)
+        return _finish(draft, activation, towers, tuple(Task(tasks) for tasks in sources))
     if combine not in ("sum", "mean"):
         raise ValueError(f"combine: expected one of sum, mean, concat, got {combine!r}")
     units = tuple(Unit(static=Static(tasks, values=(1.0 if combine == "sum" else 1.0 / len(tasks),) * len(tasks))) for tasks in sources)
-    level = Level(_experts([0] * num_tasks, _one_level(expert_widths), activation), units)
-    return _finish(Table(1, input_width, (level,)), activation, towers)
+    level = Level(_experts([0] * num_tasks, require_one_level(expert_widths), activation), units)
+    return _finish(Draft(1, input_width, (level,)), activation, towers)
 
 
-def customized_sharing(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Table:
+@family
+def customized_sharing(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Draft:
     """Give each task a bottom of its own and a shared one, concatenated: out[t] = [y[t], y[T]].
 
     Returns: a table over x [B, 1, D] with T + 1 units, output [B, T, 2 H].
     Source: PLE, section 3.2.
     """
     shared = require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)
-    table = single_task(input_width, expert_widths, shared + 1, activation)
-    return _finish(table, activation, towers, tuple(Task((t, shared)) for t in range(shared)))
+    draft = draft_of(single_task)(input_width, expert_widths, shared + 1, activation)
+    return _finish(draft, activation, towers, tuple(Task((t, shared)) for t in range(shared)))
 
 
 FAMILIES: dict[str, Callable[..., Table]] = {
@@ -297,7 +322,7 @@ FAMILIES: dict[str, Callable[..., Table]] = {
 }
 
 
-def with_towers(table: Table, layers: tuple[Layer, ...], tasks: tuple[Task, ...] = ()) -> Table:
+def with_towers(table: Network, layers: tuple[Layer, ...], tasks: tuple[Task, ...] = ()) -> Network:
     """Put one tower of these layers on each of `tasks`, the table's tasks, or one task per unit.
 
     Returns: a table with output [B, T, width of the last layer].
@@ -309,7 +334,7 @@ def with_towers(table: Table, layers: tuple[Layer, ...], tasks: tuple[Task, ...]
     return replace(table, tasks=tuple(replace(task, tower=tuple(layers)) for task in tasks))
 
 
-def share_input(table: Table) -> Table:
+def share_input(table: Network) -> Network:
     """Return a table over x [B, 1, D] with the output of this one if all its slots hold that x."""
 
     def unit_on_slot_0(unit: Unit) -> Unit:
@@ -323,12 +348,12 @@ def share_input(table: Table) -> Table:
     return replace(table, slots=1, root=0, levels=(level, *table.levels[1:]))
 
 
-def _finish(table: Table, kind: str | Activation, towers: Sequence[int], tasks: tuple[Task, ...] = ()) -> Table:
-    """Hand the units to these tasks or the table's, under towers whose last layer is linear."""
-    layers = [Layer(width, activation_of(kind)) for width in _sequence(towers, "towers")]
+def _finish(draft: Draft, kind: str | Activation, towers: Sequence[int], tasks: tuple[Task, ...] = ()) -> Draft:
+    """Hand the units to these tasks or the draft's, under towers whose last layer is linear."""
+    layers = [Layer(width, activation_of(kind)) for width in require_sequence(towers, "towers")]
     if not layers:
-        return replace(table, tasks=tasks or table.tasks)
-    return with_towers(table, (*layers[:-1], replace(layers[-1], activation=IDENTITY)), tasks)
+        return replace(draft, tasks=tasks or draft.tasks)
+    return with_towers(draft, (*layers[:-1], replace(layers[-1], activation=IDENTITY)), tasks)
 
 
 def _experts(slots: Sequence[int], widths: Sequence[int], kind: str | Activation) -> tuple[Expert, ...]:
@@ -366,35 +391,3 @@ def _owned(counts: Sequence[int]) -> list[tuple[int, ...]]:
 def _owners(own: Sequence[tuple[int, ...]]) -> list[int]:
     """The owner of each expert, which is the slot it reads: [(0, 1), (2,)] gives [0, 0, 1]."""
     return [owner for owner, mine in enumerate(own) for _ in mine]
-
-
-def _per_task(num_tasks: int, counts: int | Sequence[int]) -> list[int]:
-    """m_t for each task, from one number or a list of them."""
-    require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)
-    form = f"a number or a list of {num_tasks}"
-    result = [counts] * num_tasks if isinstance(counts, int) else _sequence(counts, "num_task_experts", form)
-    if len(result) != num_tasks:
-        raise ValueError(f"num_task_experts: expected {form}, got {counts!r}")
-    return [require_integer(m, "num_task_experts", 0, MOST_SLOTS) for m in result]
-
-
-def _sequence(value: object, what: str, form: str = "a list of layer widths") -> tuple:
-    """`value` as a tuple; text is no list."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ValueError(f"{what}: expected {form}, got {value!r}")
-    return tuple(value)
-
-
-def _levels(widths: Widths) -> list[tuple[int, ...]]:
-    """`expert_widths` as tuples, one per level."""
-    if isinstance(widths, str) or not isinstance(widths, Sequence) or not all(isinstance(level, Sequence) for level in widths) or not widths:
-        raise ValueError(f"expert_widths: expected one list of layer widths per level, as in [[256], [128]], got {widths!r}")
-    return [tuple(level) for level in widths]
-
-
-def _one_level(widths: Widths) -> tuple[int, ...]:
-    """`expert_widths` of a family of one level."""
-    levels = _levels(widths)
-    if len(levels) != 1:
-        raise ValueError(f"expert_widths: expected the layer widths of one level, as in [[256, 128]], got {len(levels)} levels")
-    return levels[0]

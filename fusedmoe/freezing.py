@@ -1,4 +1,4 @@
-"""Freeze the layers of a model for serving: their parameters are packed once, and a call reads the packed ones."""
+"""Freeze the layers of a model for serving: calls read parameters that were packed once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from fusedmoe.swap import Entry, Finding, require_module, walk
 
 @dataclass(frozen=True)
 class FreezeReport:
-    """What `freeze` did: the layers that are frozen now, and those that it left alone, with the reasons. True if any is frozen."""
+    """What `freeze` did: layers that are frozen now, and those it left alone, with the reasons.
+
+    True if any layer is frozen.
+    """
 
     frozen: tuple[Entry, ...] = ()
     declined: tuple[Entry, ...] = ()
@@ -31,31 +34,40 @@ class FreezeReport:
 
 
 def freeze(model: nn.Module) -> FreezeReport:
-    """Pack the parameters of every fused layer of `model` once, so that calls with few rows cost less; the results stay the same bits.
+    """Pack the parameters of every fused layer of `model` once: calls with few rows cost less.
+
+    The results stay the same bits.
 
     Args:
-        model: a model whose layers `fuse` fused, or that has modules of `fusedmoe.nn`, in evaluation mode. Give the whole model: a
-            layer alone does not show whether FSDP manages its parameters.
+        model: a model whose layers `fuse` fused, or that has modules of `fusedmoe.nn`, in
+            evaluation mode. Give the whole model: a layer alone does not show whether FSDP manages
+            its parameters.
 
-    A frozen layer takes as much memory again as its parameters. It raises RuntimeError where it is called in training mode, with
-    gradients wanted, or under autocast. Any change of a parameter (in place, by an optimizer, `load_state_dict`, `to`, `half`,
-    another Parameter in its place) thaws it at its next call that is not refused, with a warning, before anything is computed. A
-    write that PyTorch does not count (through `.data`, a NumPy view or from another process) is seen where it changes the middle
-    element of a parameter; after one that spares those, call `freeze` again. Copies and pickles are not frozen. Code that
-    torch.compile makes of a layer, before or after it is frozen, refuses the same calls with the same words and reads the
-    parameters themselves in all others: it is never outdated, and thaws nothing. (torch 2.11 does not see that a parameter asks for
-    gradients only since it was compiled; so for every module.) torch.export refuses as the call does that it
-    traces; the program that it gives knows nothing of `freeze`. Threads may call a model while another freezes or thaws it.
+    A frozen layer takes as much memory again as its parameters. It raises RuntimeError where it is
+    called in training mode, with gradients wanted, or under autocast. Any change of a parameter (in
+    place, by an optimizer, `load_state_dict`, `to`, `half`, another Parameter in its place) thaws
+    it at its next call that is not refused, with a warning, before anything is computed. A write
+    that PyTorch does not count (through `.data`, a NumPy view or from another process) is seen
+    where it changes the middle element of a parameter; after one that spares those, call `freeze`
+    again. Copies and pickles are not frozen. Code that torch.compile makes of a layer, before or
+    after it is frozen, refuses the same calls with the same words and reads the parameters
+    themselves in all others: it is never outdated, and thaws nothing. (torch 2.11 does not see that
+    a parameter asks for gradients only since it was compiled; so for every module.) torch.export
+    refuses as the call does that it traces; the program that it gives knows nothing of `freeze`.
+    Threads may call a model while another freezes or thaws it.
 
-    Returns: the report. What could not be frozen runs as before, and stands in `declined` with the reason.
+    Returns: the report. What could not be frozen runs as before, and stands in `declined` with the
+        reason.
 
-    Raises: TypeError if `model` is no module; ValueError, naming the layer, if a fused layer is in training mode. Nothing is frozen then.
+    Raises: TypeError if `model` is no module; ValueError, naming the layer, if a fused layer is in
+        training mode. Nothing is frozen then.
     """
     require_module(model, "freeze")
     findings = list(walk(model, "", set()))
     for finding in findings:
         if finding.binding and finding.module.training:
-            raise ValueError(f"freeze: expected a model in evaluation mode, got {finding.entry.place} in training mode; call model.eval() before")
+            got = f"{finding.entry.place} in training mode; call model.eval() before"
+            raise ValueError(f"freeze: expected a model in evaluation mode, got {got}")
     sharded = _sharded(model)
     frozen, declined = [], []
     for finding in findings:
@@ -70,7 +82,9 @@ def freeze(model: nn.Module) -> FreezeReport:
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Drop the packed parameters of every layer of `model` that `freeze` froze. A model without such layers is left alone.
+    """Drop the packed parameters of every layer of `model` that `freeze` froze.
+
+    A model without such layers is left alone.
 
     Raises: TypeError if `model` is no module.
     """
@@ -84,7 +98,7 @@ def _obstacle(finding: Finding) -> str | None:
     """Return why a layer cannot be frozen, or None."""
     if finding.binding is None:
         return "it is not fused; fusedmoe.fuse(model) before"
-    for key, parameter in zip(finding.binding.keys, finding.binding.tensors(), strict=True):
+    for key, parameter in zip(finding.binding.parameters.keys, finding.binding.tensors(), strict=True):
         if type(parameter) not in (nn.Parameter, Tensor):
             return f"{key}: expected an ordinary parameter, got {type(parameter).__name__}"
         if parameter.is_inference():
@@ -95,7 +109,8 @@ def _obstacle(finding: Finding) -> str | None:
 def _sharded(model: nn.Module) -> str | None:
     """Return why nothing of a model under FSDP can be frozen, or None.
 
-    FSDP gathers parameters into memory of the same address and version again and again while their values change.
+    FSDP gathers parameters into memory of the same address and version again and again while their
+    values change.
     """
     # A model can be under FSDP only if somebody imported it, which takes long.
     fsdp = sys.modules.get("torch.distributed.fsdp")

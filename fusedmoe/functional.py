@@ -20,7 +20,7 @@ from fusedmoe.op import fusion_network
 from fusedmoe.table import SELECTORS, Expert, Gate, Layer, Level, Selector, Static, Table, Unit
 from fusedmoe.tracing import constant
 
-__all__ = ["LevelWiring", "fusion_level", "fusion_network", "mixing_weights"]
+__all__ = ["LevelShape", "fusion_level", "fusion_network", "mixing_weights"]
 
 # The forms of `fusion_level`'s arguments; its docstring gives the shapes.
 Layers = Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]]
@@ -31,7 +31,7 @@ LISTS = (list, tuple, range, ParameterList)
 
 
 @dataclass(frozen=True)
-class LevelWiring:
+class LevelShape:
     """What the tensors of a level do not tell.
 
     Args:
@@ -50,16 +50,16 @@ class LevelWiring:
 
     def __post_init__(self) -> None:
         if self.slots is not None:
-            object.__setattr__(self, "slots", _indices(self.slots, "wiring.slots"))
+            object.__setattr__(self, "slots", _indices(self.slots, "level.slots"))
         if self.selectors is not None:
-            object.__setattr__(self, "selectors", tuple(_items(self.selectors, "wiring.selectors", "a tuple of Selector")))
+            object.__setattr__(self, "selectors", tuple(_items(self.selectors, "level.selectors", "a tuple of Selector")))
             for u, selector in enumerate(self.selectors):
-                _check_selector(selector, f"wiring.selectors, unit {u}")
+                _check_selector(selector, f"level.selectors, unit {u}")
         if not isinstance(self.activation, (str, Activation)):
-            raise TypeError(f"wiring.activation: expected a name or an Activation, got {_name(self.activation)}")
+            raise TypeError(f"level.activation: expected a name or an Activation, got {_name(self.activation)}")
 
 
-DEFAULT = LevelWiring()
+DEFAULT = LevelShape()
 
 
 def fusion_level(
@@ -67,7 +67,7 @@ def fusion_level(
     weights: Layers,
     biases: Layers | None,
     gates: Gates | None,
-    wiring: LevelWiring = DEFAULT,
+    level: LevelShape = DEFAULT,
     sees: Sequence[Sequence[int] | None] | None = None,
     static: Statics | None = None,
     backend: str = "auto",
@@ -84,7 +84,7 @@ def fusion_level(
         gates: one item per unit: None (no gate), G [n, K] or (G, c [n]), for n experts that it sees
             and a selector of width K. Or stacked: G [U, n, K] or (G, c [U, n]). Or None for no
             gates.
-        wiring: slots, selectors and activation that differ from the default.
+        level: slots, selectors and activation that differ from the default.
         sees: one tuple of experts per unit, in the order of the rows of its G. None, for one unit
             or for all, is all experts in order. Units without a gate take None only.
         static: the static weights v: [U, E]; or one item per unit: None, or a pair of its experts
@@ -96,7 +96,7 @@ def fusion_level(
         as `Table.parameters` does. RuntimeError for a backend that cannot run.
     Source: MMoE eq. 6-8, PLE eq. 2-5, AdaTT eq. 2-10.
     """
-    params, table = _read(x, weights, biases, gates, wiring, sees, static)
+    params, table = _read(x, weights, biases, gates, level, sees, static)
     return fusion_network(x, params, table, backend)
 
 
@@ -105,7 +105,7 @@ def mixing_weights(
     weights: Layers,
     biases: Layers | None,
     gates: Gates | None,
-    wiring: LevelWiring = DEFAULT,
+    level: LevelShape = DEFAULT,
     sees: Sequence[Sequence[int] | None] | None = None,
     static: Statics | None = None,
     backend: str = "auto",
@@ -114,7 +114,7 @@ def mixing_weights(
 
     It takes and raises the same. It runs the experts too, because a gate may read them.
     """
-    params, table = _read(x, weights, biases, gates, wiring, sees, static)
+    params, table = _read(x, weights, biases, gates, level, sees, static)
     _, (mixing,) = fusion_network(x, params, table, backend, return_mixing_weights=True)
     return mixing
 
@@ -146,14 +146,14 @@ class _Key(NamedTuple):
     activation: tuple[str, str | None]
 
 
-def _read(x: Any, weights: Any, biases: Any, gates: Any, wiring: Any, sees: Any, static: Any) -> tuple[list[Tensor], Table]:
+def _read(x: Any, weights: Any, biases: Any, gates: Any, level: Any, sees: Any, static: Any) -> tuple[list[Tensor], Table]:
     """The operator's parameters, in its order, and the level's table."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor [B, D] or [B, S, D], got {_name(x)}")
     if x.dim() not in (2, 3) or 0 in x.shape[1:]:
         raise ValueError(f"x: expected [B, D] or [B, S, D], S and D at least 1, got {_name(x)}")
-    if not isinstance(wiring, LevelWiring):
-        raise TypeError(f"wiring: expected a LevelWiring, got {_name(wiring)}")
+    if not isinstance(level, LevelShape):
+        raise TypeError(f"level: expected a LevelShape, got {_name(level)}")
     widths, params = _experts(weights, biases)
     maps = _gates(gates)
     statics, learned = _static(static, len(widths))
@@ -163,7 +163,7 @@ def _read(x: Any, weights: Any, biases: Any, gates: Any, wiring: Any, sees: Any,
         raise ValueError(f"static: expected {len(maps)} units, as gates has, got {len(statics)}")
     maps = maps or [None] * len(statics)
     seen = _sees(sees, maps, len(widths))
-    kind = wiring.activation
+    kind = level.activation
     key = _Key(
         slots=operator.index(x.shape[1]) if x.dim() == 3 else 1,
         width=operator.index(x.shape[-1]),
@@ -172,8 +172,8 @@ def _read(x: Any, weights: Any, biases: Any, gates: Any, wiring: Any, sees: Any,
         gates=tuple(None if pair is None else (experts, pair[1] is not None) for pair, experts in zip(maps, seen, strict=True)),
         statics=tuple(statics) or (None,) * len(maps),
         static_shapes=tuple(tuple(operator.index(size) for size in v.shape) for v in learned),
-        reads=wiring.slots,
-        selectors=None if wiring.selectors is None else tuple(None if s is None else (s.kind, operator.index(s.index)) for s in wiring.selectors),
+        reads=level.slots,
+        selectors=None if level.selectors is None else tuple(None if s is None else (s.kind, operator.index(s.index)) for s in level.selectors),
         activation=(kind, None) if isinstance(kind, str) else (kind.name, kind.parameter.hex()),
     )
     params += [tensor for pair in maps if pair is not None for tensor in pair if tensor is not None]
@@ -355,18 +355,18 @@ def _table(key: tuple) -> Table:
 
 @functools.lru_cache(maxsize=1024)
 def _build(key: _Key) -> Table:
-    """Build the table of a level, with the wiring's defaults filled in."""
+    """Build the table of a level, with the defaults of its `LevelShape` filled in."""
     count = len(key.experts)
     reads = key.reads
     if reads is None:
         if count % key.slots:
-            raise ValueError(f"wiring.slots: expected the slot of each expert, because {count} experts do not deal out evenly to {key.slots} slots, got None")
+            raise ValueError(f"level.slots: expected the slot of each expert, because {count} experts do not deal out evenly to {key.slots} slots, got None")
         reads = tuple(e * key.slots // count for e in range(count))
     if len(reads) != count:
-        raise ValueError(f"wiring.slots: expected {count} slots, one an expert, got {len(reads)}")
+        raise ValueError(f"level.slots: expected {count} slots, one an expert, got {len(reads)}")
     selectors = (None,) * len(key.gates) if key.selectors is None else key.selectors
     if len(selectors) != len(key.gates):
-        raise ValueError(f"wiring.selectors: expected {len(key.gates)} selectors, one a unit, got {len(selectors)}")
+        raise ValueError(f"level.selectors: expected {len(key.gates)} selectors, one a unit, got {len(selectors)}")
     name, parameter = key.activation
     kind = activation(name) if parameter is None else Activation(name, float.fromhex(parameter))
     experts = tuple(Expert(slot, tuple(Layer(width, kind, key.bias) for width in widths)) for slot, widths in zip(reads, key.experts, strict=True))
@@ -383,10 +383,10 @@ def _build_gate(key: _Key, u: int, selector: tuple[str, int] | None) -> Gate | N
     fields = key.gates[u]
     if fields is None:
         if selector is not None:
-            raise ValueError(f"wiring.selectors, unit {u}: expected None, because the unit has no gate, got {Selector(*selector)}")
+            raise ValueError(f"level.selectors, unit {u}: expected None, because the unit has no gate, got {Selector(*selector)}")
         return None
     if selector is None and 1 < key.slots <= u:
-        raise ValueError(f"wiring.selectors, unit {u}: expected a Selector, because x has no slot {u} but {key.slots} slots, got None")
+        raise ValueError(f"level.selectors, unit {u}: expected a Selector, because x has no slot {u} but {key.slots} slots, got None")
     sees, bias = fields
     return Gate(Selector(*(selector or ("slot", u if key.slots > 1 else 0))), sees, bias=bias)
 

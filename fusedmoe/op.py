@@ -54,7 +54,7 @@ def fusion_network(
         x: [B, S, D], or [B, D] if the table has one slot; any strides (an expanded x is read once).
         params: the tensors of `table.parameters`, in that order, of x's dtype and device.
         table: what reads what.
-        backend: "auto" (the first that can serve the call), or a name out of `fusedmoe.backends()`.
+        backend: "auto" (the first that can serve the call), or a name out of `fusedmoe.available_backends()`.
         return_mixing_weights: return the mixing weights w too; they are differentiable.
         recompute: keep for backward only x and the outputs of softmaxes and levels, and run
             experts, hidden layers of gates and towers once more there. The results are the same

@@ -130,19 +130,22 @@ def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4096)
-def dependent(text: str, tasks: tuple[bool, ...], levels: tuple[bool, ...]) -> tuple[bool, ...]:
+def dependent(table_text: str, tasks: tuple[bool, ...], levels: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Return `dependencies` of the table of this text, which is a key that hashes fast."""
+    return dependencies(codec.decode(table_text), tasks, levels)
+
+
+def dependencies(table: Table, tasks: tuple[bool, ...], levels: tuple[bool, ...]) -> tuple[bool, ...]:
     """Whether some of these outputs depend on x, and on each parameter.
 
     If none does, its gradient is None, as in plain PyTorch.
 
     Args:
-        text: the table's.
         tasks: which towers' outputs; without towers (one flag): whether the units of the last
             level. A tower alone belongs to its task: the units that towers read count as one
             tensor, which layers stack before they hand it out.
         levels: of which levels the mixing weights.
     """
-    table = codec.decode(text)
     reached = {f"towers.{t}" for t, wanted in enumerate(tasks) if wanted} if table.has_towers else set()
     units = set(table.live[-1][0]) if any(tasks) else set()
     root = False

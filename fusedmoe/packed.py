@@ -49,24 +49,24 @@ def runner(table: Table) -> Callable[[Tensor, Tensor], Tensor]:
     of the dtype of the packed tensor; any strides. The function raises RuntimeError for anything
     else. What depends on the table alone is done here, not at every call.
     """
-    operator, text = torch.ops.fusedmoe.network_cpu_frozen.default, codec.encode(table)
+    operator, table_text = torch.ops.fusedmoe.network_cpu_frozen.default, codec.encode(table)
     if table.has_towers or [task.units for task in table.tasks] in ([], [(u,) for u in range(table.output[0])]):
         # What the operator returns is what callers see.
-        return lambda x, packed: operator(x, packed, text)
-    return lambda x, packed: for_tasks(operator(x, packed, text), table)
+        return lambda x, packed: operator(x, packed, table_text)
+    return lambda x, packed: for_tasks(operator(x, packed, table_text), table)
 
 
-def _fake_pack(params, table):
+def _fake_pack(params, table_text):
     from fusedmoe import _C
 
-    return params[0].new_empty(_C.packed_size(table))
+    return params[0].new_empty(_C.packed_size(table_text))
 
 
-def _fake_run(x, packed, table):
-    network = codec.decode(table)
+def _fake_run(x, packed, table_text):
+    table = codec.decode(table_text)
     slots = x if x.dim() == 3 else x.unsqueeze(1)
-    check(slots, [packed.new_empty(p.shape) for p in network.parameters], network)
-    return x.new_empty(x.shape[0], *network.output)
+    check(slots, [packed.new_empty(p.shape) for p in table.parameters], table)
+    return x.new_empty(x.shape[0], *table.output)
 
 
 if EXTENSION is not None:

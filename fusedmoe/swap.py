@@ -1,9 +1,10 @@
 """Swap the layers of a model for one call of the operator each: in place, per instance, reversible.
 
-`fuse` sets one attribute, `forward`, on the instance of a layer; `nn.Module.__call__` finds it before the method of the class.
-Class, module tree, parameters, buffers, hooks and `state_dict` stay what they were, and `unfuse` deletes the attribute. Where another
-library has set a forward of its own around that one since, a layer counts as fused all the same, and is left as it is; `unfuse`
-then has ours run the class's under it.
+`fuse` sets one attribute, `forward`, on the instance of a layer; `nn.Module.__call__` finds it
+before the method of the class. Class, module tree, parameters, buffers, hooks and `state_dict` stay
+what they were, and `unfuse` deletes the attribute. Where another library has set a forward of its
+own around that one since, a layer counts as fused all the same, and is left as it is; `unfuse` then
+has ours run the class's under it.
 """
 
 from __future__ import annotations
@@ -14,18 +15,27 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from fusedmoe.adapters import FusedForward, Match, Unfusable, installed, on_instance, recognise, register_adapter, runs_the_class
+from fusedmoe.adapters import (
+    FusedForward,
+    Recognised,
+    Unfusable,
+    installed,
+    on_instance,
+    recognise,
+    register_adapter,
+    runs_the_class,
+)
 from fusedmoe.backends import candidates, choose, require
 from fusedmoe.kernels.launchers import LAUNCHERS
 from fusedmoe.nn.binding import Binding
+from fusedmoe.nn.describe import describe_table
 from fusedmoe.nn.fused import Fused
-from fusedmoe.nn.words import describe_table
 from fusedmoe.table import Table
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One module of a model: where it is, what it was found to be, and what runs it or why nothing does."""
+    """One module of a model: its place, its family, and the backend or why there is none."""
 
     path: str
     module: str
@@ -46,7 +56,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What `fuse` did: the layers it fused, those that were fused already, and what it left alone, with the reasons.
+    """What `fuse` did: the layers it fused, those that were fused already, and what it left alone,
+    with the reasons.
 
     True if anything was fused by this call.
     """
@@ -70,12 +81,15 @@ class FuseReport:
 
 @dataclass(frozen=True)
 class Finding:
-    """A module that somebody recognised, or came near to. One of `binding` (fused), `match` (fusable) and `entry.reason` (declined) says which."""
+    """A module that somebody recognised, or came near to.
+
+    One of `binding` (fused), `fusable` and `entry.reason` (declined) says which.
+    """
 
     entry: Entry
     module: nn.Module
     binding: Binding | None = None
-    match: Match | None = None
+    fusable: Recognised | None = None
 
     @property
     def frozen(self) -> bool:
@@ -88,28 +102,33 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
     """Let every layer of `model` that is recognised run as one call of the operator, in place.
 
     Args:
-        model: any module; it may be a layer itself. Layers are found by their structure, outermost first, and each is probed
-            numerically on a copy before it is trusted. A layer whose inside was changed after it was fused is looked at anew.
-        backend: "auto" chooses at every call, and leaves a layer alone that only the reference could run, slower than the layer
-            itself; a name runs that backend or raises.
-        recompute: keep for backward only what levels hand on and what each softmax gave (docs/speed.md has the bytes), and run experts
-            and towers once more in backward. The results are the same bits. Layers that are fused already keep what they have:
-            `unfuse` them before.
+        model: any module; it may be a layer itself. Layers are found by their structure, outermost
+            first, and each is probed numerically on a copy before it is trusted. A layer whose
+            inside was changed after it was fused is looked at anew.
+        backend: "auto" chooses at every call, and leaves a layer alone that only the reference
+            could run, slower than the layer itself; a name runs that backend or raises.
+        recompute: keep for backward only what levels hand on and what each softmax gave
+            (docs/speed.md has the bytes), and run experts and towers once more in backward. The
+            results are the same bits. Layers that are fused already keep what they have: `unfuse`
+            them before.
 
-    Returns: the report. What could not be fused exactly runs as before, and stands in `declined` with the reason.
+    Returns: the report. What could not be fused exactly runs as before, and stands in `declined`
+    with the reason.
 
-    Raises: TypeError if `model` is no module, ValueError for an unknown backend, RuntimeError with the reason for one that cannot
-        run here, or not with the dtype and device of a layer. The model is then as it was.
+    Raises: TypeError if `model` is no module, ValueError for an unknown backend, RuntimeError with
+        the reason for one that cannot run here, or not with the dtype and device of a layer. The
+        model is then as it was.
     """
     require_module(model, "fuse")
     require(backend)
     before = [(module, module.__dict__["forward"], forward, forward.retired) for module, forward in _ours(model)]
     try:
         for module, _, forward, _ in before:
-            if runs_the_class(module) or forward.binding.change():
+            if runs_the_class(module) or forward.binding.changed():
                 _take_out(module, forward)
         findings = [_with_choice(finding, backend) for finding in walk(model, "", set())]
-        planned = [(finding.module, _forward(finding.module, finding.match, backend, recompute)) for finding in findings if finding.match]
+        fusable = [(finding.module, finding.fusable) for finding in findings if finding.fusable]
+        planned = [(module, _forward(module, recognised, backend, recompute)) for module, recognised in fusable]
     except BaseException:
         for module, own, forward, retired in before:
             module.__dict__["forward"] = own
@@ -118,16 +137,18 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
     for module, forward in planned:
         module.__dict__["forward"] = forward
     return FuseReport(
-        tuple(finding.entry for finding in findings if finding.match),
+        tuple(finding.entry for finding in findings if finding.fusable),
         tuple(finding.entry for finding in findings if finding.entry.reason),
         tuple(finding.entry for finding in findings if finding.binding and not finding.entry.reason),
     )
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every layer of `model` that `fuse` fused the forward of its class back; the model is bit for bit what it was.
+    """Give every layer of `model` that `fuse` fused the forward of its class back; the model is bit
+    for bit what it was.
 
-    Modules of `fusedmoe.nn` have no other forward and stay. A model without fused layers is left alone.
+    Modules of `fusedmoe.nn` have no other forward and stay. A model without fused layers is left
+    alone.
 
     Raises: TypeError if `model` is no module.
     """
@@ -138,24 +159,30 @@ def unfuse(model: nn.Module) -> None:
 
 
 def describe(model: nn.Module) -> str:
-    """Return the wiring of every layer found in `model`, fused or not: experts, slots, units, what they see, gates, static
-    weights, widths, parameters and FLOPs; and the backend of those that are fused, and whether they are frozen. Where that is triton or cuda, or
-    would be, what it launches, and whether its kernels have ever run on the device's architecture. The model is not changed.
+    """Return the wiring of every layer found in `model`, fused or not: experts, slots, units, what
+    they see, gates, static weights, widths, parameters and FLOPs; and the backend of those that are
+    fused, and whether they are frozen. Where that is triton or cuda, or would be, what it launches,
+    and whether its kernels have ever run on the device's architecture. The model is not changed.
 
     Raises: TypeError if `model` is no module.
     """
     require_module(model, "describe")
     texts = []
     for finding in walk(model, "", set()):
-        table = finding.binding.table if finding.binding else finding.match.wiring.table if finding.match else None
+        binding = finding.binding or (finding.fusable.binding if finding.fusable else None)
+        table = binding.table if binding else None
         lines = [*describe_table(table).splitlines(), *_launches(finding, table)] if table else []
         state = ", frozen" if finding.frozen and not finding.entry.reason else ""
-        texts.append("\n".join([str(_with_choice(finding, finding.entry.backend).entry) + state, *(f"  {line}" for line in lines)]))
-    return "\n".join(texts) if texts else "no layer of this model was recognised; fusedmoe.register_adapter can teach one"
+        entry = _with_choice(finding, finding.entry.backend).entry
+        texts.append("\n".join([f"{entry}{state}", *(f"  {line}" for line in lines)]))
+    nothing = "no layer of this model was recognised; fusedmoe.register_adapter can teach one"
+    return "\n".join(texts) or nothing
 
 
 def _launches(finding: Finding, table: Table) -> list[str]:
-    """What the kernels of a GPU backend launch for a module that they run, or would once it is fused."""
+    """What the kernels of a GPU backend launch for a module that they run, or would once it is
+    fused.
+    """
     parameter = next(finding.module.parameters())
     try:
         chosen = choose(finding.entry.backend if finding.binding else "auto", parameter.device, parameter.dtype)
@@ -164,7 +191,7 @@ def _launches(finding: Finding, table: Table) -> list[str]:
     if chosen not in LAUNCHERS:
         return []
     # Here, because it may import Triton.
-    from fusedmoe.kernels.words import describe_launches
+    from fusedmoe.kernels.describe import describe_launches
 
     try:
         return describe_launches(table, parameter.dtype, parameter.device, chosen).splitlines()
@@ -173,11 +200,13 @@ def _launches(finding: Finding, table: Table) -> list[str]:
 
 
 def _with_choice(finding: Finding, backend: str) -> Finding:
-    """Say in the entry which backend runs the module: the one that it has, or `backend` for one that is to be fused."""
+    """Say in the entry which backend runs the module: the one that it has, or `backend` for one
+    that is to be fused.
+    """
     entry = finding.entry
-    if entry.reason or not (finding.match or finding.binding):
+    if entry.reason or not (finding.fusable or finding.binding):
         return finding
-    name = backend if finding.match else entry.backend
+    name = backend if finding.fusable else entry.backend
     if name != "auto":
         return replace(finding, entry=replace(entry, backend=name))
     parameter = next(finding.module.parameters())
@@ -188,15 +217,19 @@ def _with_choice(finding: Finding, backend: str) -> Finding:
     faster = "; ".join(f"{row.name}: {row.declines(parameter.device, parameter.dtype)}" for row in rest)
     if finding.binding:
         return replace(finding, entry=replace(entry, backend=f"auto (reference: {faster})"))
-    reason = f'only the reference could run it, slower than the layer itself ({faster}); backend="reference" asks for that'
-    return replace(finding, entry=replace(entry, reason=reason), match=None)
+    reason = f"only the reference could run it, slower than the layer itself ({faster})"
+    reason += '; backend="reference" asks for that'
+    return replace(finding, entry=replace(entry, reason=reason), fusable=None)
 
 
-def _forward(module: nn.Module, match: Match, backend: str, recompute: bool) -> FusedForward:
-    """Return the forward for a module. Raises: RuntimeError if the backend asked for cannot serve its parameters."""
+def _forward(module: nn.Module, found: Recognised, backend: str, recompute: bool) -> FusedForward:
+    """Return the forward for a module.
+
+    Raises: RuntimeError if the backend asked for cannot serve its parameters.
+    """
     parameter = next(module.parameters())
     choose(backend, parameter.device, parameter.dtype)
-    return FusedForward(module, match, backend, recompute)
+    return FusedForward(found, backend, recompute)
 
 
 def walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[Finding]:
@@ -207,7 +240,7 @@ def walk(module: nn.Module, path: str, seen: set[int]) -> Iterator[Finding]:
     finding = _find(module, path)
     if finding:
         yield finding
-        if finding.binding or finding.match or _wrapper(module):
+        if finding.binding or finding.fusable or _wrapper(module):
             return
     for name, child in module._modules.items():
         if child is not None:
@@ -224,27 +257,32 @@ def _find(module: nn.Module, path: str) -> Finding | None:
         fused = _fused(module)
         if fused:
             family, backend, binding = fused
-            change = binding.change()
+            change = binding.changed()
             reason = f"was changed inside after it was fused. {change}" if change else ""
             return Finding(replace(entry, family=family, backend=backend, reason=reason), module, binding)
-        match = recognise(module)
+        found = recognise(module)
     except Unfusable as error:
         return Finding(replace(entry, reason=str(error)), module)
-    return Finding(replace(entry, family=match.family, backend="none (not fused)"), module, match=match) if match else None
+    if found is None:
+        return None
+    return Finding(replace(entry, family=found.match.family, backend="none (not fused)"), module, fusable=found)
 
 
 def _fused(module: nn.Module) -> tuple[str, str, Binding] | None:
-    """Return (family, backend, binding) of a module that `fuse` fused, or that is one of `fusedmoe.nn`."""
+    """Return (family, backend, binding) of a module that `fuse` fused, or that is one of
+    `fusedmoe.nn`.
+    """
     forward = installed(module)
     if forward:
         return forward.family, forward.backend, forward.binding
-    return (type(module).wiring.__name__, module.backend, module.bind()) if isinstance(module, Fused) else None
+    return (type(module).make_wiring.__name__, module.backend, module.bind()) if isinstance(module, Fused) else None
 
 
 def _wrapper(module: nn.Module) -> str:
     """Return why nothing below a wrapper of PyTorch's can be fused; empty for other modules."""
     if isinstance(module, nn.DataParallel):
-        return "it copies its modules to every device in each call; fused layers would read the first device's parameters. Use DistributedDataParallel"
+        reason = "it copies its modules to every device in each call"
+        return f"{reason}; fused layers would read the first device's parameters. Use DistributedDataParallel"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by TorchScript; fuse the model before"
     if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
@@ -258,7 +296,9 @@ def _ours(model: nn.Module) -> list[tuple[nn.Module, FusedForward]]:
 
 
 def _take_out(module: nn.Module, forward: FusedForward) -> None:
-    """Give a module the forward of its class back; what others set around ours stays, and runs that."""
+    """Give a module the forward of its class back; what others set around ours stays, and runs
+    that.
+    """
     # A shallow copy has the forward of its original.
     forward.retired = forward.retired or forward.binding.binds(module)
     if on_instance(module) is forward:

@@ -14,51 +14,20 @@ returns a `Table`; every backend takes one.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import ParamSpec
 
 from fusedmoe.activation import RELU, Activation
-from fusedmoe.words import write
+from fusedmoe.encoding import write
+from fusedmoe.validation import MOST_SLOTS, require_indices, require_instance, require_integer, require_tuple
 
 SELECTORS = ("slot", "root", "expert")
-
-
-# The largest numbers that the operator reads (csrc/table.cpp).
-MOST_SLOTS, MOST_ELEMENTS = 1 << 20, 1 << 40
-
-
-def require_integer(value: Any, where: str, least: int = 0, most: int = MOST_ELEMENTS) -> int:
-    """Return `value`. Raises: ValueError, naming the place, unless it is such an integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{where}: expected an integer of at least {least}, got {value!r}")
-    if value > most:
-        raise ValueError(f"{where}: expected at most {most}, got {value}")
-    return value
-
-
-def _tuple(value: object, kind: type, where: str) -> None:
-    if not isinstance(value, tuple) or not all(isinstance(item, kind) for item in value):
-        raise ValueError(f"{where}: expected a tuple of {kind.__name__}, got {value!r}")
-
-
-def require_indices(value: object, count: int, where: str, what: str, least: int = 0) -> None:
-    """Raise ValueError unless `value` has at least `least` integers, distinct and below `count`."""
-    form = f"a tuple of {'at least one index' if least else 'indices'}, none twice"
-    if not isinstance(value, tuple) or len(value) < least:
-        raise ValueError(f"{where}: expected {form}, got {value!r}")
-    for index in value:
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
-            raise ValueError(f"{where}: expected one of {count} {what} (0 to {count - 1}), got {index!r}")
-    if len(set(value)) != len(value):
-        raise ValueError(f"{where}: expected {form}, got {value!r}")
-
-
-def _instance(value: object, kind: type, where: str) -> None:
-    if not isinstance(value, kind):
-        raise ValueError(f"{where}: expected a {kind.__name__}, got {value!r}")
+Arguments = ParamSpec("Arguments")
 
 
 @dataclass(frozen=True)
@@ -155,7 +124,19 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Table:
+class Draft:
+    """The fields of a `Table` while it is put together: nothing is checked yet."""
+
+    slots: int
+    width: int
+    levels: tuple[Level, ...]
+    tasks: tuple[Task, ...] = ()
+    statics: tuple[tuple[int, ...], ...] = ()
+    root: int = 0
+
+
+@dataclass(frozen=True)
+class Table(Draft):
     """A network over inputs x [B, slots, width].
 
     Args:
@@ -166,19 +147,12 @@ class Table:
         statics: the shapes of the learned static tensors, which units of any level may share.
         root: the input slot that selectors of kind "root" read.
 
-    `text` is the table as the operator takes it (`words.py`).
+    `text` is the table as the operator takes it (`encoding.py`).
 
     Raises: ValueError for a table that contradicts itself, or that is too large: more than 2^20
         slots, units or experts in a level, or a width or static tensor beyond 2^40. It names the
         place, what was expected and what came.
     """
-
-    slots: int
-    width: int
-    levels: tuple[Level, ...]
-    tasks: tuple[Task, ...] = ()
-    statics: tuple[tuple[int, ...], ...] = ()
-    root: int = 0
 
     def __post_init__(self) -> None:
         require_integer(self.slots, "table.slots", 1, MOST_SLOTS)
@@ -186,11 +160,11 @@ class Table:
         require_integer(self.root, "table.root")
         if self.root >= self.slots:
             raise ValueError(f"table.root: expected one of {self.slots} slots (0 to {self.slots - 1}), got {self.root}")
-        _tuple(self.levels, Level, "table.levels")
-        _tuple(self.tasks, Task, "table.tasks")
+        require_tuple(self.levels, Level, "table.levels")
+        require_tuple(self.tasks, Task, "table.tasks")
         if not self.levels:
             raise ValueError("table.levels: expected at least one level, got none")
-        _tuple(self.statics, tuple, "table.statics")
+        require_tuple(self.statics, tuple, "table.statics")
         for i, shape in enumerate(self.statics):
             for size in shape:
                 require_integer(size, f"table.statics[{i}]")
@@ -201,14 +175,14 @@ class Table:
         self._check_tasks(widths)
         # The operator's argument. Written here, once: at a call it would cost more than a small
         # network, and torch.compile could not trace it.
-        words: list[str] = []
-        write(self, Table, words)
-        object.__setattr__(self, "text", " ".join(words))
+        tokens: list[str] = []
+        write(self, Table, tokens)
+        object.__setattr__(self, "text", " ".join(tokens))
 
     def _check_level(self, level: Level, where: str, slots: tuple[int, ...]) -> tuple[int, ...]:
         """Check one level over slots of these widths; return the widths of its units."""
-        _tuple(level.experts, Expert, f"{where}, experts")
-        _tuple(level.units, Unit, f"{where}, units")
+        require_tuple(level.experts, Expert, f"{where}, experts")
+        require_tuple(level.units, Unit, f"{where}, units")
         if not level.experts:
             raise ValueError(f"{where}: expected at least one expert, got none")
         if not level.units:
@@ -226,9 +200,9 @@ class Table:
         """Check one unit over experts of these output widths; return its width."""
         if unit.gate is not None:
             gate = unit.gate
-            _instance(gate, Gate, f"{where}, gate")
-            _instance(gate.selector, Selector, f"{where}, selector")
-            _instance(gate.bias, bool, f"{where}, bias of the gate")
+            require_instance(gate, Gate, f"{where}, gate")
+            require_instance(gate.selector, Selector, f"{where}, selector")
+            require_instance(gate.bias, bool, f"{where}, bias of the gate")
             require_indices(gate.sees, len(outputs), f"{where}, sees", "experts")
             _check_layers(gate.hidden, f"{where}, hidden layers of the gate", 0)
             if gate.selector.kind not in SELECTORS:
@@ -236,7 +210,7 @@ class Table:
             count = {"slot": len(slots), "root": 1, "expert": len(outputs)}[gate.selector.kind]
             require_indices((gate.selector.index,), count, f"{where}, selector", f"{gate.selector.kind}s")
         if unit.static is not None:
-            _instance(unit.static, Static, f"{where}, static weights")
+            require_instance(unit.static, Static, f"{where}, static weights")
             self._check_static(unit.static, f"{where}, static weights", len(outputs))
         widths = {outputs[e] for e in unit.reads} or set(outputs)
         if len(widths) != 1:
@@ -378,6 +352,27 @@ class Table:
         return maps + mixes
 
 
+def table_of(draft: Draft) -> Table:
+    """Return the table that a draft has become. Raises: as `Table`."""
+    return Table(draft.slots, draft.width, draft.levels, draft.tasks, draft.statics, draft.root)
+
+
+def family(draft: Callable[Arguments, Draft]) -> Callable[Arguments, Table]:
+    """Make a function that returns a table of one that returns its draft."""
+
+    @functools.wraps(draft)
+    def build(*arguments: Arguments.args, **named: Arguments.kwargs) -> Table:
+        return table_of(draft(*arguments, **named))
+
+    build.__signature__ = inspect.signature(draft).replace(return_annotation="Table")  # type: ignore[attr-defined]
+    return build
+
+
+def draft_of(family: Callable[..., Table]) -> Callable[..., Draft]:
+    """Return the function that a family was made of: who puts other layers into the draft has it checked once, at the end."""
+    return inspect.unwrap(family)
+
+
 def product(sizes: Iterable[int]) -> int:
     """The product of integers; 1 for none."""
     result = 1
@@ -387,7 +382,7 @@ def product(sizes: Iterable[int]) -> int:
 
 
 def _check_layers(layers: tuple[Layer, ...], where: str, least: int) -> None:
-    _tuple(layers, Layer, where)
+    require_tuple(layers, Layer, where)
     if len(layers) < least:
         raise ValueError(f"{where}: expected at least {least} layer, got none")
     for j, layer in enumerate(layers):

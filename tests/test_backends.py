@@ -9,10 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fusedmoe import backends
 from fusedmoe.backends import choose
 
-# The package has a function of this name.
-backends = importlib.import_module("fusedmoe.backends")
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 TRITON = next(row for row in backends.BACKENDS if row.name == "triton")
 

@@ -22,7 +22,7 @@ def test_the_instruction_sets_are_the_builds():
 
 
 def test_an_unavailable_backend_comes_with_its_reason(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "backends", lambda: {"reference": None, "triton": "there is no GPU"})
+    monkeypatch.setattr(doctor, "available_backends", lambda: {"reference": None, "triton": "there is no GPU"})
     main(["doctor"])
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert ["reference", "available"] in lines and ["triton", "not available: there is no GPU"] in lines

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fusedmoe import functional
 from fusedmoe.activation import Activation
-from fusedmoe.functional import LevelWiring, fusion_level, mixing_weights
+from fusedmoe.functional import LevelShape, fusion_level, mixing_weights
 from fusedmoe.table import Parameter, Selector
 from fusedmoe.testing import Problem, assert_close, evaluate, expectation, randomise
 
@@ -77,12 +77,12 @@ FORMS = {
     ),
     "stacked, slots dealt out, static [U, E]": Form(
         {"x": (ROWS, 2, 5), "w": (4, 3, 5), "b": (4, 3), "g": (2, 4, 5), "c": (2, 4), "v": (2, 4)},
-        lambda t: {"weights": t["w"], "biases": t["b"], "gates": (t["g"], t["c"]), "static": t["v"], "wiring": LevelWiring(activation="SiLU")},
+        lambda t: {"weights": t["w"], "biases": t["b"], "gates": (t["g"], t["c"]), "static": t["v"], "level": LevelShape(activation="SiLU")},
         lambda t: (one_layer(t, [0, 0, 1, 1]), [((SLOT(u), t["g"][u], t["c"][u], range(4)), dict(enumerate(t["v"][u]))) for u in range(2)]),
     ),
     "an axis of one slot": Form(
         {"x": (ROWS, 1, 5), "w": (2, 3, 5), "g": (3, 2, 5)},
-        lambda t: {"weights": t["w"], "biases": None, "gates": (t["g"], None), "wiring": LevelWiring(activation="silu")},
+        lambda t: {"weights": t["w"], "biases": None, "gates": (t["g"], None), "level": LevelShape(activation="silu")},
         lambda t: (one_layer(t, [0] * 2, bias=False), [((SLOT(), t["g"][u], None, range(2)), {}) for u in range(3)]),
     ),
     "separate weights, sees of different sizes, a unit without a gate, static fixed and learned": Form(
@@ -91,7 +91,7 @@ FORMS = {
             "weights": [t[f"w{e}"] for e in range(4)],
             "biases": tuple(t[f"b{e}"] for e in range(4)),
             "gates": [t["g0"], None, (t["g2"], t["c2"])],
-            "wiring": LevelWiring(activation="tanh"),
+            "level": LevelShape(activation="tanh"),
             "sees": [[3, 1], None, None],
             "static": [((0, 1), (0.5, -2)), ([3, 0], t["v1"]), None],
         },
@@ -103,7 +103,7 @@ FORMS = {
     ),
     "two layers, stacked": Form(
         {"x": (ROWS, 5), "w1": (3, 6, 5), "b1": (3, 6), "w2": (3, 4, 6), "b2": (3, 4), "g": (2, 3, 5)},
-        lambda t: {"weights": [t["w1"], t["w2"]], "biases": [t["b1"], t["b2"]], "gates": t["g"], "wiring": LevelWiring(activation="silu")},
+        lambda t: {"weights": [t["w1"], t["w2"]], "biases": [t["b1"], t["b2"]], "gates": t["g"], "level": LevelShape(activation="silu")},
         lambda t: (
             [(0, [(t["w1"][e], t["b1"][e]), (t["w2"][e], t["b2"][e])]) for e in range(3)],
             [((SLOT(), t["g"][u], None, range(3)), {}) for u in range(2)],
@@ -115,7 +115,7 @@ FORMS = {
             "weights": [[t["w00"], t["w10"]], [t["w01"], t["w11"]]],
             "biases": [[t["b00"], t["b10"]], [t["b01"], t["b11"]]],
             "gates": [t["g"]],
-            "wiring": LevelWiring(activation=Activation("leaky_relu", 0.2)),
+            "level": LevelShape(activation=Activation("leaky_relu", 0.2)),
         },
         lambda t: (
             [(0, [(t[f"w{e}0"], t[f"b{e}0"]), (t[f"w{e}1"], t[f"b{e}1"])]) for e in range(2)],
@@ -125,7 +125,7 @@ FORMS = {
     ),
     "two layers, one stacked and one separate": Form(
         {"x": (ROWS, 5), "w1": (2, 6, 5), "b1": (2, 6), "w20": (4, 6), "w21": (4, 6), "b2": (2, 4), "g": (1, 2, 5)},
-        lambda t: {"weights": (t["w1"], [t["w20"], t["w21"]]), "biases": [t["b1"], t["b2"]], "gates": t["g"], "wiring": LevelWiring(activation="silu")},
+        lambda t: {"weights": (t["w1"], [t["w20"], t["w21"]]), "biases": [t["b1"], t["b2"]], "gates": t["g"], "level": LevelShape(activation="silu")},
         lambda t: (
             [(0, [(t["w1"][e], t["b1"][e]), (t[f"w2{e}"], t["b2"][e])]) for e in range(2)],
             [((SLOT(), t["g"][0], None, range(2)), {})],
@@ -133,7 +133,7 @@ FORMS = {
     ),
     "no gates, static [U, E]": Form(
         {"x": (ROWS, 3, 5), "w": (3, 4, 5), "b": (3, 4), "v": (3, 3)},
-        lambda t: {"weights": t["w"], "biases": t["b"], "gates": None, "static": t["v"], "wiring": LevelWiring(activation="silu")},
+        lambda t: {"weights": t["w"], "biases": t["b"], "gates": None, "static": t["v"], "level": LevelShape(activation="silu")},
         lambda t: (one_layer(t, range(3)), [(None, dict(enumerate(t["v"][u]))) for u in range(3)]),
     ),
     "no gates, static in pairs": Form(
@@ -143,7 +143,7 @@ FORMS = {
             "biases": t["b"],
             "gates": None,
             "static": [((0,), [1]), None, (range(1, 3), t["v"])],
-            "wiring": LevelWiring(activation="silu"),
+            "level": LevelShape(activation="silu"),
         },
         lambda t: (one_layer(t, range(3)), [(None, {0: 1.0}), (None, {}), (None, {1: t["v"][0], 2: t["v"][1]})]),
     ),
@@ -153,7 +153,7 @@ FORMS = {
             "weights": t["w"],
             "biases": t["b"],
             "gates": [t["g0"], t["g1"], t["g2"], (t["g3"], t["c3"])],
-            "wiring": LevelWiring(slots=[2, 0, 2], selectors=[ROOT, None, EXPERT(1), SLOT(2)], activation="silu"),
+            "level": LevelShape(slots=[2, 0, 2], selectors=[ROOT, None, EXPERT(1), SLOT(2)], activation="silu"),
             "sees": [None, (2, 0), None, (1,)],
         },
         lambda t: (
@@ -173,7 +173,7 @@ FORMS = {
             "biases": t["b"],
             "gates": [*zip(t["g"], t["c"], strict=True), t["none"]],
             "sees": ((0, 2), (2, 1), ()),
-            "wiring": LevelWiring(activation="silu"),
+            "level": LevelShape(activation="silu"),
         },
         lambda t: (
             one_layer(t, [0] * 3),
@@ -220,13 +220,13 @@ def test_a_level_is_its_equations(name, backend, dtype):
 
 
 class Mixture(nn.Module):
-    """Two levels as a user builds them: stacked parameters below, a `ParameterList` above, where the wiring is built at each call."""
+    """Two levels as a user builds them: stacked parameters below, a `ParameterList` above, where the `LevelShape` is made at each call."""
 
     def __init__(self):
         super().__init__()
         self.weights, self.biases = nn.Parameter(torch.empty(4, 6, 5)), nn.Parameter(torch.empty(4, 6))
         self.gates, self.offsets, self.static = nn.Parameter(torch.empty(2, 4, 5)), nn.Parameter(torch.empty(2, 4)), nn.Parameter(torch.empty(2, 4))
-        self.wiring = LevelWiring(activation=Activation("leaky_relu", 0.2))
+        self.level = LevelShape(activation=Activation("leaky_relu", 0.2))
         self.upper = nn.ParameterList([torch.empty(3, 6), torch.empty(3, 6)])
         self.upper_gates = nn.ParameterList([torch.empty(2, 6), torch.empty(1, 3)])
         self.upper_static = nn.Parameter(torch.empty(1))
@@ -234,12 +234,12 @@ class Mixture(nn.Module):
         randomise(self.parameters(), 7)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        lower = {"weights": self.weights, "biases": self.biases, "gates": (self.gates, self.offsets), "static": self.static, "wiring": self.wiring}
-        wiring = LevelWiring(slots=[1, 0], selectors=[Selector("root"), Selector("expert", 1), None], activation="tanh")
+        lower = {"weights": self.weights, "biases": self.biases, "gates": (self.gates, self.offsets), "static": self.static, "level": self.level}
+        level = LevelShape(slots=[1, 0], selectors=[Selector("root"), Selector("expert", 1), None], activation="tanh")
         static = [([0, 1], self.fixed), None, ((1,), self.upper_static)]
         # As a list first: torch.compile of 2.11 unpacks no ParameterList.
         gates = [*list(self.upper_gates), None]
-        out = fusion_level(fusion_level(x, **lower), self.upper, None, gates, wiring, [None, [0], None], static)
+        out = fusion_level(fusion_level(x, **lower), self.upper, None, gates, level, [None, [0], None], static)
         return out, mixing_weights(x, **lower)
 
 
@@ -290,9 +290,9 @@ def test_a_compiled_layer_sees_changes_of_its_wiring():
     layer, _ = compiled(module)
     before = results(layer, module, 7)
     changes = [
-        ("wiring", LevelWiring(activation=Activation("leaky_relu", 0.3))),
-        ("wiring", LevelWiring(slots=(1, 0, 1, 0))),
-        ("wiring", LevelWiring(selectors=(Selector("slot", 1), Selector("slot", 0)))),
+        ("level", LevelShape(activation=Activation("leaky_relu", 0.3))),
+        ("level", LevelShape(slots=(1, 0, 1, 0))),
+        ("level", LevelShape(selectors=(Selector("slot", 1), Selector("slot", 0)))),
         ("fixed", [0.5, 2]),
         ("fixed", [0.5, 3]),
     ]

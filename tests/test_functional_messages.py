@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedmoe.functional import LevelWiring, fusion_level, mixing_weights
+from fusedmoe.functional import LevelShape, fusion_level, mixing_weights
 from fusedmoe.table import Selector
 
 
@@ -94,28 +94,28 @@ BAD = {
     "static's weights are text": ({"static": [((0,), ["1.0"]), None]}, TypeError, "static, unit 0: expected one tensor or floats, got str"),
     "static's weights are tensors": ({"static": [((0,), matrices(())), None]}, TypeError, r"static, unit 0: expected one tensor or floats, got a tensor \[\]"),
     "static of an expert that is not there": ({"static": [((7,), [1.0]), None]}, ValueError, r"unit 0, static weights: expected one of 4 experts .*, got 7"),
-    "wiring is a dictionary": ({"wiring": {"slots": (0, 1)}}, TypeError, "wiring: expected a LevelWiring, got dict"),
-    "a slot too few": ({"wiring": LevelWiring(slots=(0, 0, 0))}, ValueError, "wiring.slots: expected 4 slots, one an expert, got 3"),
-    "a slot that is not there": ({"wiring": LevelWiring(slots=(0, 0, 0, 1))}, ValueError, r"level 0, expert 3, slot: expected one of 1 slots .*, got 1"),
-    "experts that do not deal out": ({"x": torch.ones(2, 3, 5)}, ValueError, "wiring.slots: expected the slot of each expert, because 4 experts .* 3 slots"),
-    "a selector too many": ({"wiring": LevelWiring(selectors=[Selector("root")] * 3)}, ValueError, "wiring.selectors: expected 2 selectors, one a unit, got 3"),
-    "no selectors": ({"wiring": LevelWiring(selectors=())}, ValueError, "wiring.selectors: expected 2 selectors, one a unit, got 0"),
+    "level is a dictionary": ({"level": {"slots": (0, 1)}}, TypeError, "level: expected a LevelShape, got dict"),
+    "a slot too few": ({"level": LevelShape(slots=(0, 0, 0))}, ValueError, "level.slots: expected 4 slots, one an expert, got 3"),
+    "a slot that is not there": ({"level": LevelShape(slots=(0, 0, 0, 1))}, ValueError, r"level 0, expert 3, slot: expected one of 1 slots .*, got 1"),
+    "experts that do not deal out": ({"x": torch.ones(2, 3, 5)}, ValueError, "level.slots: expected the slot of each expert, because 4 experts .* 3 slots"),
+    "a selector too many": ({"level": LevelShape(selectors=[Selector("root")] * 3)}, ValueError, "level.selectors: expected 2 selectors, one a unit, got 3"),
+    "no selectors": ({"level": LevelShape(selectors=())}, ValueError, "level.selectors: expected 2 selectors, one a unit, got 0"),
     "a selector that is not there": (
-        {"wiring": LevelWiring(selectors=[Selector("root"), Selector("expert", 4)])},
+        {"level": LevelShape(selectors=[Selector("root"), Selector("expert", 4)])},
         ValueError,
         r"level 0, unit 1, selector: expected one of 4 experts \(0 to 3\), got 4",
     ),
     "a selector without a gate": (
-        {"gates": [torch.ones(4, 5), None], "wiring": LevelWiring(selectors=[None, Selector("root")])},
+        {"gates": [torch.ones(4, 5), None], "level": LevelShape(selectors=[None, Selector("root")])},
         ValueError,
-        r"wiring.selectors, unit 1: expected None, because the unit has no gate, got Selector\(kind='root'",
+        r"level.selectors, unit 1: expected None, because the unit has no gate, got Selector\(kind='root'",
     ),
     "more gates than slots": (
         {"x": torch.ones(2, 2, 5), "gates": torch.ones(3, 4, 5)},
         ValueError,
-        "wiring.selectors, unit 2: expected a Selector, because x has no slot 2 but 2 slots, got None",
+        "level.selectors, unit 2: expected a Selector, because x has no slot 2 but 2 slots, got None",
     ),
-    "an unknown activation": ({"wiring": LevelWiring(activation="swish")}, ValueError, "activation: expected one of identity, .*, got 'swish'"),
+    "an unknown activation": ({"level": LevelShape(activation="swish")}, ValueError, "activation: expected one of identity, .*, got 'swish'"),
     "an unknown backend": ({"backend": "gpu"}, ValueError, "backend: expected auto, .*, got 'gpu'"),
     "a tensor elsewhere": ({"biases": torch.ones(4, 3, device="meta")}, ValueError, r"experts\.0\.0\.bias: expected a tensor on cpu, .*, got one on meta"),
 }
@@ -132,18 +132,18 @@ def test_bad_input_says_what_where_expected_and_got(fault, function):
 @pytest.mark.parametrize(
     ("fields", "kind", "message"),
     [
-        ({"slots": "01"}, TypeError, "wiring.slots: expected a tuple of integers, got str"),
-        ({"slots": (0, None)}, TypeError, "wiring.slots: expected integers, got None in it"),
-        ({"selectors": "root"}, TypeError, "wiring.selectors: expected a tuple of Selector, got str"),
-        ({"selectors": ("root", "root")}, TypeError, "wiring.selectors, unit 0: expected a Selector or None, got 'root'"),
-        ({"selectors": (None, Selector("input"))}, ValueError, "wiring.selectors, unit 1: expected one of slot, root, expert, got 'input'"),
-        ({"selectors": (Selector("slot", [0]),)}, TypeError, r"wiring.selectors, unit 0: expected an integer as index, got \[0\]"),
-        ({"activation": None}, TypeError, "wiring.activation: expected a name or an Activation, got None"),
+        ({"slots": "01"}, TypeError, "level.slots: expected a tuple of integers, got str"),
+        ({"slots": (0, None)}, TypeError, "level.slots: expected integers, got None in it"),
+        ({"selectors": "root"}, TypeError, "level.selectors: expected a tuple of Selector, got str"),
+        ({"selectors": ("root", "root")}, TypeError, "level.selectors, unit 0: expected a Selector or None, got 'root'"),
+        ({"selectors": (None, Selector("input"))}, ValueError, "level.selectors, unit 1: expected one of slot, root, expert, got 'input'"),
+        ({"selectors": (Selector("slot", [0]),)}, TypeError, r"level.selectors, unit 0: expected an integer as index, got \[0\]"),
+        ({"activation": None}, TypeError, "level.activation: expected a name or an Activation, got None"),
     ],
 )
 def test_bad_wiring_says_what_where_expected_and_got(fields, kind, message):
     with pytest.raises(kind, match=message):
-        LevelWiring(**fields)
+        LevelShape(**fields)
 
 
 def test_good_arguments_are_good():
@@ -155,4 +155,4 @@ def test_good_arguments_are_good():
 
 
 def test_wiring_turns_lists_into_tuples():
-    assert LevelWiring(slots=[0, 1], selectors=[Selector("root")]) == LevelWiring(slots=(0, 1), selectors=(Selector("root"),))
+    assert LevelShape(slots=[0, 1], selectors=[Selector("root")]) == LevelShape(slots=(0, 1), selectors=(Selector("root"),))

@@ -81,7 +81,7 @@ def test_the_module_computes_what_the_reference_layer_does(name):
     """
     build, slots = BUILDS[name]
     reference, ours = build(layers), build(fused)
-    table, keys = type(ours).wiring(ours)
+    table, keys = type(ours).make_wiring(ours)
     params = tuple(torch.empty(p.shape) for p in table.parameters)
     randomise(params, seed=1)
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(2))
@@ -90,6 +90,15 @@ def test_the_module_computes_what_the_reference_layer_does(name):
     given = Problem(table, x, params, draw(shape), ())
     assert sorted(keys) == sorted(dict(reference.named_parameters()))
     assert_close(evaluate(network(ours, keys), given.to(torch.float64)), expectation(given, network(reference, keys)))
+
+
+@pytest.mark.parametrize("name", fused.__all__)
+def test_a_module_says_what_it_takes_and_raises(name):
+    layer = getattr(fused, name)
+    if not hasattr(layer, "make_wiring"):
+        return
+    assert f"fusedmoe.reference.layers.{layer.__name__}`, `backend`" in layer.__doc__ and "Raises: at construction" in layer.__doc__
+    assert layer.__doc__.index("Args:") < layer.__doc__.index("Raises:") < (layer.__doc__.find("Source:") % 10**6)
 
 
 @pytest.mark.parametrize("name", BUILDS)

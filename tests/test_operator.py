@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, library
 
-from fusedmoe import backends
+from fusedmoe import available_backends
 from fusedmoe.activation import IDENTITY
 from fusedmoe.codec import encode
 from fusedmoe.families import mmoe, ple
@@ -190,7 +190,7 @@ def test_a_backend_that_cannot_run_says_why(x, message):
 
 def test_the_cpu_backend_is_built():
     """Without it every test of the cpu backend would fail with a reason; here is the reason."""
-    found = backends()
+    found = available_backends()
     assert list(found) == ["cpu", "triton", "cuda", "reference"] and found["cpu"] is found["reference"] is None
 
 

@@ -289,11 +289,11 @@ def test_a_fuse_that_fails_halfway_leaves_the_model_as_it_was(layer, monkeypatch
     made = []
     build = FusedForward.__init__
 
-    def failing(self, module, match, backend, *options):
+    def failing(self, found, backend, *options):
         made.append(backend)
         if made.count("auto") == 3:
             raise MemoryError("no memory left")
-        build(self, module, match, backend, *options)
+        build(self, found, backend, *options)
 
     monkeypatch.setattr(FusedForward, "__init__", failing)
     with pytest.raises(MemoryError):

@@ -85,7 +85,7 @@ def test_the_versions_are_those_from_the_oldest_to_the_pinned_one(recipe):
 
 def test_the_sources_are_those_that_know_torch():
     names = {path.relative_to(ROOT / "csrc").as_posix() for path in SOURCES}
-    assert {"bindings.cpp", "frozen.cpp", "host.cpp", "watch.cpp", "cuda/bindings.cpp", "cuda/stream.cpp"} <= names
+    assert {"bindings.cpp", "frozen.cpp", "host.cpp", "guards.cpp", "cuda/bindings.cpp", "cuda/stream.cpp"} <= names
 
 
 def compile_against(recipe, folder: Path, source: Path) -> str:

@@ -1,4 +1,4 @@
-"""What a module computes, found by its structure: adapters that people register, then the one for the public AdaTT library."""
+"""Find what a module computes by its structure, with registered adapters and the built-in one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,21 @@ from torch import nn
 from fusedmoe.adapters import adatt_library
 from fusedmoe.adapters.conditions import require_fusable
 from fusedmoe.adapters.extent import require_small
-from fusedmoe.adapters.forward import FusedForward, Match, installed, on_instance, one_per_task, runs_the_class, whole
+from fusedmoe.adapters.forward import (
+    CURE,
+    FusedForward,
+    Match,
+    Recognised,
+    input_name,
+    installed,
+    on_instance,
+    one_per_task,
+    runs_the_class,
+    whole,
+)
 from fusedmoe.adapters.probe import require_agreement
 from fusedmoe.nn.binding import Binding
+from fusedmoe.nn.parameters import Parameters
 from fusedmoe.nn.wiring import Unfusable, Wiring
 
 Adapter = Callable[[nn.Module], Wiring | Match | None]
@@ -24,12 +36,13 @@ def register_adapter(function: Adapter) -> Callable[[], None]:
     """Let `function` recognise modules, before the built-in adapter and those registered earlier.
 
     Args:
-        function: called with every module of a model, outermost first. It returns None for a module that it does not know, a
-            `Wiring` (the table, and the module's `state_dict` keys in the order of `table.parameters`), or a `Match` where the
-            module's input has another rank than its table suggests or its output another structure than [B, T, H]. It raises
+        function: called with every module of a model, outermost first. It returns None for a module
+            that it does not know, a `Wiring` (the table, and the module's `state_dict` keys in the
+            order of `table.parameters`), or a `Match` where the module's input has another rank
+            than its table suggests or its output another structure than [B, T, H]. It raises
             `Unfusable(reason)` for a module that it knows and declines. It only reads the module.
 
-    What it finds is probed numerically, as what the built-in adapter finds, before anything is fused.
+    What it finds is probed numerically before anything is fused, as for the built-in adapter.
 
     Returns: a function without arguments that takes the adapter out again, if it is still there.
 
@@ -43,9 +56,10 @@ def register_adapter(function: Adapter) -> Callable[[], None]:
         def two_experts(module):
             if type(module).__name__ != "TwoExperts":
                 return None
-            width = module.left.in_features
-            table = families.mmoe(width, [[module.left.out_features]], num_tasks=1, num_experts=2, activation="identity")
-            keys = ("left.weight", "left.bias", "right.weight", "right.bias", "gate.weight", "gate.bias")
+            width, widths = module.left.in_features, [[module.left.out_features]]
+            table = families.mmoe(width, widths, num_tasks=1, num_experts=2, activation="identity")
+            linears = ("left", "right", "gate")
+            keys = [f"{name}.{kind}" for name in linears for kind in ("weight", "bias")]
             return Wiring(table, keys)
 
         unregister = register_adapter(two_experts)
@@ -63,52 +77,52 @@ def register_adapter(function: Adapter) -> Callable[[], None]:
     return unregister
 
 
-def recognise(module: nn.Module) -> Match | None:
-    """Return what `module` computes, probed; None if no adapter knows it.
+def recognise(module: nn.Module) -> Recognised | None:
+    """Return what `module` computes, probed and bound; None if no adapter knows the module.
 
-    Raises: Unfusable, with the reason, if an adapter knows it but it cannot be fused exactly. RuntimeError, naming both, if an
-        adapter raises anything else on the module; TypeError if it returns something else.
+    Raises: Unfusable, with the reason, if an adapter knows it but it cannot be fused exactly.
+        RuntimeError, naming both, if an adapter raises anything else on the module; TypeError if it
+        returns something else.
     """
     for adapter in reversed(_registered):
         found = _ask(adapter, module)
         if found is not None:
-            match = found if isinstance(found, Match) else Match(_name(adapter), found, 2 if found.table.slots == 1 else 3)
+            rank = 2 if isinstance(found, Wiring) and found.table.slots == 1 else 3
+            match = found if isinstance(found, Match) else Match(_name(adapter), found, rank)
             require_fusable(module)
-            _require_exact(module, match)
-            return match
+            return _probed(module, match)
     return _recognise_library(module)
 
 
-def _recognise_library(module: nn.Module) -> Match | None:
+def _recognise_library(module: nn.Module) -> Recognised | None:
     """Try each layer of the public library whose marks the module has."""
     layers = adatt_library.candidates(module)
     if not layers:
         adatt_library.require_no_experts(module)
         return None
     require_fusable(module)
-    found = []
-    reasons = []
+    unlike: list[str] = []
+    differing: list[str] = []
     for layer in layers:
+        reasons = unlike
         try:
-            found.append(adatt_library.match(module, layer))
+            match = adatt_library.match(module, layer)
+            reasons = differing
+            return _probed(module, match)
         except Unfusable as error:
             reasons.append(f"{layer.family}: {error}")
     # What came as far as the probe says more than what failed before.
-    reasons = [] if found else reasons
-    for match in found:
-        try:
-            _require_exact(module, match)
-            return match
-        except Unfusable as error:
-            reasons.append(f"{match.family}: {error}")
-    raise Unfusable("; ".join(reasons))
+    raise Unfusable("; ".join(differing or unlike))
 
 
-def _require_exact(module: nn.Module, match: Match) -> None:
+def _probed(module: nn.Module, match: Match) -> Recognised:
+    """Bind the module to a match that computes what it does. Raises: Unfusable if it does not."""
     # Before anything is copied; then shapes: their messages are clearer than the probe's.
     require_small(module, match.wiring.keys)
-    Binding(module, match.wiring)
+    parameters = Parameters(module, match.wiring)
+    argument = input_name(module)
     require_agreement(module, match)
+    return Recognised(match, argument, Binding(module, match.wiring.table, parameters, CURE))
 
 
 def _ask(adapter: Adapter, module: nn.Module) -> Wiring | Match | None:
@@ -117,14 +131,15 @@ def _ask(adapter: Adapter, module: nn.Module) -> Wiring | Match | None:
     except Unfusable:
         raise
     except Exception as error:
-        raise RuntimeError(f"adapter {_name(adapter)} raised {type(error).__name__} on a {type(module).__name__}: {error}") from error
+        what = f"{type(error).__name__} on a {type(module).__name__}: {error}"
+        raise RuntimeError(f"adapter {_name(adapter)} raised {what}") from error
     if found is not None and not isinstance(found, (Wiring, Match)):
         raise TypeError(f"adapter {_name(adapter)}: expected a Wiring, a Match or None, got {type(found).__name__}")
     return found
 
 
 def _name(adapter: Adapter) -> str:
-    """Return the name of a function, of the one in a `functools.partial`, or of the class of another callable."""
+    """Return the name of a function, also in a `functools.partial`, or of a callable's class."""
     function = adapter.func if isinstance(adapter, functools.partial) else adapter
     return getattr(function, "__name__", type(function).__name__)
 

@@ -1,4 +1,7 @@
-"""The layers of the public AdaTT library, and copies of them under any name: known by their submodules, proved by the probe."""
+"""The layers of the public AdaTT library, and copies of them under any name.
+
+They are known by their submodules, and proved by the probe.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from fusedmoe.nn.wiring import Unfusable, Wiring
 
 
 class Layer(NamedTuple):
-    """A layer whose `marks` are its submodules, the rank of its input, and how it returns its output."""
+    """A layer: its submodules (`marks`), the rank of its input, and how it returns its output."""
 
     family: str
     marks: frozenset[str]
@@ -26,7 +29,7 @@ GATED = frozenset({"experts", "gate_weights"})
 ROOT_GATED = frozenset({"experts", "gates"})
 BOTTOMS = frozenset({"bottoms"})
 
-# Families that share marks stand together, the more special one first: its name is the better one in a report.
+# Families that share marks stand together, the more special one first: a report names it.
 LAYERS = (
     Layer("central", frozenset({"mtl_arch", "task_modules"}), wiring.central, 2, one_per_task),
     Layer("adatt_sp", GATED, wiring.adatt_sp, 3),
@@ -38,8 +41,8 @@ LAYERS = (
     Layer("ml_mmoe", ROOT_GATED, wiring.ml_mmoe, 2),
     Layer("cross_stitch", frozenset({"experts", "stitchs"}), wiring.cross_stitch, 3),
     Layer("shared_bottom", frozenset({"bottom_projection"}), wiring.shared_bottom, 2),
-    Layer("single_task", BOTTOMS, wiring.single_task, 2),
     Layer("asymmetric_sharing", BOTTOMS, wiring.asymmetric_sharing, 2),
+    Layer("single_task", BOTTOMS, wiring.single_task, 2),
     Layer("customized_sharing", BOTTOMS, wiring.customized_sharing, 2),
 )
 
@@ -57,13 +60,15 @@ def match(module: nn.Module, layer: Layer) -> Match:
     try:
         return Match(layer.family, layer.wiring(module), layer.rank, layer.returns)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        # Same names, another structure: a flat list of experts where levels of lists are expected, say.
+        # Same names, another structure: a flat list of experts instead of one for each level, say.
         raise Unfusable(f"not laid out as {layer.family} ({type(error).__name__}: {error})") from error
 
 
 def require_no_experts(module: nn.Module) -> None:
-    """Raise Unfusable for a near miss: a module with a list of experts, of which nothing more is known."""
+    """Raise Unfusable for a near miss: a module with a list of experts and nothing else known."""
     for name, child in module._modules.items():
         if "expert" in name.lower() and isinstance(child, nn.ModuleList):
-            known = ", ".join(sorted({mark for layer in LAYERS if "experts" in layer.marks for mark in layer.marks} - {"experts"}))
-            raise Unfusable(f"it has {name}, but beside it none of {known}; fusedmoe.register_adapter can teach its wiring")
+            marks = {mark for layer in LAYERS if "experts" in layer.marks for mark in layer.marks}
+            known = ", ".join(sorted(marks - {"experts"}))
+            cure = "fusedmoe.register_adapter can teach its wiring"
+            raise Unfusable(f"it has {name}, but beside it none of {known}; {cure}")

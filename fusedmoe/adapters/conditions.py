@@ -1,4 +1,4 @@
-"""What a module must be before its wiring is of interest: one that PyTorch calls plainly, with plain parameters of one kind."""
+"""What a module must be before its wiring is read: called plainly, with plain parameters."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ from torch import nn
 
 from fusedmoe import dtype as dtypes
 from fusedmoe.adapters.forward import around, runs_the_class
-from fusedmoe.nn.binding import obstacles
+from fusedmoe.nn.binding import require_plain
 from fusedmoe.nn.wiring import Unfusable
 
 
 def require_fusable(module: nn.Module) -> None:
-    """Raise Unfusable, with the reason and the place, if nothing that is found in the module could be fused exactly."""
+    """Raise Unfusable, with reason and place, if nothing in the module could be fused exactly."""
     if "forward" in module.__dict__ and not runs_the_class(module):
-        raise Unfusable(f"it has a forward of its own set on the instance ({getattr(module.forward, '__qualname__', type(module.forward).__name__)})")
+        name = getattr(module.forward, "__qualname__", type(module.forward).__name__)
+        raise Unfusable(f"it has a forward of its own set on the instance ({name})")
     outer = around(module)
     if outer:
         raise Unfusable(f"it lies inside a {outer.name} that is fused; fusedmoe.unfuse(model) before")
-    reason = next(obstacles(module), None)
-    if reason:
-        raise Unfusable(reason)
+    require_plain(module)
     first = None
     for name, parameter in module.named_parameters():
-        _require_plain(name, parameter)
+        _require_ordinary(name, parameter)
         kind = (parameter.dtype, parameter.device)
         first = first or (name, *kind)
         if kind != first[1:]:
@@ -32,7 +31,7 @@ def require_fusable(module: nn.Module) -> None:
         raise Unfusable("it has no parameters")
 
 
-def _require_plain(name: str, parameter: torch.Tensor) -> None:
+def _require_ordinary(name: str, parameter: torch.Tensor) -> None:
     if type(parameter) not in (nn.Parameter, torch.Tensor):
         raise Unfusable(f"{name}: expected an ordinary parameter, got {type(parameter).__name__}")
     if parameter.device.type == "meta":

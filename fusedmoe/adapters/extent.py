@@ -1,4 +1,4 @@
-"""What a copy of a module would take beside the parameters of its table: the probe copies a module only where that is little."""
+"""What a copy of a module takes beside its table's parameters: the probe copies small ones only."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 import torch
 from torch import Tensor, nn
 
-from fusedmoe.nn.binding import HOOKS
+from fusedmoe.nn.guards import HOOKS
 from fusedmoe.nn.wiring import Unfusable
 
-# A mask, a table of positions, a few lists of names. The probe looks at every object again after each of its calls.
+# A mask, positions, a few lists of names. The probe looks at every object after each call.
 MOST_BYTES, MOST_OBJECTS = 1 << 24, 100_000
 # What `copy.deepcopy` hands on as it is.
-SHARED = (type(None), bool, int, float, complex, str, bytes, range, type, property, FunctionType, BuiltinFunctionType, CodeType, ModuleType)
+VALUES = (type(None), bool, int, float, complex, str, bytes, range)
+SHARED = (*VALUES, type, property, FunctionType, BuiltinFunctionType, CodeType, ModuleType)
 
 
 def require_small(module: nn.Module, keys: Sequence[str]) -> None:
-    """Raise Unfusable, naming the place and its bytes, if a copy of the module would take much that the parameters `keys` are not."""
+    """Raise Unfusable, with place and bytes, if a copy takes much beside the parameters `keys`."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     seen = {id(parameters[key]) for key in keys if key in parameters} | {id(inner) for inner in module.modules()}
     sizes: dict[str, int] = {}
@@ -30,11 +31,12 @@ def require_small(module: nn.Module, keys: Sequence[str]) -> None:
             sizes[name] = sizes.get(name, 0) + size
             count += 1
             if sum(sizes.values()) > MOST_BYTES:
-                most = max(sizes, key=sizes.get)
-                beside = f"{most}: expected at most {MOST_BYTES:,} bytes in all beside the parameters of its table, got {sizes[most]:,} or more there"
-                raise Unfusable(f"{beside}, which the probe would copy")
+                most = max(sizes, key=lambda place: sizes[place])
+                expected = f"{most}: expected at most {MOST_BYTES:,} bytes in all beside the parameters of its table"
+                raise Unfusable(f"{expected}, got {sizes[most]:,} or more there, which the probe would copy")
             if count > MOST_OBJECTS:
-                raise Unfusable(f"{name}: expected at most {MOST_OBJECTS:,} objects beside the parameters of its table, got more, which the probe would copy")
+                expected = f"{name}: expected at most {MOST_OBJECTS:,} objects beside the parameters of its table"
+                raise Unfusable(f"{expected}, got more, which the probe would copy")
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, object]]:
@@ -63,7 +65,11 @@ def _sizes(value, seen: set[int]) -> Iterator[int]:
 def _size(item) -> int:
     if isinstance(item, Tensor):
         dense = item.layout == torch.strided and item.device.type != "meta"
-        return item.untyped_storage().nbytes() if dense and type(item) in (Tensor, nn.Parameter, nn.Buffer) else item.numel() * item.element_size()
+        return (
+            item.untyped_storage().nbytes()
+            if dense and type(item) in (Tensor, nn.Parameter, nn.Buffer)
+            else item.numel() * item.element_size()
+        )
     # An array may be a view of memory that is not its own.
     held = getattr(item, "nbytes", 0) if type(item).__module__.partition(".")[0] == "numpy" else 0
     return max(held, sys.getsizeof(item, 0))

@@ -1,8 +1,9 @@
 """The forward that `fuse` puts on an instance, and how it is found there again.
 
-Other libraries set forwards on instances too, around the one that is there: a function that calls it, its `__func__` bound to the
-module, anything. So a forward of ours is on its module itself, or out of sight under one that is not ours; whatever holds it there
-keeps it alive, and `installed` finds it among the live ones. It cannot be taken out of there, but it can be retired: it then runs
+Other libraries set forwards on instances too, around the one that is there: a function that calls
+it, its `__func__` bound to the module, anything. So a forward of ours is on its module itself, or
+out of sight under one that is not ours; whatever holds it there keeps it alive, and `installed`
+finds it among the live ones. It cannot be taken out of there, but it can be retired: it then runs
 the forward of the class.
 """
 
@@ -12,7 +13,7 @@ import inspect
 import weakref
 from collections.abc import Callable
 from types import MethodType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -30,16 +31,20 @@ def whole(out: Tensor) -> Tensor:
 
 
 def one_per_task(out: Tensor) -> list[Tensor]:
-    """Return a list of T outputs [B, O] from [B, T, O]. Named as a match's `returns` it asks the operator itself for them, so that the
-    tower of a task that a loss leaves out has no gradient."""
+    """Return a list of T outputs [B, O] from [B, T, O].
+
+    Named as a match's `returns` it asks the operator itself for them, so that the tower of a task
+    that a loss leaves out has no gradient.
+    """
     return per_task(out)
 
 
 class Match(NamedTuple):
     """What an adapter found in a module.
 
-    `rank` is that of the module's input, 2 for [B, D] and 3 for [B, S, D]. `returns` gives the network's output [B, T, H] the
-    module's own structure; it is a function of a module, so that a fused model can be pickled.
+    `rank` is that of the module's input, 2 for [B, D] and 3 for [B, S, D]. `returns` gives the
+    network's output [B, T, H] the module's own structure; it is a function of a module, so that a
+    fused model can be pickled.
     """
 
     family: str
@@ -48,29 +53,36 @@ class Match(NamedTuple):
     returns: Callable[[Tensor], object] = whole
 
 
+class Recognised(NamedTuple):
+    """A match that was probed, the name of the forward's one input, and the module's binding."""
+
+    match: Match
+    argument: str
+    binding: Binding
+
+
 class FusedForward:
-    """Compute what the module's class computes, by one call of the operator over the module's own parameters.
+    """Compute what the module's class does, by one operator call over the module's parameters.
 
     Args:
-        module: the module on which it is, or will be, set as the instance attribute `forward`. `nn.Module.__call__` finds it there,
-            so that hooks on the module stay around it. It does not keep the module alive.
-        match: what the module computes.
+        found: what the module computes. The module is the one on which this is, or will be, set as
+            the instance attribute `forward`. `nn.Module.__call__` finds it there, so that hooks on
+            the module stay around it. It does not keep the module alive.
         backend, recompute: handed to the operator at every call.
 
-    Raises: Unfusable as `Binding` does, and if the forward of the module's class does not take exactly one input.
-
-    Called with a module first, as a function of the class is, it computes for that module: what its class does, if it is another
-    than the one it was made for (a copy, whose forward was bound by somebody who wrapped it).
+    Called with a module first, as a function of the class is, it computes for that module: what its
+    class does, if it is another than the one it was made for (a copy, whose forward was bound by
+    somebody who wrapped it).
     """
 
-    def __init__(self, module: nn.Module, match: Match, backend: str, recompute: bool = False):
-        self.family = match.family
+    def __init__(self, found: Recognised, backend: str, recompute: bool = False):
+        self.family = found.match.family
         self.backend = backend
         self.recompute = recompute
-        self.rank = match.rank
-        self.returns = match.returns
-        self.argument = _input_of(module)
-        self.binding = Binding(module, match.wiring, CURE)
+        self.rank = found.match.rank
+        self.returns = found.match.returns
+        self.argument = found.argument
+        self.binding = found.binding
         self.retired = False
         _LIVE.add(weakref.ref(self, _LIVE.discard))
 
@@ -81,7 +93,8 @@ class FusedForward:
     def __call__(self, *inputs, **named):
         """Return the module's output for x [B, D] or [B, S, D].
 
-        Raises: TypeError for other arguments, ValueError for another rank, RuntimeError if the module was changed inside.
+        Raises: TypeError for other arguments, ValueError for another rank, RuntimeError if the
+            module was changed inside.
         """
         module = None
         if inputs and isinstance(inputs[0], nn.Module):
@@ -90,7 +103,8 @@ class FusedForward:
             module = self.binding.module if module is None else module
             return type(module).forward(module, *inputs, **named)
         if len(inputs) + len(named) != 1 or any(name != self.argument for name in named):
-            raise TypeError(f"{self.name}.forward: expected one argument {self.argument}, got {len(inputs)} positional and {list(named)}")
+            got = f"{len(inputs)} positional and {list(named)}"
+            raise TypeError(f"{self.name}.forward: expected one argument {self.argument}, got {got}")
         x = inputs[0] if inputs else named[self.argument]
         table = self.binding.table
         if isinstance(x, Tensor) and x.dim() != self.rank:
@@ -102,14 +116,18 @@ class FusedForward:
 
     @property
     def __func__(self) -> Callable:
-        """It as a function of a module, as bound methods have it: libraries wrap that and bind the result, which copies with the module."""
+        """Return it as a function of a module, as bound methods have it.
+
+        Libraries wrap that function and bind the result, which copies with the module.
+        """
 
         def forward(module, *inputs, **named):
             return self(module, *inputs, **named)
 
-        forward.__signature__ = inspect.signature(type(self.binding.module).forward)
-        forward.fused_forward = self
-        return forward
+        function: Any = forward
+        function.__signature__ = inspect.signature(type(self.binding.module).forward)
+        function.fused_forward = self
+        return function
 
     @property
     def __code__(self):
@@ -136,15 +154,19 @@ def on_instance(module: nn.Module) -> FusedForward | None:
 
 
 def installed(module: nn.Module) -> FusedForward | None:
-    """Return the forward that runs the module by one call of the operator: on the instance, or under what was set in its place."""
+    """Return the forward of ours that runs the module: on the instance, or wrapped by another."""
     if "forward" not in module.__dict__:
         return None
     own = on_instance(module)
-    return next((forward for forward in ([own] if own else _live()) if not forward.retired and forward.binding.binds(module)), None)
+    live = [own] if own else _live()
+    return next((forward for forward in live if not forward.retired and forward.binding.binds(module)), None)
 
 
 def around(module: nn.Module) -> FusedForward | None:
-    """Return the forward, in use or kept by somebody, of a layer in which `module` lies: it would not run on if that were fused too."""
+    """Return the live forward of a layer in which `module` lies.
+
+    It would not run on if `module` were fused too.
+    """
     return next((forward for forward in _live() if not forward.retired and forward.binding.contains(module)), None)
 
 
@@ -153,15 +175,18 @@ def _live() -> list[FusedForward]:
 
 
 def runs_the_class(module: nn.Module) -> bool:
-    """Whether a forward set on the instance does what the class's would: it is that, bound, or one of ours that has no part in it."""
+    """Whether a forward set on the instance is the class's, bound, or one of ours, retired."""
     forward = module.__dict__.get("forward")
     if isinstance(forward, MethodType) and forward.__func__ is type(module).forward:
         return forward.__self__ is module
     return on_instance(module) is not None and installed(module) is None
 
 
-def _input_of(module: nn.Module) -> str:
-    """Return the name of the one input of the forward of the module's class."""
+def input_name(module: nn.Module) -> str:
+    """Return the name of the one input that the forward of the module's class takes.
+
+    Raises: Unfusable if it takes another number of them.
+    """
     names = list(inspect.signature(type(module).forward).parameters.values())[1:]
     if len(names) != 1 or names[0].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
         raise Unfusable(f"its forward takes ({', '.join(map(str, names))}), expected one input")

@@ -1,9 +1,10 @@
 """The numerical probe: does a module compute what its wiring says?
 
-Attributes and shapes can agree while the forward does something else. So the forward of the module's class and the fused one run
-on a copy with random parameters, in train and in eval mode, over the inputs of `_inputs`, and must agree in every output and, where
-gradients are asked for, in every gradient. That is evidence, not proof: a forward that differs on other inputs only (for one batch
-size, or past a threshold that no row here crosses) passes.
+Attributes and shapes can agree while the forward does something else. So the forward of the
+module's class and the fused one run on a copy with random parameters, in train and in eval mode,
+over the inputs of `_inputs`, and must agree in every output and, where gradients are asked for, in
+every gradient. That is evidence, not proof: a forward that differs on other inputs only (for one
+batch size, or past a threshold that no row here crosses) passes.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fusedmoe.adapters.forward import FusedForward, Match
+from fusedmoe.adapters.forward import Match, one_per_task
 from fusedmoe.adapters.surroundings import put_back
-from fusedmoe.nn.binding import HOOKS
+from fusedmoe.nn.guards import HOOKS
+from fusedmoe.nn.parameters import Parameters
 from fusedmoe.nn.wiring import Unfusable
+from fusedmoe.op import fusion_network
 
-# Of the rows of one batch: those of usual features, and some on which activations saturate or are nearly linear.
+# Of the rows of one batch: usual features, and rows on which activations saturate or are linear.
 ROW_SCALES = (1.0, 8.0, 0.125)
 # Of whole batches: for a clamp at the size that a guard against outliers, or against overflow, has.
 LARGE_SCALES = (1e4, 1e8)
 
 
 class _Input(NamedTuple):
-    """What both forwards are run on: `gradients` is whether their gradients are compared, or both run under no_grad."""
+    """What both forwards run on. `gradients`: compare gradients, too; otherwise under no_grad."""
 
     name: str
     x: Tensor
@@ -37,16 +40,22 @@ class _Input(NamedTuple):
 
 
 def require_agreement(module: nn.Module, match: Match) -> None:
-    """Raise Unfusable, with the name and size of the worst difference, unless the wiring computes what the module's class does.
+    """Raise Unfusable, with the worst difference, unless the wiring computes what the class does.
 
-    The norm of each difference, relative to that of the module's own value, may be sqrt(eps) of the module's dtype, or of float32
-    if that is less. Both sides compute in float64, where no rounding moves a pre-activation across the kink of a ReLU; in the
-    module's dtype if its forward does not run in float64. The module is not touched, and what its forward does to generators, defaults
-    and modes is put back.
+    The norm of each difference, relative to that of the module's own value, may be sqrt(eps) of the
+    module's dtype, or of float32 if that is less. Both sides compute in float64, where no rounding
+    moves a pre-activation across the kink of a ReLU; in the module's dtype if its forward does not
+    run in float64. The module is not touched, and what its forward does to generators, defaults and
+    modes is put back.
     """
     parameter = next(module.parameters())
     judged = min(parameter.dtype, torch.float32, key=lambda dtype: torch.finfo(dtype).eps)
-    with put_back(parameter.device), torch.inference_mode(False), torch.enable_grad(), torch.autocast(parameter.device.type, enabled=False):
+    with (
+        put_back(parameter.device),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(parameter.device.type, enabled=False),
+    ):
         try:
             try:
                 _compare(module, match, torch.float64, math.sqrt(torch.finfo(judged).eps))
@@ -75,14 +84,27 @@ def _compare(module: nn.Module, match: Match, dtype: torch.dtype, allowed: float
 
     shape = (table.width,) if match.rank == 2 else (table.slots, table.width)
     inputs = [case._replace(x=case.x.to(device, dtype)) for case in _inputs(draw, shape, dtype)]
-    fused = FusedForward(clone, match, "reference")
+    fused = _fused(clone, match)
     for training in (True, False):
         clone.train(training)
         for case in inputs:
             worst, name = _difference(clone, fused, case, draw, allowed)
             if worst > allowed:
                 where = f"in {'train' if training else 'eval'} mode, on {case.name}"
-                raise Unfusable(f"{where}, its forward computes something else: {name} differs by {worst:.1e} of its norm, allowed {allowed:.1e}")
+                difference = f"{name} differs by {worst:.1e} of its norm, allowed {allowed:.1e}"
+                raise Unfusable(f"{where}, its forward computes something else: {difference}")
+
+
+def _fused(module: nn.Module, match: Match) -> Callable[[Tensor], object]:
+    """Return what the wiring says that the module computes, as a function of its input."""
+    parameters = Parameters(module, match.wiring)
+    apart = match.returns is one_per_task
+
+    def forward(x: Tensor) -> object:
+        out = fusion_network(x, parameters.tensors(), match.wiring.table, "reference", tasks_apart=apart)
+        return out if apart else match.returns(out)
+
+    return forward
 
 
 def _inputs(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[_Input]:
@@ -103,8 +125,17 @@ def _inputs(draw: Callable[[tuple[int, ...]], Tensor], shape: tuple[int, ...], d
         yield _Input(f"a row with {value}", x)
 
 
-def _difference(module: nn.Module, fused: FusedForward, case: _Input, draw: Callable[[tuple[int, ...]], Tensor], allowed: float) -> tuple[float, str]:
-    """Run both forwards on one input. Return the largest relative difference in norm, and the name of the value that has it."""
+def _difference(
+    module: nn.Module,
+    fused: Callable[[Tensor], object],
+    case: _Input,
+    draw: Callable[[tuple[int, ...]], Tensor],
+    allowed: float,
+) -> tuple[float, str]:
+    """Run both forwards on one input.
+
+    Return the largest relative difference in norm, and the name of the value that has it.
+    """
     x = case.x.clone().requires_grad_(case.gradients)
     with torch.set_grad_enabled(case.gradients):
         expected = _own_outputs(module, x)
@@ -113,11 +144,11 @@ def _difference(module: nn.Module, fused: FusedForward, case: _Input, draw: Call
         except (TypeError, ValueError, RuntimeError) as error:
             raise Unfusable(f"its wiring does not run: {error}") from error
     _require_same_structure(expected, got)
-    if case.gradients:
-        upstream = [draw(out.shape).to(x.device, x.dtype) for out in expected.values()]
-        expected = {**expected, **_gradients(expected, upstream, x, module)}
-        got = {**got, **_gradients(got, upstream, x, module)}
-    return _worst(expected, got, allowed)
+    if not case.gradients:
+        return _worst(expected, got, allowed)
+    upstream = [draw(out.shape).to(x.device, x.dtype) for out in expected.values()]
+    d_expected, d_got = _gradients(expected, upstream, x, module), _gradients(got, upstream, x, module)
+    return _worst(expected | d_expected, got | d_got, allowed)
 
 
 def _own_outputs(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -141,7 +172,8 @@ def _random_copy(module: nn.Module, dtype: torch.dtype, generator: torch.Generat
     """Return a copy of the module in `dtype` with random parameters and no hooks."""
     memo: dict[int, object] = {}
     for parameter in module.parameters():
-        # Of the size that keeps outputs near 1: the module's own values may be zeros, under which anything agrees.
+        # Of the size that keeps outputs near 1: the module's own values may be zeros, under which
+        # anything agrees.
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 and parameter.shape[-1] else 0.5
         value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu") * scale
         memo[id(parameter)] = nn.Parameter(value.to(parameter.device, dtype))
@@ -157,7 +189,10 @@ def _random_copy(module: nn.Module, dtype: torch.dtype, generator: torch.Generat
 
 
 def _held(module: nn.Module) -> dict[str, tuple[object, int]]:
-    """Return what the attributes of all modules in the tree hold, and the items of their plain containers: values, and tensors' versions."""
+    """Return the attributes of all modules in the tree, and the items of their plain containers.
+
+    By name, each as (value, version of a tensor).
+    """
     seen: set[int] = set()
     return {
         name: (value, _version(value))
@@ -198,21 +233,34 @@ def _require_same_structure(expected: dict[str, Tensor], got: dict[str, Tensor])
         raise Unfusable(f"its forward returns {', '.join(expected)}, its wiring {', '.join(got)}")
     for name, value in expected.items():
         if value.shape != got[name].shape or value.dtype != got[name].dtype:
-            raise Unfusable(f"its forward returns {name} {list(value.shape)} {value.dtype}, its wiring {list(got[name].shape)} {got[name].dtype}")
+            forward, wiring = f"{list(value.shape)} {value.dtype}", f"{list(got[name].shape)} {got[name].dtype}"
+            raise Unfusable(f"its forward returns {name} {forward}, its wiring {wiring}")
 
 
-def _gradients(outputs: dict[str, Tensor], upstream: list[Tensor], x: Tensor, module: nn.Module) -> dict[str, Tensor | None]:
+def _gradients(
+    outputs: dict[str, Tensor], upstream: list[Tensor], x: Tensor, module: nn.Module
+) -> dict[str, Tensor | None]:
     """Return the gradients of the input and every parameter by name, None where there is none."""
     names, parameters = zip(*module.named_parameters(), strict=True)
     attached = [(out, g) for out, g in zip(outputs.values(), upstream, strict=True) if out.requires_grad]
     if not attached:
         return {"d_x": torch.zeros_like(x)}
-    grads = torch.autograd.grad([out for out, _ in attached], [x, *parameters], [g for _, g in attached], allow_unused=True)
-    return {"d_x": torch.zeros_like(x) if grads[0] is None else grads[0], **{f"d_{name}": grad for name, grad in zip(names, grads[1:], strict=True)}}
+    grads = torch.autograd.grad(
+        [out for out, _ in attached], [x, *parameters], [g for _, g in attached], allow_unused=True
+    )
+    return {
+        "d_x": torch.zeros_like(x) if grads[0] is None else grads[0],
+        **{f"d_{name}": grad for name, grad in zip(names, grads[1:], strict=True)},
+    }
 
 
-def _worst(expected: dict[str, Tensor | None], got: dict[str, Tensor | None], allowed: float) -> tuple[float, str]:
-    """Return the largest relative difference in norm, and the name of the value that has it; infinity where one side is finite alone."""
+def _worst(
+    expected: Mapping[str, Tensor | None], got: Mapping[str, Tensor | None], allowed: float
+) -> tuple[float, str]:
+    """Return the largest relative difference in norm, and the name of the value that has it.
+
+    It is infinity where one side is finite alone.
+    """
     norms = {name: _norm(value) for name, value in expected.items() if value is not None}
     # A gradient that is zero but for rounding has no scale of its own.
     floor = allowed * max(norms.values())

@@ -1,29 +1,34 @@
-"""What a forward may change outside its module, put back: generators, defaults and modes of Python, NumPy and PyTorch."""
+"""What a forward may change outside its module, put back: random generators, defaults and modes."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+# Its type is one that checkers do not know.
+deterministic: Any = torch.utils.deterministic
 DEVICES = ("cpu", "cuda")
 
 
 def _deterministic() -> tuple:
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    return torch.are_deterministic_algorithms_enabled(), warn_only, torch.utils.deterministic.fill_uninitialized_memory
+    return torch.are_deterministic_algorithms_enabled(), warn_only, deterministic.fill_uninitialized_memory
 
 
 def _set_deterministic(state: tuple) -> None:
     torch.use_deterministic_algorithms(state[0], warn_only=state[1])
-    torch.utils.deterministic.fill_uninitialized_memory = state[2]
+    deterministic.fill_uninitialized_memory = state[2]
 
 
 def _autocast() -> tuple:
-    return torch.is_autocast_cache_enabled(), *((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in DEVICES)
+    return torch.is_autocast_cache_enabled(), *(
+        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in DEVICES
+    )
 
 
 def _set_autocast(state: tuple) -> None:
@@ -43,7 +48,7 @@ def _anomaly() -> tuple[bool, bool]:
 
 
 # (what reads it, what sets it)
-STATES = (
+STATES: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, _set_default_device),
     (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -56,7 +61,10 @@ STATES = (
 
 @contextmanager
 def put_back(device: torch.device) -> Iterator[None]:
-    """Put back what is changed inside: the random generators of Python, NumPy, PyTorch's CPU and of `device`, and all of `STATES`."""
+    """Put back what is changed inside: random generators and all of `STATES`.
+
+    The generators are those of Python, NumPy, PyTorch's CPU and `device`.
+    """
     numpy = getattr(sys.modules.get("numpy"), "random", None)
     drawn = random.getstate(), numpy.get_state() if numpy else None
     before = [read() for read, _ in STATES]

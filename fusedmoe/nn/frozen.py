@@ -1,4 +1,4 @@
-"""The parameters of a module packed once for serving, and the watch that undoes that when one of them changes."""
+"""Parameters that are packed once for serving, and the guards that tell when they are outdated."""
 
 from __future__ import annotations
 
@@ -12,80 +12,113 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fusedmoe.backends import choose, transforming
 from fusedmoe.checks import check
+from fusedmoe.nn.guards import Contents, any_differ
+from fusedmoe.nn.parameters import Parameters
 from fusedmoe.packed import pack, runner
 from fusedmoe.table import Table
 
-# No WeakSet: to iterate one while another thread adds to it is an error, a list of a set is made in one step.
-_LIVE: set[weakref.ref[Frozen]] = set()
+# No WeakSet: another thread may add to it during an iteration. A list of a set is made in one step.
+_LIVE: set[weakref.ref[Steps]] = set()
 
 
 @functools.cache
-def _watch_optimizers() -> None:
-    """From the first frozen layer on, hear of every optimizer's steps: the fused ones of torch write without changing a version."""
+def _hear_of_optimizers() -> None:
+    """From the first frozen layer on, hear of every optimizer's steps.
+
+    The fused optimizers of torch write without changing a version.
+    """
 
     def after(optimizer: torch.optim.Optimizer, *_) -> None:
         parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for frozen in [reference() for reference in list(_LIVE)]:
-            if frozen is not None:
-                frozen.stepped(parameters)
+        for steps in [reference() for reference in list(_LIVE)]:
+            if steps is not None:
+                steps.take_note(parameters)
 
     register_optimizer_step_post_hook(after)
 
 
+class Steps:
+    """A guard: no optimizer may step over these parameters.
+
+    `last` is the place of one over which one has.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]):
+        self.parameters = parameters
+        self.last: int | None = None
+        _hear_of_optimizers()
+        _LIVE.add(weakref.ref(self, _LIVE.discard))
+
+    def take_note(self, parameters: set[int]) -> None:
+        """Take note that an optimizer stepped over the parameters of these ids."""
+        self.last = next((i for i, parameter in enumerate(self.parameters) if id(parameter) in parameters), self.last)
+
+
+class Writes:
+    """A guard: tensors must keep their version, their address and the number in their middle."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        from fusedmoe import _C
+
+        self.tensors = tuple(tensors)
+        self.stamps = tuple(map(_C.stamp, self.tensors))
+        self._stamp = _C.stamp
+        # No method: a call of a small network takes as long as a hundred of Python's.
+        self.differs = functools.partial(_C.any_written, self.tensors, self.stamps)
+
+    def place(self, tensors: Sequence[Tensor]) -> int | None:
+        """Return the place of the first of `tensors` that is not the guarded one, as it was."""
+        for i, (bound, tensor, stamp) in enumerate(zip(self.tensors, tensors, self.stamps, strict=True)):
+            if tensor is not bound or self._stamp(tensor) != stamp:
+                return i
+        return None
+
+
 class Frozen:
-    """The packed parameters of a module, and what shows that those in the module are still the ones that were packed.
+    """The packed parameters of a module, and the guards of those in the module.
 
     Args:
-        places: (the `_parameters` dict that holds it, its name there) of every parameter, in the order of `table.parameters`.
+        parameters: where the module has them.
         table: the layer's table.
         backend: "auto" or a name, as the layer has it.
 
-    A parameter is the same if it is the same object, of the same version, at the same address, with the same number in its middle,
-    and no optimizer stepped over it. Its memory is kept until the layer is thawed, because another tensor at that address would look
-    the same. A write that PyTorch does not count (through `.data`, a NumPy view, from another process) and that spares the middle of
-    every parameter cannot be seen.
+    A parameter is the same if it is the same object, of the same version, at the same address, with
+    the same number in its middle, and no optimizer stepped over it. Its memory is kept until the
+    layer is thawed, because another tensor at that address would look the same. A write that
+    PyTorch does not count (through `.data`, a NumPy view, from another process) and that spares the
+    middle of every parameter cannot be seen.
     """
 
-    def __init__(self, places: Sequence[tuple[dict, str]], table: Table, backend: str):
-        from fusedmoe import _C
-
+    def __init__(self, parameters: Parameters, table: Table, backend: str):
+        self.parameters = parameters
         self.table = table
         self.backend = backend
-        holders = {id(parameters): parameters for parameters, _ in places}
-        held = {key: dict(parameters) for key, parameters in holders.items()}
-        self._holders = tuple(holders.values())
-        self._held = tuple(held.values())
-        # Out of what is held: another thread may have put a parameter in the place of one meanwhile.
-        self._parameters = tuple(held[id(parameters)][leaf] for parameters, leaf in places)
-        self._tensors = tuple(parameter.detach() for parameter in self._parameters)
-        self._stamps = tuple(map(_C.stamp, self._parameters))
-        self._any_differ, self._any_written = _C.any_differ, _C.any_written
-        self._stepped: int | None = None
+        holders = {id(holder): holder for holder, _ in parameters.places}
+        contents = Contents(holders.values())
+        self._replaced = functools.partial(any_differ, contents.dicts, contents.bound)
+        # Out of what was held: another thread may have replaced a parameter meanwhile.
+        held = dict(zip(holders, contents.bound, strict=True))
+        self._bound = tuple(held[id(holder)][name] for holder, name in parameters.places)
+        self._memory = tuple(parameter.detach() for parameter in self._bound)
         # Before they are packed: what changes while they are is seen.
-        _watch_optimizers()
-        _LIVE.add(weakref.ref(self, _LIVE.discard))
+        self._writes = Writes(self._bound)
+        self._steps = Steps(self._bound)
         self._run = runner(table)
-        self.packed = pack(self._parameters, table)
+        self.packed = pack(self._bound, table)
 
     def holds(self) -> bool:
         """Whether every parameter is what was packed."""
-        return self._stepped is None and not (self._any_differ(self._holders, self._held) or self._any_written(self._parameters, self._stamps))
+        return self._steps.last is None and not (self._replaced() or self._writes.differs())
 
-    def changed(self, keys: Sequence[str], tensors: Sequence[Tensor]) -> str:
+    def changed(self) -> str:
         """Return the key of the first parameter that is not what was packed."""
-        from fusedmoe import _C
-
-        if self._stepped is not None:
-            return keys[self._stepped]
-        pairs = zip(keys, self._parameters, tensors, self._stamps, strict=True)
-        return next((key for key, bound, tensor, stamp in pairs if tensor is not bound or _C.stamp(tensor) != stamp), "a parameter")
-
-    def stepped(self, parameters: set[int]) -> None:
-        """Take note that an optimizer stepped over the parameters of these ids."""
-        self._stepped = next((i for i, parameter in enumerate(self._parameters) if id(parameter) in parameters), self._stepped)
+        place = self._writes.place(self.parameters.tensors()) if self._steps.last is None else self._steps.last
+        return "a parameter" if place is None else self.parameters.keys[place]
 
     def run(self, x: Tensor) -> Tensor | None:
-        """Return the layer's output; None under a transform of torch.func, which only the layer's parameters themselves can follow.
+        """Return the layer's output; None under a transform of torch.func.
+
+        Such a transform can follow the layer's parameters alone, not the packed ones.
 
         Raises: TypeError, ValueError for a wrong x.
         """
@@ -96,23 +129,28 @@ class Frozen:
         except (RuntimeError, TypeError, ValueError, AttributeError):
             if isinstance(x, Tensor):
                 choose(self.backend, x.device, x.dtype)
-            check(x, self._parameters, self.table)
+            check(x, self._bound, self.table)
             raise
 
 
 def require_serving(module: nn.Module, x: Tensor, parameters: Callable[[], Sequence[Tensor]]) -> None:
-    """Raise RuntimeError, with the cure, for a call of a frozen layer in training mode, where gradients are needed or under autocast.
+    """Raise RuntimeError, with the cure, for a call that a frozen layer cannot serve.
 
-    Whether its parameters are still those that were packed does not matter, and torch.compile can trace it: such a call is refused
-    wherever it stands.
+    That is one in training mode, where gradients are needed, or under autocast.
+
+    Whether its parameters are still those that were packed does not matter, and torch.compile can
+    trace it: such a call is refused wherever it stands.
     """
     if module.training:
         raise RuntimeError(_refusal(module, "evaluation mode", "training mode", "model.eval(), or "))
     if torch.is_grad_enabled() and any(getattr(tensor, "requires_grad", False) for tensor in (x, *parameters())):
-        raise RuntimeError(_refusal(module, "a call without gradients", "one that needs them", "torch.inference_mode(), or "))
+        cure = "torch.inference_mode(), or "
+        raise RuntimeError(_refusal(module, "a call without gradients", "one that needs them", cure))
     if torch.is_autocast_enabled("cpu"):
-        raise RuntimeError(_refusal(module, f"a call in {parameters()[0].dtype}, as it was packed", "one under autocast", ""))
+        expected = f"a call in {parameters()[0].dtype}, as it was packed"
+        raise RuntimeError(_refusal(module, expected, "one under autocast", ""))
 
 
 def _refusal(module: nn.Module, expected: str, got: str, cure: str) -> str:
-    return f"{type(module).__name__} is frozen for serving: expected {expected}, got {got}. Cure: {cure}fusedmoe.unfreeze(model)"
+    problem = f"{type(module).__name__} is frozen for serving: expected {expected}, got {got}"
+    return f"{problem}. Cure: {cure}fusedmoe.unfreeze(model)"

@@ -1,4 +1,4 @@
-"""The forward that every module of this room has."""
+"""The forward that every module of `fusedmoe.nn` has."""
 
 from __future__ import annotations
 
@@ -9,26 +9,41 @@ import torch
 from torch import nn
 
 from fusedmoe.backends import require
-from fusedmoe.nn.binding import Binding
+from fusedmoe.nn.binding import Binding, require_plain
+from fusedmoe.nn.parameters import Parameters
 from fusedmoe.nn.wiring import Unfusable, Wiring
+
+# What the docstring of every module says, before its source.
+PROMISE = """    Args: those of `fusedmoe.reference.layers.{layer}`, `backend` and `recompute` (keyword only).
+    Raises: at construction as `Fused`, at a call as `Fused.forward`.
+"""
 
 
 class Fused:
     """Give a reference layer one call of the operator as its forward.
 
-    The result is the same, from the same parameters under the same keys. A subclass names its
-    `wiring` and puts this class before the layer's.
+    The result is the same, from the same parameters under the same keys.
+    A subclass puts this class before the layer's and names `make_wiring`, the function that reads
+    the layer's wiring off it: `class MMoE(Fused, layers.MMoE, make_wiring=wiring.mmoe)`. What its
+    arguments are and what it raises is put into its docstring.
 
     Args:
-        backend: a name out of `fusedmoe.backends()`, or "auto"; keyword only.
+        backend: a name out of `fusedmoe.available_backends()`, or "auto"; keyword only.
         recompute: keep less for backward and run experts and towers again there; keyword only.
         others: those of the layer.
     Raises: at construction ValueError or TypeError, naming the argument, what was expected and what
         came; RuntimeError for a backend that cannot run on this machine.
     """
 
-    wiring: Callable[[nn.Module], Wiring]
+    make_wiring: Callable[[nn.Module], Wiring]
     _binding: Binding
+
+    def __init_subclass__(cls, make_wiring: Callable[[nn.Module], Wiring] | None = None, **others) -> None:
+        super().__init_subclass__(**others)
+        if make_wiring is not None:
+            cls.make_wiring = staticmethod(make_wiring)
+            text, source, rest = (cls.__doc__ or "").partition("    Source: ")
+            cls.__doc__ = text.rstrip() + "\n\n" + PROMISE.format(layer=cls.__name__) + source + rest
 
     def __init__(self, *args, backend: str = "auto", recompute: bool = False, **kwargs) -> None:
         require(backend)
@@ -66,5 +81,7 @@ class Fused:
         module = cast(nn.Module, self)
         # A shallow copy comes with the binding of the original.
         if "_binding" not in self.__dict__ or not self._binding.binds(module):
-            self._binding = Binding(module, type(self).wiring(module))
+            wiring = type(self).make_wiring(module)
+            require_plain(module)
+            self._binding = Binding(module, wiring.table, Parameters(module, wiring))
         return self._binding

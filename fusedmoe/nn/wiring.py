@@ -1,29 +1,38 @@
 """Read a layer's wiring off its structure: its table, and its parameters in the operator's order.
 
-One function per layer class. Each reads only attributes and submodules that the public AdaTT
-library's layer has too, takes widths, biases and activations from the modules as they are, and
-raises `Unfusable` for anything that its table could not express. The counts come from a function of
-`families.py`, so a wiring says nothing about slots, sees or selectors.
+One row per layer class. Each reads only attributes and submodules that the public AdaTT library's
+layer has too, takes widths, biases and activations from the modules as they are, and raises
+`Unfusable` for anything that its table could not express. Slots, sees and selectors come from a
+function of `families.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import nn
 
 from fusedmoe import families
 from fusedmoe.activation import IDENTITY, Activation
 from fusedmoe.nn.counts import Unfusable, require_counts
-from fusedmoe.table import Expert, Gate, Layer, Level, Table, Task
+from fusedmoe.table import Draft, Expert, Gate, Layer, Level, Table, Task, draft_of, table_of
+
+Network = TypeVar("Network", bound=Draft)
 
 
 class Wiring(NamedTuple):
     """A table, and the module's `state_dict` keys in the order of `table.parameters`."""
 
     table: Table
+    keys: tuple[str, ...]
+
+
+class DraftWiring(NamedTuple):
+    """A wiring whose table is not checked yet."""
+
+    draft: Draft
     keys: tuple[str, ...]
 
 
@@ -35,7 +44,7 @@ class Stack(NamedTuple):
     keys: tuple[str, ...]
 
 
-ACTIVATIONS: dict[type, Callable[[nn.Module], Activation | None]] = {
+ACTIVATIONS: dict[type, Callable[[Any], Activation | None]] = {
     nn.Identity: lambda module: IDENTITY,
     nn.ReLU: lambda module: Activation("relu"),
     nn.Sigmoid: lambda module: Activation("sigmoid"),
@@ -49,123 +58,72 @@ ACTIVATIONS: dict[type, Callable[[nn.Module], Activation | None]] = {
 }
 
 
-def shared_bottom(module: nn.Module) -> Wiring:
-    """Wire one bottom that is handed to every task.
+@dataclass(frozen=True)
+class Layout:
+    """Where a layer class keeps the parts of a family's network.
 
-    Returns: the table and the module's keys.
-    Raises: Unfusable, naming the place, for a module that this table could not express.
+    Called with a module it returns that one's `Wiring`.
+
+    Args:
+        family: a function of `families.py`, called with the input width, the experts' widths,
+            `num_tasks` and `arguments`.
+        arguments: the module's attributes that it takes besides.
+        experts: `experts` and `bottoms` are lists, the former of levels; `bottom_projection` is one
+            MLP.
+        gates, statics: the submodules that hold them; empty for none.
+        arrange: what makes the arguments of the attributes.
+
+    Raises: Unfusable, naming the place, at a call with a module that this table could not express.
     """
-    _check_children(module, "bottom_projection")
-    return _wire(module, families.shared_bottom, [[_mlp(module.bottom_projection, "bottom_projection")]])
+
+    family: Callable[..., Table]
+    arguments: tuple[str, ...] = ()
+    experts: str = "experts"
+    gates: str = ""
+    statics: str = ""
+    arrange: Callable[..., Sequence] = lambda *attributes: attributes
+
+    @property
+    def __name__(self) -> str:
+        return self.family.__name__
+
+    def __call__(self, module: nn.Module) -> Wiring:
+        return _checked(module, self.draft(module))
+
+    def draft(self, module: nn.Module) -> DraftWiring:
+        """Return the wiring of a module before its table is checked."""
+        arguments = self.arrange(*_read(module, *self.arguments))
+        _check_children(module, *filter(None, (self.experts, self.gates, self.statics)))
+        levels = _items(getattr(module, self.gates), self.gates) if self.gates else []
+        gates = [_each(level, path, _softmax_of) for path, level in levels]
+        statics = _statics(getattr(module, self.statics), self.statics) if self.statics else []
+        experts = EXPERTS[self.experts](getattr(module, self.experts), self.experts)
+        return _wire(module, self.family, experts, arguments, gates, statics)
 
 
-def single_task(module: nn.Module) -> Wiring:
-    """Wire a bottom per task.
-
-    Returns: the table and the module's keys.
-    Raises: Unfusable, naming the place, for a module that this table could not express.
-    """
-    return _wire(module, families.single_task, _bottoms(module))
+def _with_shared_count(counts: Sequence[int], static_weights: bool) -> tuple:
+    """Arrange the arguments of `families.adatt`: the shared unit's count is the last of a list."""
+    return counts[:-1], *counts[-1:], static_weights
 
 
-def asymmetric_sharing(module: nn.Module) -> Wiring:
-    """Wire a bottom per task, of which each task combines those it borrows.
+OWN_AND_SHARED = ("num_task_experts", "num_shared_experts")
+STATIC = "self_exp_res_connect"
 
-    Returns: the table and the module's keys.
-    Raises: Unfusable, naming the place, for a module that this table could not express.
-    """
-    return _wire(module, families.asymmetric_sharing, _bottoms(module), _read(module, "borrows", "combine"))
-
-
-def customized_sharing(module: nn.Module) -> Wiring:
-    """Wire a bottom per task and a shared one.
-
-    Returns: the table and the module's keys.
-    Raises: Unfusable, naming the place, for a module that this table could not express.
-    """
-    return _wire(module, families.customized_sharing, _bottoms(module))
-
-
-def ml_mmoe(module: nn.Module) -> Wiring:
-    """Wire levels of experts under gates on the root input; the gates may have hidden layers.
-
-    Returns: the table and the module's keys.
-    Raises: Unfusable, naming the place, for a module that this table could not express.
-    """
-    return _gated(module, families.ml_mmoe, _read(module, "num_experts"), "gates")
-
-
-def mmoe(module: nn.Module) -> Wiring:
-    """Wire one level of experts under one gate per task.
-
-    Returns: the table and the module's keys.
-    Raises: Unfusable, naming the place, for a module that this table could not express.
-    """
-    return _gated(module, families.mmoe, _read(module, "num_experts"), "gates")
-
-
-def omoe(module: nn.Module) -> Wiring:
-    """Wire one level of experts under one gate.
-
-    Returns: the table and the module's keys.
-    Raises: Unfusable, naming the place, for a module that this table could not express.
-    """
-    return _gated(module, families.omoe, _read(module, "num_experts"), "gates")
-
-
-def ple(module: nn.Module) -> Wiring:
-    """Wire own and shared experts, levels of them.
-
-    Returns: the table and the module's keys.
-    Raises: Unfusable, naming the place, for a module that this table could not express.
-    """
-    return _gated(module, families.ple, _read(module, "num_task_experts", "num_shared_experts"), "gate_weights")
-
-
-def cgc(module: nn.Module) -> Wiring:
-    """Wire own and shared experts, one level on a shared input.
-
-    Returns: the table and the module's keys.
-    Raises: Unfusable, naming the place, for a module that this table could not express.
-    """
-    return _gated(module, families.cgc, _read(module, "num_task_experts", "num_shared_experts"), "gate_weights")
-
-
-def adatt_sp(module: nn.Module) -> Wiring:
-    """Wire AdaTT without shared experts.
-
-    Returns: the table and the module's keys.
-    Raises: Unfusable, naming the place, for a module that this table could not express.
-    """
-    return _gated(module, families.adatt_sp, _read(module, "num_task_experts", "self_exp_res_connect"), "gate_weights", "self_exp_weights")
-
-
-def adatt(module: nn.Module) -> Wiring:
-    """Wire AdaTT with shared experts.
-
-    Returns: the table and the module's keys.
-    Raises: Unfusable, naming the place, for a module that this table could not express.
-    """
-    counts, static_weights = _read(module, "num_expert_list", "self_exp_res_connect")
-    return _gated(module, families.adatt, (counts[:-1], *counts[-1:], static_weights), "gate_weights", "self_exp_weights")
-
-
-def cross_stitch(module: nn.Module) -> Wiring:
-    """Wire an expert per task and learned mixing of them.
-
-    Returns: the table and the module's keys.
-    Raises: Unfusable, naming the place, for a module that this table could not express.
-    """
-    _check_children(module, "experts", "stitchs")
-    stitchs = _items(module.stitchs, "stitchs")
-    for path, stitch in stitchs:
-        if type(stitch) is not nn.Linear or stitch.bias is not None:
-            raise Unfusable(f"{path}: expected an nn.Linear without bias, got {_name(stitch)}")
-    return _wire(module, families.cross_stitch, _experts(module), statics=[f"{path}.weight" for path, _ in stitchs])
-
+single_task = Layout(families.single_task, experts="bottoms")
+shared_bottom = Layout(families.shared_bottom, experts="bottom_projection")
+asymmetric_sharing = Layout(families.asymmetric_sharing, ("borrows", "combine"), experts="bottoms")
+customized_sharing = Layout(families.customized_sharing, experts="bottoms")
+omoe = Layout(families.omoe, ("num_experts",), gates="gates")
+mmoe = Layout(families.mmoe, ("num_experts",), gates="gates")
+ml_mmoe = Layout(families.ml_mmoe, ("num_experts",), gates="gates")
+cgc = Layout(families.cgc, OWN_AND_SHARED, gates="gate_weights")
+ple = Layout(families.ple, OWN_AND_SHARED, gates="gate_weights")
+adatt_sp = Layout(families.adatt_sp, ("num_task_experts", STATIC), gates="gate_weights", statics="self_exp_weights")
+adatt = replace(adatt_sp, family=families.adatt, arguments=("num_expert_list", STATIC), arrange=_with_shared_count)
+cross_stitch = Layout(families.cross_stitch, statics="stitchs")
 
 # By the `mtl_model` of a CentralTaskArch.
-BACKBONES: dict[str, Callable[[nn.Module], Wiring]] = {
+BACKBONES: dict[str, Layout] = {
     "att_sp": adatt_sp,
     "att_g": adatt,
     "ple": ple,
@@ -184,7 +142,7 @@ def central(module: nn.Module) -> Wiring:
     """Wire a backbone `mtl_arch` under the towers `task_modules`.
 
     x [B, D] is passed once, the output is [B, T, 1].
-    Returns: the table and the module's keys.
+
     Raises: Unfusable, naming the place, for a module that this table could not express.
     """
     _check_children(module, "mtl_arch", "task_modules")
@@ -192,31 +150,21 @@ def central(module: nn.Module) -> Wiring:
     if name not in BACKBONES:
         raise Unfusable(f"mtl_model: expected one of {', '.join(BACKBONES)}, got {name!r}")
     try:
-        backbone = BACKBONES[name](module.mtl_arch)
+        backbone = BACKBONES[name].draft(module.get_submodule("mtl_arch"))
     except Unfusable as error:
         raise Unfusable(f"mtl_arch: {error}") from None
-    towers = _each(module.task_modules, "task_modules", _mlp)
-    table = families.share_input(backbone.table)
-    tasks = table.tasks or tuple(Task((u,)) for u in range(len(table.levels[-1].units)))
+    towers = _each(module.get_submodule("task_modules"), "task_modules", _mlp)
+    draft = families.share_input(backbone.draft)
+    tasks = draft.tasks or tuple(Task((u,)) for u in range(len(draft.levels[-1].units)))
     if len(tasks) != len(towers):
         raise Unfusable(f"task_modules: expected one tower for each of {len(tasks)} tasks, got {len(towers)}")
-    table = _table(replace, table, tasks=tuple(replace(task, tower=tower.layers) for task, tower in zip(tasks, towers, strict=True)))
+    pairs = zip(tasks, towers, strict=True)
+    draft = replace(draft, tasks=tuple(replace(task, tower=tower.layers) for task, tower in pairs))
     # The towers' parameters stand before the static tensors.
-    last = len(backbone.keys) - len(table.statics)
+    last = len(backbone.keys) - len(draft.statics)
     keys = [f"mtl_arch.{key}" for key in backbone.keys]
-    return _checked(module, Wiring(table, (*keys[:last], *(key for tower in towers for key in tower.keys), *keys[last:])))
-
-
-def _gated(module: nn.Module, family: Callable[..., Table], arguments: Sequence, gates: str, static: str = "") -> Wiring:
-    """Wire a family whose submodules stand in lists.
-
-    These are the experts `experts.{level}.{expert}`, the gates `{gates}.{level}.{unit}` and the
-    static tensors `{static}.{i}`.
-    """
-    _check_children(module, "experts", gates, *([static] if static else []))
-    found = [_each(level, path, _softmax_of) for path, level in _items(getattr(module, gates), gates)]
-    tensors = [f"{static}.{name}" for name in getattr(module, static)._parameters] if static else []
-    return _wire(module, family, _experts(module), arguments, found, tensors)
+    of_towers = (key for tower in towers for key in tower.keys)
+    return _checked(module, DraftWiring(draft, (*keys[:last], *of_towers, *keys[last:])))
 
 
 def _wire(
@@ -226,8 +174,8 @@ def _wire(
     arguments: Sequence = (),
     gates: Sequence[Sequence[Stack]] = (),
     statics: Sequence[str] = (),
-) -> Wiring:
-    """Put the layers found into the family's table, and list the keys in the operator's order.
+) -> DraftWiring:
+    """Put the layers found into the family's draft, and list the keys in the operator's order.
 
     Args:
         family: called with the input width, the experts' widths, the number of tasks and
@@ -238,31 +186,36 @@ def _wire(
     widths = [[layer.width for layer in level[0].layers] for level in experts]
     (tasks,) = _read(module, "num_tasks")
     require_counts(family, tasks, arguments, len(experts[0]), max(map(len, gates), default=0))
-    table = _table(family, experts[0][0].width, widths, tasks, *arguments)
-    gates = gates or [()] * len(table.levels)
-    wanted = [(len(level.experts), sum(unit.gate is not None for unit in level.units)) for level in table.levels]
+    draft = _accepted(draft_of(family), experts[0][0].width, widths, tasks, *arguments)
+    gates = gates or [()] * len(draft.levels)
+    wanted = [(len(level.experts), sum(unit.gate is not None for unit in level.units)) for level in draft.levels]
     found = [(len(level), len(gates[i]) if i < len(gates) else 0) for i, level in enumerate(experts)]
     if found != wanted or len(gates) != len(wanted):
         raise Unfusable(f"(experts, gates) per level: expected {wanted}, got {found}")
-    if len(statics) != len(table.statics):
-        raise Unfusable(f"static weights: expected {len(table.statics)} tensors, got {len(statics)}")
-    levels = tuple(_level(level, experts[i], gates[i]) for i, level in enumerate(table.levels))
+    if len(statics) != len(draft.statics):
+        raise Unfusable(f"static weights: expected {len(draft.statics)} tensors, got {len(statics)}")
+    levels = tuple(_level(level, experts[i], gates[i]) for i, level in enumerate(draft.levels))
     keys = [key for i in range(len(levels)) for stack in (*experts[i], *gates[i]) for key in stack.keys]
-    return _checked(module, Wiring(_table(replace, table, levels=levels), (*keys, *statics)))
+    return DraftWiring(replace(draft, levels=levels), (*keys, *statics))
 
 
 def _level(level: Level, experts: Sequence[Stack], gates: Sequence[Stack]) -> Level:
     """The level with the layers found in place of the family's."""
-    units = tuple(replace(unit, gate=_gate(unit.gate, gates[u])) if unit.gate else unit for u, unit in enumerate(level.units))
-    return Level(tuple(Expert(expert.slot, stack.layers) for expert, stack in zip(level.experts, experts, strict=True)), units)
+    units = tuple(
+        replace(unit, gate=_gate(unit.gate, gates[u])) if unit.gate else unit for u, unit in enumerate(level.units)
+    )
+    return Level(
+        tuple(Expert(expert.slot, stack.layers) for expert, stack in zip(level.experts, experts, strict=True)), units
+    )
 
 
 def _gate(gate: Gate, found: Stack) -> Gate:
     return replace(gate, hidden=found.layers[:-1], bias=found.layers[-1].bias)
 
 
-def _checked(module: nn.Module, wiring: Wiring) -> Wiring:
-    """Return the wiring if the module has exactly these keys, in the shapes of the table."""
+def _checked(module: nn.Module, found: DraftWiring) -> Wiring:
+    """Return the wiring if its draft is a table whose parameters are just those of the module."""
+    wiring = Wiring(_accepted(table_of, found.draft), found.keys)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     for key, expected in zip(wiring.keys, wiring.table.parameters, strict=True):
         if key not in parameters:
@@ -275,10 +228,10 @@ def _checked(module: nn.Module, wiring: Wiring) -> Wiring:
     return wiring
 
 
-def _table(function: Callable[..., Table], *arguments, **more) -> Table:
-    """Call a function that returns a table; what it refuses is unfusable."""
+def _accepted(function: Callable[..., Network], *arguments) -> Network:
+    """Call a function that returns a table or a draft; what it refuses is unfusable."""
     try:
-        return function(*arguments, **more)
+        return function(*arguments)
     except (TypeError, ValueError) as error:
         raise Unfusable(str(error)) from None
 
@@ -295,21 +248,38 @@ def _each(modules: nn.Module, where: str, read: Callable[[nn.Module, str], Stack
     return [read(module, path) for path, module in _items(modules, where)]
 
 
-def _experts(module: nn.Module) -> list[list[Stack]]:
-    """The experts `experts.{level}.{expert}`, at least one on each level."""
-    result = [_each(level, path, _mlp) for path, level in _items(module.experts, "experts")]
+def _experts(module: nn.Module, where: str) -> list[list[Stack]]:
+    """The experts `{where}.{level}.{expert}`, at least one on each level."""
+    result = [_each(level, path, _mlp) for path, level in _items(module, where)]
     if not result or not all(result):
-        raise Unfusable(f"experts: expected at least one expert on each level, got {[len(level) for level in result]}")
+        raise Unfusable(f"{where}: expected at least one expert on each level, got {[len(level) for level in result]}")
     return result
 
 
-def _bottoms(module: nn.Module) -> list[list[Stack]]:
-    """The experts `bottoms.{expert}` of a family of one level."""
-    _check_children(module, "bottoms")
-    result = _each(module.bottoms, "bottoms", _mlp)
+def _bottoms(module: nn.Module, where: str) -> list[list[Stack]]:
+    """The experts `{where}.{expert}` of a family of one level, at least one."""
+    result = _each(module, where, _mlp)
     if not result:
-        raise Unfusable("bottoms: expected at least one, got none")
+        raise Unfusable(f"{where}: expected at least one, got none")
     return [result]
+
+
+EXPERTS: dict[str, Callable[[nn.Module, str], list[list[Stack]]]] = {
+    "experts": _experts,
+    "bottoms": _bottoms,
+    "bottom_projection": lambda module, where: [[_mlp(module, where)]],
+}
+
+
+def _statics(module: nn.Module, where: str) -> list[str]:
+    """The keys of the static tensors: a `ParameterList`, or a list of `Linear` without bias."""
+    if isinstance(module, nn.ParameterList):
+        return [f"{where}.{name}" for name in module._parameters]
+    stitches = _items(module, where)
+    for path, stitch in stitches:
+        if type(stitch) is not nn.Linear or stitch.bias is not None:
+            raise Unfusable(f"{path}: expected an nn.Linear without bias, got {_name(stitch)}")
+    return [f"{path}.weight" for path, _ in stitches]
 
 
 def _softmax_of(gate: nn.Module, where: str) -> Stack:
@@ -320,7 +290,8 @@ def _softmax_of(gate: nn.Module, where: str) -> Stack:
         raise Unfusable(f"{where}: expected an nn.Sequential that ends with nn.Softmax(dim=-1), got {_name(gate)}")
     stack = _stack(steps[:-1])
     if not stack.layers or stack.layers[-1].activation != IDENTITY:
-        raise Unfusable(f"{where}: expected an nn.Linear before the softmax, got {_name(steps[-2][1]) if steps[:-1] else 'nothing'}")
+        got = _name(steps[-2][1]) if steps[:-1] else "nothing"
+        raise Unfusable(f"{where}: expected an nn.Linear before the softmax, got {got}")
     return stack
 
 
@@ -351,7 +322,8 @@ def _stack(steps: Sequence[tuple[str, nn.Module]]) -> Stack:
         if kind == IDENTITY:
             continue
         if not bare:
-            raise Unfusable(f"{path}: expected an nn.Linear before {_name(step)}, got none since the activation before it")
+            got = "none since the activation before it"
+            raise Unfusable(f"{path}: expected an nn.Linear before {_name(step)}, got {got}")
         layers[-1] = replace(layers[-1], activation=kind)
         bare = False
     return Stack(width, tuple(layers), tuple(keys))
@@ -362,7 +334,11 @@ def _steps(module: nn.Module, where: str) -> list[tuple[str, nn.Module]]:
     if type(module) is not nn.Sequential and list(module._modules) != ["mlp_net"]:
         return [(where, module)]
     # Not named_children(): it leaves out the second use of a shared activation module.
-    return [step for name, child in module._modules.items() for step in _steps(child, f"{where}.{name}" if where else name)]
+    return [
+        step
+        for name, child in module._modules.items()
+        for step in _steps(cast(nn.Module, child), f"{where}.{name}" if where else name)
+    ]
 
 
 def _read(module: nn.Module, *names: str) -> list:
@@ -376,7 +352,8 @@ def _read(module: nn.Module, *names: str) -> list:
 def _check_children(module: nn.Module, *names: str) -> None:
     """Raise Unfusable unless the module has exactly these submodules and no tensors of its own."""
     if set(module._modules) != set(names):
-        raise Unfusable(f"{type(module).__name__}: expected the submodules {', '.join(names)}, got {', '.join(module._modules) or 'none'}")
+        expected, got = ", ".join(names), ", ".join(module._modules) or "none"
+        raise Unfusable(f"{type(module).__name__}: expected the submodules {expected}, got {got}")
     own = [*module._parameters, *module._buffers]
     if own:
         raise Unfusable(f"{type(module).__name__}: expected no parameter or buffer of its own, got {own[0]}")

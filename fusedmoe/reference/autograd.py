@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fusedmoe import codec, outputs
+from fusedmoe import outputs
 from fusedmoe.backends import transforming
 from fusedmoe.casting import without_autocast
 from fusedmoe.checks import check
@@ -39,7 +39,7 @@ class _Reference(torch.autograd.Function):
         d_out, d_weights, tasks, levels = outputs.join(d_outputs, x, ctx.table, ctx.tasks_apart)
         with without_autocast(x):
             grads = reference.backward(x, params, ctx.table, d_out, by_level(d_weights, ctx.table))
-        wanted = outputs.dependent(codec.encode(ctx.table), tasks, levels)
+        wanted = outputs.dependencies(ctx.table, tasks, levels)
         d_x, *d_params = [d if flag else None for d, flag in zip((grads[0], *grads[1]), wanted, strict=True)]
         return None, None, None, d_x, *d_params
 

@@ -66,8 +66,8 @@ def load(library: Path) -> ModuleType:
 def register(kind: str) -> None:
     """Let backend "cuda" serve CPU tensors in this process, by the emulated library."""
     sys.modules[NAME] = load(Path(LIBRARY) if LIBRARY else build(kind))
-    # The package has a function of this name.
-    backends = importlib.import_module("fusedmoe.backends")
+    from fusedmoe import backends
+
     rows = (replace(row, unavailable=lambda: None, devices=("cuda", "cpu")) if row.name == "cuda" else row for row in backends.BACKENDS)
     backends.BACKENDS = tuple(rows)
 

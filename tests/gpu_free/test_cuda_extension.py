@@ -64,7 +64,7 @@ for _ in range(2):
 
 def test_the_backend_gives_the_reason(built):
     without_driver()
-    program = "from fusedmoe.backends import choose; print(fusedmoe.backends()['cuda'])\ntry: choose('cuda', torch.device('cpu'), torch.float32)\n"
+    program = "from fusedmoe.backends import choose; print(fusedmoe.available_backends()['cuda'])\ntry: choose('cuda', torch.device('cpu'), torch.float32)\n"
     program += "except RuntimeError as error: print(error)"
     first, second = said_by(built, program).splitlines()
     assert re.fullmatch(f"expected a GPU and its driver, got {NO_DRIVER}", first)

@@ -10,7 +10,7 @@ from torch import nn
 
 from fusedmoe.activation import Activation
 from fusedmoe.reference.layers.mlp import counts_per_task, experts_of, require_counts, require_levels, softmax_gate
-from fusedmoe.table import require_integer
+from fusedmoe.validation import require_integer
 
 
 class AdaTTSp(nn.Module):

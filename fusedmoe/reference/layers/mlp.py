@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fusedmoe.activation import Activation, activation
-from fusedmoe.table import require_integer
+from fusedmoe.validation import require_integer
 
 ACTIVATION_MODULES: dict[str, Callable[[Activation], nn.Module]] = {
     "identity": lambda kind: nn.Identity(),

@@ -9,7 +9,7 @@ from torch import nn
 
 from fusedmoe.activation import Activation
 from fusedmoe.reference.layers.mlp import counts_per_task, experts_of, require_counts, require_levels, require_widths, softmax_gate
-from fusedmoe.table import require_integer
+from fusedmoe.validation import require_integer
 
 
 class PLE(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 
 from fusedmoe.activation import Activation
 from fusedmoe.reference.layers.mlp import MLP, experts_of, require_counts, require_widths
-from fusedmoe.table import require_indices
+from fusedmoe.validation import require_indices
 
 COMBINE = {
     "sum": lambda outputs: torch.stack(outputs, dim=1).sum(1),

@@ -9,7 +9,7 @@ from torch import nn
 
 from fusedmoe import nn as fused_nn
 from fusedmoe.kernels import self_test, tiles
-from fusedmoe.kernels.words import describe_launches
+from fusedmoe.kernels.describe import describe_launches
 from fusedmoe.reference import layers
 from fusedmoe.swap import describe, fuse
 from fusedmoe.testing import build, every_feature
@@ -57,7 +57,7 @@ STAGES = {
     "two levels": ("none", "none"),
     "hidden layers": ("level 0, hidden 0 (2 linears)", "none"),
     "hidden layers in gates": ("level 0, hidden 0 (2 linears)", "none"),
-    "experts of three layers": ("level 0, hidden 0 (2 linears); level 0, hidden 1 (2 maps)",) * 2,
+    "experts of three layers": ("level 0, hidden 0 (2 linears); level 0, hidden 1 (2 linears)",) * 2,
     "towers": ("towers, hidden 0 (2 linears)", "none"),
 }
 

@@ -15,14 +15,17 @@ from fusedmoe.table import Table
 
 
 def describe_launches(table: Table, dtype: torch.dtype, device: torch.device, backend: str) -> str:
-    """Return lines: the device, and whether these kernels have run on its architecture; launches forward and backward; segments through memory."""
+    """Return lines on the device, the launches forward and backward, and segments through memory.
+
+    The first line says whether these kernels have run on the device's architecture.
+    """
     program = lower(table)
     lines = [f"{backend} on {name_of(device)} ({history(device, backend)})"]
     for rows, batch in ((tiles.WHOLE_ROWS, f"up to {tiles.WHOLE_ROWS} rows"), (tiles.WHOLE_ROWS + 1, "more rows")):
         forward, backward = launches(program, dtype, rows, architecture(device), backend)
         lines.append(f"  {batch}: launches forward {forward}, backward {backward}")
-    for when, found in (("training", program), ("inference", inline_hidden(table))):
-        lines.append(f"  segments of their own, handed on in memory, {when}: {_segments(found)}")
+    for mode, lowered in (("training", program), ("inference", inline_hidden(table))):
+        lines.append(f"  segments of their own, handed on in memory, {mode}: {_segments(lowered)}")
     return "\n".join(lines)
 
 
@@ -36,6 +39,7 @@ def launches(program: Program, dtype: torch.dtype, rows: int, arch: str, backend
 
 
 def _segments(program: Program) -> str:
-    """The segments in front of the levels' own: hidden layers that do not stay on the chip, and experts that gates select."""
-    front = [program.segments[number] for group in program.levels for number in group[:-1] if program.segments[number].units]
-    return "; ".join(f"{segment.name} ({len(segment.units)} linear{'s' * (len(segment.units) != 1)})" for segment in front) or "none"
+    """The segments before the levels' own: hidden layers in memory, experts that gates select."""
+    front = [program.segments[number] for group in program.levels for number in group[:-1]]
+    counts = [(segment.name, len(segment.units)) for segment in front if segment.units]
+    return "; ".join(f"{name} ({count} linear{'s' * (count != 1)})" for name, count in counts) or "none"

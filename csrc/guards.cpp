@@ -1,4 +1,4 @@
-// Whether the inside of a module is as it was, at a price that every call can pay: a few
+// The guards of fusedmoe/nn/guards.py and frozen.py, at a price that every call can pay: a few
 // nanoseconds for each dict or tensor.
 #include <pybind11/pybind11.h>
 
@@ -8,7 +8,7 @@ namespace py = pybind11;
 
 namespace {
 
-// The tuples hold the dicts of live modules, so they belong to Python's objects, whose cycles its
+// The tuples hold the dicts of live modules, so they belong to Python objects, whose cycles the
 // collector can free; nothing is kept here.
 
 bool any_filled(const py::tuple& dicts) {
@@ -27,7 +27,7 @@ bool any_contains(const py::tuple& dicts, const py::str& name) {
 bool differ(PyObject* dict, PyObject* expected) {
   if (PyDict_Size(dict) != PyDict_Size(expected)) return true;
   PyObject *key, *value;
-  for (Py_ssize_t at = 0; PyDict_Next(expected, &at, &key, &value);)
+  for (Py_ssize_t position = 0; PyDict_Next(expected, &position, &key, &value);)
     if (PyDict_GetItem(dict, key) != value) return true;
   return false;
 }
@@ -90,7 +90,7 @@ bool any_written(const py::tuple& tensors, const py::tuple& stamps) {
 
 }  // namespace
 
-void bind_watch(py::module_& m) {
+void bind_guards(py::module_& m) {
   m.def("any_filled", &any_filled, "Whether any of the dicts holds something.");
   m.def("any_contains", &any_contains, "Whether any of the dicts has the key.");
   m.def("any_differ", &any_differ, "Whether any of the dicts holds other objects than the expected dict beside it.");

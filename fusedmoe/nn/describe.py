@@ -19,7 +19,9 @@ def describe_table(table: Table) -> str:
         widths = table.widths[number]
         lines += _grouped("expert", [_expert(expert, widths[expert.slot]) for expert in level.experts])
         lines += _grouped("unit", [_unit(unit) for unit in level.units])
-    lines += _grouped("task", [f"reads {_count_of('unit', task.units)}{_layers(task.tower, ', tower ')}" for task in table.tasks])
+    towers = [_layers(task.tower, ", tower ") for task in table.tasks]
+    reads = [f"reads {_count_of('unit', task.units)}" for task in table.tasks]
+    lines += _grouped("task", [read + tower for read, tower in zip(reads, towers, strict=True)])
     return "\n".join(lines)
 
 
@@ -39,8 +41,16 @@ def _expert(expert: Expert, width: int) -> str:
 
 
 def _layers(layers: tuple[Layer, ...], before: str) -> str:
-    stack = [f"{layer.width}{'' if layer.activation == IDENTITY else f' {layer.activation}'}{'' if layer.bias else ' without bias'}" for layer in layers]
-    return before + " > ".join(stack) if stack else ""
+    return before + " > ".join(map(_layer, layers)) if layers else ""
+
+
+def _layer(layer: Layer) -> str:
+    activation = "" if layer.activation == IDENTITY else f" {layer.activation}"
+    return f"{layer.width}{activation}{_without_bias(layer.bias)}"
+
+
+def _without_bias(bias: bool) -> str:
+    return "" if bias else " without bias"
 
 
 def _unit(unit: Unit) -> str:
@@ -48,7 +58,8 @@ def _unit(unit: Unit) -> str:
         gate = "no gate"
     else:
         hidden = _layers(unit.gate.hidden, " through ")
-        gate = f"sees {_count_of('expert', unit.gate.sees)}, gate on {_selector(unit.gate.selector)}{hidden}{'' if unit.gate.bias else ' without bias'}"
+        selector = _selector(unit.gate.selector)
+        gate = f"sees {_count_of('expert', unit.gate.sees)}, gate on {selector}{hidden}{_without_bias(unit.gate.bias)}"
     return f"{gate}, {_static(unit.static)}"
 
 

@@ -1,4 +1,4 @@
-"""Dataclasses as words: the fields in order, depth first, by their types.
+"""Dataclasses as text, tokens between spaces: the fields in order, depth first, by their types.
 
 A tuple is its length and its items. An optional value is 0, or 1 and the value. A boolean is 0 or
 1. A float is written so that it comes back exactly. `table.py` writes a table so; `codec.py` and
@@ -39,55 +39,55 @@ def item_of(kind: Any) -> Any:
     return typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
 
 
-def write(value: Any, kind: Any, words: list[str]) -> None:
-    """Append the words of `value`, which is of type `kind`."""
+def write(value: Any, kind: Any, tokens: list[str]) -> None:
+    """Append the tokens of `value`, which is of type `kind`."""
     if inside_optional(kind) is not None:
-        words.append("0" if value is None else "1")
+        tokens.append("0" if value is None else "1")
         if value is not None:
-            write(value, inside_optional(kind), words)
+            write(value, inside_optional(kind), tokens)
     elif item_of(kind) is not None:
-        words.append(str(len(value)))
+        tokens.append(str(len(value)))
         for item in value:
-            write(item, item_of(kind), words)
+            write(item, item_of(kind), tokens)
     elif is_record(kind):
         for name, field in fields(kind):
-            write(getattr(value, name), field, words)
+            write(getattr(value, name), field, tokens)
     elif kind is bool:
-        words.append(str(int(value)))
+        tokens.append(str(int(value)))
     else:
-        words.append(repr(value) if kind is float else str(value))
+        tokens.append(repr(value) if kind is float else str(value))
 
 
-def read(kind: Any, words: Iterator[str]) -> Any:
-    """Return the value of type `kind` at the head of `words`. Raises: ValueError for others."""
+def read(kind: Any, tokens: Iterator[str]) -> Any:
+    """Return the value of type `kind` at the head of `tokens`. Raises: ValueError for others."""
     if inside_optional(kind) is not None:
-        return read(inside_optional(kind), words) if _flag(words) else None
+        return read(inside_optional(kind), tokens) if _flag(tokens) else None
     if item_of(kind) is not None:
-        return tuple(read(item_of(kind), words) for _ in range(_count(words)))
+        return tuple(read(item_of(kind), tokens) for _ in range(_count(tokens)))
     if is_record(kind):
-        return kind(*(read(field, words) for _, field in fields(kind)))
+        return kind(*(read(field, tokens) for _, field in fields(kind)))
     if kind is bool:
-        return _flag(words)
-    return kind(_word(words))
+        return _flag(tokens)
+    return kind(_token(tokens))
 
 
-def _word(words: Iterator[str]) -> str:
+def _token(tokens: Iterator[str]) -> str:
     # A StopIteration inside the generator of `read` would end the tuple early.
-    word = next(words, None)
-    if word is None:
+    token = next(tokens, None)
+    if token is None:
         raise ValueError("it ends too early")
-    return word
+    return token
 
 
-def _flag(words: Iterator[str]) -> bool:
-    word = _word(words)
-    if word not in ("0", "1"):
-        raise ValueError(f"expected 0 or 1, got {word!r}")
-    return word == "1"
+def _flag(tokens: Iterator[str]) -> bool:
+    token = _token(tokens)
+    if token not in ("0", "1"):
+        raise ValueError(f"expected 0 or 1, got {token!r}")
+    return token == "1"
 
 
-def _count(words: Iterator[str]) -> int:
-    count = int(_word(words))
+def _count(tokens: Iterator[str]) -> int:
+    count = int(_token(tokens))
     if count < 0:
         raise ValueError(f"expected a length, got {count}")
     return count
