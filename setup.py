@@ -28,7 +28,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 OLDEST_TORCH = (2, 10)
 OLDEST_SETUPTOOLS = 77
-PREPARE = f"run `pip install torch pybind11 'setuptools>={OLDEST_SETUPTOOLS}'`, then `pip install --no-build-isolation .`"
+PREPARE = (
+    f"run `pip install torch pybind11 'setuptools>={OLDEST_SETUPTOOLS}'`, then `pip install --no-build-isolation .`"
+)
 
 # Flags of each build of csrc/cpu/isa.cpp. Only x86-64 chooses at run time; elsewhere the compiler's
 # own default is the one build.
@@ -42,7 +44,16 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
     ISAS["amx"] = [*ISAS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 
-FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+]
 # A row's bits must not depend on the kernel that computes it, so every a*b+c is contracted (GCC's
 # default, not Clang's).
 FLAGS += ["-ffp-contract=fast"]
@@ -60,7 +71,10 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-ma
 
 PROBE = "#include <concepts>\n#include <span>\nint probe(std::span<int> s) { return static_cast<int>(s.size()); }\n"
 INSTALL = "install one (Debian and Ubuntu: `apt-get install g++`, version 11 or later) or name one in CXX"
-INSTALL_NVCC = "install CUDA's toolkit, or `pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl`, or name one in NVCC"
+INSTALL_NVCC = (
+    "install CUDA's toolkit, or `pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl`, or "
+    "name one in NVCC"
+)
 
 
 def compiler() -> list[str]:
@@ -78,12 +92,21 @@ def compiler() -> list[str]:
         source, target = Path(folder, "probe.cpp"), Path(folder, "probe.o")
         source.write_text(PROBE)
         try:
-            result = subprocess.run([*command, "-std=c++20", "-c", str(source), "-o", str(target)], capture_output=True, text=True)
-            fault = None if result.returncode == 0 and target.exists() else (result.stderr.strip().splitlines() or ["it wrote no object file"])[0]
+            result = subprocess.run(
+                [*command, "-std=c++20", "-c", str(source), "-o", str(target)], capture_output=True, text=True
+            )
+            fault = (
+                None
+                if result.returncode == 0 and target.exists()
+                else (result.stderr.strip().splitlines() or ["it wrote no object file"])[0]
+            )
         except OSError as error:
             fault = error.strerror
     if fault:
-        raise SystemExit(f"fusedmoe: building needs a C++20 compiler, and {named!r} does not compile a three-line program ({fault}); {INSTALL}.")
+        raise SystemExit(
+            f"fusedmoe: building needs a C++20 compiler, and {named!r} does not compile a three-line program "
+            f"({fault}); {INSTALL}."
+        )
     return command
 
 
@@ -108,10 +131,16 @@ def nvcc() -> list[str]:
     named = os.environ.get("NVCC") or (home and str(Path(home, "bin", "nvcc"))) or found
     if not named:
         folders = [Path(sysconfig.get_path("purelib"), "nvidia", name) for name in ("cu13", "cuda_nvcc")]
-        named = next((str(path) for folder in (*folders, Path("/usr/local/cuda")) if (path := folder / "bin" / "nvcc").exists()), None)
+        named = next(
+            (str(path) for folder in (*folders, Path("/usr/local/cuda")) if (path := folder / "bin" / "nvcc").exists()),
+            None,
+        )
     wanted = f"nvcc {'.'.join(map(str, OLDEST_NVCC))} or later for FUSEDMOE_BUILD=cuda"
     if not named:
-        raise SystemExit(f"fusedmoe: building needs {wanted}, found none in $CUDA_HOME, on the path or in /usr/local/cuda; {INSTALL_NVCC}.")
+        raise SystemExit(
+            f"fusedmoe: building needs {wanted}, found none in $CUDA_HOME, on the path or in /usr/local/cuda; "
+            f"{INSTALL_NVCC}."
+        )
     command = shlex.split(named)
     try:
         said = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
@@ -119,7 +148,11 @@ def nvcc() -> list[str]:
         said = error.strerror
     release = re.search(r"release (\d+)\.(\d+)", said)
     if not release or tuple(map(int, release.groups())) < OLDEST_NVCC:
-        got = f"release {release[1]}.{release[2]}" if release else (said.strip().splitlines() or ["one that says nothing"])[0]
+        got = (
+            f"release {release[1]}.{release[2]}"
+            if release
+            else (said.strip().splitlines() or ["one that says nothing"])[0]
+        )
         raise SystemExit(f"fusedmoe: building needs {wanted}, and {named!r} is none ({got}); {INSTALL_NVCC}.")
     return command
 
@@ -142,7 +175,10 @@ def torch_folders() -> tuple[list[str], list[str]]:
     except ImportError:
         raise SystemExit(f"fusedmoe: building needs torch, which this Python does not have; {PREPARE}.") from None
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
-        raise SystemExit(f"fusedmoe: building needs torch {'.'.join(map(str, OLDEST_TORCH))} or later, found {torch.__version__}; {PREPARE}.")
+        raise SystemExit(
+            f"fusedmoe: building needs torch {'.'.join(map(str, OLDEST_TORCH))} or later, found "
+            f"{torch.__version__}; {PREPARE}."
+        )
     return include_paths(), library_paths()
 
 
@@ -157,7 +193,10 @@ def python_folders() -> list[str]:
         raise SystemExit(f"fusedmoe: building needs pybind11, which this Python does not have; {PREPARE}.") from None
     headers = sysconfig.get_path("include")
     if not (Path(headers) / "Python.h").exists():
-        raise SystemExit(f"fusedmoe: building needs Python.h, found none in {headers}; install it (Debian and Ubuntu: `apt-get install python3-dev`).")
+        raise SystemExit(
+            f"fusedmoe: building needs Python.h, found none in {headers}; install it (Debian and Ubuntu: "
+            f"`apt-get install python3-dev`)."
+        )
     return [headers, pybind11.get_include()]
 
 
@@ -177,7 +216,9 @@ def objects(folder: Path) -> list[tuple[Path, Path, list[str]]]:
     for source in sorted([*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]):
         name = "-".join(source.relative_to(ROOT / "csrc").with_suffix("").parts)
         if source == ROOT / "csrc/cpu/isa.cpp":
-            result += [(source, folder / f"{name}-{isa}.o", [f"-DFUSEDMOE_ISA={isa}", *flags]) for isa, flags in ISAS.items()]
+            result += [
+                (source, folder / f"{name}-{isa}.o", [f"-DFUSEDMOE_ISA={isa}", *flags]) for isa, flags in ISAS.items()
+            ]
         else:
             result.append((source, folder / f"{name}.o", []))
     return result
@@ -191,7 +232,10 @@ def cuda_archs() -> tuple[str, ...]:
     """
     named = os.environ.get("FUSEDMOE_CUDA_ARCHS", "").split() or CUDA_ARCHS
     if not set(named) <= set(CUDA_ARCHS):
-        raise SystemExit(f"fusedmoe: building needs FUSEDMOE_CUDA_ARCHS to be some of {' '.join(CUDA_ARCHS)}, found {' '.join(named)!r}.")
+        raise SystemExit(
+            f"fusedmoe: building needs FUSEDMOE_CUDA_ARCHS to be some of {' '.join(CUDA_ARCHS)}, found "
+            f"{' '.join(named)!r}."
+        )
     return tuple(named)
 
 
@@ -234,7 +278,10 @@ def compile_object(source: Path, target: Path, command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     sys.stderr.write(result.stderr)
     if result.returncode:
-        raise SystemExit(f"fusedmoe: {source.relative_to(ROOT)} does not compile with {command[0]}; the compiler's messages stand above.")
+        raise SystemExit(
+            f"fusedmoe: {source.relative_to(ROOT)} does not compile with {command[0]}; the compiler's "
+            f"messages stand above."
+        )
     target.with_suffix(".command").write_text(shlex.join(command))
 
 
@@ -246,11 +293,18 @@ class Build(build_ext):
         # Before anything is compiled: what is missing is told at once.
         archs = cuda_archs() if cuda else ()
         self.cxx, self.nvcc = compiler(), nvcc() if cuda else []
-        print(f"fusedmoe: building for {'the CPU and for ' + ', '.join('sm_' + arch for arch in archs) if cuda else CPU_ONLY}", flush=True)
+        print(
+            f"fusedmoe: building for "
+            f"{'the CPU and for ' + ', '.join('sm_' + arch for arch in archs) if cuda else CPU_ONLY}",
+            flush=True,
+        )
         if not cuda:
             # Of an earlier build: its kernels may be others than those of this source, and a wheel
             # takes whatever stands in its folder.
-            for extension in Path(self.get_ext_fullpath("fusedmoe._cuda")), Path(self.build_lib, self.get_ext_filename("fusedmoe._cuda")):
+            for extension in (
+                Path(self.get_ext_fullpath("fusedmoe._cuda")),
+                Path(self.build_lib, self.get_ext_filename("fusedmoe._cuda")),
+            ):
                 extension.unlink(missing_ok=True)
         super().run()
 
@@ -266,10 +320,17 @@ class Build(build_ext):
         for source, target, flags in cuda_objects(folder) if cuda else objects(folder):
             outputs = ["-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(target)]
             # What nvcc compiles knows no torch.
-            command = [*self.nvcc, *host_compiler(self.cxx), *NVCC_FLAGS, *gencode()] if source.suffix == ".cu" else [*self.cxx, *FLAGS, *flags, *includes]
+            command = (
+                [*self.nvcc, *host_compiler(self.cxx), *NVCC_FLAGS, *gencode()]
+                if source.suffix == ".cu"
+                else [*self.cxx, *FLAGS, *flags, *includes]
+            )
             jobs.append((source, target, [*command, f"-I{ROOT / 'csrc'}", *outputs]))
         if not jobs:
-            raise SystemExit(f"fusedmoe: building needs the sources in {ROOT / 'csrc'}, found none; take the whole repository or source archive.")
+            raise SystemExit(
+                f"fusedmoe: building needs the sources in {ROOT / 'csrc'}, found none; take the whole "
+                f"repository or source archive."
+            )
         due = [job for job in jobs if stale(job[1], job[2])]
         print(f"fusedmoe: compiling {len(due)} of {len(jobs)} objects", flush=True)
         # nvcc's first: each takes as long as many of the others.
@@ -278,7 +339,11 @@ class Build(build_ext):
             list(pool.map(lambda job: compile_object(*job), due))
         # CUDA's runtime is linked in: a machine has the driver, but need not have the runtime, nor
         # the same one.
-        linker = [*self.nvcc, *host_compiler(self.cxx), "-cudart=static", "-Xlinker=--exclude-libs=ALL"] if cuda else self.cxx
+        linker = (
+            [*self.nvcc, *host_compiler(self.cxx), "-cudart=static", "-Xlinker=--exclude-libs=ALL"]
+            if cuda
+            else self.cxx
+        )
         self.link(linker, [target for _, target, _ in jobs], Path(self.get_ext_fullpath(ext.name)), libraries)
 
     def link(self, linker: list[str], targets: list[Path], library: Path, folders: list[str]) -> None:
@@ -288,13 +353,23 @@ class Build(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         if library.exists() and all(target.stat().st_mtime <= library.stat().st_mtime for target in targets):
             return
-        command = [*linker, "-shared", *map(str, targets), "-o", str(library), *(f"-L{path}" for path in folders), "-ltorch_cpu"]
+        command = [
+            *linker,
+            "-shared",
+            *map(str, targets),
+            "-o",
+            str(library),
+            *(f"-L{path}" for path in folders),
+            "-ltorch_cpu",
+        ]
         if subprocess.run(command).returncode:
             raise SystemExit("fusedmoe: the extension does not link to torch; the linker's messages stand above.")
 
 
 if int(__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
-    raise SystemExit(f"fusedmoe: building needs setuptools {OLDEST_SETUPTOOLS} or later, found {__version__}; {PREPARE}.")
+    raise SystemExit(
+        f"fusedmoe: building needs setuptools {OLDEST_SETUPTOOLS} or later, found {__version__}; {PREPARE}."
+    )
 
 # Packages that do not lie in fusedmoe/, and their folders: the kernels, the benchmark and the
 # demonstration.

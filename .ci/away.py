@@ -27,14 +27,19 @@ difference = (fused(x) - layer(x)).abs().max().item()
 fused(x).sum().backward()
 # Sums of a few dozen float32 products of size 1, in two orders.
 if not report.fused or difference > 64 * 2.0**-24 or any(p.grad is None for p in fused.parameters()):
-    raise SystemExit(f"expected the reference layer's numbers and all gradients, got a difference of {difference} and\n{report}")
+    raise SystemExit(
+        f"expected the reference layer's numbers and all gradients, got a difference of {difference} and\n{report}"
+    )
 
 
 def check(words: str, status: int, expected: str) -> None:
     """Run a command of `python -m fusedmoe`; end with its messages if it does something else."""
     result = subprocess.run([sys.executable, "-m", "fusedmoe", *words.split()], capture_output=True, text=True)
     if result.returncode != status or expected not in result.stdout + result.stderr:
-        raise SystemExit(f"{words}: expected status {status} and {expected!r}, got {result.returncode} and\n{result.stdout}{result.stderr}")
+        raise SystemExit(
+            f"{words}: expected status {status} and {expected!r}, got {result.returncode} "
+            f"and\n{result.stdout}{result.stderr}"
+        )
 
 
 check("doctor", 0, fusedmoe.__version__)
@@ -43,4 +48,7 @@ check("demo --steps 2", 2, "python -m fusedmoe demo --data census-income.test.gz
 check("demo --steps 2 --data synthetic --threads 1", 0, "training step")
 if len(sys.argv) > 2:
     check(f"demo --steps 2 --data {sys.argv[2]} --threads 1", 0, "69,833 rows to train on")
-print(f"fusedmoe {fusedmoe.__version__} works from {Path(fusedmoe.__file__).parent}; backends: {fusedmoe.available_backends()}")
+print(
+    f"fusedmoe {fusedmoe.__version__} works from {Path(fusedmoe.__file__).parent}; backends: "
+    f"{fusedmoe.available_backends()}"
+)

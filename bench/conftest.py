@@ -1,4 +1,5 @@
-"""What every benchmark shares: the session of workers, and the machine's description in the saved JSON."""
+"""What every benchmark shares: the session of workers, and the machine's description in the saved
+JSON."""
 
 import pytest
 
@@ -8,7 +9,9 @@ from fusedmoe.speed.machine import describe
 
 
 def pytest_addoption(parser):
-    parser.addoption("--grid", choices=GRIDS, default="quick", help="which cases, as of `python -m fusedmoe bench --grid`")
+    parser.addoption(
+        "--grid", choices=GRIDS, default="quick", help="which cases, as of `python -m fusedmoe bench --grid`"
+    )
 
 
 def pytest_generate_tests(metafunc):

@@ -1,4 +1,5 @@
-"""Draw docs/levels.png from the families' tables, `make drawings`: the parts of one level, and who reads what in MMoE, PLE and AdaTT."""
+"""Draw docs/levels.png from the families' tables, `make drawings`: the parts of one level, and who
+reads what in MMoE, PLE and AdaTT."""
 
 from __future__ import annotations
 
@@ -31,7 +32,15 @@ def places(count: int) -> list[float]:
 
 
 def box(panel: Axes, x: float, y: float, text: str, color: str) -> None:
-    panel.text(x, y, text, ha="center", va="center", fontsize=8, bbox={"boxstyle": "round,pad=0.35", "facecolor": color, "edgecolor": "black"})
+    panel.text(
+        x,
+        y,
+        text,
+        ha="center",
+        va="center",
+        fontsize=8,
+        bbox={"boxstyle": "round,pad=0.35", "facecolor": color, "edgecolor": "black"},
+    )
 
 
 def draw(panel: Axes, table: Table, title: str, explained: bool = False) -> None:
@@ -43,9 +52,16 @@ def draw(panel: Axes, table: Table, title: str, explained: bool = False) -> None
     for u, unit in enumerate(level.units):
         own = unit.static.experts if unit.static else ()
         for e in unit.reads:
-            panel.plot([experts[e], units[u]], [EXPERTS, UNITS], color="C3" if e in own else "C0", linewidth=2 if e in own else 1)
+            panel.plot(
+                [experts[e], units[u]],
+                [EXPERTS, UNITS],
+                color="C3" if e in own else "C0",
+                linewidth=2 if e in own else 1,
+            )
         if unit.gate:
-            panel.plot([slots[unit.gate.selector.index], units[u]], [SLOTS, UNITS], color="C2", linewidth=1, linestyle=":")
+            panel.plot(
+                [slots[unit.gate.selector.index], units[u]], [SLOTS, UNITS], color="C2", linewidth=1, linestyle=":"
+            )
     for s, x in enumerate(slots):
         box(panel, x, SLOTS, "x" if table.slots == 1 else f"slot {s}", "white")
     for e, x in enumerate(experts):

@@ -1,9 +1,11 @@
-"""`make gpu`: everything that ten minutes on a device can show, part by part, each in a process of its own with a time limit.
+"""`make gpu`: everything that ten minutes on a device can show, part by part, each in a process of
+its own with a time limit.
 
     python bench/gpu.py [--part b] [--json bench/results/gpu.json] [--resume]
 
-What a case found is in the JSON file as soon as it is there, and what processes print in the log beside it. A case that crashes, hangs or loses the
-device costs itself alone: its part starts again behind it. This process imports neither torch nor fusedmoe, and never asks the network.
+What a case found is in the JSON file as soon as it is there, and what processes print in the log
+beside it. A case that crashes, hangs or loses the device costs itself alone: its part starts again
+behind it. This process imports neither torch nor fusedmoe, and never asks the network.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class Run:
         print(line, flush=True)
 
     def event(self, line: str) -> None:
-        """Take a line of the process about its cases: which begins, what one found, or why all are left out."""
+        """Take a line of the process about its cases: which begins, what one found, or why all are
+        left out."""
         found = json.loads(line)
         if "begin" in found:
             self.case, self.case_began = found["begin"], time.monotonic()
@@ -73,7 +76,8 @@ class Run:
 
 
 def one_process(run: Run, command: Sequence[str], environment: dict[str, str]) -> str:
-    """Start a process of a part and follow it to its end; return how it ended: "done", "lost", "limit", or what it died of."""
+    """Start a process of a part and follow it to its end; return how it ended: "done", "lost",
+    "limit", or what it died of."""
     reads, writes = os.pipe()
     process = subprocess.Popen(
         command,
@@ -119,7 +123,10 @@ def run_part(run: Run, environment: dict[str, str]) -> str:
         if run.skipped:
             return f"skipped: {run.skipped}"
         if run.case and ended == "limit":
-            run.keep(run.case, {"error": "cut off at the part's end" if run.over() else f"no answer in {run.case_seconds:g} s"})
+            run.keep(
+                run.case,
+                {"error": "cut off at the part's end" if run.over() else f"no answer in {run.case_seconds:g} s"},
+            )
         elif run.case:
             run.keep(run.case, {"error": ended})
         if run.over():
@@ -135,8 +142,16 @@ def failed(result: dict) -> bool:
     return "error" in result or any("error" in arm for arm in result.get("arms", {}).values())
 
 
-def run_parts(letters: Sequence[str], book: Book, log: TextIO, environment: dict[str, str], resume: bool, beside: Sequence[subprocess.Popen] = ()) -> bool:
-    """Run parts one after another, the first ones with other processes beside them; return whether all of their cases ended well."""
+def run_parts(
+    letters: Sequence[str],
+    book: Book,
+    log: TextIO,
+    environment: dict[str, str],
+    resume: bool,
+    beside: Sequence[subprocess.Popen] = (),
+) -> bool:
+    """Run parts one after another, the first ones with other processes beside them; return whether
+    all of their cases ended well."""
     well = True
     for letter in letters:
         if letter in TIMED:
@@ -149,7 +164,10 @@ def run_parts(letters: Sequence[str], book: Book, log: TextIO, environment: dict
         run.record["seconds"] = round(time.monotonic() - run.began, 1)
         book.save()
         faults = [key for key, result in run.record["results"].items() if failed(result)]
-        run.say(f"[{letter}] {run.record['status']}, {run.record['seconds']} s; {len(run.record['results'])} cases, {len(faults)} failed")
+        run.say(
+            f"[{letter}] {run.record['status']}, {run.record['seconds']} s; {len(run.record['results'])} "
+            f"cases, {len(faults)} failed"
+        )
         well &= run.record["status"] == "done" and not faults
     return well
 
@@ -158,8 +176,15 @@ def main() -> int:
     """Build what is needed, run the parts, and return 0 if all went well."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=list(PARTS), help="one part alone (default: all)")
-    parser.add_argument("--json", type=Path, default=Path("bench/results/gpu.json"), help="where results go; the log stands beside it (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="keep what the JSON has of a part's cases, and run the others")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("bench/results/gpu.json"),
+        help="where results go; the log stands beside it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what the JSON has of a part's cases, and run the others"
+    )
     options = parser.parse_args()
     # Whoever ends this process ends what it started: the part under way is killed on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -1,4 +1,5 @@
-"""What the parts of `make gpu` that time have in common: which backends may run, the arms of a case, and two clocks."""
+"""What the parts of `make gpu` that time have in common: which backends may run, the arms of a
+case, and two clocks."""
 
 from __future__ import annotations
 
@@ -24,14 +25,16 @@ from fusedmoe.speed.restructured import Restructured
 from fusedmoe.speed.subjects import SUBJECTS, Called, Layer, Work, build
 
 ROUNDS = 20
-# So many calls between two events, and between two reads of the host's clock: few enough for the queue of launches.
+# So many calls between two events, and between two reads of the host's clock: few enough for the
+# queue of launches.
 CALLS = 10
 # Milliseconds of the calls between two events, where one is shorter.
 SHORTEST = 3.0
 # Rows whose results are held against float64.
 CHECKED = 512
 DEVICE = torch.device("cuda", 0)
-# Whether whoever runs this asks for times of kernels that err: a rehearsal on a device that computes nothing.
+# Whether whoever runs this asks for times of kernels that err: a rehearsal on a device that
+# computes nothing.
 DESPITE = os.environ.get("FUSEDMOE_SELF_TEST") == "0"
 
 
@@ -54,7 +57,8 @@ def present() -> list[str]:
 
 
 def verdict(book: dict, backend: str, dtype: str) -> str | None:
-    """Return why the kernels of a backend must not be used in a dtype, by part b's self-test, or by one now where b has none; None: they are right."""
+    """Return why the kernels of a backend must not be used in a dtype, by part b's self-test, or by
+    one now where b has none; None: they are right."""
     if DESPITE:
         return None
     found = book["parts"].get("b", {}).get("results", {}).get(f"self-test, {dtype}, {backend}")
@@ -68,7 +72,8 @@ def verdict(book: dict, backend: str, dtype: str) -> str | None:
 
 
 def proven(book: dict, dtypes: tuple[str, ...]) -> dict[str, list[str]]:
-    """Return the backends that passed the self-test, by dtype, and run no further one in this process. Raises: Skipped where none has."""
+    """Return the backends that passed the self-test, by dtype, and run no further one in this
+    process. Raises: Skipped where none has."""
     faults, right = [], {dtype: [] for dtype in dtypes}
     for dtype in dtypes:
         for backend in present():
@@ -78,7 +83,10 @@ def proven(book: dict, dtypes: tuple[str, ...]) -> dict[str, list[str]]:
             else:
                 right[dtype].append(backend)
     if not any(right.values()):
-        raise Skipped(f"no backend passed the self-test ({'; '.join(faults) or 'there is none'}); FUSEDMOE_SELF_TEST=0 runs this all the same")
+        raise Skipped(
+            f"no backend passed the self-test ({'; '.join(faults) or 'there is none'}); FUSEDMOE_SELF_TEST=0 "
+            f"runs this all the same"
+        )
     os.environ["FUSEDMOE_SELF_TEST"] = "0"
     return right
 
@@ -111,7 +119,8 @@ class Subject:
         return self.call(Restructured(self.layer.table, [p.detach().cpu() for p in params]).to(DEVICE))
 
     def ours(self, backend: str) -> Call:
-        """Raises: RuntimeError where the layer is not taken over: what would be timed then is eager."""
+        """Raises: RuntimeError where the layer is not taken over: what would be timed then is
+        eager."""
         # On the host: what is held against float64 there is the layer, and not this device.
         fused = Called(build(SUBJECTS[self.cell.layer], self.dtype).module, self.layer.slots)
         report = fusedmoe.fuse(fused)
@@ -121,7 +130,8 @@ class Subject:
         return self.call(fused.to(DEVICE).train(self.cell.mode != "inference"))
 
     def expected(self) -> tuple[Tensor, Tensor, float]:
-        """Rows, their result in float64, and the largest error that the rule of parity allows there in the cell's dtype; all from the host.
+        """Rows, their result in float64, and the largest error that the rule of parity allows there
+        in the cell's dtype; all from the host.
 
         Output and d_x of a row depend on that row alone.
         """
@@ -134,7 +144,10 @@ class Subject:
 
 
 def graph_of(call: Call) -> Call:
-    """Return the replay of a CUDA graph of a call. Raises: RuntimeError where it cannot be captured."""
+    """Return the replay of a CUDA graph of a call.
+
+    Raises: RuntimeError where it cannot be captured.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -169,7 +182,8 @@ def device_milliseconds(call: Call, calls: int = CALLS) -> float:
 
 
 def host_microseconds(call: Call, calls: int = CALLS) -> float:
-    """Return the time until one call comes back, with nothing waited for, the mean of some in a row."""
+    """Return the time until one call comes back, with nothing waited for, the mean of some in a
+    row."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(calls):
@@ -194,11 +208,17 @@ def medians(arms: dict[str, Call], rounds: int = ROUNDS) -> dict[str, dict[str, 
         for name, call in arms.items():
             seen[name][0].append(device_milliseconds(call, calls[name]))
             seen[name][1].append(host_microseconds(call, calls[name]))
-    return {name: {"device_ms": statistics.median(device), "host_us": statistics.median(host)} for name, (device, host) in seen.items()}
+    return {
+        name: {"device_ms": statistics.median(device), "host_us": statistics.median(host)}
+        for name, (device, host) in seen.items()
+    }
 
 
-def measured(arms: Iterator[tuple[str, Callable[[], Call]]], rows: Tensor, exact: Tensor, allowed: float) -> dict[str, dict]:
-    """Make, check and time arms; return times by name, or why an arm has none. A wrong one has none, unless DESPITE asks for them."""
+def measured(
+    arms: Iterator[tuple[str, Callable[[], Call]]], rows: Tensor, exact: Tensor, allowed: float
+) -> dict[str, dict]:
+    """Make, check and time arms; return times by name, or why an arm has none. A wrong one has
+    none, unless DESPITE asks for them."""
     calls, results, wrong = {}, {}, {}
     for name, make in arms:
         try:
@@ -213,4 +233,6 @@ def measured(arms: Iterator[tuple[str, Callable[[], Call]]], rows: Tensor, exact
         if DESPITE or name not in wrong:
             calls[name] = call
     times = medians(calls)
-    return results | {name: times.get(name, {}) | wrong.get(name, {}) for name in (*calls, *(wrong.keys() - calls.keys()))}
+    return results | {
+        name: times.get(name, {}) | wrong.get(name, {}) for name in (*calls, *(wrong.keys() - calls.keys()))
+    }

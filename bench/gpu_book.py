@@ -9,7 +9,8 @@ from pathlib import Path
 
 
 class Book:
-    """A dictionary with a file: `head` says what was run on, `parts` has a record a part: status, seconds and the results of its cases by key."""
+    """A dictionary with a file: `head` says what was run on, `parts` has a record a part: status,
+    seconds and the results of its cases by key."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,7 +32,8 @@ class Book:
         return self.content["parts"][letter]
 
     def save(self) -> None:
-        """Write the file aside and move it into place: whoever reads it, or cuts this process off, finds a whole one."""
+        """Write the file aside and move it into place: whoever reads it, or cuts this process off,
+        finds a whole one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".part", delete=False) as aside:
             json.dump(self.content, aside, indent=1)

@@ -1,4 +1,5 @@
-"""What `make gpu` needs: said in one sentence where it lacks, and built without a package registry and without a write outside of build/."""
+"""What `make gpu` needs: said in one sentence where it lacks, and built without a package registry
+and without a write outside of build/."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from gpu_process import kill
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "build" / "gpu" / f"lib-{sys.implementation.cache_tag}"
 NEEDED = ("torch", "numpy", "pytest", "pybind11", "setuptools")
-# Compute capability -> the architecture of setup.py that serves it; any other is served by the PTX that every build has.
+# Compute capability -> the architecture of setup.py that serves it; any other is served by the PTX
+# that every build has.
 ARCHS = {(8, 0): "80", (9, 0): "90a", (10, 0): "100a", (12, 0): "120"}
 # In a process of its own: a driver may hang or abort.
 PROBE = """
@@ -50,11 +52,17 @@ def check_packages() -> None:
     if not lacking and importlib.util.find_spec("triton") is None and not wants_cuda():
         lacking = ["triton (or nvcc, for the CUDA extension)"]
     if lacking:
-        raise Missing(f"expected {', '.join(lacking)} in {sys.executable}, found none; install them, or activate the environment that has them")
+        raise Missing(
+            f"expected {', '.join(lacking)} in {sys.executable}, found none; install them, or activate the "
+            f"environment that has them"
+        )
 
 
 def device() -> dict:
-    """Return the name, capability and compute mode of the device. Raises: Missing where there is none."""
+    """Return the name, capability and compute mode of the device.
+
+    Raises: Missing where there is none.
+    """
     try:
         probe = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=PROBE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -66,7 +74,8 @@ def device() -> dict:
 
 
 def wants_cuda() -> bool:
-    """Whether the CUDA extension is to be built: where FUSEDMOE_BUILD says so, or says nothing and nvcc is there."""
+    """Whether the CUDA extension is to be built: where FUSEDMOE_BUILD says so, or says nothing and
+    nvcc is there."""
     return (os.environ.get("FUSEDMOE_BUILD") or ("cuda" if nvcc() else "cpu")) == "cuda"
 
 
@@ -74,11 +83,20 @@ def build_with(kind: str, archs: str, log: TextIO, seconds: float) -> str | None
     """Build the package into LIBRARY; return why that failed, or None."""
     for stale in LIBRARY.rglob("*.py"):
         stale.unlink()
-    environment = os.environ | {"FUSEDMOE_BUILD": kind, "FUSEDMOE_CUDA_ARCHS": os.environ.get("FUSEDMOE_CUDA_ARCHS") or archs}
-    # Not installed: the environment may not be ours to write to. With --parallel both extensions are compiled at once.
-    steps = ["build_py", "--build-lib", str(LIBRARY)], ["build_ext", "--build-lib", str(LIBRARY), "--parallel", str(os.cpu_count() or 2)]
+    environment = os.environ | {
+        "FUSEDMOE_BUILD": kind,
+        "FUSEDMOE_CUDA_ARCHS": os.environ.get("FUSEDMOE_CUDA_ARCHS") or archs,
+    }
+    # Not installed: the environment may not be ours to write to. With --parallel both extensions
+    # are compiled at once.
+    steps = (
+        ["build_py", "--build-lib", str(LIBRARY)],
+        ["build_ext", "--build-lib", str(LIBRARY), "--parallel", str(os.cpu_count() or 2)],
+    )
     command = [sys.executable, "setup.py", "--quiet", *steps[0], *steps[1]]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
     try:
         status = process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -90,7 +108,8 @@ def build_with(kind: str, archs: str, log: TextIO, seconds: float) -> str | None
 
 
 def prepare(log: TextIO) -> tuple[dict, dict[str, str]]:
-    """Check what is there and build the package; return what the JSON says of it, and the environment of the parts. Raises: Missing."""
+    """Check what is there and build the package; return what the JSON says of it, and the
+    environment of the parts. Raises: Missing."""
     check_packages()
     found = device()
     began, absent = time.monotonic(), None

@@ -1,8 +1,10 @@
-"""The process of one part of `make gpu`: its cases one after another, each told to the parent as it begins and ends.
+"""The process of one part of `make gpu`: its cases one after another, each told to the parent as it
+begins and ends.
 
     python bench/gpu_cases.py MODULE LETTER JSON
 
-A case that raises costs itself alone. One that leaves the device unusable ends the process, and the parent starts another for the cases behind it.
+A case that raises costs itself alone. One that leaves the device unusable ends the process, and the
+parent starts another for the cases behind it.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def tell(descriptor: int, **event: object) -> None:
 
 
 def device_is_lost() -> bool:
-    """Whether the device takes no more work: an error that its kernels met stays for the life of the process."""
+    """Whether the device takes no more work: an error that its kernels met stays for the life of
+    the process."""
     torch = sys.modules.get("torch")
     try:
         if torch:

@@ -1,15 +1,19 @@
-"""Time what the host does for a call on a GPU, against launching the same kernels with the same arguments and nothing else.
+"""Time what the host does for a call on a GPU, against launching the same kernels with the same
+arguments and nothing else.
 
     python bench/gpu_host.py [--json bench/results/gpu_host.json]
 
-It needs a device, or a driver that takes launches and runs none (then with FUSEDMOE_SELF_TEST=0), which tells the host's part as well. Microseconds, the least
-of many short rounds, because everything that disturbs a round makes it longer.
+It needs a device, or a driver that takes launches and runs none (then with FUSEDMOE_SELF_TEST=0),
+which tells the host's part as well. Microseconds, the least of many short rounds, because
+everything that disturbs a round makes it longer.
 
-    launches   the compiled kernels alone, in a loop in C++: the difference between a call that launches each many times, and once
+    launches   the compiled kernels alone, in a loop in C++: the difference between a
+               call that launches each many times, and once
     launcher   as many launches of Triton's compiled kernels from Python, `CompiledKernel[grid](...)`
     operator   the call below autograd: tensors looked at, results allocated, kernels launched
     call       `fusion_network`, and for the backward `torch.autograd.grad`
-    autograd   a `torch.autograd.Function` of as many tensors that computes nothing: what of a training step's call is PyTorch's
+    autograd   a `torch.autograd.Function` of as many tensors that computes nothing: what of a
+               training step's call is PyTorch's
 """
 
 from __future__ import annotations
@@ -82,7 +86,8 @@ def alone(call: Callable[[], object], record: object) -> float:
 
 
 def from_python(call: Callable[[], object]) -> float:
-    """The time of as many launches of Triton's compiled kernels, each with the arguments that a call gives it."""
+    """The time of as many launches of Triton's compiled kernels, each with the arguments that a
+    call gives it."""
     from triton.compiler.compiler import CompiledKernel
 
     launched, plain = [], CompiledKernel.run.fget
@@ -95,7 +100,10 @@ def from_python(call: Callable[[], object]) -> float:
 
         return run
 
-    with patch.object(CompiledKernel, "run", property(noting)), patch("fusedmoe.kernels.launch_triton.watched", lambda: True):
+    with (
+        patch.object(CompiledKernel, "run", property(noting)),
+        patch("fusedmoe.kernels.launch_triton.watched", lambda: True),
+    ):
         call()
     return microseconds(lambda: [launch(*arguments) for launch, arguments in launched])
 
@@ -139,11 +147,17 @@ def times_of(given: Given) -> dict[str, dict[str, float]]:
     backward = partial(network.backward, d_out, None, x, params, saved, table, None, backend)
     found = {
         "forward": {"call": microseconds(inference)},
-        "backward": {"call": microseconds(lambda: gradients(out)), "autograd": microseconds(lambda: gradients(nothing))},
+        "backward": {
+            "call": microseconds(lambda: gradients(out)),
+            "autograd": microseconds(lambda: gradients(nothing)),
+        },
     }
     keys = bound.key_of(x, table, False, None, backend), network._backward_key(x, saved, table, None, backend)
     with torch.no_grad():
-        for name, operator, one in (("forward", forward, bound.forward_of(keys[0])), ("backward", backward, bound.backward_of(keys[1]))):
+        for name, operator, one in (
+            ("forward", forward, bound.forward_of(keys[0])),
+            ("backward", backward, bound.backward_of(keys[1])),
+        ):
             found[name] |= {"operator": microseconds(operator)}
             found[name] |= {"launches": alone(operator, record)} if (record := record_of(one)) else {}
             found[name] |= {"launcher": from_python(operator)} if backend == "triton" else {}
@@ -156,7 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where to save the times")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("expected a GPU, or a driver that takes launches, got a machine (or a build of torch) without one", file=sys.stderr)
+        print(
+            "expected a GPU, or a driver that takes launches, got a machine (or a build of torch) without one",
+            file=sys.stderr,
+        )
         return 1
     lines = []
     for backend in LAUNCHERS:
@@ -167,11 +184,29 @@ def main(arguments: list[str] | None = None) -> int:
             for rows in ROWS:
                 given = given_of(name, rows, backend)
                 for direction, times in times_of(given).items():
-                    lines.append({"backend": backend, "layer": name, "rows": rows, "tensors": 1 + len(given.params), "direction": direction, **times})
-                    print(f"{backend:7}{name:14}{rows:6} {direction:9}" + "".join(f"{key:>10} {value:6.1f}" for key, value in times.items()), flush=True)
+                    lines.append(
+                        {
+                            "backend": backend,
+                            "layer": name,
+                            "rows": rows,
+                            "tensors": 1 + len(given.params),
+                            "direction": direction,
+                            **times,
+                        }
+                    )
+                    print(
+                        f"{backend:7}{name:14}{rows:6} {direction:9}"
+                        + "".join(f"{key:>10} {value:6.1f}" for key, value in times.items()),
+                        flush=True,
+                    )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"torch": torch.__version__, "device": torch.cuda.get_device_name(), "microseconds": lines}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps(
+                {"torch": torch.__version__, "device": torch.cuda.get_device_name(), "microseconds": lines}, indent=1
+            )
+            + "\n"
+        )
     return 0
 
 

@@ -1,8 +1,10 @@
-"""What each launch of a network computes and moves on a GPU, counted from its plans: no device, no time.
+"""What each launch of a network computes and moves on a GPU, counted from its plans: no device, no
+time.
 
-Forward: the bytes are `roofline.traffic`'s. A program multiplies its BLOCK_B rows with each number of a weight that it reads, so the FLOPs of
-products are 2 x BLOCK_B x numbers of weights read: hidden layers and gates that several column tiles compute again are in it, and so are rows
-beyond the batch. Backward: the records of `backward_plan.py`, tile by tile.
+Forward: the bytes are `roofline.traffic`'s. A program multiplies its BLOCK_B rows with each number
+of a weight that it reads, so the FLOPs of products are 2 x BLOCK_B x numbers of weights read:
+hidden layers and gates that several column tiles compute again are in it, and so are rows beyond
+the batch. Backward: the records of `backward_plan.py`, tile by tile.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ FLOAT = 4  # bytes of float32
 class Launched(NamedTuple):
     """One launch.
 
-    name: of the kernel, and the segments that it runs. programs: in its grid. rows: of a program's tile. products: FLOPs of matrix products.
-    mixes: FLOPs of weighted sums on the ordinary cores. once: bytes, each tensor that it takes or leaves once. moved: bytes, as its programs
-    read and write them.
+    name: of the kernel, and the segments that it runs. programs: in its grid. rows: of a program's
+    tile. products: FLOPs of matrix products.
+    mixes: FLOPs of weighted sums on the ordinary cores. once: bytes, each tensor that it takes or
+    leaves once. moved: bytes, as its programs read and write them.
     """
 
     name: str
@@ -45,7 +48,8 @@ class Launched(NamedTuple):
 
 @dataclass
 class _Sum:
-    """Bytes that grow with the rows, and bytes and FLOPs of one row block; `tensors` has what is moved at least, each by a key of its own."""
+    """Bytes that grow with the rows, and bytes and FLOPs of one row block; `tensors` has what is
+    moved at least, each by a key of its own."""
 
     row: int = 0
     block: int = 0
@@ -76,7 +80,9 @@ def forward(program: Program, tiles: Tiles, rows: int, size: int) -> list[Launch
         # Row blocks are alike but for the last one.
         full, last = traffic(part, tiles, tiles.rows, size), traffic(part, tiles, (rows - 1) % tiles.rows + 1, size)
         weights = blocks * sum(full.read[name] for name in names) // size
-        mixed = sum(len(unit.reads) * unit.width for segment in launch.segments for unit in program.segments[segment].units)
+        mixed = sum(
+            len(unit.reads) * unit.width for segment in launch.segments for unit in program.segments[segment].units
+        )
         found.append(
             Launched(
                 f"forward, {', '.join(program.segments[segment].name for segment in launch.segments)}",
@@ -100,15 +106,21 @@ def _chain(linear: Linear | None) -> Iterator[Linear]:
 
 def only(program: Program, segments: Sequence[int]) -> Program:
     """The program with what stands in other segments left out, every segment in its place."""
-    return Program(program.table, tuple(s if n in segments else replace(s, experts=(), units=()) for n, s in enumerate(program.segments)))
+    return Program(
+        program.table,
+        tuple(s if n in segments else replace(s, experts=(), units=()) for n, s in enumerate(program.segments)),
+    )
 
 
 def each_once(program: Program, segments: Sequence[int], rows: int, size: int) -> int:
-    """Bytes of what the segments need from outside and of what they hand on, each once. All slots of x are one tensor, as a trunk expands it."""
+    """Bytes of what the segments need from outside and of what they hand on, each once. All slots
+    of x are one tensor, as a trunk expands it."""
     part = only(program, segments)
     linears = [linear for outer in part.linears for linear in _chain(outer)]
     sources = {source for linear in linears for source in linear.sources if source.segment not in segments}
-    columns = sum(source.width for source in sources if source.segment != X) + program.table.width * any(source.segment == X for source in sources)
+    columns = sum(source.width for source in sources if source.segment != X) + program.table.width * any(
+        source.segment == X for source in sources
+    )
     columns += sum(unit.width for segment in segments for unit in program.segments[segment].units)
     params = {number for linear in linears for number in (linear.weight, linear.bias)}
     params |= {unit.static for segment in segments for unit in program.segments[segment].units}
@@ -116,7 +128,8 @@ def each_once(program: Program, segments: Sequence[int], rows: int, size: int) -
 
 
 def backward(program: Program, tiles: Tiles, rows: int, size: int) -> list[Launched]:
-    """Return the launches of a backward that returns no gradient of the mixing weights, and is given none."""
+    """Return the launches of a backward that returns no gradient of the mixing weights, and is
+    given none."""
     plan = plan_of(program, tiles.whole, tiles.units, tiles.columns)
     written = backward_plan_of(plan, tiles.whole, tiles.columns, tiles.outputs)
     blocks, found = ceil(rows / tiles.rows), []
@@ -130,7 +143,17 @@ def backward(program: Program, tiles: Tiles, rows: int, size: int) -> list[Launc
         total, padded = count.sum, blocks * tiles.rows
         name = f"backward_rows, {', '.join(program.segments[segment].name for segment in launch.segments)}"
         moved = rows * total.row + blocks * total.block
-        found.append(Launched(name, blocks * launch.programs, tiles.rows, padded * total.products, padded * total.mixes, total.once(rows), moved))
+        found.append(
+            Launched(
+                name,
+                blocks * launch.programs,
+                tiles.rows,
+                padded * total.products,
+                padded * total.mixes,
+                total.once(rows),
+                moved,
+            )
+        )
     total = program.gradients[1]
     if total:
         chunks = ceil(rows / CHUNK)
@@ -227,7 +250,10 @@ def _gradients(plan: BackwardPlan, tiles: Tiles, rows: int, size: int) -> Launch
         if ints[task + layout.MATRIX_TASK.kind] == MATRIX_KIND:
             matrix = layout.MATRIX_TASK.unpack(ints, task)
             source = layout.SOURCE.unpack(matrix.source, 0)
-            tile, columns = min(tiles.outputs, matrix.outputs - matrix.row), min(tiles.columns, source.width - matrix.column)
+            tile, columns = (
+                min(tiles.outputs, matrix.outputs - matrix.row),
+                min(tiles.columns, source.width - matrix.column),
+            )
             read = min(tiles.outputs, rounded_up(matrix.outputs, COLUMN) - matrix.row)
             add.moves(row=(read + columns) * size, block=tile * (columns + (matrix.bias != NOTHING)) * FLOAT)
             add.products += 2 * tile * columns

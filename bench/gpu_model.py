@@ -1,4 +1,5 @@
-"""A model of the Triton kernels' times on three GPUs, and its tables in docs/gpu.md: `make model`. **Modelled, never run on a GPU.**
+"""A model of the Triton kernels' times on three GPUs, and its tables in docs/gpu.md: `make model`.
+**Modelled, never run on a GPU.**
 
     python bench/gpu_model.py [--write] [--dtype float32]
 
@@ -9,18 +10,22 @@ A network's time is the sum over its launches (`gpu_launches.py`) of
 products [FLOP]   of matrix products, over P [FLOP/s], the dense peak, of which c is reached
 mixes [FLOP]      of weighted sums, over F [FLOP/s], the ordinary cores' peak
 once [byte]       each tensor of the launch once, over HBM's bandwidth [byte/s]
-moved [byte]      what programs read and write, over the bandwidth [byte/s] from L2 to all n SMs, and over W [byte/s], what one SM takes in
-fill              programs / (n ceil(programs / n)): the SM with most programs sets the time. How many programs an SM runs at once cancels: they
-                  share what it has, so r at a time in ceil(programs / (n r)) waves leave the same work to the fullest SM
+moved [byte]      what programs read and write, over the bandwidth [byte/s] from L2 to all n SMs,
+                  and over W [byte/s], what one SM takes in
+fill              programs / (n ceil(programs / n)): the SM with most programs sets the time. How
+                  many programs an SM runs at once cancels: they share what it has, so r at a time
+                  in ceil(programs / (n r)) waves leave the same work to the fullest SM
 launch [s]        LAUNCH: from one kernel's end to the next one's start
 
-HBM and L2 serve whichever SMs ask, so fill does not divide them; an SM's own intake it does. For one program of a whole network that intake is its
-stream of all weights: 1.2 MB of AdaTT T3m2 in bfloat16 at 100 GB/s are 12 us.
+HBM and L2 serve whichever SMs ask, so fill does not divide them; an SM's own intake it does. For
+one program of a whole network that intake is its stream of all weights: 1.2 MB of AdaTT T3m2 in
+bfloat16 at 100 GB/s are 12 us.
 
 Eager: operators x launch + their bytes / HBM (`roofline.Eager`), its products left out.
 
-Assumed: walls overlap fully inside a launch, and not between launches; programs are equally long; all reads that HBM need not serve come from L2,
-none from L1; no latency (barriers, address tables, filling a pipeline); the host keeps up, ours and eager's, which outside a CUDA graph it may not.
+Assumed: walls overlap fully inside a launch, and not between launches; programs are equally long;
+all reads that HBM need not serve come from L2, none from L1; no latency (barriers, address tables,
+filling a pipeline); the host keeps up, ours and eager's, which outside a CUDA graph it may not.
 """
 
 from __future__ import annotations
@@ -52,7 +57,8 @@ MODES = ("inference", "training step")
 LEVELS, WHOLE, SMALL = FORMS = ("a launch a level", "one launch", "a launch a level, small tiles")
 TERA, GIGA, MICRO = 1e12, 1e9, 1e-6
 
-# Seconds of a launch: one after another in a stream, and inside a CUDA graph. Of H100, and assumed of the others.
+# Seconds of a launch: one after another in a stream, and inside a CUDA graph. Of H100, and assumed
+# of the others.
 LAUNCH = {"stream": 2.5 * MICRO, "graph": 1.3 * MICRO}
 # c: of H100's 989 TFLOP/s good kernels reach about 800; assumed of all.
 REACHED = 0.8
@@ -63,8 +69,10 @@ WIDE = 64
 
 
 class Gpu(NamedTuple):
-    """Figures of a GPU, in units a second: `peak` dense FLOPs by dtype, `fma` FLOPs of float32 on ordinary cores, bytes of HBM and of L2 to the SMs.
-    narrow: the share of the peak that tiles of fewer than 64 rows can reach, by HMMA."""
+    """Figures of a GPU, in units a second: `peak` dense FLOPs by dtype, `fma` FLOPs of float32 on
+    ordinary cores, bytes of HBM and of L2 to the SMs.
+    narrow: the share of the peak that tiles of fewer than 64 rows can reach, by HMMA.
+    """
 
     sms: int
     bfloat16: float
@@ -79,9 +87,11 @@ class Gpu(NamedTuple):
         return self.tf32 / 3 if dtype == torch.float32 else self.bfloat16
 
 
-# Sources: NVIDIA's data sheets of A100 (SXM, 80 GB), H100 (SXM) and HGX B200 (an eighth of its eight), figures without sparsity.
-# L2: H100's is what read benchmarks report (about 5.5 TB/s); A100's and B200's are assumed to be as much an SM and clock (1.41, 1.75 and 1.85 GHz).
-# HMMA: the whole of A100's peak; 0.63 of H100's (Luo et al. 2024, arXiv 2402.13499); B200's is assumed to be H100's an SM and clock.
+# Sources: NVIDIA's data sheets of A100 (SXM, 80 GB), H100 (SXM) and HGX B200 (an eighth of its
+# eight), figures without sparsity. L2: H100's is what read benchmarks report (about 5.5 TB/s);
+# A100's and B200's are assumed to be as much an SM and clock (1.41, 1.75 and 1.85 GHz). HMMA: the
+# whole of A100's peak; 0.63 of H100's (Luo et al. 2024, arXiv 2402.13499); B200's is assumed to be
+# H100's an SM and clock.
 GPUS = {
     "A100": Gpu(108, 312 * TERA, 156 * TERA, 19.5 * TERA, 2.0 * TERA, 3.6 * TERA, 1.0),
     "H100": Gpu(132, 989 * TERA, 495 * TERA, 67 * TERA, 3.35 * TERA, 5.5 * TERA, 0.63),
@@ -108,7 +118,8 @@ def walls(launched: Launched, gpu: Gpu, dtype: torch.dtype) -> dict[str, float]:
 
 
 class Time(NamedTuple):
-    """Modelled seconds of a network by wall: each launch's on its highest one, and those between launches on `launches`."""
+    """Modelled seconds of a network by wall: each launch's on its highest one, and those between
+    launches on `launches`."""
 
     by: Counter[str]
 
@@ -131,7 +142,8 @@ def time_of(launches: list[Launched], gpu: Gpu, dtype: torch.dtype, launch: floa
 
 
 def tiles_of(program: Program, rows: int, form: str, dtype: torch.dtype) -> Tiles:
-    """The tiles of a form, at rows for which the rule would take it. Small tiles are those of one launch, which no rule takes for a launch a level."""
+    """The tiles of a form, at rows for which the rule would take it. Small tiles are those of one
+    launch, which no rule takes for a launch a level."""
     if form == LEVELS:
         return choose(program, dtype, max(rows, WHOLE_ROWS + 1), ARCH)
     return choose(program, dtype, min(rows, WHOLE_ROWS), ARCH)._replace(whole=form == WHOLE)
@@ -144,7 +156,8 @@ def table_of(layer: str) -> Table:
 
 @cache
 def launches_of(layer: str, mode: str, rows: int, form: str, dtype: torch.dtype) -> list[Launched]:
-    """The launches of a layer in one form: of the forward, and in a training step of the backward besides. Its caller expands one x to all slots."""
+    """The launches of a layer in one form: of the forward, and in a training step of the backward
+    besides. Its caller expands one x to all slots."""
     program = inline_hidden(table_of(layer)) if mode == "inference" else lower(table_of(layer))
     tiles, size = tiles_of(program, rows, form, dtype), dtype.itemsize
     found = gpu_launches.forward(of_one_slot(program), tiles, rows, size)
@@ -175,7 +188,8 @@ def counted(layer: str, mode: str, rows: int, dtype: torch.dtype) -> Operators:
 
 @cache
 def eager_of(layer: str, mode: str, rows: int, dtype: torch.dtype) -> Operators:
-    """As `counted`, for any number of rows: every tensor is a constant and a multiple of the rows, which two small batches tell."""
+    """As `counted`, for any number of rows: every tensor is a constant and a multiple of the rows,
+    which two small batches tell."""
     few, more = (counted(layer, mode, batch, dtype) for batch in (16, 32))
     return Operators(few.count, few.bytes + (more.bytes - few.bytes) * (rows - 16) // 16)
 
@@ -186,7 +200,8 @@ def eager_seconds(layer: str, mode: str, rows: int, gpu: Gpu, dtype: torch.dtype
 
 
 def crossing(layer: str, mode: str, gpu: Gpu, dtype: torch.dtype, launch: float) -> int | None:
-    """The least power of two of rows from which on one launch is never the faster form; None if it is at the most."""
+    """The least power of two of rows from which on one launch is never the faster form; None if it
+    is at the most."""
 
     def seconds(rows: int, form: str) -> float:
         return time_of(launches_of(layer, mode, rows, form, dtype), gpu, dtype, launch).seconds
@@ -197,7 +212,9 @@ def crossing(layer: str, mode: str, gpu: Gpu, dtype: torch.dtype, launch: float)
 
 def cell(stream: Time, graph: Time) -> str:
     """Microseconds in a stream / in a CUDA graph, and the highest wall of the former."""
-    streamed, graphed = (f"{time.seconds / MICRO:.{0 if time.seconds >= 100 * MICRO else 1}f}" for time in (stream, graph))
+    streamed, graphed = (
+        f"{time.seconds / MICRO:.{0 if time.seconds >= 100 * MICRO else 1}f}" for time in (stream, graph)
+    )
     return f"{streamed} / {graphed} {stream.nearest}"
 
 
@@ -206,7 +223,10 @@ def times_table(layer: str, mode: str, dtype: torch.dtype) -> list[str]:
     table = [["", *(f"B = {rows}" for rows in ROWS)]]
     for name, gpu in GPUS.items():
         for form in (LEVELS, WHOLE):
-            times = [[time_of(launches_of(layer, mode, rows, form, dtype), gpu, dtype, launch) for launch in LAUNCH.values()] for rows in ROWS]
+            times = [
+                [time_of(launches_of(layer, mode, rows, form, dtype), gpu, dtype, launch) for launch in LAUNCH.values()]
+                for rows in ROWS
+            ]
             table.append([f"{name}, {form}", *(cell(*pair) for pair in times)])
         times = [[eager_seconds(layer, mode, rows, gpu, dtype, launch) for launch in LAUNCH.values()] for rows in ROWS]
         table.append([f"{name}, eager", *(cell(*pair) for pair in times)])
@@ -215,14 +235,35 @@ def times_table(layer: str, mode: str, dtype: torch.dtype) -> list[str]:
 
 def launch_table(layer: str, rows: int, gpu: str, dtype: torch.dtype) -> list[str]:
     """What each launch of the form with one a level does, and its walls on one GPU in microseconds."""
-    table = [["", "programs", "fill", "GFLOP", "MB once", "MB moved", *walls(Launched("", 1, 1, 0, 0, 0, 0), GPUS[gpu], dtype)]]
+    table = [
+        [
+            "",
+            "programs",
+            "fill",
+            "GFLOP",
+            "MB once",
+            "MB moved",
+            *walls(Launched("", 1, 1, 0, 0, 0, 0), GPUS[gpu], dtype),
+        ]
+    ]
     for mode in MODES:
         for launched in launches_of(layer, mode, rows, LEVELS, dtype):
             seconds = walls(launched, GPUS[gpu], dtype)
             high = max(seconds, key=seconds.get)
-            cells = [f"**{value / MICRO:.1f}**" if wall == high else f"{value / MICRO:.1f}" for wall, value in seconds.items()]
+            cells = [
+                f"**{value / MICRO:.1f}**" if wall == high else f"{value / MICRO:.1f}"
+                for wall, value in seconds.items()
+            ]
             counts = [f"{launched.products / GIGA:.2f}", f"{launched.once / MEGA:.1f}", f"{launched.moved / MEGA:.1f}"]
-            table.append([f"{mode}: {launched.name}", str(launched.programs), f"{fill(launched.programs, GPUS[gpu].sms):.2f}", *counts, *cells])
+            table.append(
+                [
+                    f"{mode}: {launched.name}",
+                    str(launched.programs),
+                    f"{fill(launched.programs, GPUS[gpu].sms):.2f}",
+                    *counts,
+                    *cells,
+                ]
+            )
     return rows_of(table)
 
 
@@ -232,7 +273,12 @@ def crossing_table(dtype: torch.dtype) -> list[str]:
     for mode in MODES:
         for layer in MAIN:
             found = [[crossing(layer, mode, gpu, dtype, launch) for launch in LAUNCH.values()] for gpu in GPUS.values()]
-            table.append([f"{layer}, {mode}", *(" / ".join(str(rows or f"over {POWERS[-1]}") for rows in pair) for pair in found)])
+            table.append(
+                [
+                    f"{layer}, {mode}",
+                    *(" / ".join(str(rows or f"over {POWERS[-1]}") for rows in pair) for pair in found),
+                ]
+            )
     return rows_of(table)
 
 
@@ -241,14 +287,21 @@ def forms_table(rows: int, dtype: torch.dtype) -> list[str]:
     table = [["", *GPUS]]
     for mode in MODES:
         for layer in MAIN:
-            times = [[time_of(launches_of(layer, mode, rows, form, dtype), gpu, dtype, LAUNCH["stream"]) for form in FORMS] for gpu in GPUS.values()]
-            table.append([f"{layer}, {mode}", *(" / ".join(f"{time.seconds / MICRO:.1f}" for time in of) for of in times)])
+            times = [
+                [time_of(launches_of(layer, mode, rows, form, dtype), gpu, dtype, LAUNCH["stream"]) for form in FORMS]
+                for gpu in GPUS.values()
+            ]
+            table.append(
+                [f"{layer}, {mode}", *(" / ".join(f"{time.seconds / MICRO:.1f}" for time in of) for of in times)]
+            )
     return rows_of(table)
 
 
 def figures_table() -> list[str]:
     """The figures of the GPUs."""
-    table = [["", "SMs", "bfloat16, TFLOP/s", "tf32", "float32 on ordinary cores", "HBM, TB/s", "L2, TB/s", "HMMA's share"]]
+    table = [
+        ["", "SMs", "bfloat16, TFLOP/s", "tf32", "float32 on ordinary cores", "HBM, TB/s", "L2, TB/s", "HMMA's share"]
+    ]
     for name, gpu in GPUS.items():
         rates = (gpu.bfloat16, gpu.tf32, gpu.fma, gpu.hbm, gpu.l2)
         table.append([name, str(gpu.sms), *(f"{rate / TERA:g}" for rate in rates), f"{gpu.narrow:g}"])
@@ -260,24 +313,37 @@ def page(dtype: torch.dtype) -> str:
     lines = [
         *figures_table(),
         "",
-        f"The rows from which one launch is no longer the faster form (1: it never is; the rule says {WHOLE_ROWS}), in a stream / in a CUDA graph:",
+        f"The rows from which one launch is no longer the faster form (1: it never is; the rule says "
+        f"{WHOLE_ROWS}), in a stream / in a CUDA graph:",
         "",
     ]
     lines += crossing_table(dtype)
     lines += ["", f"At 64 rows in a stream, microseconds (modelled): {' / '.join(FORMS)}:", "", *forms_table(64, dtype)]
-    lines += ["", f"Launches of {MAIN[0]} at 4,096 rows, a launch a level, and their walls on H100 in microseconds (modelled):", ""]
+    lines += [
+        "",
+        f"Launches of {MAIN[0]} at 4,096 rows, a launch a level, and their walls on H100 in microseconds (modelled):",
+        "",
+    ]
     lines += launch_table(MAIN[0], 4096, "H100", dtype)
     for mode in MODES:
         for layer in MAIN:
-            lines += ["", f"{layer}, {mode}: microseconds (modelled) in a stream / in a CUDA graph, and the highest wall:", ""]
+            lines += [
+                "",
+                f"{layer}, {mode}: microseconds (modelled) in a stream / in a CUDA graph, and the highest wall:",
+                "",
+            ]
             lines += times_table(layer, mode, dtype)
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the tables of bfloat16 into docs/gpu.md; otherwise print them")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="what to print (default: %(default)s)")
+    parser.add_argument(
+        "--write", action="store_true", help="put the tables of bfloat16 into docs/gpu.md; otherwise print them"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="what to print (default: %(default)s)"
+    )
     options = parser.parse_args()
     if options.write:
         PAGE.write_text(replace_between(PAGE.read_text(), page(torch.bfloat16), BEGIN, END, "docs/gpu.md"))

@@ -1,4 +1,5 @@
-"""Part b of `make gpu`: the self-test of every backend, parity of the quick cases, and the tests of streams, graphs and tuned tiles on the device."""
+"""Part b of `make gpu`: the self-test of every backend, parity of the quick cases, and the tests of
+streams, graphs and tuned tiles on the device."""
 
 from __future__ import annotations
 
@@ -25,19 +26,26 @@ SHOWN = 5
 
 
 def run_self_test(backend: str, dtype: str) -> dict:
-    """What `self_test.check` does at a first use, with every figure: the largest error over the allowed one. Raises: AssertionError beyond 1."""
+    """What `self_test.check` does at a first use, with every figure: the largest error over the
+    allowed one. Raises: AssertionError beyond 1."""
     found = {}
     for number, table in enumerate(self_test.tables()):
         for rows in self_test.ROWS:
             found[f"table {number}, {rows} rows"] = self_test.worst(DEVICE, getattr(torch, dtype), table, rows, backend)
     wrong = {name: ratio for name, ratio in found.items() if not ratio <= 1}
     if wrong:
-        raise AssertionError(f"expected errors of at most 1 x the one allowed, got {', '.join(f'{ratio:.3g} ({name})' for name, ratio in wrong.items())}")
+        raise AssertionError(
+            f"expected errors of at most 1 x the one allowed, got "
+            f"{', '.join(f'{ratio:.3g} ({name})' for name, ratio in wrong.items())}"
+        )
     return {"worst": max(found.values()), "ratios": found}
 
 
 def parity(name: str, dtype: str, backend: str) -> dict:
-    """Output, mixing weights and all gradients of a case. Raises: AssertionError that names the tensors and their errors."""
+    """Output, mixing weights and all gradients of a case.
+
+    Raises: AssertionError that names the tensors and their errors.
+    """
     case, precision = all_cases()[name], getattr(torch, dtype)
     # In 16 bits without kinks: nearly every row has a pre-activation within rounding of one.
     given = problem(case if precision == torch.float32 else case._replace(table=smoothed(case.table)), precision)
@@ -57,8 +65,12 @@ def parity(name: str, dtype: str, backend: str) -> dict:
 
 
 def device_tests() -> dict:
-    """tests/gpu beside parity: bits from run to run, streams, graphs, tuned tiles. Raises: AssertionError that names what fails."""
-    # -P: the folder of this tree, where `fusedmoe` lacks its kernels, must not come before the library that was built.
+    """tests/gpu beside parity: bits from run to run, streams, graphs, tuned tiles.
+
+    Raises: AssertionError that names what fails.
+    """
+    # -P: the folder of this tree, where `fusedmoe` lacks its kernels, must not come before the
+    # library that was built.
     command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:benchmark", "--tb=short", "-rfEs"]
     command += ["tests/gpu", "--deselect", "tests/gpu/test_parity.py::test_parity"]
     # pytest cuts its summary to the terminal's width.
@@ -66,16 +78,25 @@ def device_tests() -> dict:
     print(said.stdout, said.stderr, flush=True)
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?$", said.stdout, re.MULTILINE)
     if said.returncode:
-        raise AssertionError(f"pytest ended with status {said.returncode}: " + "; ".join(f"{name}: {why}" for name, why in failed))
+        raise AssertionError(
+            f"pytest ended with status {said.returncode}: " + "; ".join(f"{name}: {why}" for name, why in failed)
+        )
     return {"said": said.stdout.strip().splitlines()[-1]}
 
 
 def cases(book: dict) -> list[Case]:
-    """bfloat16 first: it is what people train in. A backend's self-test stands in front of its cases."""
+    """bfloat16 first: it is what people train in. A backend's self-test stands in front of its
+    cases."""
     os.environ["FUSEDMOE_SELF_TEST"] = "0"
     names = QUICK[:2] if few() else QUICK
     found = []
     for dtype in DTYPES:
-        found += [Case(f"self-test, {dtype}, {backend}", partial(run_self_test, backend, dtype)) for backend in present()]
-        found += [Case(f"{name}, {dtype}, {backend}", partial(parity, name, dtype, backend)) for name in names for backend in present()]
+        found += [
+            Case(f"self-test, {dtype}, {backend}", partial(run_self_test, backend, dtype)) for backend in present()
+        ]
+        found += [
+            Case(f"{name}, {dtype}, {backend}", partial(parity, name, dtype, backend))
+            for name in names
+            for backend in present()
+        ]
     return [*found, Case("tests/gpu", device_tests)]

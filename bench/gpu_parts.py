@@ -1,4 +1,5 @@
-"""The parts of `make gpu`, in their order, and the seconds that each may take: with the build ten minutes in all."""
+"""The parts of `make gpu`, in their order, and the seconds that each may take: with the build ten
+minutes in all."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ BUILD_SECONDS = 110
 
 
 class Part(NamedTuple):
-    """One part: what it is, the module of bench/ that has its cases, and the seconds that all of them, and one of them, may take."""
+    """One part: what it is, the module of bench/ that has its cases, and the seconds that all of
+    them, and one of them, may take."""
 
     title: str
     module: str
@@ -29,7 +31,8 @@ PARTS = {
 }
 # Those whose clocks want the machine for themselves.
 TIMED = "cdf"
-# The exit status of a part's process that lost its device in a case, and asks to be started again for the others.
+# The exit status of a part's process that lost its device in a case, and asks to be started again
+# for the others.
 LOST = 75
 
 

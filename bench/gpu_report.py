@@ -1,4 +1,5 @@
-"""Write bench/results/gpu.md from bench/results/gpu.json: `make gpu-report`. What was not measured is not in it.
+"""Write bench/results/gpu.md from bench/results/gpu.json: `make gpu-report`. What was not measured
+is not in it.
 
 python bench/gpu_report.py [--json bench/results/gpu.json]
 """
@@ -39,7 +40,9 @@ def facts(results: dict[str, dict]) -> list[str]:
     """Part a: what was found, a line each."""
     lines = []
     for key, result in results.items():
-        words = ", ".join(f"{name} {clean(json.dumps(value)) if isinstance(value, dict) else value}" for name, value in result.items())
+        words = ", ".join(
+            f"{name} {clean(json.dumps(value)) if isinstance(value, dict) else value}" for name, value in result.items()
+        )
         lines.append(f"- {key}: {words}")
     return [*lines, ""]
 
@@ -56,11 +59,16 @@ def parity(results: dict[str, dict]) -> list[str]:
             counts[dtype, backend] = counts.get((dtype, backend), 0) + 1
         else:
             lines.append(f"- {key}: {clean(result.get('said', ''))}")
-    return [*lines, *(f"- parity, {dtype}, {backend}: {count} cases passed" for (dtype, backend), count in counts.items()), ""]
+    return [
+        *lines,
+        *(f"- parity, {dtype}, {backend}: {count} cases passed" for (dtype, backend), count in counts.items()),
+        "",
+    ]
 
 
 def times(results: dict[str, dict]) -> list[str]:
-    """Part c: a table a layer, mode and dtype, an arm a row and the batch sizes as columns: device milliseconds / host microseconds."""
+    """Part c: a table a layer, mode and dtype, an arm a row and the batch sizes as columns: device
+    milliseconds / host microseconds."""
     groups: dict[tuple[str, str, str], dict[str, dict[int, str]]] = {}
     for result in results.values():
         cell = result["cell"]
@@ -74,8 +82,13 @@ def times(results: dict[str, dict]) -> list[str]:
     for (layer, mode, dtype), arms in groups.items():
         sizes = sorted({rows for found in arms.values() for rows in found})
         lines += [f"{layer}, {mode}, {dtype}: milliseconds of the device / microseconds of the host", ""]
-        lines += table(["", *(f"B = {rows}" for rows in sizes)], [[arm, *(found.get(rows, "") for rows in sizes)] for arm, found in arms.items()])
-    return lines + failures((f"{key}, {arm}", found) for key, result in results.items() for arm, found in result["arms"].items())
+        lines += table(
+            ["", *(f"B = {rows}" for rows in sizes)],
+            [[arm, *(found.get(rows, "") for rows in sizes)] for arm, found in arms.items()],
+        )
+    return lines + failures(
+        (f"{key}, {arm}", found) for key, result in results.items() for arm, found in result["arms"].items()
+    )
 
 
 def shares(results: dict[str, dict]) -> list[str]:
@@ -84,9 +97,19 @@ def shares(results: dict[str, dict]) -> list[str]:
     ceilings = results.get("ceilings")
     if ceilings:
         copy, rate = (ceilings[name] * 1e-12 for name in ("copy_bytes_per_second", "bfloat16_flops_per_second"))
-        lines = [f"Measured: a copy moves {number(copy)} TB/s, read and written; a matrix product in bfloat16 runs at {number(rate)} TFLOP/s.", ""]
+        lines = [
+            f"Measured: a copy moves {number(copy)} TB/s, read and written; a matrix product in bfloat16 runs "
+            f"at {number(rate)} TFLOP/s.",
+            "",
+        ]
     rows = [
-        [key, number(1e3 * found["seconds"]), f"{found['of_bandwidth']:.1%}", f"{found['of_matrix_rate']:.1%}", clean(found["how"])]
+        [
+            key,
+            number(1e3 * found["seconds"]),
+            f"{found['of_bandwidth']:.1%}",
+            f"{found['of_matrix_rate']:.1%}",
+            clean(found["how"]),
+        ]
         for key, found in results.items()
         if key != "ceilings"
     ]
@@ -98,7 +121,12 @@ def tools(results: dict[str, dict]) -> list[str]:
     lines = [f"- {key}: {clean(found['summary'])}" for key, found in results.items() if "summary" in found]
     for key, found in results.items():
         for kernel, columns in found.get("kernels", {}).items():
-            lines += ["", f"{key}, `{clean(kernel)}`:", "", *table(["", "value"], [[name, value] for name, value in columns.items()])]
+            lines += [
+                "",
+                f"{key}, `{clean(kernel)}`:",
+                "",
+                *table(["", "value"], [[name, value] for name, value in columns.items()]),
+            ]
     return [*lines, ""]
 
 
@@ -111,12 +139,24 @@ def tuning(results: dict[str, dict]) -> list[str]:
     return table(["", "shipped, ms", "tuned, ms", "tuning, s", "tiles tried"], rows)
 
 
-SECTIONS: dict[str, Callable[[dict[str, dict]], list[str]]] = {"a": facts, "b": parity, "c": times, "d": shares, "e": tools, "f": tuning}
+SECTIONS: dict[str, Callable[[dict[str, dict]], list[str]]] = {
+    "a": facts,
+    "b": parity,
+    "c": times,
+    "d": shares,
+    "e": tools,
+    "f": tuning,
+}
 
 
 def failures(results: Iterator[tuple[str, dict]]) -> list[str]:
     """What has no figures, and why."""
-    lines = [f"- {key}: {kind}: {clean(found[kind])}" for key, found in results for kind in ("error", "skipped") if kind in found]
+    lines = [
+        f"- {key}: {kind}: {clean(found[kind])}"
+        for key, found in results
+        for kind in ("error", "skipped")
+        if kind in found
+    ]
     return ["Without a result:", "", *lines, ""] if lines else []
 
 
@@ -131,7 +171,9 @@ def report(content: dict) -> str:
         lines.append("")
     for letter, part in content["parts"].items():
         lines += [f"## {letter}: {PARTS[letter].title}", "", f"{part['status']}; {part['seconds']} s.", ""]
-        found = {key: result for key, result in part["results"].items() if "error" not in result and "skipped" not in result}
+        found = {
+            key: result for key, result in part["results"].items() if "error" not in result and "skipped" not in result
+        }
         if found:
             lines += SECTIONS[letter](found)
         lines += failures(iter(part["results"].items()))
@@ -140,7 +182,9 @@ def report(content: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=Path("bench/results/gpu.json"), help="what `make gpu` wrote (default: %(default)s)")
+    parser.add_argument(
+        "--json", type=Path, default=Path("bench/results/gpu.json"), help="what `make gpu` wrote (default: %(default)s)"
+    )
     options = parser.parse_args()
     page = options.json.with_suffix(".md")
     page.write_text(report(json.loads(options.json.read_text())))

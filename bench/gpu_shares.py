@@ -1,4 +1,5 @@
-"""Part d of `make gpu`: the time of the fused kernels as a share of what this device was measured to reach in copies and in matrix products."""
+"""Part d of `make gpu`: the time of the fused kernels as a share of what this device was measured
+to reach in copies and in matrix products."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def ceilings() -> dict:
 
 
 def share(cell: Cell, backend: str) -> dict:
-    """Bytes of every tensor once and FLOPs of the products, from the plans, over the measured time and the two ceilings."""
+    """Bytes of every tensor once and FLOPs of the products, from the plans, over the measured time
+    and the two ceilings."""
     # Before anything is captured: a capture that fails spoils the device's random numbers.
     copied, multiplied = bandwidth(), matrix_rate()
     call, how = Subject(cell).ours(backend), "CUDA graph"
@@ -75,5 +77,9 @@ def cases(book: dict) -> list[Case]:
     cells = [Cell(layer, mode, rows, DTYPE) for rows in ROWS for mode in MODES for layer in MAIN]
     return [
         Case("ceilings", ceilings),
-        *(Case(f"{cell.key}, {backend}", partial(share, cell, backend)) for cell in (cells[-1:] if few() else cells) for backend in backends),
+        *(
+            Case(f"{cell.key}, {backend}", partial(share, cell, backend))
+            for cell in (cells[-1:] if few() else cells)
+            for backend in backends
+        ),
     ]

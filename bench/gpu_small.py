@@ -1,7 +1,8 @@
 """Calls for a tool that watches a process: small networks, forward and backward, on one backend.
 
 python bench/gpu_small.py BACKEND check        two networks, one launch and a launch a level, for compute-sanitizer
-python bench/gpu_small.py BACKEND profile      one inference and one training step of a main layer after a warm-up, between start and stop, for ncu
+python bench/gpu_small.py BACKEND profile      one inference and one training step of a main layer
+                                               after a warm-up, between start and stop, for ncu
 """
 
 from __future__ import annotations
@@ -27,13 +28,17 @@ def check(backend: str) -> None:
         for table in self_test.tables():
             for rows in ROWS:
                 shapes = [(rows, table.slots, table.width), *(p.shape for p in table.parameters)]
-                x, *params = (torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_() for shape in shapes)
+                x, *params = (
+                    torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_() for shape in shapes
+                )
                 fusion_network(x, params, table, backend=backend).float().square().sum().backward()
     torch.cuda.synchronize()
 
 
 def profile(backend: str) -> None:
-    calls = [Subject(Cell("AdaTT T3m2", mode, 4096, "bfloat16")).ours(backend) for mode in ("inference", "training step")]
+    calls = [
+        Subject(Cell("AdaTT T3m2", mode, 4096, "bfloat16")).ours(backend) for mode in ("inference", "training step")
+    ]
     for call in calls:
         call()
     torch.cuda.synchronize()

@@ -1,4 +1,5 @@
-"""Part c of `make gpu`: times of the main layers against eager, CUDA graphs, `torch.compile` and the restructured network."""
+"""Part c of `make gpu`: times of the main layers against eager, CUDA graphs, `torch.compile` and
+the restructured network."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from gpu_cases import Case, few
 from fusedmoe.speed.calls import MODES, Call
 from fusedmoe.speed.subjects import MAIN
 
-# The sizes in the order of interest, and of cost: those behind the first share its kernels; what is cut off is what stands last.
+# The sizes in the order of interest, and of cost: those behind the first share its kernels; what is
+# cut off is what stands last.
 ROWS = (4096, 64, 65536, 16384, 1024)
 DTYPES = ("bfloat16", "float32")
 COMPILED = {"torch.compile": {}, "torch.compile, max-autotune": {"mode": "max-autotune-no-cudagraphs"}}
@@ -25,7 +27,8 @@ Arms = Iterator[tuple[str, Callable[[], Call]]]
 
 
 def plain_arms(subject: Subject, backends: list[str]) -> Arms:
-    """Everything that needs no compiler of PyTorch's. Graphs come last: a capture that fails may leave the device's generator unusable."""
+    """Everything that needs no compiler of PyTorch's. Graphs come last: a capture that fails may
+    leave the device's generator unusable."""
     calls = {"eager": subject.eager, "restructured": subject.restructured}
     calls |= {backend: partial(subject.ours, backend) for backend in backends}
     yield from calls.items()
@@ -34,7 +37,8 @@ def plain_arms(subject: Subject, backends: list[str]) -> Arms:
 
 
 def compiled_arms(subject: Subject, backends: list[str], compiler: str) -> Arms:
-    """A compiled arm, and its CUDA graph, between eager and ours: what they took is in the cell's other cases, and here again for the same clocks."""
+    """A compiled arm, and its CUDA graph, between eager and ours: what they took is in the cell's
+    other cases, and here again for the same clocks."""
     yield "eager", subject.eager
     for backend in backends:
         yield backend, partial(subject.ours, backend)
@@ -83,7 +87,9 @@ def cases(book: dict) -> list[Case]:
                 for layer in MAIN:
                     cell = Cell(layer, mode, rows, dtype)
                     if compiler == "plain":
-                        found.append(Case(cell.key, partial(time_cell, cell, partial(plain_arms, backends=right[dtype]))))
+                        found.append(
+                            Case(cell.key, partial(time_cell, cell, partial(plain_arms, backends=right[dtype])))
+                        )
                     else:
                         arms = partial(compiled_arms, backends=right[dtype], compiler=compiler)
                         found.append(Case(f"{cell.key}, {compiler}", partial(time_cell, cell, arms)))

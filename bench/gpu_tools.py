@@ -1,4 +1,5 @@
-"""Part e of `make gpu`: compute-sanitizer on small calls, and the counters of ncu for one launch of each kernel, where these tools are."""
+"""Part e of `make gpu`: compute-sanitizer on small calls, and the counters of ncu for one launch of
+each kernel, where these tools are."""
 
 from __future__ import annotations
 
@@ -19,13 +20,32 @@ SMALL = Path(__file__).parent / "gpu_small.py"
 CHECKS = ("memcheck", "racecheck")
 # Without them ncu still counts: a chip may not know one by its name.
 TENSOR = "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active"
-SECTIONS = ("LaunchStats", "Occupancy", "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "WarpStateStats")
+SECTIONS = (
+    "LaunchStats",
+    "Occupancy",
+    "SpeedOfLight",
+    "ComputeWorkloadAnalysis",
+    "MemoryWorkloadAnalysis",
+    "WarpStateStats",
+)
 BYTES = "lts__t_bytes.sum,dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
-# Of hundreds of columns, what the questions are about: tensor pipe, bytes of L2 and DRAM, occupancy, reasons of stalls, resources.
+# Of hundreds of columns, what the questions are about: tensor pipe, bytes of L2 and DRAM,
+# occupancy, reasons of stalls, resources.
 KEPT = (
-    "sm__pipe_tensor", "sm__inst_executed_pipe_tensor", "lts__t_bytes", "dram__bytes", "dram__throughput", "lts__throughput", "sm__throughput",
-    "sm__warps_active", "sm__maximum_warps", "smsp__average_warps_issue_stalled", "smsp__average_warp", "gpu__time_duration", "launch__",
-)  # fmt: skip
+    "sm__pipe_tensor",
+    "sm__inst_executed_pipe_tensor",
+    "lts__t_bytes",
+    "dram__bytes",
+    "dram__throughput",
+    "lts__throughput",
+    "sm__throughput",
+    "sm__warps_active",
+    "sm__maximum_warps",
+    "smsp__average_warps_issue_stalled",
+    "smsp__average_warp",
+    "gpu__time_duration",
+    "launch__",
+)
 
 
 def said_by(command: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
@@ -36,10 +56,21 @@ def said_by(command: list[str], environment: dict[str, str]) -> tuple[int, str, 
 
 
 def sanitize(tool: str, backend: str) -> dict:
-    """Raises: Skipped where the tool is not, or does not take this device; AssertionError with its first lines where it finds something."""
+    """Raises: Skipped where the tool is not, or does not take this device; AssertionError with its
+    first lines where it finds something."""
     if not shutil.which("compute-sanitizer"):
         raise Skipped("compute-sanitizer is not installed")
-    command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", sys.executable, str(SMALL), backend, "check"]
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        "--target-processes",
+        "all",
+        sys.executable,
+        str(SMALL),
+        backend,
+        "check",
+    ]
     # Without the caching allocator every tensor has bounds that the tool knows.
     status, out, err = said_by(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     lines = [line for line in (out + err).splitlines() if line.startswith("=========")]
@@ -48,7 +79,9 @@ def sanitize(tool: str, backend: str) -> dict:
         raise Skipped(next(line for line in lines if "not supported" in line).strip("= "))
     found = re.search(r"(\d+) (?:errors?|hazards?)", summary or "")
     if status or not found or int(found[1]):
-        raise AssertionError(f"status {status}, {summary or 'no summary'}; {' | '.join(line.strip('= ') for line in lines[1:8])}"[:1500])
+        raise AssertionError(
+            f"status {status}, {summary or 'no summary'}; {' | '.join(line.strip('= ') for line in lines[1:8])}"[:1500]
+        )
     return {"summary": summary.strip("= ")}
 
 
@@ -62,7 +95,18 @@ def count(backend: str) -> dict:
     """Raises: Skipped where ncu is not; RuntimeError with its words where it reads no counters."""
     if not shutil.which("ncu"):
         raise Skipped("ncu is not installed")
-    base = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all", "--page", "raw", "--csv"]
+    base = [
+        "ncu",
+        "--clock-control",
+        "none",
+        "--profile-from-start",
+        "off",
+        "--target-processes",
+        "all",
+        "--page",
+        "raw",
+        "--csv",
+    ]
     base += [word for section in SECTIONS for word in ("--section", section)]
     for metrics in (f"{BYTES},{TENSOR}", BYTES):
         status, out, err = said_by([*base, "--metrics", metrics, sys.executable, str(SMALL), backend, "profile"], {})

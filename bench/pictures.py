@@ -1,4 +1,5 @@
-"""The pictures of README's speeds: against the batch size, as a share of the peak, and the memory of a training step."""
+"""The pictures of README's speeds: against the batch size, as a share of the peak, and the memory
+of a training step."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ STYLES = {"eager": ("x eager", "-"), "best": ("x best of all", "--")}
 
 
 def plain(results: Mapping, mode: str) -> dict[str, list[Mapping]]:
-    """Return the float32 cases of a mode on one thread by layer, in order of the batch size; only layers with several of them."""
+    """Return the float32 cases of a mode on one thread by layer, in order of the batch size; only
+    layers with several of them."""
     found: dict[str, list[Mapping]] = {}
     for record in sorted(results["cases"], key=lambda record: record["batch"]):
         if (record["mode"], record["dtype"], record["threads"]) == (mode, "float32", 1) and "fused" in record["arms"]:
@@ -50,7 +52,14 @@ def speeds(panel: Axes, cases: Mapping[str, Sequence[Mapping]]) -> None:
     for number, (layer, records) in enumerate(cases.items()):
         for name, (label, line) in STYLES.items():
             points = [(record["batch"], ratios(record)[name].times) for record in records if name in ratios(record)]
-            panel.plot(*zip(*points, strict=True), line, marker="o", markersize=3, color=f"C{number}", label=f"{layer}, {label}")
+            panel.plot(
+                *zip(*points, strict=True),
+                line,
+                marker="o",
+                markersize=3,
+                color=f"C{number}",
+                label=f"{layer}, {label}",
+            )
     panel.axhline(1, color="black", linewidth=0.8)
     panel.set_ylim(bottom=0)
 
@@ -60,14 +69,21 @@ def shares(peak: float) -> Callable[[Axes, Mapping[str, Sequence[Mapping]]], Non
 
     def fill(panel: Axes, cases: Mapping[str, Sequence[Mapping]]) -> None:
         for layer, records in cases.items():
-            panel.plot([r["batch"] for r in records], [100 * share_of_peak(r, peak) for r in records], marker="o", markersize=3, label=layer)
+            panel.plot(
+                [r["batch"] for r in records],
+                [100 * share_of_peak(r, peak) for r in records],
+                marker="o",
+                markersize=3,
+                label=layer,
+            )
         panel.set_ylim(0, 100)
 
     return fill
 
 
 def memory(results: Mapping, path: Path) -> bool:
-    """Draw the bytes saved for backward at the largest batch of each float32 layer, fused beside eager; return whether there were any."""
+    """Draw the bytes saved for backward at the largest batch of each float32 layer, fused beside
+    eager; return whether there were any."""
     largest: dict[str, Mapping] = {}
     for record in sorted(results["cases"], key=lambda record: record["batch"]):
         if "fused" in record.get("memory", {}) and record["dtype"] == "float32":

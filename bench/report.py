@@ -53,7 +53,10 @@ def groups(records: Sequence[Mapping], *names: str) -> dict[tuple, list[Mapping]
 
 
 def commit_of(machine: Mapping) -> str:
-    return f"commit `{machine['commit'].get('id', 'unknown')[:10]}`{' with changes' if machine['commit'].get('dirty') else ''}"
+    return (
+        f"commit "
+        f"`{machine['commit'].get('id', 'unknown')[:10]}`{' with changes' if machine['commit'].get('dirty') else ''}"
+    )
 
 
 def machine_line(results: Mapping) -> str:
@@ -63,10 +66,16 @@ def machine_line(results: Mapping) -> str:
     rounds = min(record["rounds"] for record in results["cases"])
     speeds = ", ".join(f"{name} {speed:.0f}" for name, speed in machine["read_gb_per_second"].items())
     reads = f" Reads of one core, in GB/s: {speeds}." if speeds else ""
-    medium = "" if machine["medium_computes_in"] == "float32" else ' "medium" computes in bfloat16 here, so it is a rival of bfloat16 alone.'
+    medium = (
+        ""
+        if machine["medium_computes_in"] == "float32"
+        else ' "medium" computes in bfloat16 here, so it is a rival of bfloat16 alone.'
+    )
     return paragraph(
-        f"{machine['cpu']}, {machine['isa']}; {commit_of(machine)}; {versions}. Times are medians of {rounds} rounds or more, in which ours and the "
-        f"rivals take turns. The peak is {machine['peak_gflops']:.0f} GFLOP/s: the float32 multiply-adds of one core, measured in the same run."
+        f"{machine['cpu']}, {machine['isa']}; {commit_of(machine)}; {versions}. Times are medians of {rounds} "
+        f"rounds or more, in which ours and the "
+        f"rivals take turns. The peak is {machine['peak_gflops']:.0f} GFLOP/s: the float32 multiply-adds of "
+        f"one core, measured in the same run."
         f"{reads}{medium}"
     )
 
@@ -80,7 +89,11 @@ def summary(record: Mapping, ours: str, peak: float) -> str:
     if share is None:
         return ""
     times = " / ".join(f"{found[name].times:.1f}" for name in ("eager", "reference", "best") if name in found)
-    return f"**{times.split(' / ')[0]}**{times[times.index(' /') :] if ' /' in times else ''}, {share:.0%}" if times else f"{share:.0%}"
+    return (
+        f"**{times.split(' / ')[0]}**{times[times.index(' /') :] if ' /' in times else ''}, {share:.0%}"
+        if times
+        else f"{share:.0%}"
+    )
 
 
 def compact(records: Sequence[Mapping], peak: float) -> list[str]:
@@ -105,7 +118,9 @@ def against_own(records: Sequence[Mapping], field: str, base: object, other: obj
     for cases in groups(records, *keys).values():
         found = {record[field]: record["arms"]["fused"]["median"] for record in cases if "fused" in record["arms"]}
         if base in found and other in found:
-            lines.append(f"{cases[0]['layer']}, {cases[0]['mode']}, B = {cases[0]['batch']}: {found[base] / found[other]:.2f}")
+            lines.append(
+                f"{cases[0]['layer']}, {cases[0]['mode']}, B = {cases[0]['batch']}: {found[base] / found[other]:.2f}"
+            )
     return lines
 
 
@@ -113,13 +128,19 @@ def memory_table(records: Sequence[Mapping]) -> list[str]:
     """Return a table of the bytes kept for backward and the rise of the peak, of the largest batch
     of each layer and dtype.
     """
-    table = [["layer, dtype, B", "saved, MB", "eager", "ratio", "ratio, recompute", "peak memory rises by, MB", "eager"]]
-    for (layer, dtype), cases in groups([r for r in records if "fused" in r.get("memory", {})], "layer", "dtype").items():
+    table = [
+        ["layer, dtype, B", "saved, MB", "eager", "ratio", "ratio, recompute", "peak memory rises by, MB", "eager"]
+    ]
+    for (layer, dtype), cases in groups(
+        [r for r in records if "fused" in r.get("memory", {})], "layer", "dtype"
+    ).items():
         largest = max(cases, key=lambda record: record["batch"])
         ours, eager = largest["memory"]["fused"], largest["memory"]["eager"]
         peaks = ["-" if side["peak_bytes"] is None else f"{side['peak_bytes'] / MEGA:.1f}" for side in (ours, eager)]
         least = largest["memory"].get("fused, recompute")
-        ratios = ["-" if side is None else f"{side['saved_bytes'] / eager['saved_bytes']:.2f}" for side in (ours, least)]
+        ratios = [
+            "-" if side is None else f"{side['saved_bytes'] / eager['saved_bytes']:.2f}" for side in (ours, least)
+        ]
         saved = [f"{side['saved_bytes'] / MEGA:.2f}" for side in (ours, eager)]
         table.append([f"{layer}, {dtype}, {largest['batch']}", *saved, *ratios, *peaks])
     return rows_of(table) if len(table) > 1 else []
@@ -135,8 +156,10 @@ def overhead_line(results: Mapping) -> str:
         return ""
     forward, step, cat = (f"{1e6 * arms[name]['median']:.1f}" for name in ("forward", "forward, backward", "torch.cat"))
     return paragraph(
-        f"The overhead of a call: one with {results['overhead']['tensors']} tensors and almost no arithmetic takes {forward} us without gradients, "
-        f"and {step} us forward and backward. For comparison, `torch.cat` of as many tensors, forward and backward, takes {cat} us."
+        f"The overhead of a call: one with {results['overhead']['tensors']} tensors and almost no arithmetic "
+        f"takes {forward} us without gradients, "
+        f"and {step} us forward and backward. For comparison, `torch.cat` of as many tensors, forward and "
+        f"backward, takes {cat} us."
     )
 
 
@@ -144,7 +167,11 @@ def headline(records: Sequence[Mapping]) -> list[str]:
     """Return README's table: times as fast as eager of the main layers, in float32 on one thread,
     at HEADLINE_BATCH rows.
     """
-    found = [record for record in records if (record["dtype"], record["threads"]) == ("float32", 1) and "eager" in ratios(record)]
+    found = [
+        record
+        for record in records
+        if (record["dtype"], record["threads"]) == ("float32", 1) and "eager" in ratios(record)
+    ]
     chosen = [record for record in found if record["batch"] == HEADLINE_BATCH and record["layer"] in MAIN]
     if not chosen:
         return []
@@ -155,7 +182,8 @@ def headline(records: Sequence[Mapping]) -> list[str]:
         *rows_of(table),
         "",
         paragraph(
-            f"B = {HEADLINE_BATCH} rows, float32, one thread. Compared with the fastest of all rivals, which also run the network rewritten by hand "
+            f"B = {HEADLINE_BATCH} rows, float32, one thread. Compared with the fastest of all rivals, which "
+            f"also run the network rewritten by hand "
             f"into a few large products, fusedmoe is {min(best):.1f} to {max(best):.1f} times as fast."
         ),
         "",
@@ -165,7 +193,9 @@ def headline(records: Sequence[Mapping]) -> list[str]:
 def readme(results: Mapping, pictures: Sequence[str] = ()) -> str:
     """Return what README shows: one number for each main layer and mode, the machine, a picture."""
     machine = results["machine"]
-    measured = f"Measured on {machine['cpu']}, {machine['isa']}, torch {machine['versions']['torch']}, {commit_of(machine)}."
+    measured = (
+        f"Measured on {machine['cpu']}, {machine['isa']}, torch {machine['versions']['torch']}, {commit_of(machine)}."
+    )
     more = "has every layer, batch size, dtype and rival, and names what could not run, with the reason."
     lines = [*headline(results["cases"]), paragraph(f"{measured} [docs/speed.md]({PAGE.relative_to(ROOT)}) {more}")]
     if "speed" in pictures:
@@ -177,10 +207,12 @@ def overview(results: Mapping) -> list[str]:
     """Return a compact table for each dtype and number of threads, with what its cells say."""
     lines = [
         paragraph(
-            "A cell has up to three ratios and the share of the peak. The ratios say how many times as fast fusedmoe is **as eager PyTorch** / as the "
-            "fastest rival that runs the layer as it is / as the fastest of all rivals, which also run the network rewritten by hand (restructured). "
+            "A cell has up to three ratios and the share of the peak. The ratios say how many times as fast "
+            "fusedmoe is **as eager PyTorch** / as the "
+            "fastest rival that runs the layer as it is / as the fastest of all rivals, which also run the "
+            "network rewritten by hand (restructured). "
             "Only rivals that compute in the table's dtype count."
-        ),
+        )
     ]
     for (dtype, threads), cases in groups(results["cases"], "dtype", "threads").items():
         table = compact(cases, results["machine"]["peak_gflops"])
@@ -198,7 +230,9 @@ def full_table(records: Sequence[Mapping]) -> list[str]:
         times = {}
         for name, arm in record["arms"].items():
             other = "" if arm["precision"] == record["dtype"] else f" ({arm['precision']})"
-            times[name] = f"{milliseconds(arm['median'])} [{milliseconds(arm['p20'])}, {milliseconds(arm['p80'])}]{other}"
+            times[name] = (
+                f"{milliseconds(arm['median'])} [{milliseconds(arm['p20'])}, {milliseconds(arm['p80'])}]{other}"
+            )
         table.append([f"{record['layer']}, {record['batch']}", *(times.get(name, "-") for name in arms)])
     return rows_of(table)
 
@@ -206,15 +240,30 @@ def full_table(records: Sequence[Mapping]) -> list[str]:
 def page(results: Mapping, pictures: Sequence[str] = ()) -> str:
     """Return docs/speed.md: ratios, all cases and all arms, what was absent, memory."""
     records = results["cases"]
-    lines = ["# Speed on a CPU", "", "Written by `make report` from bench/results/cpu.json.", "", machine_line(results), "", *overview(results)]
+    lines = [
+        "# Speed on a CPU",
+        "",
+        "Written by `make report` from bench/results/cpu.json.",
+        "",
+        machine_line(results),
+        "",
+        *overview(results),
+    ]
     for name in pictures:
         lines += ["", f"![{name}]({name}.png)"]
     lines += ["", "## Every case and every rival", ""]
-    lines += [paragraph("In milliseconds: the median [20th and 80th percentile]. The precision stands behind it where it is not the table's dtype.")]
+    lines += [
+        paragraph(
+            "In milliseconds: the median [20th and 80th percentile]. The precision stands behind it where it "
+            "is not the table's dtype."
+        )
+    ]
     for (dtype, threads, mode), cases in groups(records, "dtype", "threads", "mode").items():
         lines += ["", f"### {mode}, {dtype}, {threads_of(threads)}", "", *full_table(cases)]
     comparisons = {
-        "How many times as fast fusedmoe is in bfloat16 as in float32": against_own(records, "dtype", "float32", "bfloat16"),
+        "How many times as fast fusedmoe is in bfloat16 as in float32": against_own(
+            records, "dtype", "float32", "bfloat16"
+        ),
         "How many times as fast fusedmoe is on two threads as on one": against_own(records, "threads", 1, 2),
         "What did not run, and why": absent_arms(records),
     }

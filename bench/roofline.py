@@ -1,8 +1,10 @@
-"""Bytes of global memory that the forward kernel reads and writes, by tensor, from its plan alone; and those of eager PyTorch's operators.
+"""Bytes of global memory that the forward kernel reads and writes, by tensor, from its plan alone;
+and those of eager PyTorch's operators.
 
     python bench/roofline.py
 
-Every program of a launch reads what its tiles need once each, whatever a cache may hold. Left out: the plan, addresses and fixed static weights.
+Every program of a launch reads what its tiles need once each, whatever a cache may hold. Left out:
+the plan, addresses and fixed static weights.
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ ARCH = "sm_90"
 
 
 class Readers(NamedTuple):
-    """Warps that read one number of p, of an expert's bias, of a gate's and of the static weights. These do not pass through shared memory: each
-    warp reads what its part of a tile needs, and how the warps stand over a tile is the compiler's choice."""
+    """Warps that read one number of p, of an expert's bias, of a gate's and of the static weights.
+    These do not pass through shared memory: each warp reads what its part of a tile needs, and how
+    the warps stand over a tile is the compiler's choice.
+    """
 
     softmax: int
     bias: int
@@ -36,7 +40,8 @@ class Readers(NamedTuple):
     static: int
 
 
-# By the rows of a tile, and whether hidden layers of 64 rows stand in registers, which lays the warps out for two products.
+# By the rows of a tile, and whether hidden layers of 64 rows stand in registers, which lays the
+# warps out for two products.
 READERS = {
     (16, False): Readers(softmax=4, bias=1, gate=4, static=4),
     (64, False): Readers(softmax=2, bias=8, gate=8, static=8),
@@ -46,7 +51,8 @@ READERS = {
 
 
 class Traffic(NamedTuple):
-    """Bytes by tensor: parameters by their names in the table, x, buffers, out, p (softmax scratch)."""
+    """Bytes by tensor: parameters by their names in the table, x, buffers, out, p (softmax
+    scratch)."""
 
     read: Counter[str]
     written: Counter[str]
@@ -71,7 +77,8 @@ class _Count:
         self.read["x" if linear.segment == X else "buffers"] += self.rows * linear.width * self.size
 
     def linear(self, linear: Linear, outputs: int, kept: bool, readers: int) -> None:
-        """`outputs` rows of W and b. h is read for them once, if it is not kept; that of a map inside once for BLOCK_K of its outputs."""
+        """`outputs` rows of W and b. h is read for them once, if it is not kept; that of a map
+        inside once for BLOCK_K of its outputs."""
         self.read[self.names[linear.weight]] += outputs * linear.reduction * self.size
         if linear.bias != NOTHING:
             self.read[self.names[linear.bias]] += outputs * self.size * readers
@@ -110,7 +117,9 @@ class _Count:
                         self.read["p"] += self.rows * SOFTMAX * self.readers.softmax
                     if read.expert == e and read.element != NOTHING:
                         self.read[self.names[unit.static]] += self.size * self.readers.static
-        self.written["out" if segment + 1 == len(self.program.segments) else "buffers"] += len(units) * columns * self.rows * self.size
+        self.written["out" if segment + 1 == len(self.program.segments) else "buffers"] += (
+            len(units) * columns * self.rows * self.size
+        )
 
     def block(self) -> None:
         """All launches, for one row block."""
@@ -136,12 +145,14 @@ def traffic(program: Program, tiles: Tiles, rows: int, size: int) -> Traffic:
 
 
 def traffic_of_operands(program: Program, tiles: Tiles, rows: int, size: int) -> Traffic:
-    """As if one program did all rows and columns of a group: each operand of a product once, which is how `Eager` counts operators."""
+    """As if one program did all rows and columns of a group: each operand of a product once, which
+    is how `Eager` counts operators."""
     return traffic(program, tiles._replace(rows=rows, columns=1 << 20, reduction=1 << 20, resident=1 << 20), rows, size)
 
 
 class Eager(TorchDispatchMode):
-    """Counts the bytes of the tensors that each operator takes and returns; one that returns memory it was given moves none."""
+    """Counts the bytes of the tensors that each operator takes and returns; one that returns memory
+    it was given moves none."""
 
     def __init__(self):
         super().__init__()
@@ -167,11 +178,15 @@ def memory_of(tree: object) -> set[int]:
 
 def bytes_of(tree: object) -> int:
     """The bytes of the tensors in a tree; a dimension that was expanded, once."""
-    return sum(prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or not n) * t.element_size() for t in tensors_of(tree))
+    return sum(
+        prod(n for n, stride in zip(t.shape, t.stride(), strict=True) if stride or not n) * t.element_size()
+        for t in tensors_of(tree)
+    )
 
 
 class Case(NamedTuple):
-    """A layer's forward at ROWS rows in bfloat16: its tiles, its bytes with each operand once and as programs read them, eager's, and its operators."""
+    """A layer's forward at ROWS rows in bfloat16: its tiles, its bytes with each operand once and
+    as programs read them, eager's, and its operators."""
 
     tiles: Tiles
     operands: Traffic
@@ -194,7 +209,10 @@ def case(name: str) -> Case:
 
 
 def main() -> None:
-    print(f"inference, {ROWS} rows, bfloat16: MB of global memory; each operand once, and as programs read them, without a cache")
+    print(
+        f"inference, {ROWS} rows, bfloat16: MB of global memory; each operand once, and as programs read "
+        f"them, without a cache"
+    )
     for name in MAIN:
         found = case(name)
         print(f"{name}: eager {found.eager / MEGA:.1f} in {found.operators} operators")

@@ -1,4 +1,5 @@
-"""The cases of `python -m fusedmoe bench` under pytest-benchmark, for its options and comparisons: `pytest bench --grid quick`."""
+"""The cases of `python -m fusedmoe bench` under pytest-benchmark, for its options and comparisons:
+`pytest bench --grid quick`."""
 
 import pytest
 
@@ -14,7 +15,8 @@ def test_layer(benchmark, session, cell):
     record = run(case)
     benchmark.group = f"{cell.layer}, {cell.mode}"
     benchmark.extra_info.update(record)
-    # The plugin's own statistics are of the fused arm alone, after the arms have been timed in turn.
+    # The plugin's own statistics are of the fused arm alone, after the arms have been timed in
+    # turn.
     call = case.arms["fused"].call
     with pinned(cell.threads):
         benchmark.pedantic(call, rounds=ROUNDS, iterations=repeats_of(call))

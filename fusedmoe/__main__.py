@@ -9,9 +9,14 @@ from collections.abc import Sequence
 COMMANDS = {
     "demo": ("fusedmoe.demo.command", "train one multi-task model twice, plain and fused, and compare"),
     "bench": ("fusedmoe.speed.command", "time the fused layers against everything a user could pick instead"),
-    "doctor": ("fusedmoe.doctor", "print CPU, instruction sets, compilers, GPU, and why each backend is or is not available"),
+    "doctor": (
+        "fusedmoe.doctor",
+        "print CPU, instruction sets, compilers, GPU, and why each backend is or is not available",
+    ),
 }
-USAGE = "usage: python -m fusedmoe COMMAND [--help]\n\n" + "\n".join(f"  {name:8}{what}" for name, (_, what) in COMMANDS.items())
+USAGE = "usage: python -m fusedmoe COMMAND [--help]\n\n" + "\n".join(
+    f"  {name:8}{what}" for name, (_, what) in COMMANDS.items()
+)
 # What the commands need beyond the library; `pip install 'fusedmoe[demo]'` brings them.
 EXTRAS = ("rich", "matplotlib")
 
@@ -30,7 +35,11 @@ def main(arguments: Sequence[str]) -> int:
         package = (error.name or "").split(".")[0]
         if package not in EXTRAS:
             raise
-        print(f"{arguments[0]}: needs the package {package}, which this Python does not have; run `pip install {' '.join(EXTRAS)}`.", file=sys.stderr)
+        print(
+            f"{arguments[0]}: needs the package {package}, which this Python does not have; run `pip install "
+            f"{' '.join(EXTRAS)}`.",
+            file=sys.stderr,
+        )
         return 2
     return command.main(arguments[1:])
 

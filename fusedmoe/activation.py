@@ -39,7 +39,11 @@ class Activation:
     def __post_init__(self) -> None:
         if self.name not in DEFAULT_PARAMETER:
             raise ValueError(f"activation: expected one of {', '.join(DEFAULT_PARAMETER)}, got {self.name!r}")
-        if isinstance(self.parameter, bool) or not isinstance(self.parameter, (int, float)) or not math.isfinite(self.parameter):
+        if (
+            isinstance(self.parameter, bool)
+            or not isinstance(self.parameter, (int, float))
+            or not math.isfinite(self.parameter)
+        ):
             raise ValueError(f"activation {self.name}: expected a finite parameter, got {self.parameter!r}")
         if self.parameter != 0.0 and self.name not in PARAMETRIC:
             raise ValueError(f"activation {self.name}: expected no parameter, got {self.parameter!r}")

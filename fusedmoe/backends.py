@@ -27,7 +27,10 @@ def _load() -> str | None:
     try:
         from fusedmoe import _C
     except ImportError as error:
-        return f"the C++ extension fusedmoe._C cannot be loaded ({error}); build it with `pip install --no-build-isolation .` or `make build`"
+        return (
+            f"the C++ extension fusedmoe._C cannot be loaded ({error}); build it with `pip install "
+            f"--no-build-isolation .` or `make build`"
+        )
     try:
         _C.isa()
     except RuntimeError as error:
@@ -55,7 +58,10 @@ def _looked_for_triton() -> str | None:
     if INTERPRETED:
         return None
     if not torch.cuda.is_available():
-        return "expected a GPU, got a machine (or a build of torch) without one; TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests"
+        return (
+            "expected a GPU, got a machine (or a build of torch) without one; TRITON_INTERPRET=1 runs the "
+            "kernels on the CPU, slowly, for tests"
+        )
     return _driverless()
 
 
@@ -89,7 +95,10 @@ def _looked_for_cuda() -> str | None:
     try:
         extension = importlib.import_module("fusedmoe._cuda")
     except ModuleNotFoundError:
-        return "expected the extension fusedmoe._cuda, got none; `FUSEDMOE_BUILD=cuda pip install --no-build-isolation .` builds it, with nvcc"
+        return (
+            "expected the extension fusedmoe._cuda, got none; `FUSEDMOE_BUILD=cuda pip install "
+            "--no-build-isolation .` builds it, with nvcc"
+        )
     except ImportError as error:
         return f"the extension fusedmoe._cuda cannot be loaded ({error}); build it again with FUSEDMOE_BUILD=cuda"
     if torch.version.hip is not None:
@@ -98,7 +107,9 @@ def _looked_for_cuda() -> str | None:
     missing = extension.missing()
     if missing:
         return f"expected a GPU and its driver, got {missing}"
-    return None if torch.cuda.is_available() else f"expected a build of torch that finds the GPU, got {torch.__version__}"
+    return (
+        None if torch.cuda.is_available() else f"expected a build of torch that finds the GPU, got {torch.__version__}"
+    )
 
 
 @constant
@@ -180,7 +191,14 @@ BACKENDS: tuple[Backend, ...] = (
         lowers=("bfloat16", "float16"),
         lacking=_no_kernels_for,
     ),
-    Backend("cuda", _no_cuda, ("cuda",), ("float32", "bfloat16", "float16"), lowers=("bfloat16", "float16"), lacking=_no_kernels_for),
+    Backend(
+        "cuda",
+        _no_cuda,
+        ("cuda",),
+        ("float32", "bfloat16", "float16"),
+        lowers=("bfloat16", "float16"),
+        lacking=_no_kernels_for,
+    ),
     Backend("reference", lambda: None, None, tuple(dtypes.DTYPES), transforms=True),
 )
 
@@ -241,4 +259,6 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
         if reason is None:
             return row.name
         reasons.append(f"{row.name}: {reason}")
-    raise RuntimeError(f"backend auto: expected a backend for {dtype} on {device.type}, got none ({'; '.join(reasons)})")
+    raise RuntimeError(
+        f"backend auto: expected a backend for {dtype} on {device.type}, got none ({'; '.join(reasons)})"
+    )

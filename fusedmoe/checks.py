@@ -26,7 +26,9 @@ def check(x: Any, params: Any, table: Any, lowered: bool = False) -> None:
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     shapes = [(table.slots, table.width)] + ([(table.width,)] if table.slots == 1 else [])
     if x.dim() < 2 or tuple(x.shape[1:]) not in shapes:
-        raise ValueError(f"x: expected {' or '.join(f'[B, {str(s)[1:-1].rstrip(chr(44))}]' for s in shapes)}, got {list(x.shape)}")
+        raise ValueError(
+            f"x: expected {' or '.join(f'[B, {str(s)[1:-1].rstrip(chr(44))}]' for s in shapes)}, got {list(x.shape)}"
+        )
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
     if x.layout != torch.strided:
@@ -47,5 +49,7 @@ def check(x: Any, params: Any, table: Any, lowered: bool = False) -> None:
         if tensor.layout != torch.strided:
             raise TypeError(f"params, {expect.name}: expected a dense tensor, got layout {tensor.layout}")
         if tensor.device != x.device:
-            raise ValueError(f"params, {expect.name}: expected a tensor on {x.device}, where x is, got one on {tensor.device}")
+            raise ValueError(
+                f"params, {expect.name}: expected a tensor on {x.device}, where x is, got one on {tensor.device}"
+            )
         require_memory(tensor, f"params, {expect.name}")

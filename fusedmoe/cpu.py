@@ -54,7 +54,9 @@ def run(x: Tensor, params: list[Tensor], table: Table, options: Options) -> tupl
     text, mixing = codec.encode(table), options.mixing
     save = SAVE_LEAST if options.recompute else SAVE_ALL
     if torch.compiler.is_compiling():
-        out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, save if needs_gradient(x, params) else SAVE_NOTHING, mixing)
+        out, weights, _ = torch.ops.fusedmoe.network_cpu(
+            x, params, text, save if needs_gradient(x, params) else SAVE_NOTHING, mixing
+        )
     elif needs_gradient(x, params):
         return apart(_Network.apply(table, save, mixing, options.tasks_apart, x, *params), table, options)
     else:
@@ -106,12 +108,19 @@ def _backward(ctx, d_out, d_weights, _):
     need_x, need_params, *_ = ctx.needs_input_grad
     x, *_ = ctx.saved_tensors
     table = codec.decode(ctx.table_text)
-    whole = outputs.join((d_out, *(by_level(d_weights, table) if d_weights is not None and d_weights.shape[1] else ())), x, table, tasks_apart=False)
+    whole = outputs.join(
+        (d_out, *(by_level(d_weights, table) if d_weights is not None and d_weights.shape[1] else ())),
+        x,
+        table,
+        tasks_apart=False,
+    )
     d_x, d_params = _gradients(ctx.saved_tensors, whole, ctx.table_text, (need_x, *need_params))
     return d_x, d_params, None, None, None
 
 
-def _gradients(tensors, upstream: outputs.Upstream, table_text: str, needed: tuple[bool, ...]) -> tuple[Tensor | None, list[Tensor | None]]:
+def _gradients(
+    tensors, upstream: outputs.Upstream, table_text: str, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, list[Tensor | None]]:
     """Run the backward operator for x and the parameters that need it.
 
     Returns: None in place of a gradient on which no output with a gradient depends.
@@ -135,7 +144,9 @@ def _gradients(tensors, upstream: outputs.Upstream, table_text: str, needed: tup
 
 
 @functools.lru_cache(maxsize=4096)
-def _wanted(table_text: str, tasks: tuple[bool, ...], levels: tuple[bool, ...], needed: tuple[bool, ...]) -> tuple[tuple[bool, ...], str]:
+def _wanted(
+    table_text: str, tasks: tuple[bool, ...], levels: tuple[bool, ...], needed: tuple[bool, ...]
+) -> tuple[tuple[bool, ...], str]:
     """For x and each parameter, whether to compute its gradient; and the same as text.
 
     A gradient is computed if it is needed and some wanted output depends on its tensor.
@@ -154,13 +165,17 @@ def _batched(d_out, d_weights, x, params, saved, table_text, needs) -> tuple[Ten
     return d_x, d_params
 
 
-def _plain_gradients(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], table: Table) -> list[Tensor | None]:
+def _plain_gradients(
+    d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], table: Table
+) -> list[Tensor | None]:
     """The reference's backward, in float32 where x is narrower, as the kernels sum.
 
     Returns: each gradient in the dtype of its tensor.
     """
     d_levels = by_level(at_least_float32(d_weights), table) if d_weights is not None else (None,) * len(table.levels)
-    d_x, d_params = reference.backward(at_least_float32(x), [at_least_float32(p) for p in params], table, at_least_float32(d_out), d_levels)
+    d_x, d_params = reference.backward(
+        at_least_float32(x), [at_least_float32(p) for p in params], table, at_least_float32(d_out), d_levels
+    )
     return [d if d is None else d.to(t.dtype) for d, t in zip((d_x, *d_params), (x, *params), strict=True)]
 
 
@@ -177,7 +192,10 @@ def _double_backward(ctx, dd):
     again = torch.is_grad_enabled()
     # A third derivative goes on through their history. An alias each, because d_out may itself
     # depend on x: that path is not ours.
-    tensors = [t if t is None else t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_() for t in ctx.saved_tensors]
+    tensors = [
+        t if t is None else t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_()
+        for t in ctx.saved_tensors
+    ]
     d_out, d_weights, x, *params = tensors
     with torch.enable_grad(), without_autocast(x):
         grads = _plain_gradients(d_out, d_weights, x, params, table)
@@ -186,7 +204,11 @@ def _double_backward(ctx, dd):
         inputs = [t for t in tensors if t is not None]
         results = iter([None] * len(inputs))
         if pairs:
-            results = iter(torch.autograd.grad([d for d, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True, create_graph=again))
+            results = iter(
+                torch.autograd.grad(
+                    [d for d, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True, create_graph=again
+                )
+            )
     d_d_out, d_d_weights, dd_x, *dd_params = [None if t is None else next(results) for t in tensors]
     return d_d_out, d_d_weights, dd_x, dd_params, None, None, None
 

@@ -28,7 +28,11 @@ def cpu() -> list[tuple[str, str]]:
     source = Path("/proc/cpuinfo")
     model = processor(source.read_text()) if source.exists() else None
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [("model", model or platform.processor() or platform.machine()), ("cores", f"{os.cpu_count()}, {own} for this process"), *instruction_sets()]
+    return [
+        ("model", model or platform.processor() or platform.machine()),
+        ("cores", f"{os.cpu_count()}, {own} for this process"),
+        *instruction_sets(),
+    ]
 
 
 def instruction_sets() -> list[tuple[str, str]]:
@@ -36,7 +40,10 @@ def instruction_sets() -> list[tuple[str, str]]:
     try:
         from fusedmoe import _C
 
-        return [*((name, "can run here" if here else "this processor lacks it") for name, here in _C.isas()), ("chosen", _C.isa())]
+        return [
+            *((name, "can run here" if here else "this processor lacks it") for name, here in _C.isas()),
+            ("chosen", _C.isa()),
+        ]
     except (ImportError, RuntimeError) as error:
         return [("chosen", f"none: {error}")]
 
@@ -56,7 +63,13 @@ def compiler(command: str) -> str:
 def gpus() -> list[tuple[str, str]]:
     """Describe each CUDA device that torch sees."""
     if not torch.cuda.is_available():
-        return [("none", f"torch {torch.__version__} was built {'with CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'}")]
+        return [
+            (
+                "none",
+                f"torch {torch.__version__} was built "
+                f"{'with CUDA ' + torch.version.cuda if torch.version.cuda else 'without CUDA'}",
+            )
+        ]
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [(f"cuda:{i}", f"{described(i)}, {device.total_memory / 2**30:.0f} GiB") for i, device in enumerate(devices)]
 
@@ -64,7 +77,10 @@ def gpus() -> list[tuple[str, str]]:
 def described(index: int) -> str:
     """The name and architecture of a device, and whether the GPU kernels were ever run on such."""
     device = torch.device("cuda", index)
-    return f"{self_test.name_of(device)} ({'; '.join(f'{backend} {self_test.history(device, backend)}' for backend in LAUNCHERS)})"
+    return (
+        f"{self_test.name_of(device)} "
+        f"({'; '.join(f'{backend} {self_test.history(device, backend)}' for backend in LAUNCHERS)})"
+    )
 
 
 def sections() -> dict[str, list[tuple[str, str]]]:
@@ -79,7 +95,10 @@ def sections() -> dict[str, list[tuple[str, str]]]:
         ],
         "compilers": [(command, compiler(command)) for command in ("g++", "clang++", "nvcc")],
         "gpu": gpus(),
-        "backends": [(name, "available" if reason is None else f"not available: {reason}") for name, reason in available_backends().items()],
+        "backends": [
+            (name, "available" if reason is None else f"not available: {reason}")
+            for name, reason in available_backends().items()
+        ],
     }
 
 

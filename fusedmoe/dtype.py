@@ -13,7 +13,15 @@ class Dtype:
     roundoff: float
 
 
-DTYPES = {row.name: row for row in (Dtype("float64", 2.0**-53), Dtype("float32", 2.0**-24), Dtype("float16", 2.0**-11), Dtype("bfloat16", 2.0**-8))}
+DTYPES = {
+    row.name: row
+    for row in (
+        Dtype("float64", 2.0**-53),
+        Dtype("float32", 2.0**-24),
+        Dtype("float16", 2.0**-11),
+        Dtype("bfloat16", 2.0**-8),
+    )
+}
 
 
 def row(dtype: object) -> Dtype:

@@ -40,19 +40,34 @@ Network = TypeVar("Network", bound=Draft)
 
 
 @family
-def single_task(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Draft:
+def single_task(
+    input_width: int,
+    expert_widths: Widths,
+    num_tasks: int,
+    activation: str | Activation = "relu",
+    towers: Sequence[int] = (),
+) -> Draft:
     """Give each task a bottom of its own: out[t] = y[t].
 
     Returns: a table over x [B, 1, D] with output [B, T, H].
     Source: the single-task baseline of MMoE, section 6.1.
     """
     tasks = range(require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS))
-    level = Level(_experts([0] * len(tasks), require_one_level(expert_widths), activation), tuple(Unit(static=_ones((t,))) for t in tasks))
+    level = Level(
+        _experts([0] * len(tasks), require_one_level(expert_widths), activation),
+        tuple(Unit(static=_ones((t,))) for t in tasks),
+    )
     return _finish(Draft(1, input_width, (level,)), activation, towers)
 
 
 @family
-def shared_bottom(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Draft:
+def shared_bottom(
+    input_width: int,
+    expert_widths: Widths,
+    num_tasks: int,
+    activation: str | Activation = "relu",
+    towers: Sequence[int] = (),
+) -> Draft:
     """Hand one bottom to every task: out[t] = y[0].
 
     Returns: a table over x [B, 1, D] with one unit that all tasks read.
@@ -80,7 +95,9 @@ def omoe(
     Returns: a table over x [B, 1, D] with one unit that all tasks read.
     Source: MMoE, equation 5.
     """
-    draft = draft_of(ml_mmoe)(input_width, [require_one_level(expert_widths)], 1, num_experts, [gate_widths], activation)
+    draft = draft_of(ml_mmoe)(
+        input_width, [require_one_level(expert_widths)], 1, num_experts, [gate_widths], activation
+    )
     return _finish(draft, activation, towers, _same_unit(num_tasks))
 
 
@@ -102,7 +119,9 @@ def mmoe(
     Returns: a table over x [B, 1, D] with output [B, T, H].
     Source: MMoE, equations 6 to 8.
     """
-    return draft_of(ml_mmoe)(input_width, [require_one_level(expert_widths)], num_tasks, num_experts, [gate_widths], activation, towers)
+    return draft_of(ml_mmoe)(
+        input_width, [require_one_level(expert_widths)], num_tasks, num_experts, [gate_widths], activation, towers
+    )
 
 
 @family
@@ -135,7 +154,11 @@ def ml_mmoe(
         gate = Gate(ROOT, tuple(range(count)), tuple(Layer(width, kind) for width in hidden[number]))
         units = num_tasks if number == len(levels) - 1 else count
         slots = range(count) if number else [0] * count
-        stack.append(Level(_experts(slots, widths, activation), (Unit(gate),) * require_integer(units, "num_tasks", 1, MOST_SLOTS)))
+        stack.append(
+            Level(
+                _experts(slots, widths, activation), (Unit(gate),) * require_integer(units, "num_tasks", 1, MOST_SLOTS)
+            )
+        )
     return _finish(Draft(1, input_width, tuple(stack)), activation, towers)
 
 
@@ -155,7 +178,17 @@ def cgc(
     Returns: a table over x [B, 1, D] with output [B, T, H].
     Source: PLE, equations 2 to 5.
     """
-    return share_input(draft_of(ple)(input_width, [require_one_level(expert_widths)], num_tasks, num_task_experts, num_shared_experts, activation, towers))
+    return share_input(
+        draft_of(ple)(
+            input_width,
+            [require_one_level(expert_widths)],
+            num_tasks,
+            num_task_experts,
+            num_shared_experts,
+            activation,
+            towers,
+        )
+    )
 
 
 @family
@@ -177,7 +210,12 @@ def ple(
     Source: PLE, equations 6 and 7.
     """
     levels = require_level_widths(expert_widths)
-    own = _owned([*require_count_per_task(num_tasks, num_task_experts), require_integer(num_shared_experts, "num_shared_experts", 0, MOST_SLOTS)])
+    own = _owned(
+        [
+            *require_count_per_task(num_tasks, num_task_experts),
+            require_integer(num_shared_experts, "num_shared_experts", 0, MOST_SLOTS),
+        ]
+    )
     sees = [*(mine + own[-1] for mine in own[:-1]), tuple(range(sum(map(len, own))))]
     units = tuple(Unit(Gate(Selector("slot", u), seen)) for u, seen in enumerate(sees))
     stack = tuple(Level(_experts(_owners(own), widths, activation), units) for widths in levels)
@@ -239,7 +277,10 @@ def adatt(
     Source: AdaTT, section 3.2.
     """
     levels = require_level_widths(expert_widths)
-    counts = [*require_count_per_task(num_tasks, num_task_experts), require_integer(num_shared_experts, "num_shared_experts", 0, MOST_SLOTS)]
+    counts = [
+        *require_count_per_task(num_tasks, num_task_experts),
+        require_integer(num_shared_experts, "num_shared_experts", 0, MOST_SLOTS),
+    ]
     own = _owned(counts)
 
     def static(level: int, u: int) -> Static | None:
@@ -251,11 +292,19 @@ def adatt(
     stack = tuple(_see_all(own, level, widths, static, activation) for level, widths in enumerate(levels))
     shapes = (*((len(levels), m) for m in counts[:-1]), (len(levels) - 1, counts[-1]))
     statics = shapes if static_weights and set(counts) != {1} else ()
-    return _finish(Draft(num_tasks + 1, input_width, _without_shared_unit(stack, num_tasks), statics=statics), activation, towers)
+    return _finish(
+        Draft(num_tasks + 1, input_width, _without_shared_unit(stack, num_tasks), statics=statics), activation, towers
+    )
 
 
 @family
-def cross_stitch(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Draft:
+def cross_stitch(
+    input_width: int,
+    expert_widths: Widths,
+    num_tasks: int,
+    activation: str | Activation = "relu",
+    towers: Sequence[int] = (),
+) -> Draft:
     """Mix one expert per task with learned weights: out[u] = sum over e of v[u, e] * y[e].
 
     Returns: a table over x [B, T, D] with output [B, T, H]; v is a static tensor for each level.
@@ -264,10 +313,15 @@ def cross_stitch(input_width: int, expert_widths: Widths, num_tasks: int, activa
     levels = require_level_widths(expert_widths)
     tasks = tuple(range(require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)))
     stack = tuple(
-        Level(_experts(tasks, widths, activation), tuple(Unit(static=Static(tasks, tensor=level, offset=u * num_tasks)) for u in tasks))
+        Level(
+            _experts(tasks, widths, activation),
+            tuple(Unit(static=Static(tasks, tensor=level, offset=u * num_tasks)) for u in tasks),
+        )
         for level, widths in enumerate(levels)
     )
-    return _finish(Draft(num_tasks, input_width, stack, statics=((num_tasks, num_tasks),) * len(levels)), activation, towers)
+    return _finish(
+        Draft(num_tasks, input_width, stack, statics=((num_tasks, num_tasks),) * len(levels)), activation, towers
+    )
 
 
 @family
@@ -299,13 +353,22 @@ def asymmetric_sharing(
         return _finish(draft, activation, towers, tuple(Task(tasks) for tasks in sources))
     if combine not in ("sum", "mean"):
         raise ValueError(f"combine: expected one of sum, mean, concat, got {combine!r}")
-    units = tuple(Unit(static=Static(tasks, values=(1.0 if combine == "sum" else 1.0 / len(tasks),) * len(tasks))) for tasks in sources)
+    units = tuple(
+        Unit(static=Static(tasks, values=(1.0 if combine == "sum" else 1.0 / len(tasks),) * len(tasks)))
+        for tasks in sources
+    )
     level = Level(_experts([0] * num_tasks, require_one_level(expert_widths), activation), units)
     return _finish(Draft(1, input_width, (level,)), activation, towers)
 
 
 @family
-def customized_sharing(input_width: int, expert_widths: Widths, num_tasks: int, activation: str | Activation = "relu", towers: Sequence[int] = ()) -> Draft:
+def customized_sharing(
+    input_width: int,
+    expert_widths: Widths,
+    num_tasks: int,
+    activation: str | Activation = "relu",
+    towers: Sequence[int] = (),
+) -> Draft:
     """Give each task a bottom of its own and a shared one, concatenated: out[t] = [y[t], y[T]].
 
     Returns: a table over x [B, 1, D] with T + 1 units, output [B, T, 2 H].
@@ -318,7 +381,20 @@ def customized_sharing(input_width: int, expert_widths: Widths, num_tasks: int, 
 
 FAMILIES: dict[str, Callable[..., Table]] = {
     family.__name__: family
-    for family in (single_task, shared_bottom, omoe, mmoe, ml_mmoe, cgc, ple, adatt_sp, adatt, cross_stitch, asymmetric_sharing, customized_sharing)
+    for family in (
+        single_task,
+        shared_bottom,
+        omoe,
+        mmoe,
+        ml_mmoe,
+        cgc,
+        ple,
+        adatt_sp,
+        adatt,
+        cross_stitch,
+        asymmetric_sharing,
+        customized_sharing,
+    )
 }
 
 
@@ -362,7 +438,13 @@ def _experts(slots: Sequence[int], widths: Sequence[int], kind: str | Activation
     return tuple(Expert(slot, layers) for slot in slots)
 
 
-def _see_all(own: Sequence[tuple[int, ...]], level: int, widths: Sequence[int], static: Callable[[int, int], Static | None], kind: str | Activation) -> Level:
+def _see_all(
+    own: Sequence[tuple[int, ...]],
+    level: int,
+    widths: Sequence[int],
+    static: Callable[[int, int], Static | None],
+    kind: str | Activation,
+) -> Level:
     """One unit per owner of experts, gated on its own slot over all experts."""
     every = tuple(range(sum(map(len, own))))
     units = tuple(Unit(Gate(Selector("slot", u), every), static(level, u)) for u in range(len(own)))

@@ -52,7 +52,9 @@ class LevelShape:
         if self.slots is not None:
             object.__setattr__(self, "slots", _indices(self.slots, "level.slots"))
         if self.selectors is not None:
-            object.__setattr__(self, "selectors", tuple(_items(self.selectors, "level.selectors", "a tuple of Selector")))
+            object.__setattr__(
+                self, "selectors", tuple(_items(self.selectors, "level.selectors", "a tuple of Selector"))
+            )
             for u, selector in enumerate(self.selectors):
                 _check_selector(selector, f"level.selectors, unit {u}")
         if not isinstance(self.activation, (str, Activation)):
@@ -146,7 +148,9 @@ class _Key(NamedTuple):
     activation: tuple[str, str | None]
 
 
-def _read(x: Any, weights: Any, biases: Any, gates: Any, level: Any, sees: Any, static: Any) -> tuple[list[Tensor], Table]:
+def _read(
+    x: Any, weights: Any, biases: Any, gates: Any, level: Any, sees: Any, static: Any
+) -> tuple[list[Tensor], Table]:
     """The operator's parameters, in its order, and the level's table."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor [B, D] or [B, S, D], got {_name(x)}")
@@ -169,11 +173,15 @@ def _read(x: Any, weights: Any, biases: Any, gates: Any, level: Any, sees: Any, 
         width=operator.index(x.shape[-1]),
         experts=widths,
         bias=biases is not None,
-        gates=tuple(None if pair is None else (experts, pair[1] is not None) for pair, experts in zip(maps, seen, strict=True)),
+        gates=tuple(
+            None if pair is None else (experts, pair[1] is not None) for pair, experts in zip(maps, seen, strict=True)
+        ),
         statics=tuple(statics) or (None,) * len(maps),
         static_shapes=tuple(tuple(operator.index(size) for size in v.shape) for v in learned),
         reads=level.slots,
-        selectors=None if level.selectors is None else tuple(None if s is None else (s.kind, operator.index(s.index)) for s in level.selectors),
+        selectors=None
+        if level.selectors is None
+        else tuple(None if s is None else (s.kind, operator.index(s.index)) for s in level.selectors),
         activation=(kind, None) if isinstance(kind, str) else (kind.name, kind.parameter.hex()),
     )
     params += [tensor for pair in maps if pair is not None for tensor in pair if tensor is not None]
@@ -227,7 +235,9 @@ def _experts(weights: Any, biases: Any) -> tuple[tuple[tuple[int, ...], ...], li
     for name, stack in (("weights", layers), ("biases", offsets)):
         for j, layer in enumerate(stack):
             if len(layer) != count:
-                raise ValueError(f"{name}, layer {j}: expected {count} experts, as layer 0 of weights has, got {len(layer)}")
+                raise ValueError(
+                    f"{name}, layer {j}: expected {count} experts, as layer 0 of weights has, got {len(layer)}"
+                )
     widths = tuple(tuple(operator.index(layer[e].shape[0]) for layer in layers) for e in range(count))
     stacks = list(zip(layers, offsets, strict=True)) if offsets else [(layer,) for layer in layers]
     return widths, [tensors[e] for e in range(count) for stack in stacks for tensors in stack]
@@ -252,7 +262,9 @@ def _layer(value: Any, where: str, stacked: str, single: str) -> list[Tensor]:
     dim = single.count(",") + 1
     if isinstance(value, Tensor):
         if value.dim() != dim + 1 or not len(value):
-            raise ValueError(f"{where}: expected {stacked}, E at least 1, or a list of E tensors {single}, got {_name(value)}")
+            raise ValueError(
+                f"{where}: expected {stacked}, E at least 1, or a list of E tensors {single}, got {_name(value)}"
+            )
         return list(value.unbind(0))
     items = _items(value, where, f"{stacked} or a list of E tensors {single}")
     if not items:
@@ -275,7 +287,9 @@ def _gates(gates: Any) -> list[tuple[Tensor, Tensor | None] | None]:
     if gates is None:
         return []
     pair = (gates, None) if isinstance(gates, Tensor) else gates
-    if isinstance(gates, Tensor) or (isinstance(pair, LISTS) and len(pair) == 2 and isinstance(pair[0], Tensor) and pair[0].dim() == 3):
+    if isinstance(gates, Tensor) or (
+        isinstance(pair, LISTS) and len(pair) == 2 and isinstance(pair[0], Tensor) and pair[0].dim() == 3
+    ):
         maps, biases = pair
         _tensor(maps, 3, "gates", "stacked [U, n, K], or one item a unit")
         if biases is None:
@@ -285,7 +299,9 @@ def _gates(gates: Any) -> list[tuple[Tensor, Tensor | None] | None]:
             raise ValueError(f"gates, bias: expected {len(maps)} units, as G has, got {len(biases)}")
         return list(zip(maps.unbind(0), biases.unbind(0), strict=True))
     result = []
-    for u, gate in enumerate(_items(gates, "gates", "None, stacked G [U, n, K], (G, c [U, n]), or a list of one item a unit")):
+    for u, gate in enumerate(
+        _items(gates, "gates", "None, stacked G [U, n, K], (G, c [U, n]), or a list of one item a unit")
+    ):
         pair = (gate, None) if isinstance(gate, Tensor) else gate
         if pair is not None:
             if not isinstance(pair, LISTS) or len(pair) != 2:
@@ -311,7 +327,9 @@ def _sees(sees: Any, maps: list[tuple[Tensor, Tensor | None] | None], experts: i
             continue
         result.append(tuple(range(experts)) if item is None else _indices(item, f"sees, unit {u}"))
         if len(pair[0]) != len(result[u]):
-            raise ValueError(f"gates, unit {u}: expected {len(result[u])} rows, one for each expert it sees, got {len(pair[0])}")
+            raise ValueError(
+                f"gates, unit {u}: expected {len(result[u])} rows, one for each expert it sees, got {len(pair[0])}"
+            )
     return result
 
 
@@ -343,7 +361,9 @@ def _static(static: Any, experts: int) -> tuple[list[_StaticKey | None], list[Te
                 raise TypeError(f"static, unit {u}: expected one tensor or floats, got {', '.join(map(_name, values))}")
             result.append((owned, tuple(float(v).hex() for v in values), None, 0))
         if len(values) != len(owned):
-            raise ValueError(f"static, unit {u}: expected {len(owned)} weights, one for each of its experts, got {len(values)}")
+            raise ValueError(
+                f"static, unit {u}: expected {len(owned)} weights, one for each of its experts, got {len(values)}"
+            )
     return result, learned
 
 
@@ -360,7 +380,10 @@ def _build(key: _Key) -> Table:
     reads = key.reads
     if reads is None:
         if count % key.slots:
-            raise ValueError(f"level.slots: expected the slot of each expert, because {count} experts do not deal out evenly to {key.slots} slots, got None")
+            raise ValueError(
+                f"level.slots: expected the slot of each expert, because {count} experts do not deal out "
+                f"evenly to {key.slots} slots, got None"
+            )
         reads = tuple(e * key.slots // count for e in range(count))
     if len(reads) != count:
         raise ValueError(f"level.slots: expected {count} slots, one an expert, got {len(reads)}")
@@ -369,7 +392,10 @@ def _build(key: _Key) -> Table:
         raise ValueError(f"level.selectors: expected {len(key.gates)} selectors, one a unit, got {len(selectors)}")
     name, parameter = key.activation
     kind = activation(name) if parameter is None else Activation(name, float.fromhex(parameter))
-    experts = tuple(Expert(slot, tuple(Layer(width, kind, key.bias) for width in widths)) for slot, widths in zip(reads, key.experts, strict=True))
+    experts = tuple(
+        Expert(slot, tuple(Layer(width, kind, key.bias) for width in widths))
+        for slot, widths in zip(reads, key.experts, strict=True)
+    )
     units = tuple(Unit(_build_gate(key, u, selectors[u]), _build_static(key.statics[u])) for u in range(len(key.gates)))
     table = Table(key.slots, key.width, (Level(experts, units),), statics=key.static_shapes)
     # Dynamo cannot work out a cached property of a constant, only read it: these two work out all
@@ -383,10 +409,14 @@ def _build_gate(key: _Key, u: int, selector: tuple[str, int] | None) -> Gate | N
     fields = key.gates[u]
     if fields is None:
         if selector is not None:
-            raise ValueError(f"level.selectors, unit {u}: expected None, because the unit has no gate, got {Selector(*selector)}")
+            raise ValueError(
+                f"level.selectors, unit {u}: expected None, because the unit has no gate, got {Selector(*selector)}"
+            )
         return None
     if selector is None and 1 < key.slots <= u:
-        raise ValueError(f"level.selectors, unit {u}: expected a Selector, because x has no slot {u} but {key.slots} slots, got None")
+        raise ValueError(
+            f"level.selectors, unit {u}: expected a Selector, because x has no slot {u} but {key.slots} slots, got None"
+        )
     sees, bias = fields
     return Gate(Selector(*(selector or ("slot", u if key.slots > 1 else 0))), sees, bias=bias)
 

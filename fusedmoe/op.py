@@ -54,7 +54,8 @@ def fusion_network(
         x: [B, S, D], or [B, D] if the table has one slot; any strides (an expanded x is read once).
         params: the tensors of `table.parameters`, in that order, of x's dtype and device.
         table: what reads what.
-        backend: "auto" (the first that can serve the call), or a name out of `fusedmoe.available_backends()`.
+        backend: "auto" (the first that can serve the call), or a name out of
+            `fusedmoe.available_backends()`.
         return_mixing_weights: return the mixing weights w too; they are differentiable.
         recompute: keep for backward only x and the outputs of softmaxes and levels, and run
             experts, hidden layers of gates and towers once more there. The results are the same
@@ -62,10 +63,10 @@ def fusion_network(
         tasks_apart: return a list of T outputs [B, O] instead of one tensor. Then the tower of a
             task whose output has no gradient gets none either.
 
-    Returns: out, of x's dtype: [B, T, O] with towers; [B, U, H] if the table has no tasks; otherwise
-        [B, T, H'], the concatenation of the units that each task reads. (A single unit that all
-        tasks read is expanded, not copied.) With `return_mixing_weights`: (out, a tuple with
-        [B, U, E] for each level), zero where a unit does not read an expert.
+    Returns: out, of x's dtype: [B, T, O] with towers; [B, U, H] if the table has no tasks;
+        otherwise [B, T, H'], the concatenation of the units that each task reads. (A single unit
+        that all tasks read is expanded, not copied.) With `return_mixing_weights`: (out, a tuple
+        with [B, U, E] for each level), zero where a unit does not read an expert.
     Raises: TypeError, ValueError if x, the parameters and the table do not fit together; says
         which, expected and got. RuntimeError if the backend cannot run here, or not with these
         tensors; says why.
@@ -74,21 +75,38 @@ def fusion_network(
 
     Source: MMoE eq. 6-8, PLE eq. 2-7, AdaTT eq. 2-10.
     """
-    if not isinstance(x, Tensor) or not isinstance(table, Table) or x.dim() not in (2, 3) or not isinstance(params, Iterable):
+    if (
+        not isinstance(x, Tensor)
+        or not isinstance(table, Table)
+        or x.dim() not in (2, 3)
+        or not isinstance(params, Iterable)
+    ):
         check(x, params, table)
     params = list(params)
     # Short for the device that has least time to lose.
-    if torch.is_autocast_enabled("cpu") if x.is_cpu else autocasts(x.device.type) and torch.is_autocast_enabled(x.device.type):
+    if (
+        torch.is_autocast_enabled("cpu")
+        if x.is_cpu
+        else autocasts(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    ):
         dtype = _lower_dtype(x, params, backend)
         with without_autocast(x):
             if dtype is None:
                 raised = [at_least_float32(p) for p in params]
-                return _run(at_least_float32(x), raised, table, Options(backend, return_mixing_weights, recompute, tasks_apart))
+                return _run(
+                    at_least_float32(x), raised, table, Options(backend, return_mixing_weights, recompute, tasks_apart)
+                )
             # The C++ kernels round parameters in float32 as they read them.
             if choose(backend, x.device, dtype) != "cpu":
                 check(x, params, table, lowered=True)
                 params = casting.lowered(params, dtype)
-            return _run(_lowered(x, dtype), params, table, Options(backend, return_mixing_weights, recompute, tasks_apart), lowered=True)
+            return _run(
+                _lowered(x, dtype),
+                params,
+                table,
+                Options(backend, return_mixing_weights, recompute, tasks_apart),
+                lowered=True,
+            )
     return _run(x, params, table, Options(backend, return_mixing_weights, recompute, tasks_apart))
 
 
@@ -129,7 +147,9 @@ def _lower_dtype(x: Tensor, params: list[Tensor], backend: str) -> torch.dtype |
     if x.dtype not in (torch.float32, dtype) or not params or any(p.dtype != torch.float32 for p in params):
         return None
     # A dtype that nothing narrows is none to lower to, and no backend need serve it.
-    return dtype if dtype in (torch.bfloat16, torch.float16) and lowers(choose(backend, x.device, dtype), dtype) else None
+    return (
+        dtype if dtype in (torch.bfloat16, torch.float16) and lowers(choose(backend, x.device, dtype), dtype) else None
+    )
 
 
 @functools.cache
@@ -138,13 +158,17 @@ def _kernels() -> Any:
     return importlib.import_module("fusedmoe.kernels.operator")
 
 
-def _run_kernels(backend: str, x: Tensor, params: list[Tensor], table: Table, options: Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+def _run_kernels(
+    backend: str, x: Tensor, params: list[Tensor], table: Table, options: Options
+) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
     # Here, because `import fusedmoe` is to cost nothing on machines that never call it.
     if torch.compiler.is_compiling():
         from fusedmoe.kernels import registered
 
         text = codec.encode(table)
-        out, weights, *_ = registered.forward(x, params, text, needs_gradient(x, params), options.mixing, options.recompute, backend)
+        out, weights, *_ = registered.forward(
+            x, params, text, needs_gradient(x, params), options.mixing, options.recompute, backend
+        )
         return without_graph(out, by_level(weights, table) if options.mixing else (), options)
     return apart(_kernels().run(x, params, table, options), table, options)
 

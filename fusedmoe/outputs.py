@@ -85,7 +85,9 @@ def apart(returned: tuple[Tensor, ...], table: Table, options: Options) -> tuple
     return list(returned[:count]), tuple(returned[count:])
 
 
-def without_graph(out: Tensor, weights: tuple[Tensor, ...], options: Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+def without_graph(
+    out: Tensor, weights: tuple[Tensor, ...], options: Options
+) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
     """The same of one output, where no backward will ask which tasks have a gradient."""
     return per_task(out) if options.tasks_apart else [out], weights
 
@@ -121,8 +123,15 @@ def join(gradients: Sequence[Tensor | None], x: Tensor, table: Table, tasks_apar
     d_weights = None
     if any(levels):
         sizes = [len(level.units) * len(level.experts) for level in table.levels]
-        d_weights = torch.cat([x.new_zeros(rows, n) if d is None else d.flatten(1) for d, n in zip(weights, sizes, strict=True)], dim=1)
-    return Upstream(_of_dtype(d_out, x.dtype), None if d_weights is None else _of_dtype(d_weights, x.dtype), tasks, levels or (False,) * len(table.levels))
+        d_weights = torch.cat(
+            [x.new_zeros(rows, n) if d is None else d.flatten(1) for d, n in zip(weights, sizes, strict=True)], dim=1
+        )
+    return Upstream(
+        _of_dtype(d_out, x.dtype),
+        None if d_weights is None else _of_dtype(d_weights, x.dtype),
+        tasks,
+        levels or (False,) * len(table.levels),
+    )
 
 
 def _of_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:

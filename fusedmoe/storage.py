@@ -21,9 +21,15 @@ def require_memory(tensor: Tensor, name: str) -> None:
     if type(tensor) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling() or not tensor.numel():
         return
     functorch = torch._C._functorch
-    if functorch.peek_interpreter_stack() is not None or functorch.is_legacy_batchedtensor(tensor) or tensor._is_zerotensor():
+    if (
+        functorch.peek_interpreter_stack() is not None
+        or functorch.is_legacy_batchedtensor(tensor)
+        or tensor._is_zerotensor()
+    ):
         return
-    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = tensor.storage_offset() + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     needed, held = (last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
     if held < needed:
         raise ValueError(f"{name}: expected a storage of {needed} bytes or more, got one of {held}; was it freed?")

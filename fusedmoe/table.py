@@ -206,7 +206,9 @@ class Table(Draft):
             require_indices(gate.sees, len(outputs), f"{where}, sees", "experts")
             _check_layers(gate.hidden, f"{where}, hidden layers of the gate", 0)
             if gate.selector.kind not in SELECTORS:
-                raise ValueError(f"{where}, selector: expected one of {', '.join(SELECTORS)}, got {gate.selector.kind!r}")
+                raise ValueError(
+                    f"{where}, selector: expected one of {', '.join(SELECTORS)}, got {gate.selector.kind!r}"
+                )
             count = {"slot": len(slots), "root": 1, "expert": len(outputs)}[gate.selector.kind]
             require_indices((gate.selector.index,), count, f"{where}, selector", f"{gate.selector.kind}s")
         if unit.static is not None:
@@ -221,18 +223,28 @@ class Table(Draft):
         require_indices(static.experts, experts, where, "experts")
         require_integer(static.offset, f"{where}, offset")
         if (static.values is None) == (static.tensor is None):
-            raise ValueError(f"{where}: expected either fixed values or a static tensor, got {'neither' if static.values is None else 'both'}")
+            raise ValueError(
+                f"{where}: expected either fixed values or a static tensor, got "
+                f"{'neither' if static.values is None else 'both'}"
+            )
         if static.values is not None:
-            floats = isinstance(static.values, tuple) and all(isinstance(v, float) and math.isfinite(v) for v in static.values)
+            floats = isinstance(static.values, tuple) and all(
+                isinstance(v, float) and math.isfinite(v) for v in static.values
+            )
             if not floats or len(static.values) != len(static.experts):
-                raise ValueError(f"{where}: expected a tuple of {len(static.experts)} finite floats, got {static.values!r}")
+                raise ValueError(
+                    f"{where}: expected a tuple of {len(static.experts)} finite floats, got {static.values!r}"
+                )
             return
         require_indices((static.tensor,), len(self.statics), where, "static tensors")
         assert static.tensor is not None
         size = product(self.statics[static.tensor])
         if static.offset + len(static.experts) > size:
             last = static.offset + len(static.experts) - 1
-            raise ValueError(f"{where}: expected elements within the {size} of static tensor {static.tensor}, got {static.offset} to {last}")
+            raise ValueError(
+                f"{where}: expected elements within the {size} of static tensor {static.tensor}, got "
+                f"{static.offset} to {last}"
+            )
 
     def _check_tasks(self, widths: tuple[int, ...]) -> None:
         """Check the tasks over units of these widths."""
@@ -245,7 +257,10 @@ class Table(Draft):
         if any(towers):
             widths = tuple(task.tower[-1].width for task in self.tasks)
         if len(set(widths)) != 1:
-            raise ValueError(f"{'tower outputs' if any(towers) else 'last level'}: expected one width, got widths {sorted(set(widths))}")
+            raise ValueError(
+                f"{'tower outputs' if any(towers) else 'last level'}: expected one width, got widths "
+                f"{sorted(set(widths))}"
+            )
         read = [widths[0] * len(task.units) for task in self.tasks]
         if not any(towers) and len(set(read)) > 1:
             raise ValueError(f"table.tasks: expected tasks of one width, got widths {read}; give them towers")
@@ -347,8 +362,14 @@ class Table(Draft):
     @cached_property
     def flops(self) -> int:
         """FLOPs of a row's forward: 2 per multiply-add of live linear maps and mixing weights."""
-        maps = sum(2 * product(p.shape) for p in self.parameters if p.live and len(p.shape) == 2 and p.name.endswith("weight"))
-        mixes = sum(2 * self.widths[i + 1][u] * len(level.units[u].reads) for i, level in enumerate(self.levels) for u in self.live[i][0])
+        maps = sum(
+            2 * product(p.shape) for p in self.parameters if p.live and len(p.shape) == 2 and p.name.endswith("weight")
+        )
+        mixes = sum(
+            2 * self.widths[i + 1][u] * len(level.units[u].reads)
+            for i, level in enumerate(self.levels)
+            for u in self.live[i][0]
+        )
         return maps + mixes
 
 
@@ -369,7 +390,8 @@ def family(draft: Callable[Arguments, Draft]) -> Callable[Arguments, Table]:
 
 
 def draft_of(family: Callable[..., Table]) -> Callable[..., Draft]:
-    """Return the function that a family was made of: who puts other layers into the draft has it checked once, at the end."""
+    """Return the function that a family was made of: who puts other layers into the draft has it
+    checked once, at the end."""
     return inspect.unwrap(family)
 
 
@@ -388,4 +410,6 @@ def _check_layers(layers: tuple[Layer, ...], where: str, least: int) -> None:
     for j, layer in enumerate(layers):
         require_integer(layer.width, f"{where}, width of layer {j}", 1)
         if not isinstance(layer.activation, Activation) or not isinstance(layer.bias, bool):
-            raise ValueError(f"{where}, layer {j}: expected an Activation and a bool, got {layer.activation!r} and {layer.bias!r}")
+            raise ValueError(
+                f"{where}, layer {j}: expected an Activation and a bool, got {layer.activation!r} and {layer.bias!r}"
+            )

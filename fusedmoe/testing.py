@@ -37,7 +37,16 @@ NEIGHBOURS = 16
 
 # The cases of a family each of what gates can read, and of every feature: what runs where a case
 # takes seconds.
-QUICK = ("every_feature", "adatt_sp-odd", "adatt-empty_gate", "mmoe-odd", "ml_mmoe-one_row", "ple-ragged", "cross_stitch-tiny", "customized_sharing-odd")
+QUICK = (
+    "every_feature",
+    "adatt_sp-odd",
+    "adatt-empty_gate",
+    "mmoe-odd",
+    "ml_mmoe-one_row",
+    "ple-ragged",
+    "cross_stitch-tiny",
+    "customized_sharing-odd",
+)
 
 Network = Callable[[Tensor, Sequence[Tensor], Table], tuple[Tensor, Sequence[Tensor]]]
 
@@ -60,7 +69,13 @@ class Problem(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same numbers, rounded to a dtype."""
-        return Problem(self.table, self.x.to(dtype), tuple(p.to(dtype) for p in self.params), self.d_out.to(dtype), tuple(d.to(dtype) for d in self.d_weights))
+        return Problem(
+            self.table,
+            self.x.to(dtype),
+            tuple(p.to(dtype) for p in self.params),
+            self.d_out.to(dtype),
+            tuple(d.to(dtype) for d in self.d_weights),
+        )
 
 
 def error(value: Tensor, truth: Tensor) -> float:
@@ -79,7 +94,9 @@ def bound(plain_error: float, truth: Tensor, dtype: torch.dtype) -> float:
     return 2 * plain_error + 8 * dtypes.row(dtype).roundoff * largest
 
 
-def faults_of(ours: dict[str, Tensor | None], expected: dict[str, tuple[Tensor | None, float]]) -> list[tuple[float, str]]:
+def faults_of(
+    ours: dict[str, Tensor | None], expected: dict[str, tuple[Tensor | None, float]]
+) -> list[tuple[float, str]]:
     """Return the values that are further from their truth than their bound allows.
 
     Each is a pair: its error relative to the bound, and a sentence with its name and both.
@@ -95,9 +112,20 @@ def faults_of(ours: dict[str, Tensor | None], expected: dict[str, tuple[Tensor |
         value = ours[name]
         if value is None or truth is None:
             if value is not truth:
-                faults.append((math.inf, f"{name}: expected {'no gradient' if truth is None else 'a gradient'}, got {'none' if value is None else 'one'}"))
+                faults.append(
+                    (
+                        math.inf,
+                        f"{name}: expected {'no gradient' if truth is None else 'a gradient'}, got "
+                        f"{'none' if value is None else 'one'}",
+                    )
+                )
         elif not (worst := error(value, truth)) <= allowed:
-            faults.append((worst / max(allowed, 1e-300), f"{name}: expected an error of at most {allowed:.2e}, got {worst:.2e} ({list(value.shape)})"))
+            faults.append(
+                (
+                    worst / max(allowed, 1e-300),
+                    f"{name}: expected an error of at most {allowed:.2e}, got {worst:.2e} ({list(value.shape)})",
+                )
+            )
     return faults
 
 
@@ -135,7 +163,9 @@ def problem(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Pr
     x = draw(case.rows, table.slots, table.width)
     x = x[rows_off_kinks(x, params, table)]
     d_out = draw(len(x), *eager(x, params, table)[0].shape[1:])
-    return Problem(table, x, params, d_out, tuple(draw(len(x), len(level.units), len(level.experts)) for level in table.levels))
+    return Problem(
+        table, x, params, d_out, tuple(draw(len(x), len(level.units), len(level.experts)) for level in table.levels)
+    )
 
 
 def rows_off_kinks(x: Tensor, params: Sequence[Tensor], table: Table) -> Tensor:
@@ -150,7 +180,9 @@ def rows_off_kinks(x: Tensor, params: Sequence[Tensor], table: Table) -> Tensor:
     for kind, z, scale in reference.preactivations(x.double(), [p.double() for p in params], table):
         if kind.name in KINKED:
             off &= ~((z.abs() < margin * scale).any(-1))
-    assert int((~off).sum()) <= MOST_LEFT_OUT * len(x), f"expected at most {MOST_LEFT_OUT:.0%} of {len(x)} rows near a kink, got {int((~off).sum())}"
+    assert int((~off).sum()) <= MOST_LEFT_OUT * len(x), (
+        f"expected at most {MOST_LEFT_OUT:.0%} of {len(x)} rows near a kink, got {int((~off).sum())}"
+    )
     return off
 
 
@@ -162,7 +194,9 @@ def eager(x: Tensor, params: Sequence[Tensor], table: Table) -> tuple[Tensor, tu
     Float64 is the truth, or what others are measured by; there the gradient of a softmax must not
     lose what kernels keep.
     """
-    out, weights = reference.forward(x, params, table, softmax_by_pairs if x.dtype == torch.float64 else reference.last_softmax)
+    out, weights = reference.forward(
+        x, params, table, softmax_by_pairs if x.dtype == torch.float64 else reference.last_softmax
+    )
     if table.tasks and not table.has_towers:
         out = torch.stack([torch.cat([out[:, u] for u in task.units], -1) for task in table.tasks], 1)
     return out, weights
@@ -181,7 +215,9 @@ def softmax_by_pairs(z: Tensor) -> Tensor:
     return torch.exp(-torch.logsumexp(differences, -1))
 
 
-def evaluate(network: Network, given: Problem, strided: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor | None]:
+def evaluate(
+    network: Network, given: Problem, strided: Callable[[Tensor], Tensor] = Tensor.detach
+) -> dict[str, Tensor | None]:
     """Run a network and its autograd.
 
     Returns: output, mixing weights and every gradient by name; None where there is no gradient.
@@ -191,8 +227,12 @@ def evaluate(network: Network, given: Problem, strided: Callable[[Tensor], Tenso
     x, *params = (strided(t.detach()).requires_grad_() for t in (given.x, *given.params))
     out, weights = network(x, params, given.table)
     # A network that keeps its mixing weights to itself returns none.
-    loss = (out * strided(given.d_out)).sum() + sum((w * strided(d)).sum() for w, d in zip(weights, given.d_weights, strict=False))
-    grads = torch.autograd.grad(loss, [x, *params], allow_unused=True) if loss.requires_grad else [None] * (1 + len(params))
+    loss = (out * strided(given.d_out)).sum() + sum(
+        (w * strided(d)).sum() for w, d in zip(weights, given.d_weights, strict=False)
+    )
+    grads = (
+        torch.autograd.grad(loss, [x, *params], allow_unused=True) if loss.requires_grad else [None] * (1 + len(params))
+    )
     # An input that no output depends on has a gradient all the same: zero, as the slots have that
     # nobody reads.
     d_x = torch.zeros_like(x) if grads[0] is None else grads[0]
@@ -201,7 +241,9 @@ def evaluate(network: Network, given: Problem, strided: Callable[[Tensor], Tenso
     return {**outputs, "d_x": d_x, **dict(zip(names, grads[1:], strict=True))}
 
 
-def expectation(given: Problem, network: Network = eager, neighbours: int = NEIGHBOURS) -> dict[str, tuple[Tensor | None, float]]:
+def expectation(
+    given: Problem, network: Network = eager, neighbours: int = NEIGHBOURS
+) -> dict[str, tuple[Tensor | None, float]]:
     """Return (truth, largest error allowed) by name for the outputs and gradients of a problem.
 
     Plain torch's error is the largest of a few runs, on the problem and on `neighbours` of it, each
@@ -261,7 +303,9 @@ def neighbour(given: Problem, seed: int) -> Problem:
     def move(tensor: Tensor) -> Tensor:
         return moved(tensor, generator)
 
-    return Problem(given.table, move(given.x), tuple(map(move, given.params)), move(given.d_out), tuple(map(move, given.d_weights)))
+    return Problem(
+        given.table, move(given.x), tuple(map(move, given.params)), move(given.d_out), tuple(map(move, given.d_weights))
+    )
 
 
 def moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -273,7 +317,26 @@ def moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
 # The activation of a family's tiny, ragged, one-expert and empty-gate cases; between them they
 # cover all; the others use relu.
 ACTIVATION = dict(
-    zip(FAMILIES, cycle(("silu", "gelu", "tanh", "gelu_tanh", "sigmoid", "leaky_relu", "elu", "softplus", "identity", "silu", "relu", "gelu")), strict=False)
+    zip(
+        FAMILIES,
+        cycle(
+            (
+                "silu",
+                "gelu",
+                "tanh",
+                "gelu_tanh",
+                "sigmoid",
+                "leaky_relu",
+                "elu",
+                "softplus",
+                "identity",
+                "silu",
+                "relu",
+                "gelu",
+            )
+        ),
+        strict=False,
+    )
 )
 
 
@@ -303,7 +366,9 @@ def ragged(table: Table) -> Table:
         experts = []
         for e, expert in enumerate(level.experts):
             kind = expert.layers[0].activation
-            experts.append(replace(expert, layers=(*(Layer(3 + 2 * e + j, kind) for j in range(e % 3)), expert.layers[-1])))
+            experts.append(
+                replace(expert, layers=(*(Layer(3 + 2 * e + j, kind) for j in range(e % 3)), expert.layers[-1]))
+            )
         levels.append(replace(level, experts=tuple(experts)))
     return replace(table, levels=tuple(levels))
 
@@ -337,7 +402,13 @@ def every_feature() -> Table:
         return tuple(Layer(width, activation(name), bias) for width in widths)
 
     lower = Level(
-        (Expert(0, mlp(5, 4, name="tanh")), Expert(1, mlp(4, bias=False)), Expert(0, mlp(6, 3, 5, 4, name="elu")), Expert(1, mlp(4)), Expert(0, mlp(4))),
+        (
+            Expert(0, mlp(5, 4, name="tanh")),
+            Expert(1, mlp(4, bias=False)),
+            Expert(0, mlp(6, 3, 5, 4, name="elu")),
+            Expert(1, mlp(4)),
+            Expert(0, mlp(4)),
+        ),
         (
             Unit(Gate(Selector("slot", 1), (2, 0), mlp(3, name="gelu"))),
             Unit(Gate(Selector("expert", 3), (0, 1), bias=False), Static((1, 2), tensor=0, offset=1)),
@@ -348,7 +419,13 @@ def every_feature() -> Table:
         ),
     )
     upper = Level(
-        (Expert(0, mlp(3)), Expert(1, mlp(7, 3, name="silu")), Expert(4, mlp(3)), Expert(3, mlp(3)), Expert(2, (Layer(3, Activation("leaky_relu", 0.2)),))),
+        (
+            Expert(0, mlp(3)),
+            Expert(1, mlp(7, 3, name="silu")),
+            Expert(4, mlp(3)),
+            Expert(3, mlp(3)),
+            Expert(2, (Layer(3, Activation("leaky_relu", 0.2)),)),
+        ),
         (
             Unit(Gate(Selector("root"), (0, 1, 4)), Static((0,), tensor=0)),
             Unit(static=Static((1, 2, 3), tensor=1)),

@@ -1,4 +1,5 @@
-"""The activations in Triton: a(z) and a'(z) in float32. The formulas, and what PyTorch takes at a kink, stand in `reference/activation.py`."""
+"""The activations in Triton: a(z) and a'(z) in float32. The formulas, and what PyTorch takes at a
+kink, stand in `reference/activation.py`."""
 
 import triton
 import triton.language as tl
@@ -7,7 +8,8 @@ from fusedmoe.kernels.plan import CODES
 from fusedmoe.reference import activation as reference
 
 RELU, SIGMOID, TANH, SILU, GELU, GELU_TANH, LEAKY_RELU, ELU, SOFTPLUS = (
-    tl.constexpr(CODES[name]) for name in ("relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "leaky_relu", "elu", "softplus")
+    tl.constexpr(CODES[name])
+    for name in ("relu", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh", "leaky_relu", "elu", "softplus")
 )
 # Constants stand to the right of tensors: the interpreter makes a constant of constant x tensor.
 GELU_CUBIC = tl.constexpr(reference.GELU_CUBIC)
@@ -29,7 +31,8 @@ def shares(z):
 
 @triton.jit
 def sigmoid(z):
-    # Two quotients rather than `shares`, which takes up to 33 registers more and spills on sm_80 and sm_120.
+    # Two quotients rather than `shares`, which takes up to 33 registers more and spills on sm_80
+    # and sm_120.
     t = tl.exp(-tl.abs(z))
     return tl.where(z >= 0.0, 1.0 / (1.0 + t), t / (1.0 + t))
 
@@ -38,9 +41,13 @@ def sigmoid(z):
 def tanh(z):
     t = tl.exp(-2.0 * tl.abs(z))
     large = (1.0 - t) / (1.0 + t)
-    # Near 0 the difference loses its digits: Taylor's series, whose next term is below a roundoff for |z| < 1/4.
+    # Near 0 the difference loses its digits: Taylor's series, whose next term is below a roundoff
+    # for |z| < 1/4.
     u = z * z
-    small = z * (1.0 - u * (0.3333333333333333 - u * (0.13333333333333333 - u * (0.05396825396825397 - u * 0.021869488536155203))))
+    small = z * (
+        1.0
+        - u * (0.3333333333333333 - u * (0.13333333333333333 - u * (0.05396825396825397 - u * 0.021869488536155203)))
+    )
     return tl.where(tl.abs(z) < 0.25, small, tl.where(z < 0.0, -large, large))
 
 
@@ -53,7 +60,8 @@ def tanh_derivative(z):
 
 @triton.jit
 def gelu_tanh_inner(z):
-    # 2 u in z (1 + tanh(u)) / 2 = z sigmoid(2 u), of which the right side does not cancel at a negative z.
+    # 2 u in z (1 + tanh(u)) / 2 = z sigmoid(2 u), of which the right side does not cancel at a
+    # negative z.
     return z * (z * z * GELU_CUBIC + 1.0) * ROOT_TWO_OVER_PI * 2.0
 
 
@@ -67,7 +75,8 @@ def expm1(z):
 
 @triton.jit
 def softplus(z):
-    # log(1 + t) = 2 artanh(s), whose series has the digits of the smallest t too; s <= 1/3, so that the next term is below a roundoff.
+    # log(1 + t) = 2 artanh(s), whose series has the digits of the smallest t too; s <= 1/3, so that
+    # the next term is below a roundoff.
     t = tl.exp(-tl.abs(z))
     s = t / (2.0 + t)
     u = s * s
@@ -134,7 +143,8 @@ def one_derivative(z, parameter, CODE: tl.constexpr):
 
 @triton.jit
 def apply(z, code, parameter, ACTS: tl.constexpr):
-    """a(z) of the activation `code`, one of the codes ACTS that the launch may meet; one alone costs no choice."""
+    """a(z) of the activation `code`, one of the codes ACTS that the launch may meet; one alone
+    costs no choice."""
     if len(ACTS) == 1:
         y = one(z, parameter, ACTS[0])
     else:

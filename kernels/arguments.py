@@ -1,4 +1,5 @@
-"""The arguments of Triton's kernels that a call gives them, in the order of their signatures; a test compares the two."""
+"""The arguments of Triton's kernels that a call gives them, in the order of their signatures; a
+test compares the two."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from torch import Tensor
 
 
 class ForwardArguments(NamedTuple):
-    """Of `forward.forward`. Tensors that a call does not have are x, which is then not read or written."""
+    """Of `forward.forward`. Tensors that a call does not have are x, which is then not read or
+    written."""
 
     x: Tensor  # [B, S, D]
     buffers: Tensor  # [B x buffer width], what segments hand on

@@ -1,4 +1,5 @@
-"""The backward of a program, written down: the tiles of `backward_rows` from the last segment to the first, and those of `gradients`."""
+"""The backward of a program, written down: the tiles of `backward_rows` from the last segment to
+the first, and those of `gradients`."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from fusedmoe.table import product
 
 @dataclass(frozen=True, eq=False)
 class BackwardPlan:
-    """What goes to the device. `dz` is [B, columns] in all; `dw` [rows, B]; `tasks` programs of `gradients` find their records from `place` on."""
+    """What goes to the device. `dz` is [B, columns] in all; `dw` [rows, B]; `tasks` programs of
+    `gradients` find their records from `place` on."""
 
     ints: tuple[int, ...]
     floats: tuple[float, ...]
@@ -76,12 +78,22 @@ class _BackwardWriter:
                 launches.append(self.launch(segments, phases, own=False))
         tasks = self.tasks()
         place = self.writer.put(tasks)
-        return BackwardPlan(tuple(self.writer.ints), tuple(self.writer.floats), tuple(launches), self.columns, self.rows, place, len(tasks))
+        return BackwardPlan(
+            tuple(self.writer.ints),
+            tuple(self.writer.floats),
+            tuple(launches),
+            self.columns,
+            self.rows,
+            place,
+            len(tasks),
+        )
 
     def launch(self, segments: tuple[int, ...], phases: list[list[tuple[int, int]]], own: bool) -> Launch:
         """A launch whose tiles have a program each (`own`), or all the same one."""
         tiles = [
-            layout.BACKWARD_TILE.pack(kind=kind, record=record, wait=int(i == 0 and not own)) for phase in phases for i, (kind, record) in enumerate(phase)
+            layout.BACKWARD_TILE.pack(kind=kind, record=record, wait=int(i == 0 and not own))
+            for phase in phases
+            for i, (kind, record) in enumerate(phase)
         ]
         first = self.writer.put(number for tile in tiles for number in tile)
         return self.writer.launch(segments, first, len(tiles), layout.BACKWARD_TILE.size, own)
@@ -93,10 +105,15 @@ class _BackwardWriter:
             record = self.writer.map(linear)
             for tile, column in enumerate(range(0, linear.width, self.block)):
                 readers = [
-                    self.reader(number, u, place, tile) for u, unit in enumerate(segment.units) for place, read in enumerate(unit.reads) if read.expert == e
+                    self.reader(number, u, place, tile)
+                    for u, unit in enumerate(segment.units)
+                    for place, read in enumerate(unit.reads)
+                    if read.expert == e
                 ]
                 dz = self.dz[number, "expert", e]
-                head = layout.EXPERT_TILE.pack(linear=record, column=column, width=linear.width, dz=dz, readers=len(readers))
+                head = layout.EXPERT_TILE.pack(
+                    linear=record, column=column, width=linear.width, dz=dz, readers=len(readers)
+                )
                 tiles.append((EXPERT_KIND, self.writer.put(itertools.chain(head, *readers))))
         return tiles
 
@@ -119,7 +136,9 @@ class _BackwardWriter:
             first = 0
             for source in linear.sources:
                 dz = self.dz[number, "expert", e]
-                use = layout.USE.pack(weight=linear.weight, outputs=linear.width, reduction=linear.reduction, first=first, dz=dz)
+                use = layout.USE.pack(
+                    weight=linear.weight, outputs=linear.width, reduction=linear.reduction, first=first, dz=dz
+                )
                 uses.setdefault(source, []).append(use)
                 first += source.width
         for u, unit in enumerate(segment.units):

@@ -1,7 +1,9 @@
-"""What calls are bound to: everything about a network's launches that addresses, rows and streams do not change, worked out once and kept.
+"""What calls are bound to: everything about a network's launches that addresses, rows and streams
+do not change, worked out once and kept.
 
-A call makes a `Key`, a few cheap words about its tensors, and finds its `Forward` or `Backward` by it: no table is read, no plan hashed, no tile
-chosen a second time. What a call allocates besides its results is one piece of memory, cut as `Forward.saved` and `Backward.scratch` say.
+A call makes a `Key`, a few cheap words about its tensors, and finds its `Forward` or `Backward` by
+it: no table is read, no plan hashed, no tile chosen a second time. What a call allocates besides
+its results is one piece of memory, cut as `Forward.saved` and `Backward.scratch` say.
 """
 
 from __future__ import annotations
@@ -25,15 +27,17 @@ from fusedmoe.table import Table
 
 # Of chunks in the second dimension of a grid.
 MOST_CHUNKS = 65535
-# Pieces of one allocation begin at multiples of so many bytes: a line of the L2 cache, and more than any vector load.
+# Pieces of one allocation begin at multiples of so many bytes: a line of the L2 cache, and more
+# than any vector load.
 LINE = 128
 
 
 class Key(NamedTuple):
     """What the launches of a call depend on.
 
-    text: the table's. apart: whether x's slots are, in memory. whole, many: what the rows mean to `tiles.choose`. tiles: those asked for; None: the
-    shipped ones. before: of a backward, the tiles of its forward.
+    text: the table's. apart: whether x's slots are, in memory. whole, many: what the rows mean to
+    `tiles.choose`. tiles: those asked for; None: the shipped ones. before: of a backward, the tiles
+    of its forward.
     """
 
     backend: str
@@ -51,7 +55,8 @@ class Key(NamedTuple):
 
 
 def precision(dtype: torch.dtype, arch: str) -> str:
-    """How products of float32 are computed: three tf32 products, which err like float32's own; one, where the user allows tf32. AMD has no tf32 here."""
+    """How products of float32 are computed: three tf32 products, which err like float32's own; one,
+    where the user allows tf32. AMD has no tf32 here."""
     if dtype != torch.float32 or arch.startswith("gfx"):
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -63,7 +68,9 @@ def key_of(x: Tensor, table: Table, training: bool, chosen: Tiles | None, backen
     arch = device.architecture(place)
     # Bools, also of the symbolic number of rows that torch.compile traces with.
     sizes = bool(rows <= tiles.WHOLE_ROWS), bool(rows >= tiles.MANY_ROWS)
-    return Key(backend, table.text, training, bool(x.stride(1)), dtype, place, arch, precision(dtype, arch), *sizes, chosen)
+    return Key(
+        backend, table.text, training, bool(x.stride(1)), dtype, place, arch, precision(dtype, arch), *sizes, chosen
+    )
 
 
 def chunk_of(rows: int) -> int:
@@ -83,9 +90,16 @@ def reached(program: Program, lanes: int) -> bool:
 
 
 def alignment(x: Tensor, aligned16: bool, program: Program) -> int:
-    """The numbers whose multiples every row of every operand begins at: those of a vector load of 16 bytes, or 1. even: whether parameters' addresses do."""
+    """The numbers whose multiples every row of every operand begins at: those of a vector load of
+    16 bytes, or 1. even: whether parameters' addresses do."""
     lanes = 16 // x.element_size()
-    whole = aligned16 and x.data_ptr() % 16 == 0 and x.stride(0) % lanes == 0 and x.stride(1) % lanes == 0 and reached(program, lanes)
+    whole = (
+        aligned16
+        and x.data_ptr() % 16 == 0
+        and x.stride(0) % lanes == 0
+        and x.stride(1) % lanes == 0
+        and reached(program, lanes)
+    )
     return lanes if whole else 1
 
 
@@ -93,13 +107,18 @@ def alignment(x: Tensor, aligned16: bool, program: Program) -> int:
 def store(program: Program, segments: tuple[int, ...], align: int) -> int:
     """The alignment of what these segments hand on: that of everything else, or none."""
     written = [program.segments[segment] for segment in segments]
-    sizes = [size for segment in written for size in (segment.width, *(n for unit in segment.units for n in (unit.width, unit.column)))]
+    sizes = [
+        size
+        for segment in written
+        for size in (segment.width, *(n for unit in segment.units for n in (unit.width, unit.column)))
+    ]
     return align if aligned(sizes, align) else 1
 
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """What a forward and a backward have in common. ints, floats: the plan on the device. made: what the launcher has worked out for it so far."""
+    """What a forward and a backward have in common. ints, floats: the plan on the device. made:
+    what the launcher has worked out for it so far."""
 
     key: Key
     program: Program
@@ -129,7 +148,8 @@ class Bound:
         return 16 // self.key.dtype.itemsize
 
     def stores(self, launch: Launch) -> bool:
-        """Whether what a launch hands on begins at multiples of a vector load, where everything else does."""
+        """Whether what a launch hands on begins at multiples of a vector load, where everything
+        else does."""
         return store(self.program, launch.segments, self.lanes) > 1
 
     def blocks(self, rows: int) -> int:
@@ -149,7 +169,8 @@ class Forward(Bound):
         return self.program.table.output
 
     def saved(self, rows: int) -> tuple[int, int]:
-        """Bytes of the softmax in float32, which comes first of what is left for the backward, and with the segments' buffers behind it."""
+        """Bytes of the softmax in float32, which comes first of what is left for the backward, and
+        with the segments' buffers behind it."""
         return saved_bytes(self.plan.softmax, self.program.buffer_width, rows, self.key.dtype.itemsize)
 
     def needs(self, rows: int) -> int:
@@ -164,7 +185,8 @@ def saved_bytes(softmax: int, buffer_width: int, rows: int, size: int) -> tuple[
 
 
 class Scratch(NamedTuple):
-    """Where the pieces of a backward's scratch begin behind dw, in bytes: the parts of the gradients, dz, the buffers' gradients; and how many all are."""
+    """Where the pieces of a backward's scratch begin behind dw, in bytes: the parts of the
+    gradients, dz, the buffers' gradients; and how many all are."""
 
     parts: int
     dz: int
@@ -225,7 +247,8 @@ def common(bound: Bound) -> dict[str, object]:
 
 
 def program_of(key: Key) -> Program:
-    """The segments that a forward runs: in training what the backward reads, and one slot where x's are one."""
+    """The segments that a forward runs: in training what the backward reads, and one slot where x's
+    are one."""
     found = program.of_text(key.text, key.training)
     return found if key.apart or found.table.slots == 1 else program.of_one_slot(found)
 
@@ -240,7 +263,8 @@ def _shipped(key: Key, found: Program) -> Tiles:
 
 @functools.lru_cache(maxsize=1024)
 def softmax_of(key: Key) -> int:
-    """Rows of the softmax that a forward leaves, which a trace asks for where no plan can be put on the device."""
+    """Rows of the softmax that a forward leaves, which a trace asks for where no plan can be put on
+    the device."""
     found = program_of(key)
     return _plan(found, key.tiles or _shipped(key, found)).softmax
 
@@ -266,10 +290,14 @@ def backward_of(key: Key) -> Backward:
 
 
 def check(x: Tensor, params: Sequence[Tensor], table: Table) -> None:
-    """Raise ValueError unless the tensors are what the kernels may read: of the table's shapes, one dtype and one device. What is wrong says `checks.check`."""
+    """Raise ValueError unless the tensors are what the kernels may read: of the table's shapes, one
+    dtype and one device. What is wrong says `checks.check`."""
     dtype, place = x.dtype, x.device
     fits = x.dim() == 3 and tuple(x.shape[1:]) == (table.slots, table.width) and len(params) == len(table.parameters)
-    if not fits or any(p.shape != expect.shape or p.dtype is not dtype or p.device != place for p, expect in zip(params, table.parameters, strict=True)):
+    if not fits or any(
+        p.shape != expect.shape or p.dtype is not dtype or p.device != place
+        for p, expect in zip(params, table.parameters, strict=True)
+    ):
         raise ValueError("x, params: expected the shapes of the table, one dtype and one device, got others")
     require_memory(x, "x")
     for expect, parameter in zip(table.parameters, params, strict=True):
@@ -286,4 +314,7 @@ def _places(found: Program) -> tuple[tuple[tuple[int, ...], tuple[int, ...], int
     """Shape, strides and first number of each parameter's gradient; None for those that have none."""
     shapes = [p.shape for p in found.table.parameters]
     strides = [torch.empty(shape, device="meta").stride() for shape in shapes]
-    return tuple(None if first < 0 else (*place, first) for first, *place in zip(found.gradients[0], shapes, strides, strict=True))
+    return tuple(
+        None if first < 0 else (*place, first)
+        for first, *place in zip(found.gradients[0], shapes, strides, strict=True)
+    )

@@ -1,4 +1,5 @@
-"""What launches need on the device besides the tensors of a call: plans, written once, and the addresses of the parameters."""
+"""What launches need on the device besides the tensors of a call: plans, written once, and the
+addresses of the parameters."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ from fusedmoe.kernels.plan import Plan
 Made = TypeVar("Made")
 Key = tuple[torch.device, tuple[int, ...]]
 
-# Tables that stay on each device: of the models of a process that take turns, and of one model's replicas. By the parameters' addresses, where None
-# stands for what was seen once; and by their distances from the first one.
+# Tables that stay on each device: of the models of a process that take turns, and of one model's
+# replicas. By the parameters' addresses, where None stands for what was seen once; and by their
+# distances from the first one.
 TABLES = 256
 _ADDRESSES: OrderedDict[Key, tuple[Tensor, bool] | None] = OrderedDict()
 _DISTANCES: OrderedDict[Key, Tensor] = OrderedDict()
@@ -30,7 +32,11 @@ def architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "gcnArchName", "").split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return (
+        getattr(properties, "gcnArchName", "").split(":")[0]
+        if torch.version.hip
+        else f"sm_{properties.major}{properties.minor}"
+    )
 
 
 def capturing(device: torch.device) -> bool:
@@ -39,9 +45,13 @@ def capturing(device: torch.device) -> bool:
 
 
 def before_capture(device: torch.device) -> None:
-    """Raise RuntimeError in the capture of a CUDA graph, which would not have what is about to be copied to the device, and be spoilt by the attempt."""
+    """Raise RuntimeError in the capture of a CUDA graph, which would not have what is about to be
+    copied to the device, and be spoilt by the attempt."""
     if capturing(device):
-        raise RuntimeError("a CUDA graph is being captured: expected a call with this network, dtype and number of rows before it, got the first one")
+        raise RuntimeError(
+            "a CUDA graph is being captured: expected a call with this network, dtype and number of rows "
+            "before it, got the first one"
+        )
 
 
 @functools.cache
@@ -52,7 +62,8 @@ def _uploader() -> ThreadPoolExecutor:
 def persistent(device: torch.device, make: Callable[[], Made]) -> Made:
     """Make tensors that outlive the call, by blocking copies, so that any stream may read them.
 
-    On a GPU in a thread of its own: torch.compile's CUDA graphs lend the calling thread a pool of memory, and refuse what stays in it.
+    On a GPU in a thread of its own: torch.compile's CUDA graphs lend the calling thread a pool of
+    memory, and refuse what stays in it.
     """
     before_capture(device)
     return _uploader().submit(make).result() if device.type == "cuda" else make()
@@ -60,9 +71,14 @@ def persistent(device: torch.device, make: Callable[[], Made]) -> Made:
 
 @functools.lru_cache(maxsize=1024)
 def written(plan: Plan | BackwardPlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the integers and the floats of a plan on a device. Raises: RuntimeError, as `before_capture`."""
+    """Return the integers and the floats of a plan on a device.
+
+    Raises: RuntimeError, as `before_capture`.
+    """
     ints, floats = (plan.ints, torch.int32), (plan.floats or (0.0,), torch.float32)
-    return persistent(device, lambda: tuple(torch.tensor(numbers, dtype=dtype, device=device) for numbers, dtype in (ints, floats)))
+    return persistent(
+        device, lambda: tuple(torch.tensor(numbers, dtype=dtype, device=device) for numbers, dtype in (ints, floats))
+    )
 
 
 def _uploaded(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
@@ -79,11 +95,13 @@ def _remember(tables: OrderedDict[Key, Made], key: Key, made: Made) -> Made:
 
 
 def addresses(params: Sequence[Tensor], device: torch.device) -> tuple[Tensor, bool]:
-    """Return the addresses of the parameters, int64 [P], on their device, and whether all are multiples of 16.
+    """Return the addresses of the parameters, int64 [P], on their device, and whether all are
+    multiples of 16.
 
-    A table holds no values, so it cannot go stale. Parameters that autocast casts lie in new memory at every call, but in one piece: where only the
-    first address is new, the device works the others out, in the order of the caller's stream, and the table is the caller's alone. Addresses that come
-    again are uploaded, and stay.
+    A table holds no values, so it cannot go stale. Parameters that autocast casts lie in new memory
+    at every call, but in one piece: where only the first address is new, the device works the
+    others out, in the order of the caller's stream, and the table is the caller's alone. Addresses
+    that come again are uploaded, and stay.
 
     Raises: RuntimeError, as `before_capture`, for distances that are new.
     """
@@ -109,5 +127,6 @@ def stays(params: Sequence[Tensor], device: torch.device) -> bool:
 
 
 def room(like: Tensor, size: int) -> None:
-    """Raise PyTorch's own error if there is no room for so many bytes, for an operator in C++ that has failed: its stable ABI hands on words alone."""
+    """Raise PyTorch's own error if there is no room for so many bytes, for an operator in C++ that
+    has failed: its stable ABI hands on words alone."""
     like.new_empty(size, dtype=torch.uint8)

@@ -1,11 +1,13 @@
 """The forward of any segments in one launch. Formulas: `reference/operator.py`.
 
-Grid: (row blocks, programs of a block). Each program runs a list of tiles; a tile is some columns of a group of units:
+Grid: (row blocks, programs of a block). Each program runs a list of tiles; a tile is some columns
+of a group of units:
 
     softmax   p [reads, BLOCK_B] of each unit of the group, to scratch: logits by one small product with the gate's rows
     mix       for every expert of the group: y = act(W h + b), and for every unit that reads it out += (p + v) y
 
-The accumulators of the units are a tuple of 2-D tensors: a 3-D one, or experts unrolled, spill on every target.
+The accumulators of the units are a tuple of 2-D tensors: a 3-D one, or experts unrolled, spill on
+every target.
 """
 
 import triton
@@ -52,7 +54,8 @@ def softmax(block, shape: tl.constexpr, unit, h, p, READS: tl.constexpr):
 
 @triton.jit
 def softmaxes(block, shape: tl.constexpr, group, p, READS: tl.constexpr):
-    """Write p of every unit of a group, those whose gates read one source after another: its tile is loaded once."""
+    """Write p of every unit of a group, those whose gates read one source after another: its tile
+    is loaded once."""
     selector = tl.load(block.plan + group + GROUP.selectors) + 1
     for _ in range(tl.load(block.plan + selector - 1)):
         h = ()
@@ -87,7 +90,9 @@ def added(block, units, record, p, y, mixed, UNITS: tl.constexpr):
         read = tl.load(block.plan + record + EXPERT_READ.size + u)
         if read >= 0:
             soft = p + (tl.load(block.plan + units + UNITS + u) + read).to(tl.int64) * block.B
-            w = tl.load(soft + block.rows, mask=block.live, other=0.0) + static_weight(block, tl.load(block.plan + units + u), read)
+            w = tl.load(soft + block.rows, mask=block.live, other=0.0) + static_weight(
+                block, tl.load(block.plan + units + u), read
+            )
             total += w[:, None] * y
         result = result + (total,)  # noqa: RUF005  (Triton knows no star)
     return result
@@ -111,7 +116,12 @@ def mix(block, shape: tl.constexpr, group, column, p, UNITS: tl.constexpr, COPIE
         record += RUN.size
         for _ in tl.range(count, num_stages=AHEAD):
             linear = tl.load(block.plan + record + EXPERT_READ.linear)
-            y = activated(block, shape, linear, linear_forward(block, shape, linear, column, h, columns, live, shape.RESIDENT, shape.BLOCK_H))
+            y = activated(
+                block,
+                shape,
+                linear,
+                linear_forward(block, shape, linear, column, h, columns, live, shape.RESIDENT, shape.BLOCK_H),
+            )
             mixed = added(block, units, record, p, y, mixed, UNITS)
             record += EXPERT_READ.size + UNITS
     for _ in range(tl.load(block.plan + group + GROUP.copies) if COPIES else 0):
@@ -128,17 +138,28 @@ def mix(block, shape: tl.constexpr, group, column, p, UNITS: tl.constexpr, COPIE
 
 @triton.jit(do_not_specialize=["place", "B", "x_row", "x_slot", "mixing"])
 def forward(
-    x, buffers, out, p, weights, addresses, plan, floats, place, B, x_row, x_slot, mixing, UNITS: tl.constexpr, READS: tl.constexpr, ACTS: tl.constexpr,
-    WEIGHTS: tl.constexpr, HIDDEN: tl.constexpr, COPIES: tl.constexpr, RESIDENT: tl.constexpr, AHEAD: tl.constexpr, ALIGN: tl.constexpr,
-    STORE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, buffers, out, p, weights, addresses, plan, floats, place, B, x_row, x_slot, mixing, UNITS: tl.constexpr,
+    READS: tl.constexpr, ACTS: tl.constexpr, WEIGHTS: tl.constexpr, HIDDEN: tl.constexpr, COPIES: tl.constexpr,
+    RESIDENT: tl.constexpr, AHEAD: tl.constexpr, ALIGN: tl.constexpr, STORE: tl.constexpr, BLOCK_B:
+    tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Run the tiles of this program. p: softmax scratch [rows, B]; weights: mixing weights [B, mixing]; place: of the programs' tiles in the plan."""
+    """Run the tiles of this program. p: softmax scratch [rows, B]; weights: mixing weights [B,
+    mixing]; place: of the programs' tiles in the plan."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_B
     rows = tl.arange(0, BLOCK_B)
     block = Block(plan, floats, addresses, x, buffers, out, x_row, x_slot, B, row, rows, rows < B - row)
     shape: tl.constexpr = Shape(
-        ALIGN, ALIGN * x.dtype.element_ty.primitive_bitwidth // 8, STORE, ACTS, HIDDEN, RESIDENT, BLOCK_B, BLOCK_H, BLOCK_K, STAGES, PRECISION
+        ALIGN,
+        ALIGN * x.dtype.element_ty.primitive_bitwidth // 8,
+        STORE,
+        ACTS,
+        HIDDEN,
+        RESIDENT,
+        BLOCK_B,
+        BLOCK_H,
+        BLOCK_K,
+        STAGES,
+        PRECISION,
     )
     program = plan + place + 2 * tl.program_id(1)
     for tile in range(tl.load(program), tl.load(program + 1), TILE.size):
@@ -154,5 +175,11 @@ def forward(
             tl.debug_barrier()
             if WEIGHTS:
                 for u in range(tl.where(task == WRITE_WEIGHTS, tl.load(plan + group + GROUP.units), 0)):
-                    write_weights(block, tl.load(plan + units + u), scratch + tl.load(plan + units + UNITS + u).to(tl.int64) * B, weights, mixing)
+                    write_weights(
+                        block,
+                        tl.load(plan + units + u),
+                        scratch + tl.load(plan + units + UNITS + u).to(tl.int64) * B,
+                        weights,
+                        mixing,
+                    )
         mix(block, shape, group, load_aligned(block, tile + TILE.column, COLUMN), scratch, UNITS, COPIES, AHEAD)

@@ -1,4 +1,5 @@
-"""Launches of the CUDA kernels of csrc/cuda; the names are those of `launchers.py`. They come compiled: nothing is tuned, and nothing compiled at run time.
+"""Launches of the CUDA kernels of csrc/cuda; the names are those of `launchers.py`. They come
+compiled: nothing is tuned, and nothing compiled at run time.
 
 A call is one operator in C++ (csrc/cuda/calls.cpp). Here stands what it is bound to.
 """
@@ -40,7 +41,8 @@ def _tiles(bound: Bound, **values: int):
 
 
 def _filled(bound: Bound, name: str, launches: Sequence[Launch], **values: object) -> int:
-    """Fill in the extension's record of what a call is bound to, keep it, and return its address, which the operators take."""
+    """Fill in the extension's record of what a call is bound to, keep it, and return its address,
+    which the operators take."""
     found = _extension().Bound()
     steps = [_step(place=launch.place, programs=launch.programs, stores=bound.stores(launch)) for launch in launches]
     for field, value in {**common(bound), "steps": steps, **values}.items():
@@ -56,13 +58,20 @@ def _forward(bound: Forward) -> int:
 
 def _backward(bound: Backward) -> int:
     plan, grads = bound.plan, bound.program.gradients[0]
-    more = {"columns": plan.columns, "sums": plan.rows, "total": bound.total, "grads": grads, "softmax": bound.forward.softmax}
+    more = {
+        "columns": plan.columns,
+        "sums": plan.rows,
+        "total": bound.total,
+        "grads": grads,
+        "softmax": bound.forward.softmax,
+    }
     more["gradients"] = _step(place=plan.place, programs=plan.tasks)
     return _filled(bound, "backward", plan.launches, tiles=_tiles(bound), **more)
 
 
 def _reachable(params: Sequence[Tensor], place: torch.device) -> tuple[Sequence[Tensor], Tensor | None]:
-    """The parameters, and their addresses on the device where they are more than travel with a launch."""
+    """The parameters, and their addresses on the device where they are more than travel with a
+    launch."""
     if len(params) <= _extension().MOST_PARAMETERS:
         return params, None
     params = [p.contiguous() for p in params]
@@ -79,15 +88,26 @@ def forward(bound: Forward, x: Tensor, params: Sequence[Tensor], mixing: bool) -
     """Run a bound forward: out, the mixing weights or None, and what it leaves for the backward."""
     params, table = _reachable(params, bound.key.device)
     try:
-        out, memory, *weights = _operator("network_cuda")(x, params, bound.made.get("forward") or _forward(bound), mixing, table)
+        out, memory, *weights = _operator("network_cuda")(
+            x, params, bound.made.get("forward") or _forward(bound), mixing, table
+        )
     except RuntimeError:
         device.room(x, bound.needs(x.shape[0]))
         raise
     return out, weights[0] if mixing else None, memory
 
 
-def backward(bound: Backward, d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], memory: Tensor, apart: bool) -> list[Tensor]:
-    """Run a bound backward: d_x, and the gradients of all live parameters, apart or one after another in one tensor."""
+def backward(
+    bound: Backward,
+    d_out: Tensor,
+    d_weights: Tensor | None,
+    x: Tensor,
+    params: Sequence[Tensor],
+    memory: Tensor,
+    apart: bool,
+) -> list[Tensor]:
+    """Run a bound backward: d_x, and the gradients of all live parameters, apart or one after
+    another in one tensor."""
     params, table = _reachable(params, bound.key.device)
     chunk = chunk_of(x.shape[0])
     try:

@@ -1,7 +1,9 @@
 """Launches of Triton's kernels; the names are those of `launchers.py`.
 
-Triton launches the first call of each kind: it looks at every argument and option for the kernel that it compiled for their like, which takes it several
-times as long as the launch itself. The calls that follow are one operator in C++ (csrc/triton.cpp), which launches the compiled kernels as Triton does.
+Triton launches the first call of each kind: it looks at every argument and option for the kernel
+that it compiled for their like, which takes it several times as long as the launch itself. The
+calls that follow are one operator in C++ (csrc/triton.cpp), which launches the compiled kernels as
+Triton does.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ from fusedmoe.kernels.tiles import Tiles
 from fusedmoe.storage import require_memory
 
 ADD_BLOCK = 1024
-# By name: Triton 3.9 warns where a launch does not say whether to fuse multiplications and additions, and 3.10 will not fuse then.
+# By name: Triton 3.9 warns where a launch does not say whether to fuse multiplications and
+# additions, and 3.10 will not fuse then.
 OPTIONS = {"enable_fp_fusion": True}
-# Without it ptxas spills a few numbers to let a third program share the multiprocessor, which shared memory forbids.
+# Without it ptxas spills a few numbers to let a third program share the multiprocessor, which
+# shared memory forbids.
 REGISTERS = {"maxnreg": 255}
 # The versions whose compiled kernels csrc/triton.cpp has been tried with.
 DIRECT = ((3, 6), (3, 9))
@@ -40,7 +44,8 @@ CURED = (3, 9)
 
 @functools.lru_cache(maxsize=1024)
 def constants(tiles: Tiles, align: int, precision: str, arch: str) -> dict[str, object]:
-    """What every launch of a call is compiled with. The dictionary is everybody's: launches unpack it."""
+    """What every launch of a call is compiled with. The dictionary is everybody's: launches unpack
+    it."""
     return {
         "ALIGN": align,
         "BLOCK_B": tiles.rows,
@@ -55,12 +60,19 @@ def constants(tiles: Tiles, align: int, precision: str, arch: str) -> dict[str, 
 
 
 def _kernel(name: str):
-    return {"forward": forward_kernel, "backward_rows": backward_rows_kernel, "gradients": gradients_kernel, "add_chunks": add_chunks}[name]
+    return {
+        "forward": forward_kernel,
+        "backward_rows": backward_rows_kernel,
+        "gradients": gradients_kernel,
+        "add_chunks": add_chunks,
+    }[name]
 
 
 class Step:
-    """One launch of a bound call: the kernel's name, how many programs a block of rows has, where the plan has them, what the
-    kernel is compiled with, and what Triton compiled, as soon as it has."""
+    """One launch of a bound call: the kernel's name, how many programs a block of rows has, where
+    the plan has them, what the kernel is compiled with, and what Triton compiled, as soon as it
+    has.
+    """
 
     __slots__ = ("compiled", "constants", "kernel", "place", "programs")
 
@@ -69,7 +81,10 @@ class Step:
         self.compiled: object = None
 
     def launch(self, x: int, y: int, arguments: Arguments) -> None:
-        """Launch x times y programs. Raises: RuntimeError with the kernel's name, where Triton or the driver has one without it."""
+        """Launch x times y programs.
+
+        Raises: RuntimeError with the kernel's name, where Triton or the driver has one without it.
+        """
         kernel = _kernel(self.kernel)
         try:
             compiled = kernel[x, y](*arguments, **self.constants)
@@ -79,23 +94,35 @@ class Step:
 
 
 def function_of(compiled: object) -> tuple[int, int, int] | None:
-    """Return CUDA's function of a compiled kernel, the threads of a program and its shared memory; None where only Triton may launch it.
+    """Return CUDA's function of a compiled kernel, the threads of a program and its shared memory;
+    None where only Triton may launch it.
 
-    Here alone is what is private to Triton: how a compiled kernel is launched, in the versions that this was tried with.
+    Here alone is what is private to Triton: how a compiled kernel is launched, in the versions that
+    this was tried with.
     """
     if VERSION not in DIRECT or compiled is None or compiled.metadata.target.backend != "cuda":
         return None
     given, kinds = compiled.metadata, compiled.src.signature.values()
-    if given.num_ctas != 1 or given.launch_cooperative_grid or given.launch_pdl or given.global_scratch_size or given.profile_scratch_size:
+    if (
+        given.num_ctas != 1
+        or given.launch_cooperative_grid
+        or given.launch_pdl
+        or given.global_scratch_size
+        or given.profile_scratch_size
+    ):
         return None
     fixed = sum(parameter.is_constexpr for parameter in compiled.src.fn.params)
-    if any(kind not in ("i32", "constexpr") and not kind.startswith("*") for kind in kinds) or list(kinds).count("constexpr") != fixed:
+    if (
+        any(kind not in ("i32", "constexpr") and not kind.startswith("*") for kind in kinds)
+        or list(kinds).count("constexpr") != fixed
+    ):
         return None
     return compiled.function, given.num_warps * given.target.warp_size, given.shared
 
 
 class Quick(NamedTuple):
-    """The extension's record of a call whose kernels are known, and its address, which the operators take."""
+    """The extension's record of a call whose kernels are known, and its address, which the
+    operators take."""
 
     record: object
     address: int
@@ -133,7 +160,8 @@ def _step(step: Step) -> object | None:
 
 
 def _keep(bound: Bound, key: object, steps: Sequence[Step], **values: object) -> None:
-    """Remember how the operator launches what Triton has launched. values: of the extension's record of the call."""
+    """Remember how the operator launches what Triton has launched. values: of the extension's
+    record of the call."""
     if _extension() is None or any(step.compiled is None for step in steps):
         return
     found = _extension().Bound()
@@ -152,7 +180,8 @@ def _known(bound: Bound, key: object) -> Quick | None:
 
 
 def _table(bound: Bound, params: Sequence[Tensor], quick: Quick | None) -> tuple[Tensor, bool]:
-    """The parameters' addresses on the device, as `device.addresses`; the operator is told of a table that stays."""
+    """The parameters' addresses on the device, as `device.addresses`; the operator is told of a
+    table that stays."""
     table, aligned16 = device.addresses(params, bound.key.device)
     if quick is not None and device.stays(params, bound.key.device):
         _operator("network_triton_table")(table, params, quick.address)
@@ -165,12 +194,18 @@ def piece(memory: Tensor, first: int, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def _shared(bound: Bound, align: int) -> dict[str, object]:
-    return {"READS": bound.tiles.reads, "ACTS": bound.codes, **constants(bound.tiles, align, bound.key.precision, bound.key.arch)}
+    return {
+        "READS": bound.tiles.reads,
+        "ACTS": bound.codes,
+        **constants(bound.tiles, align, bound.key.precision, bound.key.arch),
+    }
 
 
 def _ahead(bound: Forward) -> int:
-    """Pipeline stages over experts that share a source. Triton 3.6 crashes on sm_90 where such a loop computes one product a turn, of a source
-    that is kept as one tile (`PassManager::run failed`; 3.9 does not): there the loop is not pipelined."""
+    """Pipeline stages over experts that share a source. Triton 3.6 crashes on sm_90 where such a
+    loop computes one product a turn, of a source that is kept as one tile (`PassManager::run
+    failed`; 3.9 does not): there the loop is not pipelined.
+    """
     one_tile = 0 < bound.tiles.resident <= bound.tiles.reduction
     return 1 if one_tile and bound.key.arch == "sm_90" and VERSION < CURED else bound.tiles.ahead
 
@@ -178,9 +213,17 @@ def _ahead(bound: Forward) -> int:
 def _forward_steps(bound: Forward, align: int, mixing: bool) -> list[Step]:
     key = align, mixing
     if key not in bound.made:
-        more = {"UNITS": bound.plan.units, "WEIGHTS": mixing, "HIDDEN": bound.program.hidden, "COPIES": bound.program.copies, "RESIDENT": bound.tiles.resident}
+        more = {
+            "UNITS": bound.plan.units,
+            "WEIGHTS": mixing,
+            "HIDDEN": bound.program.hidden,
+            "COPIES": bound.program.copies,
+            "RESIDENT": bound.tiles.resident,
+        }
         more = {**_shared(bound, align), **more, "AHEAD": _ahead(bound)}
-        steps = [({**more, "STORE": store(bound.program, launch.segments, align)}, launch) for launch in bound.plan.launches]
+        steps = [
+            ({**more, "STORE": store(bound.program, launch.segments, align)}, launch) for launch in bound.plan.launches
+        ]
         bound.made[key] = [Step("forward", launch.place, launch.programs, fixed) for fixed, launch in steps]
     return bound.made[key]
 
@@ -217,13 +260,18 @@ def _run(bound: Forward, x: Tensor, params: Sequence[Tensor], quick: Quick, mixi
     return (found[0], found[2] if mixing else None, found[1]) if found else None
 
 
-def _launched(bound: Forward, x: Tensor, steps: list[Step], mixing: bool, table: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+def _launched(
+    bound: Forward, x: Tensor, steps: list[Step], mixing: bool, table: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """As `forward`, by Triton's launches."""
     rows, (x_row, x_slot, _) = x.shape[0], x.stride()
     buffers, size = bound.saved(rows)
     out, memory = x.new_empty((rows, *bound.output)), x.new_empty(size, dtype=torch.uint8)
     weights = x.new_zeros(rows, bound.mixing) if mixing else None
-    p, buffer_width = piece(memory, 0, bound.plan.softmax * rows, torch.float32), piece(memory, buffers, bound.program.buffer_width * rows, x.dtype)
+    p, buffer_width = (
+        piece(memory, 0, bound.plan.softmax * rows, torch.float32),
+        piece(memory, buffers, bound.program.buffer_width * rows, x.dtype),
+    )
     for step in steps if rows else ():
         arguments = ForwardArguments(
             x=x,
@@ -256,19 +304,33 @@ def _backward_steps(bound: Backward, align: int, given: bool, chunk: int) -> _Ba
     key = align, given, chunk
     if key not in bound.made:
         shared, plan = {**_shared(bound, align), "WEIGHTS": given}, bound.plan
-        steps = [({**shared, "STORE": store(bound.program, launch.segments, align)}, launch) for launch in plan.launches]
+        steps = [
+            ({**shared, "STORE": store(bound.program, launch.segments, align)}, launch) for launch in plan.launches
+        ]
         rows = [Step("backward_rows", launch.place, launch.programs, fixed) for fixed, launch in steps]
         of_parameters = {**shared, "CHUNK": chunk, "BLOCK_N": bound.tiles.outputs}
         for name in ("READS", "ACTS", "BLOCK_B"):
             del of_parameters[name]
         added = {"BLOCK": ADD_BLOCK, "num_warps": 4, **OPTIONS}
-        two = Step("gradients", plan.place, plan.tasks, of_parameters), Step("add_chunks", 0, -(-bound.total // ADD_BLOCK), added)
+        two = (
+            Step("gradients", plan.place, plan.tasks, of_parameters),
+            Step("add_chunks", 0, -(-bound.total // ADD_BLOCK), added),
+        )
         bound.made[key] = _BackwardSteps(rows, *(two if bound.total else (None, None)))
     return bound.made[key]
 
 
-def backward(bound: Backward, d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], memory: Tensor, apart: bool) -> list[Tensor]:
-    """Run a bound backward: d_x, and the gradients of all live parameters, apart or one after another in one tensor."""
+def backward(
+    bound: Backward,
+    d_out: Tensor,
+    d_weights: Tensor | None,
+    x: Tensor,
+    params: Sequence[Tensor],
+    memory: Tensor,
+    apart: bool,
+) -> list[Tensor]:
+    """Run a bound backward: d_x, and the gradients of all live parameters, apart or one after
+    another in one tensor."""
     given, chunk = d_weights is not None, chunk_of(x.shape[0])
     quick = _known(bound, (given, chunk))
     tensors = (d_out, d_weights, x, params, memory)
@@ -286,19 +348,30 @@ def backward(bound: Backward, d_out: Tensor, d_weights: Tensor | None, x: Tensor
         return found
     align = alignment(x, aligned16, bound.program)
     steps = _backward_steps(bound, align, given, chunk)
-    # Rows of the output are read in vectors of 16 bytes, where their distance allows it; what a hook has put aside may lie anywhere.
+    # Rows of the output are read in vectors of 16 bytes, where their distance allows it; what a
+    # hook has put aside may lie anywhere.
     d_out, d_weights, memory = (
-        t if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0) else t.clone(memory_format=torch.contiguous_format) for t in (d_out, d_weights, memory)
+        t
+        if t is None or (t.is_contiguous() and t.data_ptr() % 16 == 0)
+        else t.clone(memory_format=torch.contiguous_format)
+        for t in (d_out, d_weights, memory)
     )
     d_x, flat = _launched_backward(bound, (d_out, d_weights, x, memory, table), steps, chunk)
     if x.shape[0] and steps.gradients:
-        more = {"columns": bound.plan.columns, "sums": bound.plan.rows, "total": bound.total, "grads": bound.program.gradients[0]}
+        more = {
+            "columns": bound.plan.columns,
+            "sums": bound.plan.rows,
+            "total": bound.total,
+            "grads": bound.program.gradients[0],
+        }
         more |= {"softmax": bound.forward.softmax, "gradients": steps.gradients, "add": steps.add}
         _keep(bound, (given, chunk), steps.rows, aligned=align > 1, weights=given, **more)
     return [d_x, *split(flat, bound.program)] if apart else [d_x, flat]
 
 
-def _run_backward(bound: Backward, tensors: tuple, quick: Quick, chunk: int, apart: bool, table: Tensor | None) -> list[Tensor]:
+def _run_backward(
+    bound: Backward, tensors: tuple, quick: Quick, chunk: int, apart: bool, table: Tensor | None
+) -> list[Tensor]:
     """As `backward`, in C++; nothing where that is not for these tensors."""
     try:
         return _operator("network_triton_backward")(*tensors, quick.address, chunk, apart, table)
@@ -319,9 +392,18 @@ def _launched_backward(bound: Backward, tensors: tuple, steps: _BackwardSteps, c
     places = bound.scratch(rows, chunks)
     scratch = x.new_empty(places.size, dtype=torch.uint8)
     buffer_width, weights = bound.program.buffer_width * rows, d_out if d_weights is None else d_weights
-    p, buffers = piece(memory, 0, bound.forward.softmax * rows, torch.float32), piece(memory, bound.saved(rows)[0], buffer_width, x.dtype)
-    dw, parts = piece(scratch, 0, bound.plan.rows * rows, torch.float32), piece(scratch, places.parts, chunks * total, torch.float32)
-    dz, below = piece(scratch, places.dz, rows * bound.plan.columns, x.dtype), piece(scratch, places.buffers, buffer_width, x.dtype)
+    p, buffers = (
+        piece(memory, 0, bound.forward.softmax * rows, torch.float32),
+        piece(memory, bound.saved(rows)[0], buffer_width, x.dtype),
+    )
+    dw, parts = (
+        piece(scratch, 0, bound.plan.rows * rows, torch.float32),
+        piece(scratch, places.parts, chunks * total, torch.float32),
+    )
+    dz, below = (
+        piece(scratch, places.dz, rows * bound.plan.columns, x.dtype),
+        piece(scratch, places.buffers, buffer_width, x.dtype),
+    )
     common = {
         **{"x": x, "buffers": buffers, "out": d_out, "dw": dw, "d_weights": weights, "dz": dz, "plan": bound.ints},
         **{"B": rows, "x_row": x_row, "x_slot": x_slot, "dz_row": bound.plan.columns, "mixing": bound.mixing},

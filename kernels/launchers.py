@@ -1,4 +1,5 @@
-"""Who launches a network's kernels: one module for each GPU backend, all with the functions of `Launcher`."""
+"""Who launches a network's kernels: one module for each GPU backend, all with the functions of
+`Launcher`."""
 
 from __future__ import annotations
 
@@ -14,14 +15,18 @@ if TYPE_CHECKING:
     from fusedmoe.kernels.bound import Backward, Forward
 
 LAUNCHERS = {"triton": "fusedmoe.kernels.launch_triton", "cuda": "fusedmoe.kernels.launch_cuda"}
-# How many launches the gradients of the parameters are. Triton: their parts, and the parts' sum; CUDA: in each tile the last block adds its parts.
+# How many launches the gradients of the parameters are. Triton: their parts, and the parts' sum;
+# CUDA: in each tile the last block adds its parts.
 GRADIENT_LAUNCHES = {"triton": 2, "cuda": 1}
 
 
 class Launcher(Protocol):
-    """Launches what a call is bound to. Both raise ValueError for tensors that are not what the table says."""
+    """Launches what a call is bound to. Both raise ValueError for tensors that are not what the
+    table says."""
 
-    def forward(self, bound: Forward, x: Tensor, params: Sequence[Tensor], mixing: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(
+        self, bound: Forward, x: Tensor, params: Sequence[Tensor], mixing: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return out, the mixing weights or None, and the memory that the backward reads."""
 
     def backward(
@@ -34,10 +39,12 @@ class Launcher(Protocol):
         memory: Tensor,
         apart: bool,
     ) -> list[Tensor]:
-        """Return d_x and the gradients of all live parameters, each a tensor (`apart`), or one after another in one tensor."""
+        """Return d_x and the gradients of all live parameters, each a tensor (`apart`), or one
+        after another in one tensor."""
 
 
 @functools.cache
 def launcher(backend: str) -> Launcher:
-    """The launcher of a backend, imported when it is first asked for: none needs what the others do."""
+    """The launcher of a backend, imported when it is first asked for: none needs what the others
+    do."""
     return cast(Launcher, importlib.import_module(LAUNCHERS[backend]))

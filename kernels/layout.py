@@ -1,9 +1,11 @@
 """The records of a plan: which integer of a record means what.
 
-A plan is one array of 32-bit integers (`plan.py` writes that of a forward, `backward_plan.py` that of a backward). A
-record is some integers of it, one after another, and is named by the place of its first one. Here each kind has its
-fields, once: Python writes them by name, Triton's kernels take their offsets as constants (`records.py`), and the CUDA
-kernels from csrc/cuda/layout.h, which this module writes: `python -m fusedmoe.kernels.layout csrc/cuda/layout.h`.
+A plan is one array of 32-bit integers (`plan.py` writes that of a forward, `backward_plan.py` that
+of a backward). A record is some integers of it, one after another, and is named by the place of its
+first one. Here each kind has its
+fields, once: Python writes them by name, Triton's kernels take their offsets as constants
+(`records.py`), and the CUDA kernels from csrc/cuda/layout.h, which this module writes: `python -m
+fusedmoe.kernels.layout csrc/cuda/layout.h`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from types import SimpleNamespace
 
 # Kinds of a source: a slot of x, a buffer that a segment has written, the output.
 FROM_X, FROM_BUFFER, TO_OUTPUT = range(3)
-# What a tile of the forward does about the softmax: nothing, compute it, compute it and write the mixing weights.
+# What a tile of the forward does about the softmax: nothing, compute it, compute it and write the
+# mixing weights.
 NO_SOFTMAX, WRITE_SOFTMAX, WRITE_WEIGHTS = range(3)
 # Kinds of a tile of the backward, and of a task of the parameters' gradients.
 EXPERT_KIND, SOURCE_KIND = range(2)
@@ -24,7 +27,8 @@ MATRIX_KIND, STATIC_KIND = range(2)
 
 
 class Record:
-    """The fields of one kind of record. `UNIT.gate` is the offset of a field, `UNIT.size` how many integers all are.
+    """The fields of one kind of record. `UNIT.gate` is the offset of a field, `UNIT.size` how many
+    integers all are.
 
     Args:
         name: of the kind, in lower case.
@@ -39,7 +43,10 @@ class Record:
             self.size += meaning.size if isinstance(meaning, Record) else 1
 
     def pack(self, **values: int | Sequence[int]) -> list[int]:
-        """Return the record's integers. Raises: TypeError unless every field is given, and nothing else."""
+        """Return the record's integers.
+
+        Raises: TypeError unless every field is given, and nothing else.
+        """
         if values.keys() != self.fields.keys():
             raise TypeError(f"record {self.name}: expected {', '.join(self.fields)}, got {', '.join(values)}")
         numbers: list[int] = []
@@ -52,7 +59,8 @@ class Record:
         return numbers
 
     def unpack(self, ints: Sequence[int], place: int) -> SimpleNamespace:
-        """Return the fields of the record that begins at a place; one that stands inside as a tuple of its integers."""
+        """Return the fields of the record that begins at a place; one that stands inside as a tuple
+        of its integers."""
         found = SimpleNamespace()
         for field, meaning in self.fields.items():
             first = place + getattr(self, field)
@@ -61,7 +69,8 @@ class Record:
         return found
 
     def __repr__(self) -> str:
-        # With every offset: Triton compiles a kernel anew where the text of a constant that it reads has changed.
+        # With every offset: Triton compiles a kernel anew where the text of a constant that it
+        # reads has changed.
         return f"{self.name}({', '.join(f'{field}={getattr(self, field)}' for field in self.fields)})"
 
     def __eq__(self, other: object) -> bool:
@@ -71,7 +80,8 @@ class Record:
         return hash(repr(self))
 
 
-# Numbers of x's, a buffer's and the output's elements; rows of the softmax scratch, and of dw; -1 for what is not there.
+# Numbers of x's, a buffer's and the output's elements; rows of the softmax scratch, and of dw; -1
+# for what is not there.
 PLACE = Record(
     "place",
     kind="FROM_X, FROM_BUFFER or TO_OUTPUT",
@@ -113,7 +123,8 @@ GROUP = Record(
     selectors="place of the number of selectors, and the runs of gates behind it",
 )
 RUN = Record("run", "those that read the source", source=SOURCE, count="experts (`expert`), or gates (`gate`)")
-# Of a run of experts, and of a run of gates. An expert's is followed by its place among the reads of each of UNITS units, or -1.
+# Of a run of experts, and of a run of gates. An expert's is followed by its place among the reads
+# of each of UNITS units, or -1.
 EXPERT_READ = Record("expert_read", "UNITS places among the units' reads", linear="the expert")
 GATE_READ = Record("gate_read", unit="whose gate it is", row="first row of its softmax, counted from the tile's")
 TILE = Record(
@@ -189,7 +200,9 @@ MATRIX_TASK = Record(
     column="first column of the tile, counted from the source's",
     source=SOURCE,
 )
-STATIC_TASK = Record("static_task", "its terms", kind="STATIC_KIND", element="its place among the gradients", terms="how many")
+STATIC_TASK = Record(
+    "static_task", "its terms", kind="STATIC_KIND", element="its place among the gradients", terms="how many"
+)
 TERM = Record(
     "term",
     dw="first row of dw",
@@ -222,7 +235,11 @@ def header() -> str:
         name = record.name.title().replace("_", "") + "Record"
         offsets = [f"{field} = {getattr(record, field)}" for field in record.fields]
         declared = f"static constexpr int {', '.join([*offsets, f'size = {record.size}'])};"
-        lines += [f"struct {name} {{", *textwrap.wrap(declared, 100, initial_indent="  ", subsequent_indent=" " * 23), "};"]
+        lines += [
+            f"struct {name} {{",
+            *textwrap.wrap(declared, 100, initial_indent="  ", subsequent_indent=" " * 23),
+            "};",
+        ]
     return "\n".join([*lines, "", "}  // namespace fusedmoe::cuda", ""])
 
 

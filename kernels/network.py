@@ -1,4 +1,5 @@
-"""A network's forward and backward on a GPU: tensors in, tensors out, whoever launches (`launchers.py`)."""
+"""A network's forward and backward on a GPU: tensors in, tensors out, whoever launches
+(`launchers.py`)."""
 
 from __future__ import annotations
 
@@ -14,15 +15,23 @@ from fusedmoe.table import Table
 
 
 class Saved(NamedTuple):
-    """What the forward leaves for the backward: the softmax of every unit [rows, B] in float32 and the segments' buffers [B x kept] in one piece of bytes
-    (`bound.saved_bytes`), and the tiles that say which row is whose; None: the shipped ones."""
+    """What the forward leaves for the backward: the softmax of every unit [rows, B] in float32 and
+    the segments' buffers [B x kept] in one piece of bytes (`bound.saved_bytes`), and the tiles that
+    say which row is whose; None: the shipped ones.
+    """
 
     memory: Tensor
     tiles: Tiles | None = None
 
 
 def forward(
-    x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool, tiles: Tiles | None = None, backend: str = "triton"
+    x: Tensor,
+    params: Sequence[Tensor],
+    table: Table,
+    mixing: bool,
+    training: bool,
+    tiles: Tiles | None = None,
+    backend: str = "triton",
 ) -> tuple[Tensor, Tensor | None, Saved]:
     """Run the network: `fusion_network`'s mathematics.
 
@@ -31,7 +40,8 @@ def forward(
         params: one per `table.parameters`, of x's dtype.
         table: the network.
         mixing: return the mixing weights.
-        training: keep what `backward` needs; without it hidden layers stay on the chip where a level has one segment of them.
+        training: keep what `backward` needs; without it hidden layers stay on the chip where a
+            level has one segment of them.
         tiles: None: the shipped ones.
         backend: whose kernels.
 
@@ -52,7 +62,8 @@ def backward(
     tiles: Tiles | None = None,
     backend: str = "triton",
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return d_x [B, S, D], and one gradient a parameter: None for those on which no output depends, for the others views of one tensor.
+    """Return d_x [B, S, D], and one gradient a parameter: None for those on which no output
+    depends, for the others views of one tensor.
 
     Args:
         d_out: [B, *table.output].
@@ -62,12 +73,15 @@ def backward(
         tiles: of the backward, whatever those of the forward were; None: the shipped ones.
         backend: whose kernels.
     """
-    d_x, *found = _backward(d_out, d_weights, x, params, saved, _backward_key(x, saved, table, tiles, backend), apart=True)
+    d_x, *found = _backward(
+        d_out, d_weights, x, params, saved, _backward_key(x, saved, table, tiles, backend), apart=True
+    )
     return d_x, with_dead(found, table)
 
 
 def with_dead(gradients: Iterable[Tensor], table: Table) -> list[Tensor | None]:
-    """Return one gradient a parameter, of those of the live ones: None where no output depends on it."""
+    """Return one gradient a parameter, of those of the live ones: None where no output depends on
+    it."""
     live = iter(gradients)
     return [next(live) if p.live else None for p in table.parameters]
 
@@ -82,8 +96,11 @@ def flat_backward(
     tiles: Tiles | None = None,
     backend: str = "triton",
 ) -> tuple[Tensor, Tensor]:
-    """Return d_x, and the gradients of the live parameters, one after another. The arguments are those of `backward`."""
-    d_x, flat = _backward(d_out, d_weights, x, params, saved, _backward_key(x, saved, table, tiles, backend), apart=False)
+    """Return d_x, and the gradients of the live parameters, one after another. The arguments are
+    those of `backward`."""
+    d_x, flat = _backward(
+        d_out, d_weights, x, params, saved, _backward_key(x, saved, table, tiles, backend), apart=False
+    )
     return d_x, flat
 
 
@@ -92,7 +109,9 @@ def _backward_key(x: Tensor, saved: Saved, table: Table, tiles: Tiles | None, ba
     return key_of(x, table, True, tiles, backend)._replace(apart=True, before=saved.tiles)
 
 
-def _backward(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: Saved, key: Key, apart: bool) -> list[Tensor]:
+def _backward(
+    d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: Saved, key: Key, apart: bool
+) -> list[Tensor]:
     # Those of a call that returned no mixing weights are [B, 0].
     d_weights = d_weights if d_weights is not None and d_weights.numel() else None
     return launcher(key.backend).backward(backward_of(key), d_out, d_weights, x, params, saved.memory, apart)

@@ -1,4 +1,5 @@
-"""The operator on a GPU: one differentiable call over `network.forward` and `network.backward`, with the kernels of the backend that it is told."""
+"""The operator on a GPU: one differentiable call over `network.forward` and `network.backward`,
+with the kernels of the backend that it is told."""
 
 from __future__ import annotations
 
@@ -19,8 +20,13 @@ _HERE = nullcontext()
 
 
 def last_dim_contiguous(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, and rows so near that 32 bits reach over those of a chunk, which are more than a tile's."""
-    return x if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(0) * bound.chunk_of(x.shape[0]) < 2**31 else x.contiguous()
+    """x with its last dimension contiguous, and rows so near that 32 bits reach over those of a
+    chunk, which are more than a tile's."""
+    return (
+        x
+        if (x.stride(-1) == 1 or x.shape[-1] == 1) and x.stride(0) * bound.chunk_of(x.shape[0]) < 2**31
+        else x.contiguous()
+    )
 
 
 def device_guard(x: Tensor):
@@ -29,14 +35,18 @@ def device_guard(x: Tensor):
 
 
 def launching(x: Tensor, backend: str):
-    """A block that launches: the device has passed its self-test and is current. Raises: RuntimeError if the kernels err on it (`self_test.py`)."""
+    """A block that launches: the device has passed its self-test and is current.
+
+    Raises: RuntimeError if the kernels err on it (`self_test.py`).
+    """
     if x.is_cuda:
         self_test.check(x.device, x.dtype, backend)
     return device_guard(x)
 
 
 def _tuning(backend: str) -> ModuleType | None:
-    """The module that finds tiles by the clock, where that is asked for. CUDA's kernels come compiled: there are no others to try."""
+    """The module that finds tiles by the clock, where that is asked for. CUDA's kernels come
+    compiled: there are no others to try."""
     if backend != "triton":
         return None
     # Here, because it imports Triton, which the cuda backend can do without.
@@ -45,7 +55,9 @@ def _tuning(backend: str) -> ModuleType | None:
     return tuning if tuning.enabled() else None
 
 
-def _forward(backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool) -> tuple[Tensor, Tensor | None, network.Saved]:
+def _forward(
+    backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool
+) -> tuple[Tensor, Tensor | None, network.Saved]:
     x, search = last_dim_contiguous(x), _tuning(backend)
     with launching(x, backend):
         tiles = search.of_forward(x, params, table, mixing, training) if search else None
@@ -53,7 +65,8 @@ def _forward(backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mi
 
 
 def recomputed(table: Table) -> bool:
-    """Whether a forward that is to keep as little as it can keeps x alone: between two levels of this network there are segments of their own."""
+    """Whether a forward that is to keep as little as it can keeps x alone: between two levels of
+    this network there are segments of their own."""
     return any(len(segments) > 1 for segments in lower(table).levels)
 
 
@@ -78,15 +91,26 @@ class _Network(torch.autograd.Function):
             d_x, d_params = reference.backward(x, params, table, d_out, outputs.by_level(d_weights, table))
             found = [d_x, *d_params]
         else:
-            found = _gradients(ctx.options.backend, table, d_out, d_weights, x, params, network.Saved(memory, ctx.tiles))
-        wanted = zip(found, outputs.dependent(codec.encode(table), tasks, levels), ctx.needs_input_grad[2:], strict=True)
+            found = _gradients(
+                ctx.options.backend, table, d_out, d_weights, x, params, network.Saved(memory, ctx.tiles)
+            )
+        wanted = zip(
+            found, outputs.dependent(codec.encode(table), tasks, levels), ctx.needs_input_grad[2:], strict=True
+        )
         return None, None, *(d if depends and need else None for d, depends, need in wanted)
 
 
 def _gradients(
-    backend: str, table: Table, d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: network.Saved
+    backend: str,
+    table: Table,
+    d_out: Tensor,
+    d_weights: Tensor | None,
+    x: Tensor,
+    params: Sequence[Tensor],
+    saved: network.Saved,
 ) -> list[Tensor | None]:
-    """d_x and the parameters' gradients. saved: what the forward left, or its tiles alone, by which it is run once more."""
+    """d_x and the parameters' gradients. saved: what the forward left, or its tiles alone, by which
+    it is run once more."""
     x = last_dim_contiguous(x)
     with device_guard(x):
         if saved.memory is None:
@@ -98,17 +122,18 @@ def _gradients(
 
 
 def run(x: Tensor, params: Sequence[Tensor], table: Table, options: outputs.Options) -> tuple[Tensor, ...]:
-    """Return what `outputs.split` does: out [B, *table.output], or with `tasks_apart` one [B, O] a task; then each level's mixing weights.
+    """Return what `outputs.split` does: out [B, *table.output], or with `tasks_apart` one [B, O] a
+    task; then each level's mixing weights.
 
     Args:
         x: [B, S, D], any strides; float32, bfloat16 or float16.
         params: one per `table.parameters`, of x's dtype and device.
         table: the network.
-        options: the backend whose kernels run, and what the call asks for; `recompute` keeps for the backward no more than x, what each
-            softmax gave and what each level handed on.
+        options: the backend whose kernels run, and what the call asks for; `recompute` keeps for
+            the backward no more than x, what each softmax gave and what each level handed on.
 
-    Raises: ValueError for tensors that do not fit the table, and for a table that is too wide (`program.lower`); RuntimeError if the kernels err on
-        this device (`self_test.py`).
+    Raises: ValueError for tensors that do not fit the table, and for a table that is too wide
+        (`program.lower`); RuntimeError if the kernels err on this device (`self_test.py`).
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
         return _Network.apply(table, options, x, *params)

@@ -1,4 +1,5 @@
-"""The plan of a forward: a program with its units in groups and its columns in tiles, as records in one array of integers.
+"""The plan of a forward: a program with its units in groups and its columns in tiles, as records in
+one array of integers.
 
 Records name each other by their place in the array; `layout.py` says what their fields mean.
 """
@@ -40,12 +41,16 @@ def groups_of(segment: Segment, most: int) -> tuple[Group, ...]:
                 experts |= reads
                 continue
         found.append(([u], reads))
-    return tuple(Group(tuple(units), tuple(sorted(experts, key=lambda e: (segment.experts[e].read, e)))) for units, experts in found)
+    return tuple(
+        Group(tuple(units), tuple(sorted(experts, key=lambda e: (segment.experts[e].read, e))))
+        for units, experts in found
+    )
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of the forward: for each program of a row block, the place of its first tile and behind its last one."""
+    """One launch of the forward: for each program of a row block, the place of its first tile and
+    behind its last one."""
 
     segments: tuple[int, ...]
     place: int
@@ -54,7 +59,8 @@ class Launch:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What goes to the device, and the launches. The softmax scratch is [softmax, B]; `rows` has the first row of each unit, by segment and number."""
+    """What goes to the device, and the launches. The softmax scratch is [softmax, B]; `rows` has
+    the first row of each unit, by segment and number."""
 
     program: Program
     ints: tuple[int, ...]
@@ -81,7 +87,8 @@ class Writer:
         return place
 
     def launch(self, segments: Sequence[int], first: int, tiles: int, size: int, own: bool) -> Launch:
-        """A launch of tiles that lie one after another: each has a program of its own (`own`), or all have the same one."""
+        """A launch of tiles that lie one after another: each has a program of its own (`own`), or
+        all have the same one."""
         bounds = [first + size * tile for tile in range(tiles + 1)] if own else [first, first + size * tiles]
         place = self.put(end for pair in itertools.pairwise(bounds) for end in pair)
         return Launch(tuple(segments), place, len(bounds) - 1)
@@ -117,7 +124,11 @@ class Writer:
                 sources=len(linear.sources),
             )
             firsts = itertools.accumulate((source.width for source in linear.sources), initial=0)
-            sources = [number for source, first in zip(linear.sources, firsts, strict=False) for number in self.source(source, first)]
+            sources = [
+                number
+                for source, first in zip(linear.sources, firsts, strict=False)
+                for number in self.source(source, first)
+            ]
             self.known[linear] = self.put(head + sources)
         return self.known[linear]
 
@@ -155,7 +166,9 @@ class Writer:
         body = [number for run in runs for number in self.run(level.experts[run[0]].read[0], [experts[e] for e in run])]
         body += [number for e in copies for number in experts[e]]
         selectors = self.selectors(units, list(zip(records, rows, strict=True)))
-        head = layout.GROUP.pack(units=len(units), width=units[0].width, runs=len(runs), copies=len(copies), selectors=selectors)
+        head = layout.GROUP.pack(
+            units=len(units), width=units[0].width, runs=len(runs), copies=len(copies), selectors=selectors
+        )
         return self.put([*head, *records, *padding, *rows, *padding, *body])
 
     def run(self, source: Source, readers: Sequence[Sequence[int]]) -> list[int]:
@@ -164,7 +177,8 @@ class Writer:
         return [*head, *(number for reader in readers for number in reader)]
 
     def selectors(self, units: list[Unit], places: list[tuple[int, int]]) -> int:
-        """The number of sources that the gates of these units read, and each with its gates; units without a gate read nothing."""
+        """The number of sources that the gates of these units read, and each with its gates; units
+        without a gate read nothing."""
         by_source: dict[Source, list[list[int]]] = {}
         for unit, (record, row) in zip(units, places, strict=True):
             source = unit.gate.read[0] if unit.gate else Source(X, 0, 0)
@@ -184,11 +198,13 @@ def plan_of(program: Program, whole: bool, most: int, columns: int) -> Plan:
 
     Args:
         program: the segments.
-        whole: run all segments in one launch, whose programs own their rows; otherwise one launch a level.
+        whole: run all segments in one launch, whose programs own their rows; otherwise one launch a
+            level.
         most: units that a program mixes at a time.
         columns: of a tile.
 
-    A launch of one segment gives each tile a program of its own. A launch of several runs all tiles in each program, segment after segment.
+    A launch of one segment gives each tile a program of its own. A launch of several runs all tiles
+    in each program, segment after segment.
     """
     write = Writer(program)
     softmax, launches, first_rows = 0, [], {}
@@ -206,10 +222,13 @@ def plan_of(program: Program, whole: bool, most: int, columns: int) -> Plan:
                     rows += len(unit.reads)
                 rows -= softmax
                 for column in range(0, max(units[0].width, 1), columns):
-                    # A program of its own has a softmax of its own: no two programs write to one address.
+                    # A program of its own has a softmax of its own: no two programs write to one
+                    # address.
                     fresh = column == 0 or len(segments) == 1
                     task = NO_SOFTMAX if not fresh else WRITE_WEIGHTS if column == 0 else WRITE_SOFTMAX
-                    tiles.append(layout.TILE.pack(group=record, column=column, softmax=softmax, task=task, wait=int(wait)))
+                    tiles.append(
+                        layout.TILE.pack(group=record, column=column, softmax=softmax, task=task, wait=int(wait))
+                    )
                     softmax += rows if len(segments) == 1 or column + columns >= units[0].width else 0
                     wait = False
         first = write.put(number for tile in tiles for number in tile)

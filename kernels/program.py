@@ -1,11 +1,13 @@
-"""A table as GPU launches see it: segments of linear maps and units. Plain data, no tensors and no Triton.
+"""A table as GPU launches see it: segments of linear maps and units. Plain data, no tensors and no
+Triton.
 
-A *segment* is what every program of a launch can do without waiting for another row: maps over what stands below, and units that mix their
-outputs. A level is one segment. What lies below its last maps (the hidden layers of its experts and gates) makes segments of its own in front
-of it, whose units hand on one map each; the towers are one more level. So one kernel runs everything.
+A *segment* is what every program of a launch can do without waiting for another row: maps over what
+stands below, and units that mix their outputs. A level is one segment. What lies below its last
+maps (the hidden layers of its experts and gates) makes segments of its own in front of it, whose
+units hand on one map each; the towers are one more level. So one kernel runs everything.
 
-An expert that gates select is computed in such a segment in front, and its level then only copies it: its gradients, from the mix and from
-the gates, meet where all gradients of a source meet.
+An expert that gates select is computed in such a segment in front, and its level then only copies
+it: its gradients, from the mix and from the gates, meet where all gradients of a source meet.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from fusedmoe.activation import IDENTITY, Activation
 from fusedmoe.table import Layer, Level, Table, product
 from fusedmoe.table import Unit as TableUnit
 
-# Columns of a segment's buffer begin at a multiple of this many numbers: 32 bytes of bfloat16, and any vector load.
+# Columns of a segment's buffer begin at a multiple of this many numbers: 32 bytes of bfloat16, and
+# any vector load.
 COLUMN = 16
 # What the kernels' 32-bit offsets inside a tile reach.
 MOST_COLUMNS = 65536
@@ -34,7 +37,8 @@ def rounded_up(n: int, multiple: int) -> int:
 
 
 class Source(NamedTuple):
-    """A vector of every row: input slot `column` of x (segment X), or columns `column`.. of the buffer of a segment."""
+    """A vector of every row: input slot `column` of x (segment X), or columns `column`.. of the
+    buffer of a segment."""
 
     segment: int
     column: int
@@ -43,7 +47,8 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Linear:
-    """act(W h + b); a copy of its one source where `weight` is NOTHING. h is the concatenation of the sources, or the output of `inner`."""
+    """act(W h + b); a copy of its one source where `weight` is NOTHING. h is the concatenation of
+    the sources, or the output of `inner`."""
 
     sources: tuple[Source, ...]
     width: int
@@ -64,7 +69,8 @@ class Linear:
 
 
 class Read(NamedTuple):
-    """One expert that a unit reads: its map in the segment, its row of the gate, its fixed static weight, its element of the learned ones."""
+    """One expert that a unit reads: its map in the segment, its row of the gate, its fixed static
+    weight, its element of the learned ones."""
 
     expert: int
     seen: int = NOTHING
@@ -74,7 +80,8 @@ class Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit: out = sum over reads of (softmax of the gate + static weight) x expert, into columns `column`.. of the segment's buffer."""
+    """One unit: out = sum over reads of (softmax of the gate + static weight) x expert, into
+    columns `column`.. of the segment's buffer."""
 
     reads: tuple[Read, ...]
     width: int
@@ -86,7 +93,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class Segment:
-    """Maps over earlier segments, and the units that mix them; `width` is the distance between the rows of its buffer."""
+    """Maps over earlier segments, and the units that mix them; `width` is the distance between the
+    rows of its buffer."""
 
     name: str
     level: int
@@ -97,7 +105,8 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """The segments of a table, in order; the last one writes the output. Parameters are numbered as `table.parameters`."""
+    """The segments of a table, in order; the last one writes the output. Parameters are numbered as
+    `table.parameters`."""
 
     table: Table
     segments: tuple[Segment, ...]
@@ -105,11 +114,17 @@ class Program:
     @functools.cached_property
     def levels(self) -> tuple[tuple[int, ...], ...]:
         """The segments of each level, towers last: those of one level can be one launch."""
-        return tuple(tuple(numbers) for _, numbers in itertools.groupby(range(len(self.segments)), key=lambda number: self.segments[number].level))
+        return tuple(
+            tuple(numbers)
+            for _, numbers in itertools.groupby(
+                range(len(self.segments)), key=lambda number: self.segments[number].level
+            )
+        )
 
     @functools.cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where the buffer of each segment begins, in numbers a row; the last segment writes to the output and has none."""
+        """Where the buffer of each segment begins, in numbers a row; the last segment writes to the
+        output and has none."""
         return tuple(itertools.accumulate((segment.width for segment in self.segments[:-1]), initial=0))
 
     @property
@@ -120,7 +135,11 @@ class Program:
     @functools.cached_property
     def linears(self) -> tuple[Linear, ...]:
         """Every map of the experts and the gates."""
-        return tuple(linear for segment in self.segments for linear in (*segment.experts, *(unit.gate for unit in segment.units if unit.gate)))
+        return tuple(
+            linear
+            for segment in self.segments
+            for linear in (*segment.experts, *(unit.gate for unit in segment.units if unit.gate))
+        )
 
     @functools.cached_property
     def hidden(self) -> bool:
@@ -134,9 +153,19 @@ class Program:
 
     @functools.cached_property
     def strides(self) -> tuple[int, ...]:
-        """Distances in memory that decide whether vector loads reach every row: those of the weights, and where sources begin and end."""
+        """Distances in memory that decide whether vector loads reach every row: those of the
+        weights, and where sources begin and end."""
         linears = [*self.linears, *(linear.hidden for linear in self.linears if linear.hidden)]
-        return tuple({self.table.width, *(size for linear in linears for size in (linear.reduction, *(source.width for source in linear.sources)))})
+        return tuple(
+            {
+                self.table.width,
+                *(
+                    size
+                    for linear in linears
+                    for size in (linear.reduction, *(source.width for source in linear.sources))
+                ),
+            }
+        )
 
     @functools.cached_property
     def reads(self) -> int:
@@ -146,18 +175,31 @@ class Program:
     @functools.cached_property
     def activations(self) -> tuple[str, ...]:
         """The names of the activations that kernels may meet."""
-        return tuple(sorted({linear.activation.name for linear in (*self.linears, *(linear.hidden for linear in self.linears if linear.hidden))}))
+        return tuple(
+            sorted(
+                {
+                    linear.activation.name
+                    for linear in (*self.linears, *(linear.hidden for linear in self.linears if linear.hidden))
+                }
+            )
+        )
 
     @functools.cached_property
     def gradients(self) -> tuple[tuple[int, ...], int]:
-        """Where the gradient of each live parameter begins among all (NOTHING for the others), and how many numbers all are."""
+        """Where the gradient of each live parameter begins among all (NOTHING for the others), and
+        how many numbers all are."""
         sizes = [product(p.shape) if p.live else 0 for p in self.table.parameters]
         ends = list(itertools.accumulate(sizes, initial=0))
-        return tuple(first if p.live else NOTHING for first, p in zip(ends, self.table.parameters, strict=False)), ends[-1]
+        return tuple(first if p.live else NOTHING for first, p in zip(ends, self.table.parameters, strict=False)), ends[
+            -1
+        ]
 
 
 def lower(table: Table) -> Program:
-    """Return the segments of a table; only what some output depends on. Raises: ValueError, naming the map, for one of more columns than MOST_COLUMNS."""
+    """Return the segments of a table; only what some output depends on.
+
+    Raises: ValueError, naming the map, for one of more columns than MOST_COLUMNS.
+    """
     return _lowered(table.text)
 
 
@@ -167,10 +209,12 @@ def of_text(text: str, training: bool) -> Program:
 
 
 def inline_hidden(table: Table) -> Program:
-    """Return the segments of a table with hidden layers computed inside the maps above them, where a level has one segment in front of it.
+    """Return the segments of a table with hidden layers computed inside the maps above them, where
+    a level has one segment in front of it.
 
-    For the forward alone: its launches then are of one segment each, and hidden layers never leave the chip. A tile of columns computes the
-    whole hidden layer of its experts: with n tiles of the last layer's columns, n times the FLOPs of the layer below.
+    For the forward alone: its launches then are of one segment each, and hidden layers never leave
+    the chip. A tile of columns computes the whole hidden layer of its experts: with n tiles of the
+    last layer's columns, n times the FLOPs of the layer below.
     """
     return _inline_hidden(table.text)
 
@@ -183,9 +227,14 @@ def _inline_hidden(text: str) -> Program:
     for group in program.levels:
         if len(group) == 2:
             front, last = group
-            linears = {Source(front, unit.column, unit.width): segments[front].experts[e] for e, unit in enumerate(segments[front].units)}
+            linears = {
+                Source(front, unit.column, unit.width): segments[front].experts[e]
+                for e, unit in enumerate(segments[front].units)
+            }
             experts = tuple(_inlined(linear, linears) for linear in segments[last].experts)
-            units = tuple(replace(unit, gate=unit.gate and _inlined(unit.gate, linears)) for unit in segments[last].units)
+            units = tuple(
+                replace(unit, gate=unit.gate and _inlined(unit.gate, linears)) for unit in segments[last].units
+            )
             # It stays in its place, because sources name segments by their numbers.
             segments[front] = replace(segments[front], experts=(), units=(), width=0)
             segments[last] = replace(segments[last], experts=experts, units=units)
@@ -194,10 +243,12 @@ def _inline_hidden(text: str) -> Program:
 
 @functools.lru_cache(maxsize=256)
 def of_one_slot(program: Program) -> Program:
-    """Return the forward of a program whose slots are all the same vector, as [B, D] expanded to [B, S, D] is: everything reads slot 0.
+    """Return the forward of a program whose slots are all the same vector, as [B, D] expanded to
+    [B, S, D] is: everything reads slot 0.
 
-    Its experts then share one tile of x, and its gates too. Rows of the softmax and columns of the buffers stay where they are, so the backward,
-    whose gradients of the slots differ, is that of the program itself.
+    Its experts then share one tile of x, and its gates too. Rows of the softmax and columns of the
+    buffers stay where they are, so the backward, whose gradients of the slots differ, is that of
+    the program itself.
     """
 
     def read(linear: Linear) -> Linear:
@@ -225,14 +276,16 @@ def _lowered(text: str) -> Program:
     for parameter in table.parameters:
         if max(parameter.shape, default=0) > MOST_COLUMNS and parameter.name.endswith("weight"):
             raise ValueError(
-                f"{parameter.name}: the GPU backends expect at most {MOST_COLUMNS} columns, got {max(parameter.shape)}; "
+                f"{parameter.name}: the GPU backends expect at most {MOST_COLUMNS} columns, got "
+                f"{max(parameter.shape)}; "
                 'use backend="reference" for this network'
             )
     return Program(table, tuple(_Lowering(table).segments()))
 
 
 class _Front:
-    """The segments in front of a level's own: hidden maps by their depth, each handed on by a unit that reads it alone."""
+    """The segments in front of a level's own: hidden maps by their depth, each handed on by a unit
+    that reads it alone."""
 
     def __init__(self, first: int):
         self.first = first
@@ -285,8 +338,15 @@ class _Lowering:
     def level(self, number: int, level: Level) -> None:
         live_units, live_experts = self.table.live[number]
         chains = [self.parameters(expert.layers) for expert in level.experts]
-        gates = [self.parameters((*u.gate.hidden, Layer(len(u.gate.sees), IDENTITY, u.gate.bias))) if u.gate else [] for u in level.units]
-        selected = {u.gate.selector.index for i, u in enumerate(level.units) if i in live_units and _has_gate(u) and u.gate.selector.kind == "expert"}
+        gates = [
+            self.parameters((*u.gate.hidden, Layer(len(u.gate.sees), IDENTITY, u.gate.bias))) if u.gate else []
+            for u in level.units
+        ]
+        selected = {
+            u.gate.selector.index
+            for i, u in enumerate(level.units)
+            if i in live_units and _has_gate(u) and u.gate.selector.kind == "expert"
+        }
         front = _Front(len(self.done))
         linears, outputs = {}, {}
         for e in sorted(live_experts):
@@ -302,7 +362,11 @@ class _Lowering:
             unit = level.units[u]
             gate = None
             if _has_gate(unit):
-                depth, source = outputs[unit.gate.selector.index] if unit.gate.selector.kind == "expert" else (0, self.selected(unit))
+                depth, source = (
+                    outputs[unit.gate.selector.index]
+                    if unit.gate.selector.kind == "expert"
+                    else (0, self.selected(unit))
+                )
                 gate = self.chain(front, depth, gates[u], (source,))[1]
             width = self.table.widths[number + 1][u]
             units.append(self.unit(unit, gate, width, column, places, u * len(level.experts)))
@@ -313,7 +377,9 @@ class _Lowering:
         self.done.append(Segment(f"level {number}", number, tuple(linears.values()), tuple(units), column))
         self.mixing += len(level.units) * len(level.experts)
 
-    def chain(self, front: _Front, depth: int, layers: list[tuple[Layer, int, int]], sources: tuple[Source, ...]) -> tuple[int, Linear]:
+    def chain(
+        self, front: _Front, depth: int, layers: list[tuple[Layer, int, int]], sources: tuple[Source, ...]
+    ) -> tuple[int, Linear]:
         """Place all layers but the last in front; return the depth of the last one, and that map."""
         for layer, weight, bias in layers[:-1]:
             sources = (front.place(depth, Linear(sources, layer.width, weight, bias, layer.activation)),)
@@ -325,12 +391,18 @@ class _Lowering:
         """The slot, or the root, that a gate reads."""
         return self.root if unit.gate.selector.kind == "root" else self.slots[unit.gate.selector.index]
 
-    def unit(self, unit: TableUnit, gate: Linear | None, width: int, column: int, places: dict[int, int], first: int) -> Unit:
+    def unit(
+        self, unit: TableUnit, gate: Linear | None, width: int, column: int, places: dict[int, int], first: int
+    ) -> Unit:
         static = unit.static
         value = dict(zip(static.experts, static.values, strict=True)) if static and static.values else {}
-        element = {e: static.offset + j for j, e in enumerate(static.experts)} if static and static.tensor is not None else {}
+        element = (
+            {e: static.offset + j for j, e in enumerate(static.experts)} if static and static.tensor is not None else {}
+        )
         seen = {e: j for j, e in enumerate(unit.gate.sees)} if gate else {}
-        reads = tuple(Read(places[e], seen.get(e, NOTHING), value.get(e, 0.0), element.get(e, NOTHING)) for e in unit.reads)
+        reads = tuple(
+            Read(places[e], seen.get(e, NOTHING), value.get(e, 0.0), element.get(e, NOTHING)) for e in unit.reads
+        )
         tensor = self.statics + static.tensor if element else NOTHING
         return Unit(reads, width, column, gate, tensor, tuple(self.mixing + first + e for e in unit.reads))
 
@@ -343,7 +415,13 @@ class _Lowering:
         self.done += front.segments("towers", level)
         width = linears[0].width
         last = _handing_on("towers", level, linears)
-        self.done.append(replace(last, units=tuple(replace(unit, column=t * width) for t, unit in enumerate(last.units)), width=len(linears) * width))
+        self.done.append(
+            replace(
+                last,
+                units=tuple(replace(unit, column=t * width) for t, unit in enumerate(last.units)),
+                width=len(linears) * width,
+            )
+        )
 
 
 def _has_gate(unit: TableUnit) -> bool:

@@ -1,6 +1,7 @@
 """How kernels read the records of a plan (`layout.py`), and the linear map that all of them share.
 
-`Block` is what a program knows of its rows, `Shape` what it was compiled for; both pass through every function below.
+`Block` is what a program knows of its rows, `Shape` what it was compiled for; both pass through
+every function below.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,8 @@ from fusedmoe.kernels.activation import apply
 
 
 class Offsets(tl.constexpr):
-    """A record as a constant of kernels: `UNIT.gate` in a kernel is `layout.UNIT.gate`, compiled and interpreted."""
+    """A record as a constant of kernels: `UNIT.gate` in a kernel is `layout.UNIT.gate`, compiled
+    and interpreted."""
 
     def __getattr__(self, field: str) -> int:
         # Triton's compiler asks the value itself; its interpreter runs kernels as plain Python.
@@ -23,16 +25,22 @@ class Offsets(tl.constexpr):
 
 
 FROM_X, FROM_BUFFER = tl.constexpr(layout.FROM_X), tl.constexpr(layout.FROM_BUFFER)
-PLACE, SOURCE, LINEAR, UNIT = Offsets(layout.PLACE), Offsets(layout.SOURCE), Offsets(layout.LINEAR), Offsets(layout.UNIT)
+PLACE, SOURCE, LINEAR, UNIT = (
+    Offsets(layout.PLACE),
+    Offsets(layout.SOURCE),
+    Offsets(layout.LINEAR),
+    Offsets(layout.UNIT),
+)
 COLUMN = tl.constexpr(program.COLUMN)
 NEVER = tl.constexpr(float("-inf"))
 
 
 class Block(NamedTuple):
-    """The rows of a program: `row` is the first of them, `rows` [BLOCK_B] count from it, and `live` masks those of the batch.
+    """The rows of a program: `row` is the first of them, `rows` [BLOCK_B] count from it, and `live`
+    masks those of the batch.
 
-    x [B, S, D] has the strides x_row and x_slot; buffers hold what segments hand on; out is [B, width]. `plan` and
-    `floats` are what `plan.py` wrote, `addresses` those of the parameters.
+    x [B, S, D] has the strides x_row and x_slot; buffers hold what segments hand on; out is [B,
+    width]. `plan` and `floats` are what `plan.py` wrote, `addresses` those of the parameters.
     """
 
     plan: tl.tensor
@@ -52,9 +60,10 @@ class Block(NamedTuple):
 class Shape(NamedTuple):
     """What a program was compiled for, beside the sizes of tiles and the pipeline.
 
-    ALIGN: every operand's rows begin at multiples of so many elements, BYTES: of so many bytes; STORE: the elements for
-    what segments hand on. ACTS: codes of the activations that may occur. HIDDEN: whether some linear has a hidden layer
-    inside. RESIDENT: columns of a source that stay in registers, in tiles of BLOCK_K, or 0.
+    ALIGN: every operand's rows begin at multiples of so many elements, BYTES: of so many bytes;
+    STORE: the elements for what segments hand on. ACTS: codes of the activations that may occur.
+    HIDDEN: whether some linear has a hidden layer inside. RESIDENT: columns of a source that stay
+    in registers, in tiles of BLOCK_K, or 0.
     """
 
     ALIGN: tl.constexpr
@@ -72,7 +81,8 @@ class Shape(NamedTuple):
 
 @triton.jit
 def pointer(block, number):
-    """The parameter `number`, by its address, a multiple of 16 bytes wherever ALIGN is not 1 (`bound.alignment` checks)."""
+    """The parameter `number`, by its address, a multiple of 16 bytes wherever ALIGN is not 1
+    (`bound.alignment` checks)."""
     return tl.load(block.addresses + number).to(block.x.dtype)
 
 
@@ -92,8 +102,8 @@ def padded(width):
 def rows_of(block, place, ALIGN: tl.constexpr):
     """(pointer to the block's first row, stride of rows) of a place.
 
-    The address is an integer until the end: what is said of alignment stays with the last operation, and not with the
-    branches of an `if`.
+    The address is an integer until the end: what is said of alignment stays with the last
+    operation, and not with the branches of an `if`.
     """
     kind = tl.load(block.plan + place + PLACE.kind)
     column = tl.load(block.plan + place + PLACE.column).to(tl.int64)
@@ -123,9 +133,7 @@ def streamed_product(block, shape: tl.constexpr, linear, weight, outputs, live, 
             k = k_tile + tl.arange(0, shape.BLOCK_K)
             inside = k < width
             h = tl.load(
-                first + block.rows[:, None] * stride + k[None, :],
-                mask=block.live[:, None] & inside[None, :],
-                other=0.0,
+                first + block.rows[:, None] * stride + k[None, :], mask=block.live[:, None] & inside[None, :], other=0.0
             )
             w = tl.load(
                 weight + outputs[None, :] * reduction + (column + k)[:, None],
@@ -138,7 +146,8 @@ def streamed_product(block, shape: tl.constexpr, linear, weight, outputs, live, 
 
 @triton.jit
 def resident_tiles(block, shape: tl.constexpr, source):
-    """The rows of a source: RESIDENT / BLOCK_K tiles [BLOCK_B, BLOCK_K] side by side, zero beyond its width."""
+    """The rows of a source: RESIDENT / BLOCK_K tiles [BLOCK_B, BLOCK_K] side by side, zero beyond
+    its width."""
     first, stride = rows_of(block, source, shape.ALIGN)
     width = load_aligned(block, source + SOURCE.width, shape.ALIGN)
     tiles = ()
@@ -166,7 +175,8 @@ def resident_product(block, shape: tl.constexpr, weight, reduction, h, outputs, 
 def product(
     block, shape: tl.constexpr, linear, weight, h, outputs, live, RESIDENT: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """W h of a linear without a hidden layer inside: of `h` where it is resident, else of the linear's sources."""
+    """W h of a linear without a hidden layer inside: of `h` where it is resident, else of the
+    linear's sources."""
     if RESIDENT > 0:
         reduction = load_aligned(block, linear + LINEAR.reduction, shape.ALIGN)
         z = resident_product(block, shape, weight, reduction, h, outputs, live, BLOCK_N)
@@ -179,10 +189,11 @@ def product(
 def linear_forward(
     block, shape: tl.constexpr, linear, first, h, outputs, live, RESIDENT: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """z = W h + b [BLOCK_B, BLOCK_N] in float32, for the rows first + `outputs` of W that are `live`.
+    """z = W h + b [BLOCK_B, BLOCK_N] in float32, for the rows first + `outputs` of W that are
+    `live`.
 
-    Where the linear has a hidden layer inside (HIDDEN), that is computed BLOCK_K outputs at a time and goes into the
-    product from registers.
+    Where the linear has a hidden layer inside (HIDDEN), that is computed BLOCK_K outputs at a time
+    and goes into the product from registers.
     """
     reduction = load_aligned(block, linear + LINEAR.reduction, shape.ALIGN)
     weight = pointer(block, tl.load(block.plan + linear + LINEAR.weight))
@@ -225,9 +236,10 @@ def without_hidden(
 def with_bias(block, linear, first, z, outputs, live):
     """z + b of a linear that has a bias.
 
-    Added whether or not there is one: Triton 3.6's pass tritongpu-pipeline follows a product of sm_90 that a loop
-    computes to the loop's yield, and where every use of the product stands in some `if`, and none leads there, crashes
-    on a null pointer (which comes out as `PassManager::run failed`).
+    Added whether or not there is one: Triton 3.6's pass tritongpu-pipeline follows a product of
+    sm_90 that a loop computes to the loop's yield, and where every use of the product stands in
+    some `if`, and none leads there, crashes on a null pointer (which comes out as `PassManager::run
+    failed`).
     """
     bias = tl.load(block.plan + linear + LINEAR.bias)
     b = tl.zeros(outputs.shape, tl.float32)

@@ -1,4 +1,5 @@
-"""The same two calls as operators that torch.compile keeps whole: it cannot trace into launches. Eager calls do without their overhead."""
+"""The same two calls as operators that torch.compile keeps whole: it cannot trace into launches.
+Eager calls do without their overhead."""
 
 from __future__ import annotations
 
@@ -19,9 +20,12 @@ def _program(table: str, training: bool) -> Program:
 def forward(
     x: Tensor, params: list[Tensor], table: str, training: bool, mixing: bool, recompute: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return out, weights, and what backward takes: `network.forward`; of that nothing where the backward is to work it out again."""
+    """Return out, weights, and what backward takes: `network.forward`; of that nothing where the
+    backward is to work it out again."""
     with launching(x, backend):
-        out, weights, saved = network.forward(last_dim_contiguous(x), params, codec.decode(table), mixing, training, backend=backend)
+        out, weights, saved = network.forward(
+            last_dim_contiguous(x), params, codec.decode(table), mixing, training, backend=backend
+        )
     memory = x.new_empty(0, dtype=torch.uint8) if recompute and recomputed(codec.decode(table)) else saved.memory
     return out, x.new_empty(x.shape[0], 0) if weights is None else weights, memory
 
@@ -41,11 +45,16 @@ def _(x, params, table, training, mixing, recompute, backend):
 def backward(
     d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: list[Tensor], memory: Tensor, table: str, backend: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return d_x, and the gradients of all live parameters one after another: an operator's results must not share memory."""
+    """Return d_x, and the gradients of all live parameters one after another: an operator's results
+    must not share memory."""
     x, network_table = last_dim_contiguous(x), codec.decode(table)
     with device_guard(x):
         # Where it is empty, the forward is run once more.
-        saved = network.Saved(memory) if memory.numel() else network.forward(x, params, network_table, False, True, backend=backend)[2]
+        saved = (
+            network.Saved(memory)
+            if memory.numel()
+            else network.forward(x, params, network_table, False, True, backend=backend)[2]
+        )
         return network.flat_backward(d_out, d_weights, x, params, saved, network_table, backend=backend)
 
 

@@ -1,4 +1,5 @@
-"""A small parity check before the first use on a device: kernels that nobody has run there raise, with the figure, and never train on.
+"""A small parity check before the first use on a device: kernels that nobody has run there raise,
+with the figure, and never train on.
 
 FUSEDMOE_SELF_TEST=0 turns it off.
 """
@@ -20,14 +21,16 @@ from fusedmoe.kernels.tiles import MANY_ROWS, WHOLE_ROWS
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
-# What someone has run with `make gpu` and sent the result of: (backend, name of the architecture) -> where it stands. None so far.
+# What someone has run with `make gpu` and sent the result of: (backend, name of the architecture)
+# -> where it stands. None so far.
 KNOWN: dict[tuple[str, str], str] = {}
 # One launch for all segments, a launch a level, and tiles of the most rows.
 ROWS = (40, WHOLE_ROWS + 44, MANY_ROWS)
 
 
 def tables() -> list[Table]:
-    """A network of two levels with static weights, hidden layers and towers, and one whose gates read the root; smooth, so that no row is near a kink."""
+    """A network of two levels with static weights, hidden layers and towers, and one whose gates
+    read the root; smooth, so that no row is near a kink."""
     return [
         adatt_sp(40, [[32, 24], [17]], 3, 2, activation="silu", towers=(8, 1)),
         mmoe(33, [[48]], 2, 3, activation="tanh"),
@@ -37,7 +40,8 @@ def tables() -> list[Table]:
 def results(x: Tensor, params: list[Tensor], d_out: Tensor, table: Table, compute) -> list[Tensor]:
     """Output, d_x and the gradients of all parameters in one piece, as float64 on the CPU.
 
-    In one piece: that of a gate's bias is a sum that cancels to three numbers, and how far two right kernels differ in it is a matter of luck.
+    In one piece: that of a gate's bias is a sum that cancels to three numbers, and how far two
+    right kernels differ in it is a matter of luck.
     """
     out, d_x, d_params = compute(x, params, d_out, table)
     return [t.double().cpu() for t in (out, d_x, torch.cat([d.flatten() for d in d_params if d is not None]))]
@@ -56,10 +60,12 @@ def plain(x: Tensor, params: list[Tensor], d_out: Tensor, table: Table):
 
 
 def worst(device: torch.device, dtype: torch.dtype, table: Table, rows: int, backend: str) -> float:
-    """Return the largest error of the kernels over the allowed one: 2 x that of plain PyTorch on the same device + 8 roundoffs of the largest number.
+    """Return the largest error of the kernels over the allowed one: 2 x that of plain PyTorch on
+    the same device + 8 roundoffs of the largest number.
 
-    Plain PyTorch may err there as its settings let it, by tf32 for one, but no more than twice as far as in bfloat16 on the host: on a device that
-    computes nothing it would allow the kernels that same nothing.
+    Plain PyTorch may err there as its settings let it, by tf32 for one, but no more than twice as
+    far as in bfloat16 on the host: on a device that computes nothing it would allow the kernels
+    that same nothing.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -75,7 +81,9 @@ def worst(device: torch.device, dtype: torch.dtype, table: Table, rows: int, bac
     there = [x.to(device), [p.to(device) for p in params], d_out.to(device)]
     values, simple = results(*there, table, functools.partial(ours, backend=backend)), results(*there, table, plain)
     ratios = []
-    for value, other, coarse, exact in zip(values, simple, on_host(torch.bfloat16), on_host(torch.float64), strict=True):
+    for value, other, coarse, exact in zip(
+        values, simple, on_host(torch.bfloat16), on_host(torch.float64), strict=True
+    ):
         plain_error = min(float((other - exact).abs().max()), 2 * float((coarse - exact).abs().max()))
         allowed = 2 * plain_error + 8 * row(dtype).roundoff * float(exact.abs().max())
         ratio = float((value - exact).abs().max()) / allowed
@@ -85,9 +93,11 @@ def worst(device: torch.device, dtype: torch.dtype, table: Table, rows: int, bac
 
 @functools.cache
 def check(device: torch.device, dtype: torch.dtype, backend: str) -> None:
-    """Check the kernels of a backend on a device and dtype, the first time that they are asked for in this process.
+    """Check the kernels of a backend on a device and dtype, the first time that they are asked for
+    in this process.
 
-    Raises: RuntimeError if they differ from the reference by more than rounding, or in the capture of a CUDA graph.
+    Raises: RuntimeError if they differ from the reference by more than rounding, or in the capture
+    of a CUDA graph.
     """
     if os.environ.get("FUSEDMOE_SELF_TEST") == "0":
         return
@@ -96,8 +106,10 @@ def check(device: torch.device, dtype: torch.dtype, backend: str) -> None:
         found = max(worst(device, dtype, table, rows, backend) for table in tables() for rows in ROWS)
     if found > 1.0:
         raise RuntimeError(
-            f"backend {backend} on {name_of(device)} ({history(device, backend)}), {dtype}: expected the reference's output and gradients up to rounding, "
-            f'got {found:.3g} times the error allowed; use backend="reference", and please report it (FUSEDMOE_SELF_TEST=0 turns this check off)'
+            f"backend {backend} on {name_of(device)} ({history(device, backend)}), {dtype}: expected the "
+            f"reference's output and gradients up to rounding, "
+            f'got {found:.3g} times the error allowed; use backend="reference", and please '
+            "report it (FUSEDMOE_SELF_TEST=0 turns this check off)"
         )
 
 

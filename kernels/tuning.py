@@ -1,7 +1,9 @@
-"""FUSEDMOE_AUTOTUNE=1: tiles by the clock, a few candidates beside the shipped choice, timed once and kept on disk.
+"""FUSEDMOE_AUTOTUNE=1: tiles by the clock, a few candidates beside the shipped choice, timed once
+and kept on disk.
 
-A choice is made by the first call of its `Key` on a device. It stands in a file of its own, so that processes need no lock: each writes a whole
-file aside and moves it into place, and the last one wins. Bits of a result may depend on the tiles, and so on what was found the fastest.
+A choice is made by the first call of its `Key` on a device. It stands in a file of its own, so that
+processes need no lock: each writes a whole file aside and moves it into place, and the last one
+wins. Bits of a result may depend on the tiles, and so on what was found the fastest.
 """
 
 from __future__ import annotations
@@ -29,14 +31,22 @@ from fusedmoe.kernels.program import Program, lower
 from fusedmoe.kernels.tiles import Tiles
 from fusedmoe.table import Table
 
-# The sizes that are tried, each from its least to its most: half and twice the shipped one, or one more and one less. 16 is the least of an MMA;
-# 16 warps of 255 registers a thread exceed a multiprocessor's.
-LIMITS = {"rows": (16, 128), "columns": (16, 128), "warps": (2, 8), "outputs": (16, 128), "stages": (1, 4), "ahead": (1, 4)}
+# The sizes that are tried, each from its least to its most: half and twice the shipped one, or one
+# more and one less. 16 is the least of an MMA; 16 warps of 255 registers a thread exceed a
+# multiprocessor's.
+LIMITS = {
+    "rows": (16, 128),
+    "columns": (16, 128),
+    "warps": (2, 8),
+    "outputs": (16, 128),
+    "stages": (1, 4),
+    "ahead": (1, 4),
+}
 ONE_BY_ONE = ("stages", "ahead")
 # The sizes that a forward (False) and a backward (True) have no use for.
 UNUSED = {False: "outputs", True: "ahead"}
-# What Triton raises for a tile that this device cannot run: its compiler's passes a bare RuntimeError. One of the device's that is none of
-# the tile's comes again in the next call.
+# What Triton raises for a tile that this device cannot run: its compiler's passes a bare
+# RuntimeError. One of the device's that is none of the tile's comes again in the next call.
 UNFIT = (OutOfResources, PTXASError, CompilationError, RuntimeError)
 # Milliseconds of warm-up and of calls that are timed, a candidate.
 WARM_UP, TIMED = 5, 20
@@ -50,8 +60,10 @@ _TUNING = threading.Lock()
 
 
 class Key(NamedTuple):
-    """What a choice depends on. work: "inference", "training" or "backward"; table: a digest of its text; rows: the least power of two that is no
-    smaller; slots: in memory, one where all are the same; kernels: a digest of their sources, and of the list of candidates."""
+    """What a choice depends on. work: "inference", "training" or "backward"; table: a digest of its
+    text; rows: the least power of two that is no smaller; slots: in memory, one where all are the
+    same; kernels: a digest of their sources, and of the list of candidates.
+    """
 
     work: str
     table: str
@@ -69,7 +81,10 @@ class Key(NamedTuple):
 
 @functools.cache
 def enabled() -> bool:
-    """Whether FUSEDMOE_AUTOTUNE asks for it; read once a process. Raises: ValueError for a value that is neither 0 nor 1."""
+    """Whether FUSEDMOE_AUTOTUNE asks for it; read once a process.
+
+    Raises: ValueError for a value that is neither 0 nor 1.
+    """
     value = os.environ.get("FUSEDMOE_AUTOTUNE", "0")
     if value not in ("0", "1"):
         raise ValueError(f"FUSEDMOE_AUTOTUNE: expected 0 or 1, got {value!r}")
@@ -77,7 +92,8 @@ def enabled() -> bool:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """The median time of a call on the current device, by events, each call after one that empties its L2 cache."""
+    """The median time of a call on the current device, by events, each call after one that empties
+    its L2 cache."""
     return triton.testing.do_bench(call, warmup=WARM_UP, rep=TIMED, return_mode="median")
 
 
@@ -90,13 +106,17 @@ def of_forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, 
     return _chosen(key, program, x, lambda tiles: network.forward(x, params, table, mixing, training, tiles))
 
 
-def of_backward(d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: network.Saved, table: Table) -> Tiles | None:
+def of_backward(
+    d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: network.Saved, table: Table
+) -> Tiles | None:
     """Return the tiles for `network.backward` of these arguments; None: the shipped ones."""
     if not _tunable(x):
         return None
     program = lower(table)
     key = _key("backward", program, d_weights is not None and d_weights.numel() > 0, x, params)
-    return _chosen(key, program, x, lambda tiles: network.flat_backward(d_out, d_weights, x, params, saved, table, tiles))
+    return _chosen(
+        key, program, x, lambda tiles: network.flat_backward(d_out, d_weights, x, params, saved, table, tiles)
+    )
 
 
 def _tunable(x: Tensor) -> bool:
@@ -104,16 +124,22 @@ def _tunable(x: Tensor) -> bool:
 
 
 def candidates(program: Program, dtype: torch.dtype, rows: int, arch: str, backward: bool) -> tuple[Tiles, ...]:
-    """Return the shipped tiles, those of the other form (all segments in one launch, or a launch a level), the former's in a launch a level, and
-    neighbours of the shipped ones that differ in one size."""
-    shipped, other = (tiles.choose(program, dtype, count, arch) for count in (rows, tiles.WHOLE_ROWS + (rows <= tiles.WHOLE_ROWS)))
+    """Return the shipped tiles, those of the other form (all segments in one launch, or a launch a
+    level), the former's in a launch a level, and neighbours of the shipped ones that differ in one
+    size.
+    """
+    shipped, other = (
+        tiles.choose(program, dtype, count, arch) for count in (rows, tiles.WHOLE_ROWS + (rows <= tiles.WHOLE_ROWS))
+    )
     # What a CUDA graph may like best: few rows, and columns spread over many programs.
     small = tiles.choose(program, dtype, 1, arch)._replace(whole=False)
     found = [candidate.backward if backward else candidate for candidate in (shipped, other, small)]
     for name, (least, most) in LIMITS.items():
         size = getattr(found[0], name)
         sizes = (size - 1, size + 1) if name in ONE_BY_ONE else (size // 2, size * 2)
-        found += [found[0]._replace(**{name: size}) for size in sizes if least <= size <= most and name != UNUSED[backward]]
+        found += [
+            found[0]._replace(**{name: size}) for size in sizes if least <= size <= most and name != UNUSED[backward]
+        ]
     return tuple(dict.fromkeys(found))
 
 
@@ -152,7 +178,8 @@ def _sources() -> str:
 
 
 def _chosen(key: Key, program: Program, x: Tensor, run: Callable[[Tiles], object]) -> Tiles | None:
-    """Return the choice of this process, or of the disk, or of the clock; None, the shipped one, while a CUDA graph is captured that finds none."""
+    """Return the choice of this process, or of the disk, or of the clock; None, the shipped one,
+    while a CUDA graph is captured that finds none."""
     known = _CHOSEN.get(key)
     if known is not None or device.capturing(x.device):
         return known
@@ -164,7 +191,8 @@ def _chosen(key: Key, program: Program, x: Tensor, run: Callable[[Tiles], object
 
 
 def _timed(key: Key, several: tuple[Tiles, ...], run: Callable[[Tiles], object]) -> Tiles:
-    """Time the candidates and keep the fastest, the shipped one in front; those that do not fit the device are left out."""
+    """Time the candidates and keep the fastest, the shipped one in front; those that do not fit the
+    device are left out."""
     times: dict[Tiles, float] = {}
     for candidate in several:
         try:
@@ -178,14 +206,19 @@ def _timed(key: Key, several: tuple[Tiles, ...], run: Callable[[Tiles], object])
 
 
 def folder() -> Path:
-    """Where choices stand: FUSEDMOE_CACHE_DIR, or fusedmoe/ in the user's cache. Raises: RuntimeError for a user without a home."""
+    """Where choices stand: FUSEDMOE_CACHE_DIR, or fusedmoe/ in the user's cache.
+
+    Raises: RuntimeError for a user without a home.
+    """
     named = os.environ.get("FUSEDMOE_CACHE_DIR")
     if named:
         return Path(named)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedmoe"
     except RuntimeError:
-        raise RuntimeError("FUSEDMOE_CACHE_DIR: expected a folder for tuned tiles, because this user has no home directory, got none") from None
+        raise RuntimeError(
+            "FUSEDMOE_CACHE_DIR: expected a folder for tuned tiles, because this user has no home directory, got none"
+        ) from None
 
 
 def _path(key: Key) -> Path:
@@ -193,7 +226,8 @@ def _path(key: Key) -> Path:
 
 
 def _read(key: Key, several: tuple[Tiles, ...]) -> Tiles | None:
-    """Return the choice that stands on disk, if it is one of `several`; warn of a file that holds anything else."""
+    """Return the choice that stands on disk, if it is one of `several`; warn of a file that holds
+    anything else."""
     path = _path(key)
     try:
         found = json.loads(path.read_text())
@@ -206,12 +240,17 @@ def _read(key: Key, several: tuple[Tiles, ...]) -> Tiles | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"{path}: expected tiles that an earlier run found the fastest, got {type(error).__name__}: {error}; tuned again", stacklevel=2)
+        warnings.warn(
+            f"{path}: expected tiles that an earlier run found the fastest, got {type(error).__name__}: "
+            f"{error}; tuned again",
+            stacklevel=2,
+        )
         return None
 
 
 def _write(key: Key, best: Tiles, times: dict[Tiles, float]) -> None:
-    """Keep a choice for other processes, with all times for whoever wants to look; warn where that cannot be."""
+    """Keep a choice for other processes, with all times for whoever wants to look; warn where that
+    cannot be."""
     path = _path(key)
     tried = [{**candidate._asdict(), "milliseconds": time} for candidate, time in times.items()]
     text = json.dumps({"key": key._asdict(), "tiles": best._asdict(), "milliseconds": tried}, indent=1)
@@ -226,4 +265,7 @@ def _write(key: Key, best: Tiles, times: dict[Tiles, float]) -> None:
                 os.unlink(part.name)
             raise
     except OSError as error:
-        warnings.warn(f"{path}: expected a file that can be written, got {error}; the tiles are kept for this process only", stacklevel=2)
+        warnings.warn(
+            f"{path}: expected a file that can be written, got {error}; the tiles are kept for this process only",
+            stacklevel=2,
+        )

@@ -1,5 +1,7 @@
-"""Under TRITON_INTERPRET=1 the tests run against Triton's interpreter, with its bfloat16 mended, and with FUSEDMOE_CUDA_ON_CPU against the CUDA kernels
-on an emulated device; both with NaN in memory that nobody wrote."""
+"""Under TRITON_INTERPRET=1 the tests run against Triton's interpreter, with its bfloat16 mended,
+and with FUSEDMOE_CUDA_ON_CPU against the CUDA kernels on an emulated device; both with NaN in
+memory that nobody wrote.
+"""
 
 import pytest
 import torch

@@ -1,7 +1,8 @@
 """Mutation testing: one operation of a source file is changed, and a named test must fail.
 
-What to change is written as the field writes a rewrite rule. In a pattern `$name` stands for one identifier, the same one wherever
-the name comes again, so that a renaming breaks no rule; white space stands for any; all else stands for itself.
+What to change is written as the field writes a rewrite rule. In a pattern `$name` stands for one
+identifier, the same one wherever the name comes again, so that a renaming breaks no rule; white
+space stands for any; all else stands for itself.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ def compiled(pattern: str) -> re.Pattern[str]:
     previous = ""
     for token in _TOKEN.findall(pattern):
         # Two words stay apart, and nothing else needs a space.
-        parts.append(r"\s+" if parts and previous[-1:].isalnum() and re.match(r"[\w$]", token) else r"\s*" if parts else "")
+        parts.append(
+            r"\s+" if parts and previous[-1:].isalnum() and re.match(r"[\w$]", token) else r"\s*" if parts else ""
+        )
         name = token[1:]
         if not token.startswith("$"):
             parts.append(re.escape(token))
@@ -40,7 +43,8 @@ def places(source: str, pattern: str) -> int:
 
 
 def mutated(source: str, pattern: str, instead: str) -> str:
-    """The source with `instead`, in which `$name` is what it stood for, in the one place of the pattern. Raises: ValueError unless there is one."""
+    """The source with `instead`, in which `$name` is what it stood for, in the one place of the
+    pattern. Raises: ValueError unless there is one."""
     if (count := places(source, pattern)) != 1:
         raise ValueError(f"mutation: expected one place of {pattern!r}, got {count}")
     return compiled(pattern).sub(lambda found: re.sub(r"\$(\w+)", lambda name: found[name[1]], instead), source)

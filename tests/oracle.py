@@ -1,4 +1,5 @@
-"""The operator and four families by float64 loops over rows, units, experts and k, written from the papers' equations.
+"""The operator and four families by float64 loops over rows, units, experts and k, written from the
+papers' equations.
 
 Plain Python numbers and lists: nothing here is shared with the reference. Only for tiny sizes.
 """
@@ -53,28 +54,43 @@ def combine(weights, vectors):
 
 
 def network(table, values, row):
-    """One row through a table. `values`: parameter name -> nested lists; row [S][D]. Returns (out, w per level as [U][E])."""
+    """One row through a table. `values`: parameter name -> nested lists; row [S][D]. Returns (out,
+    w per level as [U][E])."""
     slots = [list(slot) for slot in row]
     root = slots[table.root]
     weights = []
     for number, level in enumerate(table.levels):
-        y = [mlp(_layers(values, f"levels.{number}.experts.{e}", expert.layers), slots[expert.slot]) for e, expert in enumerate(level.experts)]
+        y = [
+            mlp(_layers(values, f"levels.{number}.experts.{e}", expert.layers), slots[expert.slot])
+            for e, expert in enumerate(level.experts)
+        ]
         w = [_unit_weights(values, table, number, u, unit, slots, root, y) for u, unit in enumerate(level.units)]
         units = []
         for u, unit in enumerate(level.units):
             reads = sorted(set(unit.gate.sees if unit.gate else ()) | set(unit.static.experts if unit.static else ()))
-            units.append(combine([w[u][e] for e in reads], [y[e] for e in reads]) if reads else [0.0] * table.widths[number + 1][u])
+            units.append(
+                combine([w[u][e] for e in reads], [y[e] for e in reads])
+                if reads
+                else [0.0] * table.widths[number + 1][u]
+            )
         weights.append(w)
         slots = units
     if any(task.tower for task in table.tasks):
         joined = [[value for u in task.units for value in slots[u]] for task in table.tasks]
-        return [mlp(_layers(values, f"towers.{t}", task.tower), joined[t]) for t, task in enumerate(table.tasks)], weights
+        return [
+            mlp(_layers(values, f"towers.{t}", task.tower), joined[t]) for t, task in enumerate(table.tasks)
+        ], weights
     return slots, weights
 
 
 def _layers(values, where, layers):
     return [
-        (values[f"{where}.{j}.weight"], values[f"{where}.{j}.bias"] if layer.bias else None, layer.activation.name, layer.activation.parameter)
+        (
+            values[f"{where}.{j}.weight"],
+            values[f"{where}.{j}.bias"] if layer.bias else None,
+            layer.activation.name,
+            layer.activation.parameter,
+        )
         for j, layer in enumerate(layers)
     ]
 
@@ -91,7 +107,11 @@ def _unit_weights(values, table, number, u, unit, slots, root, y):
             w[e] += p
     if unit.static is not None:
         for i, e in enumerate(unit.static.experts):
-            w[e] += unit.static.values[i] if unit.static.values is not None else _flat(values[f"statics.{unit.static.tensor}"])[unit.static.offset + i]
+            w[e] += (
+                unit.static.values[i]
+                if unit.static.values is not None
+                else _flat(values[f"statics.{unit.static.tensor}"])[unit.static.offset + i]
+            )
     return w
 
 
@@ -100,7 +120,8 @@ def _flat(nested):
 
 
 def mmoe(x, experts, gates):
-    """MMoE eq. 6-8: f^k(x) = sum over i of g^k(x)_i f_i(x), g^k(x) = softmax(W_gk x + b_gk). Returns [T][H].
+    """MMoE eq. 6-8: f^k(x) = sum over i of g^k(x)_i f_i(x), g^k(x) = softmax(W_gk x + b_gk).
+    Returns [T][H].
 
     `experts`: n MLPs; `gates`: (W, b) per task.
     """
@@ -111,10 +132,12 @@ def mmoe(x, experts, gates):
 def ple(slots, levels, counts):
     """PLE eq. 2-7. Returns [T][H].
 
-    Task k's gate weighs its own m_k experts and the m_s shared ones, in this order (eq. 2-5); below the last level one more
-    gate weighs the experts of all tasks and the shared ones (eq. 6-7); each reads its own slot, the shared one comes last.
+    Task k's gate weighs its own m_k experts and the m_s shared ones, in this order (eq. 2-5); below
+    the last level one more gate weighs the experts of all tasks and the shared ones (eq. 6-7); each
+    reads its own slot, the shared one comes last.
 
-    `levels`: (experts, gates) per level, experts ordered by task, the shared ones last; `counts`: m_k per task, then m_s.
+    `levels`: (experts, gates) per level, experts ordered by task, the shared ones last; `counts`:
+    m_k per task, then m_s.
     """
     tasks = len(counts) - 1
     for experts, gates in levels:
@@ -132,12 +155,15 @@ def ple(slots, levels, counts):
 
 
 def adatt(slots, levels, counts):
-    """AdaTT eq. 2-10: f_t = AllTaskFusion + NativeExpertFusion. Returns one vector per unit of the last level.
+    """AdaTT eq. 2-10: f_t = AllTaskFusion + NativeExpertFusion. Returns one vector per unit of the
+    last level.
 
-    AllTaskFusion weighs every expert of the level by softmax(G_t x_t); NativeExpertFusion adds the unit's own experts with
-    the weights v_t, which do not depend on x. With one native expert everywhere v_t = 1, and without the residual it is absent.
+    AllTaskFusion weighs every expert of the level by softmax(G_t x_t); NativeExpertFusion adds the
+    unit's own experts with the weights v_t, which do not depend on x. With one native expert
+    everywhere v_t = 1, and without the residual it is absent.
 
-    `levels`: (experts ordered by slot, gates, natives) per level, natives[u] = v_u or None; `counts`: experts per slot, shared last if any.
+    `levels`: (experts ordered by slot, gates, natives) per level, natives[u] = v_u or None;
+    `counts`: experts per slot, shared last if any.
     """
     for experts, gates, natives in levels:
         own = []
@@ -158,7 +184,8 @@ def adatt(slots, levels, counts):
 
 
 def cross_stitch(slots, levels):
-    """Cross-Stitch (MMoE 6.1): unit i = sum over j of alpha_ij times task j's hidden vector. `levels`: (experts, alpha [T][T])."""
+    """Cross-Stitch (MMoE 6.1): unit i = sum over j of alpha_ij times task j's hidden vector.
+    `levels`: (experts, alpha [T][T])."""
     for experts, alpha in levels:
         outputs = [mlp(expert, slot) for expert, slot in zip(experts, slots, strict=True)]
         slots = [combine(row, outputs) for row in alpha]

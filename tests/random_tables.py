@@ -17,7 +17,11 @@ LEARNED = (3, 4)
 @st.composite
 def layers(draw, widths, width=None, most: int = 3):
     """1 to `most` layers, the last of a given width."""
-    result = draw(st.lists(st.builds(Layer, widths, st.sampled_from(SMOOTH).map(activation), st.booleans()), min_size=1, max_size=most))
+    result = draw(
+        st.lists(
+            st.builds(Layer, widths, st.sampled_from(SMOOTH).map(activation), st.booleans()), min_size=1, max_size=most
+        )
+    )
     return (*result[:-1], replace(result[-1], width=width)) if width else tuple(result)
 
 
@@ -29,7 +33,9 @@ def subset(count: int, least: int = 0):
 def gates(draw, widths, slots: int, experts: int):
     kind = draw(st.sampled_from(["slot", "root", "expert"]))
     index = draw(st.integers(0, {"slot": slots, "root": 1, "expert": experts}[kind] - 1))
-    return Gate(Selector(kind, index), draw(subset(experts)), draw(st.just(()) | layers(widths, most=2)), draw(st.booleans()))
+    return Gate(
+        Selector(kind, index), draw(subset(experts)), draw(st.just(()) | layers(widths, most=2)), draw(st.booleans())
+    )
 
 
 @st.composite
@@ -42,17 +48,24 @@ def statics(draw, experts: int):
 
 @st.composite
 def tables(draw, widths=NARROW, levels: int = 3):
-    """1 to `levels` levels of up to 4 experts and 3 units, any selector and static weights, towers or none."""
+    """1 to `levels` levels of up to 4 experts and 3 units, any selector and static weights, towers
+    or none."""
     slots = inputs = draw(st.integers(1, 3))
     built = []
     for _ in range(draw(st.integers(1, levels))):
         width = draw(widths)
-        experts = tuple(Expert(slot, draw(layers(widths, width))) for slot in draw(st.lists(st.integers(0, slots - 1), min_size=1, max_size=4)))
+        experts = tuple(
+            Expert(slot, draw(layers(widths, width)))
+            for slot in draw(st.lists(st.integers(0, slots - 1), min_size=1, max_size=4))
+        )
         unit = st.builds(Unit, st.none() | gates(widths, slots, len(experts)), st.none() | statics(len(experts)))
         built.append(Level(experts, tuple(draw(st.lists(unit, min_size=1, max_size=3)))))
         slots = len(built[-1].units)
     width = draw(widths)
-    tasks = draw(st.just(()) | st.lists(st.builds(Task, subset(slots, 1), layers(widths, width, 2)), min_size=1, max_size=2).map(tuple))
+    tasks = draw(
+        st.just(())
+        | st.lists(st.builds(Task, subset(slots, 1), layers(widths, width, 2)), min_size=1, max_size=2).map(tuple)
+    )
     return Table(inputs, draw(widths), tuple(built), tasks, (LEARNED,), draw(st.integers(0, inputs - 1)))
 
 
@@ -67,15 +80,20 @@ def start(table: Table, rows: int = 5, dtype: torch.dtype = torch.float64, seed:
 
 
 def decided(given: Problem, factor: float) -> Problem:
-    """The problem with the logits of every gate multiplied by a factor: from 16 on most rows give one expert nearly all the weight."""
+    """The problem with the logits of every gate multiplied by a factor: from 16 on most rows give
+    one expert nearly all the weight."""
     logits = [".gates." in p.name and ".hidden." not in p.name for p in given.table.parameters]
-    return given._replace(params=tuple(p * factor if of_logits else p for p, of_logits in zip(given.params, logits, strict=True)))
+    return given._replace(
+        params=tuple(p * factor if of_logits else p for p, of_logits in zip(given.params, logits, strict=True))
+    )
 
 
 def leaning(given: Problem, lead: float) -> Problem:
-    """The problem with `lead` added to the bias of one logit of every gate that has biases: that expert gets nearly all the weight.
+    """The problem with `lead` added to the bias of one logit of every gate that has biases: that
+    expert gets nearly all the weight.
 
-    Unlike `decided`, which multiplies the rounding errors of logits too: tensor cores, which cut where others round, make larger ones.
+    Unlike `decided`, which multiplies the rounding errors of logits too: tensor cores, which cut
+    where others round, make larger ones.
     """
 
     def lead_one(bias):
@@ -83,5 +101,9 @@ def leaning(given: Problem, lead: float) -> Problem:
         first[: min(1, len(bias))] = lead
         return bias + first
 
-    biases = [".gates." in p.name and ".hidden." not in p.name and p.name.endswith(".bias") for p in given.table.parameters]
-    return given._replace(params=tuple(lead_one(p) if is_bias else p for p, is_bias in zip(given.params, biases, strict=True)))
+    biases = [
+        ".gates." in p.name and ".hidden." not in p.name and p.name.endswith(".bias") for p in given.table.parameters
+    ]
+    return given._replace(
+        params=tuple(lead_one(p) if is_bias else p for p, is_bias in zip(given.params, biases, strict=True))
+    )

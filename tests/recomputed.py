@@ -1,4 +1,5 @@
-"""What a GPU backend keeps for the backward with and without `recompute`, and how often a call works out what does not change; for both of them."""
+"""What a GPU backend keeps for the backward with and without `recompute`, and how often a call
+works out what does not change; for both of them."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from fusedmoe.table import Table
 from fusedmoe.testing import Case, Problem, build, problem
 
 ROWS = 9
-# Networks with segments between their levels, hidden layers and towers of two layers, and one without.
+# Networks with segments between their levels, hidden layers and towers of two layers, and one
+# without.
 TABLES = {
     "hidden layers": build("adatt_sp", 6, [[5, 4], [3]], 2, 2, activation="silu", towers=(3, 1)),
     "levels alone": build("adatt_sp", 6, [[5], [3]], 2, 2, activation="silu"),
@@ -24,11 +26,14 @@ TABLES = {
 
 
 class Step:
-    """A training step that counts the bytes that autograd keeps of memory that is neither x nor a parameter."""
+    """A training step that counts the bytes that autograd keeps of memory that is neither x nor a
+    parameter."""
 
     def __init__(self, table: Table, backend: str, dtype: torch.dtype, compiled: bool = False):
         self.table, self.backend, self.given = table, backend, problem(Case(table, ROWS), dtype)
-        self.network = torch.compile(fusion_network, backend="aot_eager", fullgraph=True) if compiled else fusion_network
+        self.network = (
+            torch.compile(fusion_network, backend="aot_eager", fullgraph=True) if compiled else fusion_network
+        )
 
     def __call__(self, recompute: bool) -> tuple[int, list[Tensor]]:
         given: Problem = self.given
@@ -41,14 +46,17 @@ class Step:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out, weights = self.network(x, params, self.table, self.backend, return_mixing_weights=True, recompute=recompute)
+            out, weights = self.network(
+                x, params, self.table, self.backend, return_mixing_weights=True, recompute=recompute
+            )
         loss = (out * given.d_out).sum() + sum((w * d).sum() for w, d in zip(weights, given.d_weights, strict=True))
         # Those of the loss itself are there either way.
         return sum(kept.values()), [out, *weights, *torch.autograd.grad(loss, [x, *params], allow_unused=True)]
 
 
 def least(table: Table, size: int) -> int:
-    """Bytes of what the docstring of `fusion_network` lets `recompute` keep besides x: each softmax in float32, and what each level hands on."""
+    """Bytes of what the docstring of `fusion_network` lets `recompute` keep besides x: each softmax
+    in float32, and what each level hands on."""
     program = lower(table)
     handed_on = sum(program.segments[group[-1]].width for group in program.levels[:-1])
     softmax = sum(len(unit.reads) for segment in program.segments for unit in segment.units)
@@ -56,7 +64,8 @@ def least(table: Table, size: int) -> int:
 
 
 def check_kept(name: str, backend: str, dtype: torch.dtype, compiled: bool = False) -> None:
-    """With `recompute` at most what the docstring says is kept, less than without where there is more, and all results are the same bits."""
+    """With `recompute` at most what the docstring says is kept, less than without where there is
+    more, and all results are the same bits."""
     table, size = TABLES[name], dtype.itemsize
     step = Step(table, backend, dtype, compiled)
     (most, plain), (fewest, again) = step(False), step(True)
@@ -81,7 +90,12 @@ def worked_out(step: Step, recompute: bool) -> Counter[str]:
         return call
 
     with ExitStack() as patches:
-        for owner, name in [*((bound, name) for name in WORKED_OUT), (bound.tiles, "chosen"), (bound.device, "written"), (bound.program, "of_text")]:
+        for owner, name in [
+            *((bound, name) for name in WORKED_OUT),
+            (bound.tiles, "chosen"),
+            (bound.device, "written"),
+            (bound.program, "of_text"),
+        ]:
             patches.enter_context(patch.object(owner, name, counting(name, getattr(owner, name))))
         step(recompute)
     return counted

@@ -1,4 +1,5 @@
-"""The layers that the tests of the swap run on, what may be done to their inside, and how two models are compared."""
+"""The layers that the tests of the swap run on, what may be done to their inside, and how two
+models are compared."""
 
 import copy
 
@@ -15,7 +16,9 @@ WIDTHS = [[5, 4], [4]]
 
 
 def central(name: str) -> layers.CentralTaskArch:
-    return layers.CentralTaskArch(layers.MtlConfigs(name, 2, 2, WIDTHS), layers.ArchInputs(T, [3], activation_type="silu"), D)
+    return layers.CentralTaskArch(
+        layers.MtlConfigs(name, 2, 2, WIDTHS), layers.ArchInputs(T, [3], activation_type="silu"), D
+    )
 
 
 # name -> (layer, slots of its input; None: [B, D])
@@ -37,7 +40,10 @@ LAYERS = {
     "asymmetric_sharing": (lambda: layers.AsymmetricSharing(D, [5, 4], T, [[0, 1], [1, 2], [2, 0]], "mean"), None),
     "customized_sharing": (lambda: layers.CustomizedSharing(D, [5, 4], T), None),
     "silu": (lambda: layers.AdaTTSp(D, WIDTHS, T, 2, activation="silu"), T),
-    **{f"central {name}": (lambda name=name: central(name), None) for name in ("att_sp", "att_g", "ple", "cross_st", "mmoe", "share_bottom", "cgc")},
+    **{
+        f"central {name}": (lambda name=name: central(name), None)
+        for name in ("att_sp", "att_g", "ple", "cross_st", "mmoe", "share_bottom", "cgc")
+    },
 }
 
 
@@ -59,7 +65,9 @@ def results(module: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor | None
     value = module(x)
     outputs = value if isinstance(value, list) else [value]
     generator = torch.Generator().manual_seed(3)
-    loss = sum((out * torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)).sum() for out in outputs)
+    loss = sum(
+        (out * torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)).sum() for out in outputs
+    )
     names, parameters = zip(*module.named_parameters(), strict=True)
     grads = torch.autograd.grad(loss, [x, *parameters], allow_unused=True)
     return {
@@ -69,9 +77,11 @@ def results(module: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor | None
 
 
 def assert_same(fused: nn.Module, eager: nn.Module, x: torch.Tensor) -> None:
-    """Check the fused module against the class's own forward, with float64 of the same class as truth: the rule of `testing`.
+    """Check the fused module against the class's own forward, with float64 of the same class as
+    truth: the rule of `testing`.
 
-    Neighbours are run where the layer and its input alone do not allow enough, as `testing.assert_parity` does it.
+    Neighbours are run where the layer and its input alone do not allow enough, as
+    `testing.assert_parity` does it.
     """
     ours = results(fused, x)
     if testing.faults_of(ours, expected_of(eager, x, 0)):
@@ -79,9 +89,11 @@ def assert_same(fused: nn.Module, eager: nn.Module, x: torch.Tensor) -> None:
 
 
 def expected_of(eager: nn.Module, x: torch.Tensor, neighbours: int) -> dict[str, tuple[torch.Tensor | None, float]]:
-    """Return (truth, largest error allowed) by name, as `testing.expectation`: plain torch's error is the largest of the layer's and its neighbours'.
+    """Return (truth, largest error allowed) by name, as `testing.expectation`: plain torch's error
+    is the largest of the layer's and its neighbours'.
 
-    In float64 plain torch is the truth itself; its error is measured in float32, scaled by the roundoffs, and enters once more.
+    In float64 plain torch is the truth itself; its error is measured in float32, scaled by the
+    roundoffs, and enters once more.
     """
     measured = torch.float32 if x.dtype == torch.float64 else x.dtype
     scale = dtypes.row(x.dtype).roundoff / dtypes.row(measured).roundoff
@@ -91,7 +103,9 @@ def expected_of(eager: nn.Module, x: torch.Tensor, neighbours: int) -> dict[str,
     for _ in range(1 + neighbours):
         exact = results(copy.deepcopy(rounded).double(), inputs.double())
         plain = results(rounded, inputs)
-        errors.append({name: scale * testing.error(plain[name], value) for name, value in exact.items() if value is not None})
+        errors.append(
+            {name: scale * testing.error(plain[name], value) for name, value in exact.items() if value is not None}
+        )
         inputs = testing.moved(inputs, generator)
         with torch.no_grad():
             for param in rounded.parameters():
@@ -99,17 +113,25 @@ def expected_of(eager: nn.Module, x: torch.Tensor, neighbours: int) -> dict[str,
     truth = results(copy.deepcopy(eager).double(), x.double())
     plain = {name: max(draw[name] for draw in errors) for name in errors[0]}
     return {
-        name: (value, 0.0 if value is None else testing.bound(plain[name], value, x.dtype) + (0.0 if measured == x.dtype else plain[name]))
+        name: (
+            value,
+            0.0
+            if value is None
+            else testing.bound(plain[name], value, x.dtype) + (0.0 if measured == x.dtype else plain[name]),
+        )
         for name, value in truth.items()
     }
 
 
 def everything(model: nn.Module) -> dict[str, tuple]:
-    """All that a model's modules hold: the order, names and identities of their attributes, parameters, buffers and submodules."""
+    """All that a model's modules hold: the order, names and identities of their attributes,
+    parameters, buffers and submodules."""
     parts = {}
     for path, module in model.named_modules():
         parts[path] = (type(module), list(module.__dict__), [id(value) for value in module.__dict__.values()])
-        parts[f"{path} tables"] = tuple((list(d), [id(v) for v in d.values()]) for d in (module._parameters, module._buffers, module._modules))
+        parts[f"{path} tables"] = tuple(
+            (list(d), [id(v) for v in d.values()]) for d in (module._parameters, module._buffers, module._modules)
+        )
     return parts
 
 

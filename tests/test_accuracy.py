@@ -1,5 +1,7 @@
-"""No gradient is less accurate than plain PyTorch's: the rule over random tables that are wide, deep, and have gates which are nearly decided,
-and for what those showed: activations, and sums over rows."""
+"""No gradient is less accurate than plain PyTorch's: the rule over random tables that are wide,
+deep, and have gates which are nearly decided, and for what those showed: activations, and sums over
+rows.
+"""
 
 import itertools
 import os
@@ -40,7 +42,8 @@ def check(table, dtype, rows, factor, seed) -> None:
 
 
 def alone(kind: str, z: torch.Tensor) -> Problem:
-    """A network that is one activation, on the numbers z [B]: one expert of width 1 under a static weight of 1."""
+    """A network that is one activation, on the numbers z [B]: one expert of width 1 under a static
+    weight of 1."""
     expert = Expert(0, (Layer(1, activation(kind), bias=False),))
     table = Table(1, 1, (Level((expert,), (Unit(static=Static((0,), (1.0,))),)),), (), (), 0)
     z = z[:, None, None]
@@ -50,9 +53,13 @@ def alone(kind: str, z: torch.Tensor) -> Problem:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", sorted(DEFAULT_PARAMETER))
 def test_activations_in_every_binade(kind, backend):
-    """Output and gradient of numbers of one sign between two powers of 2 by the rule: what is small beside 1 must be right by itself."""
+    """Output and gradient of numbers of one sign between two powers of 2 by the rule: what is small
+    beside 1 must be right by itself."""
     # From 8 on, gelu_tanh has no digits left in float64, of which PyTorch takes 1 + tanh.
-    steps, firsts = 1 + torch.arange(64) / 64, [sign * 2.0**exponent for exponent in range(-6, 3) for sign in (-1.0, 1.0)]
+    steps, firsts = (
+        1 + torch.arange(64) / 64,
+        [sign * 2.0**exponent for exponent in range(-6, 3) for sign in (-1.0, 1.0)],
+    )
     given = alone(kind, torch.cat([first * steps for first in firsts]))
     ours, plain, truth = evaluate(on(backend), given), evaluate(eager, given), evaluate(eager, given.to(torch.float64))
     for name in ("out", "d_x"):
@@ -71,8 +78,16 @@ def test_activations_pass_what_is_not_a_number(kind, backend):
 
 
 def equal_rows(rows: int, width: int, seed: int) -> Problem:
-    """One linear map of an x of one number; every row of x and of the upstream gradient is the same, so that no rounding error makes up for another."""
-    table = Table(1, 1, (Level((Expert(0, (Layer(width, activation("identity")),)),), (Unit(static=Static((0,), (1.0,))),)),), (), (), 0)
+    """One linear map of an x of one number; every row of x and of the upstream gradient is the
+    same, so that no rounding error makes up for another."""
+    table = Table(
+        1,
+        1,
+        (Level((Expert(0, (Layer(width, activation("identity")),)),), (Unit(static=Static((0,), (1.0,))),)),),
+        (),
+        (),
+        0,
+    )
     generator = torch.Generator().manual_seed(seed)
     x, d_out = (torch.randn(1, 1, size, generator=generator).repeat(rows, 1, 1) for size in (1, width))
     return Problem(table, x, (torch.ones(width, 1), torch.zeros(width)), d_out, (torch.zeros(rows, 1, 1),))
@@ -81,7 +96,12 @@ def equal_rows(rows: int, width: int, seed: int) -> Problem:
 @pytest.mark.parametrize("isa", HERE)
 def test_sums_of_equal_rows(isa):
     """Under every ISA, whose vectors and with them chains differ; each needs a process of its own."""
-    result = subprocess.run([sys.executable, "-m", "tests.test_accuracy"], env={**os.environ, "FUSEDMOE_ISA": isa}, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.test_accuracy"],
+        env={**os.environ, "FUSEDMOE_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
     assert result.stdout == f"{isa} checked\n", result.stderr
 
 

@@ -38,7 +38,9 @@ def first(out):
 def two_experts(module):
     if type(module).__name__ != "TwoExperts":
         return None
-    table = families.mmoe(module.left.in_features, [[module.left.out_features]], num_tasks=1, num_experts=2, activation="identity")
+    table = families.mmoe(
+        module.left.in_features, [[module.left.out_features]], num_tasks=1, num_experts=2, activation="identity"
+    )
     keys = ("left.weight", "left.bias", "right.weight", "right.bias", "gate.weight", "gate.bias")
     return Match("two experts", Wiring(table, keys), 2, first)
 
@@ -81,7 +83,10 @@ class Teacher:
         return adatt_sp(module) if isinstance(module, layers.AdaTTSp) else None
 
 
-@pytest.mark.parametrize(("function", "family"), [(functools.partial(Teacher()), "Teacher"), (functools.partial(adatt_sp), "adatt_sp"), (Teacher(), "Teacher")])
+@pytest.mark.parametrize(
+    ("function", "family"),
+    [(functools.partial(Teacher()), "Teacher"), (functools.partial(adatt_sp), "adatt_sp"), (Teacher(), "Teacher")],
+)
 def test_an_adapter_may_be_any_callable(adapter, layer, function, family):
     adapter(function)
     assert fuse(layer).fused[0].family == family
@@ -117,14 +122,23 @@ def test_what_an_adapter_says_is_probed(adapter):
     adapter(
         lambda module: (
             (found := two_experts(module))
-            and found._replace(wiring=found.wiring._replace(keys=(*found.wiring.keys[2:4], *found.wiring.keys[:2], *found.wiring.keys[4:])))
+            and found._replace(
+                wiring=found.wiring._replace(
+                    keys=(*found.wiring.keys[2:4], *found.wiring.keys[:2], *found.wiring.keys[4:])
+                )
+            )
         )
     )
     assert "computes something else" in fuse(TwoExperts()).declined[0].reason
 
 
 def test_an_adapter_with_wrong_keys_is_declined_with_the_key(adapter):
-    adapter(lambda module: (found := two_experts(module)) and found._replace(wiring=found.wiring._replace(keys=("up.weight", *found.wiring.keys[1:]))))
+    adapter(
+        lambda module: (
+            (found := two_experts(module))
+            and found._replace(wiring=found.wiring._replace(keys=("up.weight", *found.wiring.keys[1:])))
+        )
+    )
     assert "up.weight" in fuse(TwoExperts()).declined[0].reason
 
 

@@ -1,4 +1,5 @@
-"""Why the kernels for GPUs cannot serve a call: one error with the reason and what would, and `auto` takes that; as on machines that have a device."""
+"""Why the kernels for GPUs cannot serve a call: one error with the reason and what would, and
+`auto` takes that; as on machines that have a device."""
 
 import importlib
 import importlib.metadata
@@ -28,7 +29,9 @@ class Driver:
 def machine(monkeypatch):
     """A machine with a GPU and with a Triton that works, until a test takes some of it away."""
     active = SimpleNamespace(get_device_interface=lambda: torch.cuda)
-    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active))))
+    monkeypatch.setitem(
+        sys.modules, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=active)))
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(backends, "INTERPRETED", False)
@@ -53,12 +56,19 @@ LACKS = {
         lambda patch: patch.setattr(importlib.metadata, "version", no_package),
         "expected the package triton, got none; `pip install triton` brings it, for Linux",
     ),
-    "a later version": (lambda patch: patch.setattr(importlib.metadata, "version", lambda _: "3.1.0"), "expected triton 3.6 or later, got 3.1.0"),
+    "a later version": (
+        lambda patch: patch.setattr(importlib.metadata, "version", lambda _: "3.1.0"),
+        "expected triton 3.6 or later, got 3.1.0",
+    ),
     "a driver": (
         lambda patch: patch.setitem(sys.modules, "triton", SimpleNamespace(runtime=SimpleNamespace(driver=Driver()))),
-        "expected a Triton that finds the GPU's driver and a C compiler, got RuntimeError: 0 active drivers ([]). There should only be one.",
+        "expected a Triton that finds the GPU's driver and a C compiler, got RuntimeError: 0 active drivers "
+        "([]). There should only be one.",
     ),
-    "a library that loads": (lambda patch: patch.setitem(sys.modules, "triton", None), "expected a Triton that finds the GPU's driver and a C compiler, got "),
+    "a library that loads": (
+        lambda patch: patch.setitem(sys.modules, "triton", None),
+        "expected a Triton that finds the GPU's driver and a C compiler, got ",
+    ),
     "a later architecture": (
         lambda patch: patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5)),
         "expected a GPU of sm_80 or later, got sm_75",
@@ -73,7 +83,9 @@ def test_a_tensor_on_cuda_without(name, dtype, machine):
     take(machine)
     with pytest.raises(RuntimeError) as caught:
         choose("triton", CUDA, dtype)
-    assert str(caught.value).startswith(f"backend triton: {reason}") and str(caught.value).endswith('; backend="auto" would take reference')
+    assert str(caught.value).startswith(f"backend triton: {reason}") and str(caught.value).endswith(
+        '; backend="auto" would take reference'
+    )
     assert choose("auto", CUDA, dtype) == "reference"
 
 
@@ -88,13 +100,17 @@ def test_an_architecture_of_amds_is_not_asked_for_its_capability(machine):
 
 
 def test_a_tensor_on_the_cpu(machine):
-    with pytest.raises(RuntimeError, match=r'backend triton: expected a tensor on cuda, got one on cpu; backend="auto" would take cpu'):
+    with pytest.raises(
+        RuntimeError, match=r'backend triton: expected a tensor on cuda, got one on cpu; backend="auto" would take cpu'
+    ):
         choose("triton", CPU, torch.float32)
     assert choose("auto", CPU, torch.float32) == "cpu"
 
 
 def test_a_dtype_that_the_kernels_lack(machine):
-    message = r'backend triton: expected float32 or bfloat16 or float16, got float64; backend="auto" would take reference'
+    message = (
+        r'backend triton: expected float32 or bfloat16 or float16, got float64; backend="auto" would take reference'
+    )
     with pytest.raises(RuntimeError, match=message):
         choose("triton", CUDA, torch.float64)
 
@@ -106,7 +122,9 @@ def test_nothing_is_offered_where_nothing_can(machine):
 
 def test_importing_the_library_does_not_import_triton():
     """Nor look for a driver: processes that fork later have not touched the device."""
-    script = "import sys, torch; torch.cuda.is_available = lambda: True; import fusedmoe; print('triton' in sys.modules)"
+    script = (
+        "import sys, torch; torch.cuda.is_available = lambda: True; import fusedmoe; print('triton' in sys.modules)"
+    )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.stdout == "False\n", result.stdout + result.stderr
 
@@ -130,17 +148,24 @@ def broken(name: str):
 CUDA_LACKS = {
     "the extension": (
         lambda patch: patch.setitem(sys.modules, "fusedmoe._cuda", None),
-        "expected the extension fusedmoe._cuda, got none; `FUSEDMOE_BUILD=cuda pip install --no-build-isolation .` builds it, with nvcc",
+        "expected the extension fusedmoe._cuda, got none; `FUSEDMOE_BUILD=cuda pip install "
+        "--no-build-isolation .` builds it, with nvcc",
     ),
     "a library that loads": (
         lambda patch: patch.setattr(importlib, "import_module", broken),
-        "the extension fusedmoe._cuda cannot be loaded (libc.so.7: cannot open shared object file); build it again with FUSEDMOE_BUILD=cuda",
+        "the extension fusedmoe._cuda cannot be loaded (libc.so.7: cannot open shared object file); build it "
+        "again with FUSEDMOE_BUILD=cuda",
     ),
     "a driver": (
-        lambda patch: patch.setitem(sys.modules, "fusedmoe._cuda", extension("cudaErrorInsufficientDriver (CUDA driver version is ...)")),
+        lambda patch: patch.setitem(
+            sys.modules, "fusedmoe._cuda", extension("cudaErrorInsufficientDriver (CUDA driver version is ...)")
+        ),
         "expected a GPU and its driver, got cudaErrorInsufficientDriver (CUDA driver version is ...)",
     ),
-    "a device of NVIDIA's": (lambda patch: patch.setattr(torch.version, "hip", "6.0"), "expected a GPU of NVIDIA's, got a build of torch for AMD's"),
+    "a device of NVIDIA's": (
+        lambda patch: patch.setattr(torch.version, "hip", "6.0"),
+        "expected a GPU of NVIDIA's, got a build of torch for AMD's",
+    ),
     "a torch that finds it": (
         lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False),
         f"expected a build of torch that finds the GPU, got {torch.__version__}",
@@ -173,5 +198,7 @@ def test_auto_takes_triton_then_cuda_then_the_reference(machine):
 
 def test_the_cuda_kernels_refuse_the_cpu(built):
     """Only tests register an emulated device, in a process of their own."""
-    with pytest.raises(RuntimeError, match=r'backend cuda: expected a tensor on cuda, got one on cpu; backend="auto" would take cpu'):
+    with pytest.raises(
+        RuntimeError, match=r'backend cuda: expected a tensor on cuda, got one on cpu; backend="auto" would take cpu'
+    ):
         choose("cuda", CPU, torch.float32)

@@ -1,6 +1,8 @@
-"""What a backward is asked for and handed: outputs without a gradient, saved tensors of another layout, tensors without memory.
+"""What a backward is asked for and handed: outputs without a gradient, saved tensors of another
+layout, tensors without memory.
 
-On every backend; those whose kernels are interpreted or emulated have runs of their own, as `test_parity` has.
+On every backend; those whose kernels are interpreted or emulated have runs of their own, as
+`test_parity` has.
 """
 
 from collections.abc import Callable
@@ -22,7 +24,10 @@ TABLES = {
     "adatt_sp": adatt_sp(12, [[8], [8]], 3, 2, activation="silu", towers=(4, 1)),
     "ple": ple(12, [[9, 8], [7]], 3, 2, 1, activation="tanh", towers=(2,)),
 }
-WEIGHTS = {name: cases()[name].table for name in ("adatt_sp-odd", "ple-odd", "ml_mmoe-odd", "cross_stitch-odd", "every_feature")}
+WEIGHTS = {
+    name: cases()[name].table
+    for name in ("adatt_sp-odd", "ple-odd", "ml_mmoe-odd", "cross_stitch-odd", "every_feature")
+}
 # Plain PyTorch promises no bits, and says in its own words what it lacks.
 KERNELS = [name for name in BACKENDS if name != "reference"]
 DTYPE = torch.float32
@@ -53,10 +58,13 @@ def expectation(table: Table, loss: Loss) -> dict[str, tuple[Tensor | None, floa
     """Truth and bound of every gradient, by the rule of fusedmoe/testing.py."""
     narrow = {name: None if d is None else d.double() for name, d in gradients(plain, table, loss).items()}
     # Of the same numbers: those that were drawn in the dtype of the test.
-    x, params = ([t.detach().double().requires_grad_() for t in tensors] for tensors in ([leaves(table)[0]], leaves(table)[1]))
+    x, params = (
+        [t.detach().double().requires_grad_() for t in tensors] for tensors in ([leaves(table)[0]], leaves(table)[1])
+    )
     found = torch.autograd.grad(loss(*plain(*x, params, table)), [*x, *params], allow_unused=True)
     truth = dict(zip(narrow, found, strict=True))
-    # Of one tensor plain PyTorch's error may be nothing by luck: of all of them the worst, beside the largest number.
+    # Of one tensor plain PyTorch's error may be nothing by luck: of all of them the worst, beside
+    # the largest number.
     largest = {name: float(t.abs().max()) for name, t in truth.items() if t is not None}
     worst = max(error(narrow[name], truth[name]) / size for name, size in largest.items() if size)
     return {name: (t, 0.0 if t is None else bound(worst * largest[name], t, DTYPE)) for name, t in truth.items()}
@@ -66,7 +74,8 @@ def expectation(table: Table, loss: Loss) -> dict[str, tuple[Tensor | None, floa
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_a_loss_on_some_tasks(table, backend, wanted):
-    """Towers that the loss leaves out have no gradient, as in plain PyTorch; what is below them has."""
+    """Towers that the loss leaves out have no gradient, as in plain PyTorch; what is below them
+    has."""
 
     def loss(outs, _):
         return sum(outs[t].square().sum() for t in wanted)
@@ -83,7 +92,8 @@ def test_a_loss_on_some_tasks(table, backend, wanted):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("table", WEIGHTS.values(), ids=WEIGHTS)
 def test_a_loss_on_the_mixing_weights_of_a_level(table, backend):
-    """They depend on gates and static weights, and on what gates select, never on the experts that they weigh; a level sees none above it."""
+    """They depend on gates and static weights, and on what gates select, never on the experts that
+    they weigh; a level sees none above it."""
     for level in range(len(table.levels)):
 
         def loss(_, weights, level=level):
@@ -124,7 +134,9 @@ def test_hooks_of_saved_tensors_may_change_the_layout(backend, layout, dtype, ex
 
     def step() -> tuple[Tensor, ...]:
         out, weights = fusion_network(x, params, table, backend, return_mixing_weights=True, recompute=recompute)
-        return torch.autograd.grad(out.float().square().sum() + sum(w.float().square().sum() for w in weights), [x, *params])
+        return torch.autograd.grad(
+            out.float().square().sum() + sum(w.float().square().sum() for w in weights), [x, *params]
+        )
 
     expected = step()
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, layout):

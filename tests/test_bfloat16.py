@@ -1,4 +1,5 @@
-"""bfloat16 on the cpu backend, and recomputing: parity by the rule, bits that depend on nothing they should not, autocast."""
+"""bfloat16 on the cpu backend, and recomputing: parity by the rule, bits that depend on nothing
+they should not, autocast."""
 
 import copy
 from functools import partial
@@ -16,14 +17,16 @@ from fusedmoe.testing import Case, assert_close, bound, cases, evaluate, expecta
 
 BF16 = torch.bfloat16
 CASES = cases()
-# Widths beyond a tile of 32 x 32 x 32 and its multiples, an odd one among them; rows beyond a block of 128.
+# Widths beyond a tile of 32 x 32 x 32 and its multiples, an odd one among them; rows beyond a block
+# of 128.
 WIDE = Case(families.ple(75, [[66, 97], [40]], 2, 2, 1, activation="silu", towers=(33, 1)), 150)
 fused = partial(fusion_network, backend="cpu", return_mixing_weights=True)
 
 
 @pytest.mark.parametrize("name", sorted(name for name in CASES if name.endswith(("every_feature", "odd"))))
 def test_parity(name):
-    """Elementwise, without kinks: in bfloat16 nearly every row has a pre-activation within rounding of one."""
+    """Elementwise, without kinks: in bfloat16 nearly every row has a pre-activation within rounding
+    of one."""
     given = problem(CASES[name]._replace(table=smoothed(CASES[name].table)), BF16)
     assert_close(evaluate(fused, given), expectation(given))
 
@@ -38,7 +41,8 @@ def norm(tensor: torch.Tensor) -> float:
 
 
 def test_parity_with_relu_in_the_norm_of_each_gradient():
-    """Rows on the other side of a kink differ wholly, few as they are: the rule holds for the norm, against plain torch in bfloat16."""
+    """Rows on the other side of a kink differ wholly, few as they are: the rule holds for the norm,
+    against plain torch in bfloat16."""
     table = families.adatt_sp(64, [[48], [40]], 3, 2)
     torch.manual_seed(0)
     x = torch.randn(200, 3, 64).to(BF16)
@@ -175,9 +179,13 @@ def test_fuse_and_modules_take_recompute(recompute):
     built.load_state_dict(plain.state_dict())
     x = torch.randn(9, 2, 24)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor
+    ):
         outs = [module(x) for module in (swapped, built)]
-    grads = [torch.autograd.grad(out.sum(), module.parameters()) for out, module in zip(outs, (swapped, built), strict=True)]
+    grads = [
+        torch.autograd.grad(out.sum(), module.parameters()) for out, module in zip(outs, (swapped, built), strict=True)
+    ]
     assert torch.equal(*outs) and all(torch.equal(*pair) for pair in zip(*grads, strict=True))
     header, mixing = 16, 2 * 2 * 4
     assert kept.count(4 * (16 * (2 * 32 + mixing + (0 if recompute else 4 * 32 + 4 * 16)) + header)) == 2

@@ -1,4 +1,5 @@
-"""The build says in one sentence what it lacks, rebuilds only what changed, and leaves a clean tree; what it installs is quick to import."""
+"""The build says in one sentence what it lacks, rebuilds only what changed, and leaves a clean
+tree; what it installs is quick to import."""
 
 import os
 import runpy
@@ -14,7 +15,10 @@ ROOT = Path(__file__).parent.parent
 
 def build(tmp_path: Path, *, before: str = "pass", **environment: str) -> subprocess.CompletedProcess:
     """Run setup.py with its outputs under `tmp_path`, after the statements `before`."""
-    run = f"import runpy, sys; {before}; sys.argv = ['setup.py', '--quiet', 'build_ext', '--build-lib', {str(tmp_path)!r}]; runpy.run_path('setup.py')"
+    run = (
+        f"import runpy, sys; {before}; sys.argv = ['setup.py', '--quiet', 'build_ext', '--build-lib', "
+        f"{str(tmp_path)!r}]; runpy.run_path('setup.py')"
+    )
     environment = {**os.environ, **environment}
     return subprocess.run([sys.executable, "-c", run], cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -38,14 +42,18 @@ def test_compiler_that_does_not_exist(tmp_path):
     assert "/nonexistent/g++" in message and "No such file" in message and "apt-get install g++" in message
 
 
-@pytest.mark.parametrize(("text", "reason"), [("echo out of order >&2; exit 1", "out of order"), ("exit 0", "wrote no object file")])
+@pytest.mark.parametrize(
+    ("text", "reason"), [("echo out of order >&2; exit 1", "out of order"), ("exit 0", "wrote no object file")]
+)
 def test_broken_compiler(tmp_path, text, reason):
     message = refused(build(tmp_path, CXX=script(tmp_path / "broken", text)))
     assert reason in message and "apt-get install g++" in message
 
 
 def test_no_compiler_at_all(tmp_path):
-    message = refused(build(tmp_path, before="import os; os.environ.pop('CXX', None); os.environ['PATH'] = '/nonexistent'"))
+    message = refused(
+        build(tmp_path, before="import os; os.environ.pop('CXX', None); os.environ['PATH'] = '/nonexistent'")
+    )
     assert "found no g++, clang++ or c++" in message and "apt-get install g++" in message
 
 
@@ -64,7 +72,9 @@ def test_pybind11_missing(tmp_path):
 
 
 def test_setuptools_too_old(tmp_path):
-    assert "setuptools 77 or later, found 65.0" in refused(build(tmp_path, before="import setuptools; setuptools.__version__ = '65.0'"))
+    assert "setuptools 77 or later, found 65.0" in refused(
+        build(tmp_path, before="import setuptools; setuptools.__version__ = '65.0'")
+    )
 
 
 def test_an_unknown_kind_of_build(tmp_path):
@@ -80,7 +90,9 @@ def test_an_unknown_architecture(tmp_path):
 def test_nvcc_that_does_not_exist(tmp_path, variable):
     message = refused(build(tmp_path, **{"FUSEDMOE_BUILD": "cuda", "NVCC": "", variable: "/nonexistent"}))
     assert (
-        "nvcc 12.8 or later for FUSEDMOE_BUILD=cuda, and '/nonexistent" in message and "No such file" in message and "pip install nvidia-cuda-nvcc" in message
+        "nvcc 12.8 or later for FUSEDMOE_BUILD=cuda, and '/nonexistent" in message
+        and "No such file" in message
+        and "pip install nvidia-cuda-nvcc" in message
     )
 
 
@@ -90,11 +102,17 @@ def test_nvcc_too_old(tmp_path):
 
 
 def test_no_nvcc_at_all(tmp_path):
-    before = "import os, pathlib, shutil; which, exists = shutil.which, pathlib.Path.exists; [os.environ.pop(name, None) for name in ('NVCC', 'CUDA_HOME')]"
+    before = (
+        "import os, pathlib, shutil; which, exists = shutil.which, pathlib.Path.exists; "
+        "[os.environ.pop(name, None) for name in ('NVCC', 'CUDA_HOME')]"
+    )
     before += "; shutil.which = lambda name: None if name == 'nvcc' else which(name)"
     before += "; pathlib.Path.exists = lambda path: path.name != 'nvcc' and exists(path)"
     message = refused(build(tmp_path, before=before, FUSEDMOE_BUILD="cuda"))
-    assert "found none in $CUDA_HOME, on the path or in /usr/local/cuda" in message and "pip install nvidia-cuda-nvcc" in message
+    assert (
+        "found none in $CUDA_HOME, on the path or in /usr/local/cuda" in message
+        and "pip install nvidia-cuda-nvcc" in message
+    )
 
 
 def test_a_build_for_the_cpu_says_so_and_drops_the_cuda_kernels_of_an_earlier_one(tmp_path):
@@ -121,7 +139,16 @@ def test_an_object_is_stale_when_its_inputs_or_its_command_change(recipe, tmp_pa
     source, header, target = tmp_path / "a file.cpp", tmp_path / "part.h", tmp_path / "a.o"
     source.write_text('#include "part.h"\n')
     header.write_text("#pragma once\n")
-    command = [*recipe["compiler"](), "-MMD", "-MF", str(target.with_suffix(".d")), "-c", str(source), "-o", str(target)]
+    command = [
+        *recipe["compiler"](),
+        "-MMD",
+        "-MF",
+        str(target.with_suffix(".d")),
+        "-c",
+        str(source),
+        "-o",
+        str(target),
+    ]
     stale = recipe["stale"]
     assert stale(target, command)
     recipe["compile_object"](source, target, command)
@@ -175,11 +202,15 @@ def test_pip_is_quiet_about_package_indices(path):
     assert calls and all(" -qq " in line for line in calls)
 
 
-# Seconds of the processor beyond torch's own: what a user waits for at every start. Not of the clock, which runs on while others work.
+# Seconds of the processor beyond torch's own: what a user waits for at every start. Not of the
+# clock, which runs on while others work.
 LONGEST_IMPORT = 0.3
 
 
 def test_import_is_quick():
     program = "import time, torch; start = time.process_time(); import fusedmoe; print(time.process_time() - start)"
-    runs = [subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True) for _ in range(3)]
+    runs = [
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+        for _ in range(3)
+    ]
     assert min(float(run.stdout) for run in runs) < LONGEST_IMPORT

@@ -45,7 +45,11 @@ def test_a_change_inside_stops_the_next_call(layer, change):
     change(layer)
     with pytest.raises(RuntimeError, match=CHANGES[change]) as raised:
         model(sample(T))
-    assert "AdaTTSp" in str(raised.value) and "fusedmoe.unfuse(model)" in str(raised.value) and "fusedmoe.fuse(model)" in str(raised.value)
+    assert (
+        "AdaTTSp" in str(raised.value)
+        and "fusedmoe.unfuse(model)" in str(raised.value)
+        and "fusedmoe.fuse(model)" in str(raised.value)
+    )
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -70,7 +74,9 @@ def test_the_slope_of_an_activation_is_watched():
     module = layers.CrossStitch(D, [[4]], T, activation="leaky_relu")
     fuse(module)
     module.experts[0][1].mlp_net[1].negative_slope = 0.3
-    with pytest.raises(RuntimeError, match=r"experts\.0\.1\.mlp_net\.1\.negative_slope: expected 0\.01, as when it was fused, got 0\.3"):
+    with pytest.raises(
+        RuntimeError, match=r"experts\.0\.1\.mlp_net\.1\.negative_slope: expected 0\.01, as when it was fused, got 0\.3"
+    ):
         module(sample(T))
 
 
@@ -91,7 +97,8 @@ def adapter():
 
 
 class Configured(layers.AdaTTSp):
-    """Reads a number of its class, a dict, tensors, a function and a method, all of which change nothing as they are."""
+    """Reads a number of its class, a dict, tensors, a function and a method, all of which change
+    nothing as they are."""
 
     factor = 1
 
@@ -104,7 +111,9 @@ class Configured(layers.AdaTTSp):
 
     def forward(self, inputs):
         out = self.function(self, super().forward(inputs))
-        return self.after(out * self.factor * self.options["factor"] * self.plain * self.kept + self.options["offsets"][0])
+        return self.after(
+            out * self.factor * self.options["factor"] * self.plain * self.kept + self.options["offsets"][0]
+        )
 
     def after(self, out):
         return out
@@ -115,16 +124,37 @@ def write(module, name):
 
 
 SETTINGS = {
-    "a number of the class": (lambda module: setattr(module, "factor", 2), "factor: expected 1, as when it was fused, got 2"),
-    "an item of a dict": (lambda module: module.options.update(factor=2), r"options: expected \{'factor': 1.*got \{'factor': 2"),
-    "a list in a dict": (lambda module: module.options["offsets"].append(2.0), r"options: expected .*\[0\.0\].*got .*\[0\.0, 2\.0\]"),
-    "a tensor replaced": (lambda module: setattr(module, "plain", torch.zeros(4)), "plain: expected the values of the tensor"),
+    "a number of the class": (
+        lambda module: setattr(module, "factor", 2),
+        "factor: expected 1, as when it was fused, got 2",
+    ),
+    "an item of a dict": (
+        lambda module: module.options.update(factor=2),
+        r"options: expected \{'factor': 1.*got \{'factor': 2",
+    ),
+    "a list in a dict": (
+        lambda module: module.options["offsets"].append(2.0),
+        r"options: expected .*\[0\.0\].*got .*\[0\.0, 2\.0\]",
+    ),
+    "a tensor replaced": (
+        lambda module: setattr(module, "plain", torch.zeros(4)),
+        "plain: expected the values of the tensor",
+    ),
     "a tensor written to": (lambda module: write(module, "plain"), "plain: expected the values of the tensor"),
     "a tensor removed": (lambda module: setattr(module, "plain", None), "plain: expected the values of the tensor"),
-    "a buffer replaced": (lambda module: setattr(module, "kept", torch.zeros(4)), "kept: expected the values of the tensor"),
+    "a buffer replaced": (
+        lambda module: setattr(module, "kept", torch.zeros(4)),
+        "kept: expected the values of the tensor",
+    ),
     "a buffer written to": (lambda module: write(module, "kept"), "kept: expected the values of the tensor"),
-    "a function": (lambda module: setattr(module, "function", lambda _, out: out * 2), "function: expected the function it was fused with, got function"),
-    "a method": (lambda module: setattr(module, "after", lambda out: out * 2), "after: expected that of the class Configured, got one set on the instance"),
+    "a function": (
+        lambda module: setattr(module, "function", lambda _, out: out * 2),
+        "function: expected the function it was fused with, got function",
+    ),
+    "a method": (
+        lambda module: setattr(module, "after", lambda out: out * 2),
+        "after: expected that of the class Configured, got one set on the instance",
+    ),
 }
 
 

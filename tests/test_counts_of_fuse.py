@@ -1,4 +1,5 @@
-"""`fuse` and the modules of `fusedmoe.nn` check a layer's table once, bind it once, and look for what stands inside once."""
+"""`fuse` and the modules of `fusedmoe.nn` check a layer's table once, bind it once, and look for
+what stands inside once."""
 
 import pytest
 
@@ -35,7 +36,10 @@ def counts(monkeypatch) -> dict[str, int]:
 
 
 ONCE = {"tables": 1, "bindings": 1, "looks inside": 1}
-CASES = {**{name: make for name, (make, _) in LAYERS.items()}, **{f"central {name}": lambda name=name: central(name) for name in BACKBONES}}
+CASES = {
+    **{name: make for name, (make, _) in LAYERS.items()},
+    **{f"central {name}": lambda name=name: central(name) for name in BACKBONES},
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -58,7 +62,9 @@ OURS = {
     "MLMMoE": lambda: fused.MLMMoE(D, WIDTHS, [[3], []], T, 4),
     "CGC": lambda: fused.CGC(D, [5, 4], T, 2, 1),
     "AdaTT": lambda: fused.AdaTT(D, WIDTHS, T, 2, num_task_experts=2),
-    "CentralTaskArch": lambda: fused.CentralTaskArch(layers.MtlConfigs("att_g", 2, 2, WIDTHS), layers.ArchInputs(T, [3]), D),
+    "CentralTaskArch": lambda: fused.CentralTaskArch(
+        layers.MtlConfigs("att_g", 2, 2, WIDTHS), layers.ArchInputs(T, [3]), D
+    ),
 }
 
 

@@ -1,6 +1,8 @@
-"""The kernels' own C++ test, tests/cpp: against plain loops on guarded memory, without Python or PyTorch, under every ISA.
+"""The kernels' own C++ test, tests/cpp: against plain loops on guarded memory, without Python or
+PyTorch, under every ISA.
 
-Under the sanitizers and the emulator it takes a minute or two, so `make test` leaves those to `make test-cpp-all` and to .ci/run.
+Under the sanitizers and the emulator it takes a minute or two, so `make test` leaves those to `make
+test-cpp-all` and to .ci/run.
 """
 
 import pytest
@@ -8,7 +10,9 @@ import pytest
 from .cpp import run
 
 
-@pytest.mark.parametrize("kind", ["plain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in run.KINDS if kind != "plain")])
+@pytest.mark.parametrize(
+    "kind", ["plain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in run.KINDS if kind != "plain")]
+)
 def test_kernels(kind):
     if reason := run.missing(kind):
         pytest.skip(reason)

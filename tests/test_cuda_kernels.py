@@ -1,6 +1,8 @@
-"""The CUDA kernels on the emulated device under the sanitizers, and with mutants, each of which an ordinary test finds.
+"""The CUDA kernels on the emulated device under the sanitizers, and with mutants, each of which an
+ordinary test finds.
 
-Every run is a process of its own: the emulated extension, and a sanitizer's library, take their place at its start.
+Every run is a process of its own: the emulated extension, and a sanitizer's library, take their
+place at its start.
 """
 
 import re
@@ -18,7 +20,23 @@ MUTANTS = mutants.MUTANTS
 
 def result_of(test: str, environment: dict[str, str], *more: str) -> subprocess.CompletedProcess:
     """Run a test, slow or not. What a sanitizer says at the end of the process is not captured."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "--tb=short", "-p", "no:benchmark", "-p", "no:cacheprovider", "-m", "", test, *more]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-s",
+        "--tb=short",
+        "-p",
+        "no:benchmark",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "",
+        test,
+        *more,
+    ]
     return subprocess.run(command, cwd=run.ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -38,7 +56,9 @@ def test_a_mutant_has_one_place(name):
     assert places((run.ROOT / "csrc" / "cuda" / MUTANTS[name].file).read_text(), MUTANTS[name].pattern) == 1
 
 
-@pytest.mark.parametrize("name", [name if name in mutants.QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MUTANTS])
+@pytest.mark.parametrize(
+    "name", [name if name in mutants.QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MUTANTS]
+)
 def test_a_mutant_is_found(name, tmp_path):
     mutant = MUTANTS[name]
     if reason := run.missing(mutant.kind):
@@ -46,6 +66,7 @@ def test_a_mutant_is_found(name, tmp_path):
     library = mutants.built(mutant, tmp_path)
     result = result_of(mutant.test, extension.environment(mutant.kind, *mutant.schedule, library))
     said = result.stdout + result.stderr
-    # A process that a wild access ends has a negative status; one that pytest cannot run, or that finds no test, has 2, 4 or 5.
+    # A process that a wild access ends has a negative status; one that pytest cannot run, or that
+    # finds no test, has 2, 4 or 5.
     assert result.returncode not in (0, 2, 4, 5), said
     assert re.search(mutant.finds, said), said

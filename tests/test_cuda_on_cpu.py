@@ -1,4 +1,5 @@
-"""The emulation of CUDA that the CUDA kernels' tests stand on: small kernels against plain loops, what it refuses, and the mutants that it must find.
+"""The emulation of CUDA that the CUDA kernels' tests stand on: small kernels against plain loops,
+what it refuses, and the mutants that it must find.
 
 What takes a minute or more is left to .ci/run: the sanitizers, most mutants and nvcc.
 """
@@ -91,7 +92,8 @@ def test_operations_in_ptx(modules, tmp_path):
 @pytest.mark.parametrize("stages", [2, 3])
 @pytest.mark.parametrize(("dtype", "name", "turned"), GEMMS, ids=lambda value: str(value))
 def test_gemm_in_ptx(modules, dtype, name, turned, stages):
-    """Numbers, bytes, matrix products and barriers are those of the emulator: the rule of test_samples.cpp, on one of its sizes."""
+    """Numbers, bytes, matrix products and barriers are those of the emulator: the rule of
+    test_samples.cpp, on one of its sizes."""
     m, n, k, size = 70, 72, 40, dtype.itemsize
     generator = torch.Generator().manual_seed(stages)
     a = torch.randn(m, k, generator=generator).to(dtype)
@@ -125,7 +127,11 @@ def test_compiled_by_nvcc_for_every_architecture(source):
         pytest.skip(NO_NVCC)
     resources = run.resources(source)
     assert {arch for arch, _ in resources} == set(run.ARCHS)
-    spilled = {kernel: said for kernel, said in resources.items() if not said.startswith("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads")}
+    spilled = {
+        kernel: said
+        for kernel, said in resources.items()
+        if not said.startswith("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads")
+    }
     assert spilled == {}
 
 
@@ -136,7 +142,9 @@ def test_operations_on_a_device(tmp_path):
         pytest.skip(NO_NVCC)
     result = run.on_device(tmp_path / "words")
     if result.returncode:
-        assert re.fullmatch(r"cuda: the launch of operations failed with cudaError(InsufficientDriver|NoDevice) \(.+\)\n", result.stderr)
+        assert re.fullmatch(
+            r"cuda: the launch of operations failed with cudaError(InsufficientDriver|NoDevice) \(.+\)\n", result.stderr
+        )
         return
     checked = run.under(run.build("plain"), "operations", words=tmp_path / "words")
     assert checked.stdout == f"{OPERATION_WORDS} operations checked\n", checked.stderr

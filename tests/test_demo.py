@@ -31,19 +31,30 @@ def auc_by_pairs(scores, labels):
     """The definition: over all pairs of a positive and a negative, 1 where the positive scores
     higher, 1/2 where they tie.
     """
-    pairs = [(p, n) for p, a in zip(scores, labels, strict=True) if a for n, b in zip(scores, labels, strict=True) if not b]
+    pairs = [
+        (p, n) for p, a in zip(scores, labels, strict=True) if a for n, b in zip(scores, labels, strict=True) if not b
+    ]
     return sum(1.0 if p > n else 0.5 if p == n else 0.0 for p, n in pairs) / len(pairs)
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40).filter(lambda rows: len({label for _, label in rows}) == 2))
+@given(
+    st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40).filter(
+        lambda rows: len({label for _, label in rows}) == 2
+    )
+)
 def test_auc_is_the_share_of_pairs_in_order(rows):
-    values, labels = np.array([score for score, _ in rows], np.float32), np.array([label for _, label in rows], np.float32)
+    values, labels = (
+        np.array([score for score, _ in rows], np.float32),
+        np.array([label for _, label in rows], np.float32),
+    )
     # The sum of ranks is exact in float64, so only the division rounds.
     assert auc(values, labels) == pytest.approx(auc_by_pairs(values, labels), rel=4 * 2.0**-53, abs=0)
 
 
-@pytest.mark.parametrize(("values", "labels", "what"), [([1.0, 2.0], [1, 1], "got 2 and 0"), ([1.0, math.nan], [0, 1], "got 1 that are not")])
+@pytest.mark.parametrize(
+    ("values", "labels", "what"), [([1.0, 2.0], [1, 1], "got 2 and 0"), ([1.0, math.nan], [0, 1], "got 1 that are not")]
+)
 def test_auc_refuses_what_has_no_answer(values, labels, what):
     with pytest.raises(ValueError, match=what):
         auc(np.array(values), np.array(labels))
@@ -63,7 +74,10 @@ def people():
 
 
 def test_census_is_the_published_file():
-    assert hashlib.sha256(census.SOURCE.read_bytes()).hexdigest() == "5ac4cacd3ca9f1ecb10de1a0a41e4ac68fdc419e3fec190f5c0c6cc03b2ea659"
+    assert (
+        hashlib.sha256(census.SOURCE.read_bytes()).hexdigest()
+        == "5ac4cacd3ca9f1ecb10de1a0a41e4ac68fdc419e3fec190f5c0c6cc03b2ea659"
+    )
 
 
 def test_census_inputs_and_answers(people):
@@ -143,7 +157,9 @@ def test_every_family_trains_in_both_arms(family, small, tmp_path):
     outcome = command.run(family, small, steps=4, seed=0, console=command.Console(quiet=True))
     assert len(outcome.plain.losses) == len(outcome.fused.losses) == 4
     assert outcome.fused.losses[-1] < outcome.fused.losses[0]
-    assert [tuple(w.shape) for w in outcome.mixing] == [(len(level.units), len(level.experts)) for level in outcome.table.levels]
+    assert [tuple(w.shape) for w in outcome.mixing] == [
+        (len(level.units), len(level.experts)) for level in outcome.table.levels
+    ]
     assert outcome.outputs.absolute <= allowed(outcome.plain.model, small)
     # A row at a ReLU's kink may fall on either side of it. In a mean over N rows it weighs 1 / N.
     assert outcome.gradients.absolute < outcome.gradients.scale / len(small.test)
@@ -193,22 +209,38 @@ def test_names_of_experts_and_units():
     assert expert_names("ple", tasks, 5) == ["a a", "a b", "b a", "b b", "shared"]
     assert expert_names("cross_stitch", tasks, 2) == ["a", "b"]
     assert expert_names("mmoe", tasks, 3) == ["1", "2", "3"]
-    assert (unit_names(tasks, 1), unit_names(tasks, 2), unit_names(tasks, 3), unit_names(tasks, 4)[-1]) == (["all"], ["a", "b"], ["a", "b", "shared"], "4")
+    assert (unit_names(tasks, 1), unit_names(tasks, 2), unit_names(tasks, 3), unit_names(tasks, 4)[-1]) == (
+        ["all"],
+        ["a", "b"],
+        ["a", "b", "shared"],
+        "4",
+    )
 
 
 def test_the_command_runs_on_the_census(tmp_path, capsys):
     threads = torch.get_num_threads()
-    assert main(["demo", "--model", "MMoE", "--steps", "2", "--threads", "1", "--picture", str(tmp_path / "p.png")]) == 0
+    assert (
+        main(["demo", "--model", "MMoE", "--steps", "2", "--threads", "1", "--picture", str(tmp_path / "p.png")]) == 0
+    )
     torch.set_num_threads(threads)
     shown = capsys.readouterr().out
-    for line in ("69,833 rows to train on", "training step", "inference batch", "test AUC, income", "test AUC, marital", "test AUC, education"):
+    for line in (
+        "69,833 rows to train on",
+        "training step",
+        "inference batch",
+        "test AUC, income",
+        "test AUC, marital",
+        "test AUC, education",
+    ):
         assert line in shown
     assert (tmp_path / "p.png").exists()
 
 
 def test_a_copy_of_the_file_is_read(tmp_path):
     path = tmp_path / "copy.gz"
-    path.write_bytes(gzip.compress(b"".join(gzip.decompress(census.SOURCE.read_bytes()).splitlines(keepends=True)[:1000])))
+    path.write_bytes(
+        gzip.compress(b"".join(gzip.decompress(census.SOURCE.read_bytes()).splitlines(keepends=True)[:1000]))
+    )
     data = command.load(str(path), seed=0)
     assert [len(part) for part in (data.train, data.validation, data.test)] == [700, 150, 150]
 
@@ -217,7 +249,10 @@ def test_an_installation_without_the_data_says_where_they_are(monkeypatch, tmp_p
     monkeypatch.setattr(census, "SOURCE", tmp_path / "none.gz")
     assert main(["demo"]) == 2
     assert capsys.readouterr().err == command.NO_DATA + "\n"
-    assert "examples/census/census-income.test.gz" in command.NO_DATA and "python -m fusedmoe demo --data" in command.NO_DATA
+    assert (
+        "examples/census/census-income.test.gz" in command.NO_DATA
+        and "python -m fusedmoe demo --data" in command.NO_DATA
+    )
 
 
 def test_a_file_of_something_else_is_named(tmp_path, capsys):
@@ -231,7 +266,10 @@ def test_a_file_of_something_else_is_named(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--model", "mmoo"], "expected one of single_task, shared_bottom, omoe"),
-        (["--data", "titanic"], "expected census, synthetic or a copy of census-income.test.gz, got 'titanic', which is no file"),
+        (
+            ["--data", "titanic"],
+            "expected census, synthetic or a copy of census-income.test.gz, got 'titanic', which is no file",
+        ),
         (["--steps", "0"], "expected a whole number of at least 1, got '0'"),
         (["--epochs", "1", "--quick"], "not allowed with"),
     ],
@@ -251,7 +289,10 @@ def test_the_command_line_lists_its_commands(capsys):
     assert main([]) == 2 and main(["--help"]) == 0
     assert main(["train"]) == 2
     shown = capsys.readouterr()
-    assert all(name in shown.out for name in ("demo", "bench", "doctor")) and "expected one of demo, bench, doctor, got 'train'" in shown.err
+    assert (
+        all(name in shown.out for name in ("demo", "bench", "doctor"))
+        and "expected one of demo, bench, doctor, got 'train'" in shown.err
+    )
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):

@@ -46,11 +46,23 @@ def flops() -> int:
 
 
 FORMS = {
-    "ple": (lambda: layers.PLE(6, [[5], [4]], 2, [1, 2], 1), r"unit 1: sees experts 1-3, gate on slot 1, no static weights"),
-    "root gates with hidden layers": (lambda: layers.MMoE(6, [5], [3], 2, 4), r"units 0-1: sees experts 0-3, gate on the root input through 3 relu, no static"),
+    "ple": (
+        lambda: layers.PLE(6, [[5], [4]], 2, [1, 2], 1),
+        r"unit 1: sees experts 1-3, gate on slot 1, no static weights",
+    ),
+    "root gates with hidden layers": (
+        lambda: layers.MMoE(6, [5], [3], 2, 4),
+        r"units 0-1: sees experts 0-3, gate on the root input through 3 relu, no static",
+    ),
     "order of a gate": (lambda: layers.PLE(6, [[5]], 2, 1, 1), r"unit 0: sees experts 0, 2, gate on slot 0"),
-    "fixed static weights": (lambda: layers.AdaTTSp(6, [[5]], 2, 1), r"unit 1: sees experts 0-1, gate on slot 1, static weights 1 on expert 1"),
-    "no gate": (lambda: layers.CrossStitch(6, [[5]], 2), r"units? 0(-1)?: no gate, learned static weights on experts 0-1"),
+    "fixed static weights": (
+        lambda: layers.AdaTTSp(6, [[5]], 2, 1),
+        r"unit 1: sees experts 0-1, gate on slot 1, static weights 1 on expert 1",
+    ),
+    "no gate": (
+        lambda: layers.CrossStitch(6, [[5]], 2),
+        r"units? 0(-1)?: no gate, learned static weights on experts 0-1",
+    ),
     "concatenation": (lambda: layers.CustomizedSharing(6, [5], 2), r"(?s)output \[B, 2, 10\].*task 1: reads units 1-2"),
     "no bias, slope": (lambda: without_bias(), r"experts 0-1: slot 0, 6 > 5 leaky_relu\(0\.2\) without bias"),
     "many slots": (lambda: layers.AdaTTSp(6, [[5]], 3, 1), r"input \[B, 3, 6\], output \[B, 3, 5\]"),
@@ -78,7 +90,9 @@ def test_an_unfused_layer_reads_the_same_but_for_the_backend_and_stays_unfused()
     assert list(model.__dict__) == before
     fuse(model, backend="reference")
     assert unfused.splitlines()[1:] == describe(model).splitlines()[1:]
-    assert unfused.splitlines()[0].endswith("none (not fused)") and describe(model).splitlines()[0].endswith("reference")
+    assert unfused.splitlines()[0].endswith("none (not fused)") and describe(model).splitlines()[0].endswith(
+        "reference"
+    )
 
 
 def test_auto_says_what_it_chooses(monkeypatch):

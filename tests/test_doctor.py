@@ -11,7 +11,21 @@ from fusedmoe.__main__ import main
 def test_it_names_everything_asked_for(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    for name in ("fusedmoe", "cpu", "model", "cores", "chosen", "torch", "threads", "compilers", "g++", "nvcc", "gpu", "backends", "reference"):
+    for name in (
+        "fusedmoe",
+        "cpu",
+        "model",
+        "cores",
+        "chosen",
+        "torch",
+        "threads",
+        "compilers",
+        "g++",
+        "nvcc",
+        "gpu",
+        "backends",
+        "reference",
+    ):
         assert name in shown
 
 
@@ -33,13 +47,19 @@ def test_a_wrong_choice_of_instruction_set_is_told(monkeypatch):
         raise RuntimeError("FUSEDMOE_ISA: expected one of avx512, avx2, baseline, got 'mmx'")
 
     monkeypatch.setattr(_C, "isa", refuse)
-    assert doctor.instruction_sets() == [("chosen", "none: FUSEDMOE_ISA: expected one of avx512, avx2, baseline, got 'mmx'")]
+    assert doctor.instruction_sets() == [
+        ("chosen", "none: FUSEDMOE_ISA: expected one of avx512, avx2, baseline, got 'mmx'")
+    ]
 
 
 def test_compilers(monkeypatch):
     assert doctor.compiler("no-such-compiler") == "not found"
     monkeypatch.setattr(doctor.shutil, "which", lambda command: command)
-    for text, seen in (("g++ 14.2\nCopyright\n", "g++ 14.2"), ("nvcc\nCuda tools, release 13.0\n", "Cuda tools, release 13.0"), ("", "says nothing")):
+    for text, seen in (
+        ("g++ 14.2\nCopyright\n", "g++ 14.2"),
+        ("nvcc\nCuda tools, release 13.0\n", "Cuda tools, release 13.0"),
+        ("", "says nothing"),
+    ):
         result = subprocess.CompletedProcess([], 0, stdout=text)
         monkeypatch.setattr(doctor.subprocess, "run", lambda command, result=result, **options: result)
         assert doctor.compiler("g++") == seen

@@ -1,4 +1,5 @@
-"""The families: each table says what its row of the taxonomy says, and wrong arguments are refused by name."""
+"""The families: each table says what its row of the taxonomy says, and wrong arguments are refused
+by name."""
 
 import pytest
 import torch
@@ -124,7 +125,11 @@ def test_adatt_sp_adds_learned_weights_of_own_experts():
 def test_adatt_sp_with_ragged_counts_has_flat_static_tensors():
     table = adatt_sp(5, [[4]], 3, [1, 2, 0])
     assert table.statics == ((3,),)
-    assert statics(table.levels[0]) == [Static((0,), tensor=0), Static((1, 2), tensor=0, offset=1), Static((), tensor=0, offset=3)]
+    assert statics(table.levels[0]) == [
+        Static((0,), tensor=0),
+        Static((1, 2), tensor=0, offset=1),
+        Static((), tensor=0, offset=3),
+    ]
 
 
 def test_adatt_has_static_tensors_by_unit_and_none_for_the_shared_unit_of_the_last_level():
@@ -161,16 +166,24 @@ def test_cross_stitch_mixes_by_rows_of_a_learned_matrix():
 def test_asymmetric_sharing_sums_averages_or_concatenates():
     borrows = [[0], [0, 1]]
     assert statics(asymmetric_sharing(5, [[4]], 2, borrows).levels[0]) == [ones(0), ones(0, 1)]
-    assert statics(asymmetric_sharing(5, [[4]], 2, borrows, "mean").levels[0]) == [ones(0), Static((0, 1), values=(0.5, 0.5))]
+    assert statics(asymmetric_sharing(5, [[4]], 2, borrows, "mean").levels[0]) == [
+        ones(0),
+        Static((0, 1), values=(0.5, 0.5)),
+    ]
     assert asymmetric_sharing(5, [[4]], 2, [[0, 1], [1, 0]], "concat").tasks == (Task((0, 1)), Task((1, 0)))
 
 
 def test_tasks_of_several_widths_are_a_table_under_towers_alone():
-    with pytest.raises(ValueError, match=r"table\.tasks: expected tasks of one width, got widths \[4, 8\]; give them towers"):
+    with pytest.raises(
+        ValueError, match=r"table\.tasks: expected tasks of one width, got widths \[4, 8\]; give them towers"
+    ):
         asymmetric_sharing(5, [[4]], 2, [[0], [0, 1]], "concat")
     table = asymmetric_sharing(5, [[4]], 2, [[0], [0, 1]], "concat", towers=(1,))
     assert [task.units for task in table.tasks] == [(0,), (0, 1)]
-    assert [p.shape for p in table.parameters if p.name.startswith("towers") and p.name.endswith("weight")] == [(1, 4), (1, 8)]
+    assert [p.shape for p in table.parameters if p.name.startswith("towers") and p.name.endswith("weight")] == [
+        (1, 4),
+        (1, 8),
+    ]
 
 
 def test_customized_sharing_concatenates_a_shared_bottom():
@@ -185,7 +198,10 @@ def test_the_activation_follows_every_layer_but_the_last_of_gates_and_towers():
     silu = activation("silu")
     assert table.levels[0].experts[0].layers == (Layer(4, silu), Layer(4, silu))
     assert table.levels[0].units[0].gate.hidden == (Layer(6, silu),)
-    assert table.tasks == (Task((0,), (Layer(3, silu), Layer(1, IDENTITY))), Task((1,), (Layer(3, silu), Layer(1, IDENTITY))))
+    assert table.tasks == (
+        Task((0,), (Layer(3, silu), Layer(1, IDENTITY))),
+        Task((1,), (Layer(3, silu), Layer(1, IDENTITY))),
+    )
     assert table.output == (2, 1)
 
 
@@ -226,7 +242,10 @@ def test_parameters_that_no_output_needs():
     # One level has no shared unit, but a static tensor for it.
     assert dead(adatt(5, [[4]], 2, 2, 1)) == ["statics.2"]
     # Nobody borrows from task 1.
-    assert dead(asymmetric_sharing(5, [[4]], 2, [[0], [0]])) == ["levels.0.experts.1.0.weight", "levels.0.experts.1.0.bias"]
+    assert dead(asymmetric_sharing(5, [[4]], 2, [[0], [0]])) == [
+        "levels.0.experts.1.0.weight",
+        "levels.0.experts.1.0.bias",
+    ]
 
 
 WRONG = {
@@ -235,35 +254,89 @@ WRONG = {
         "expert_widths: expected one list of layer widths per level, as in [[256], [128]], got [4, 3]",
     ),
     "no levels": (lambda: adatt_sp(5, [], 2, 1), "expert_widths: expected one list of layer widths per level"),
-    "an expert without layers": (lambda: cross_stitch(5, [[4], []], 2), "level 1, expert 0: expected at least 1 layer, got none"),
+    "an expert without layers": (
+        lambda: cross_stitch(5, [[4], []], 2),
+        "level 1, expert 0: expected at least 1 layer, got none",
+    ),
     "two levels": (
         lambda: mmoe(5, [[4], [3]], 2, 2),
         "expert_widths: expected the layer widths of one level, as in [[256, 128]], got 2 levels",
     ),
     "no tasks": (lambda: single_task(5, [[4]], 0), "num_tasks: expected an integer of at least 1, got 0"),
-    "tasks that are no integer": (lambda: shared_bottom(5, [[4]], 2.0), "num_tasks: expected an integer of at least 1, got 2.0"),
+    "tasks that are no integer": (
+        lambda: shared_bottom(5, [[4]], 2.0),
+        "num_tasks: expected an integer of at least 1, got 2.0",
+    ),
     "no experts": (lambda: omoe(5, [[4]], 2, 0), "num_experts: expected an integer of at least 1, got 0"),
     "no experts at all": (lambda: ple(5, [[4]], 2, 0, 0), "level 0: expected at least one expert, got none"),
-    "gates of another number of levels": (lambda: ml_mmoe(5, [[4], [3]], 2, 2, [[6]]), "gate_widths: expected one list for each of 2 levels, got 1"),
-    "counts of another number of tasks": (lambda: cgc(5, [[4]], 3, [1, 2], 1), "num_task_experts: expected a number or a list of 3, got [1, 2]"),
-    "a negative count": (lambda: adatt(5, [[4]], 2, [1, -1], 1), "num_task_experts: expected an integer of at least 0, got -1"),
-    "a boolean count": (lambda: ple(5, [[4]], 2, 1, True), "num_shared_experts: expected an integer of at least 0, got True"),
-    "borrows of another number of tasks": (lambda: asymmetric_sharing(5, [[4]], 2, [[0]]), "borrows: expected one list of tasks for each of 2 tasks, got 1"),
-    "nothing borrowed": (lambda: asymmetric_sharing(5, [[4]], 2, [[0], []]), "borrows, task 1: expected a tuple of at least one index, none twice, got ()"),
+    "gates of another number of levels": (
+        lambda: ml_mmoe(5, [[4], [3]], 2, 2, [[6]]),
+        "gate_widths: expected one list for each of 2 levels, got 1",
+    ),
+    "counts of another number of tasks": (
+        lambda: cgc(5, [[4]], 3, [1, 2], 1),
+        "num_task_experts: expected a number or a list of 3, got [1, 2]",
+    ),
+    "a negative count": (
+        lambda: adatt(5, [[4]], 2, [1, -1], 1),
+        "num_task_experts: expected an integer of at least 0, got -1",
+    ),
+    "a boolean count": (
+        lambda: ple(5, [[4]], 2, 1, True),
+        "num_shared_experts: expected an integer of at least 0, got True",
+    ),
+    "borrows of another number of tasks": (
+        lambda: asymmetric_sharing(5, [[4]], 2, [[0]]),
+        "borrows: expected one list of tasks for each of 2 tasks, got 1",
+    ),
+    "nothing borrowed": (
+        lambda: asymmetric_sharing(5, [[4]], 2, [[0], []]),
+        "borrows, task 1: expected a tuple of at least one index, none twice, got ()",
+    ),
     "no such task": (
         lambda: asymmetric_sharing(5, [[4]], 2, [[0], [2]]),
         "borrows, task 1: expected one of 2 tasks (0 to 1), got 2",
     ),
-    "borrows that are a number": (lambda: asymmetric_sharing(5, [[4]], 2, 3), "borrows: expected one list of tasks for each of 2 tasks, got 3"),
-    "borrows that are numbers": (lambda: asymmetric_sharing(5, [[4]], 2, [0, 1]), "borrows: expected one list of tasks for each of 2 tasks, got 0"),
-    "counts that are no list": (lambda: ple(5, [[4]], 2, None, 1), "num_task_experts: expected a number or a list of 2, got None"),
-    "a tower that is a number": (lambda: mmoe(5, [[4]], 2, 2, towers=3), "towers: expected a list of layer widths, got 3"),
-    "a gate that is a number": (lambda: mmoe(5, [[4]], 2, 2, gate_widths=5), "gate_widths: expected a list of layer widths, got 5"),
-    "gates that are numbers": (lambda: ml_mmoe(5, [[4]], 2, 2, gate_widths=[5]), "gate_widths: expected a list of layer widths, got 5"),
-    "gates that are a number": (lambda: ml_mmoe(5, [[4]], 2, 2, gate_widths=5), "gate_widths: expected one list of layer widths per level, got 5"),
-    "an unknown way to combine": (lambda: asymmetric_sharing(5, [[4]], 2, [[0], [1]], "max"), "combine: expected one of sum, mean, concat, got 'max'"),
-    "an unknown activation": (lambda: mmoe(5, [[4]], 2, 2, activation="swish"), "activation: expected one of identity, relu"),
-    "no layers for a tower": (lambda: with_towers(mmoe(5, [[4]], 2, 2), ()), "layers: expected at least one layer, got none"),
+    "borrows that are a number": (
+        lambda: asymmetric_sharing(5, [[4]], 2, 3),
+        "borrows: expected one list of tasks for each of 2 tasks, got 3",
+    ),
+    "borrows that are numbers": (
+        lambda: asymmetric_sharing(5, [[4]], 2, [0, 1]),
+        "borrows: expected one list of tasks for each of 2 tasks, got 0",
+    ),
+    "counts that are no list": (
+        lambda: ple(5, [[4]], 2, None, 1),
+        "num_task_experts: expected a number or a list of 2, got None",
+    ),
+    "a tower that is a number": (
+        lambda: mmoe(5, [[4]], 2, 2, towers=3),
+        "towers: expected a list of layer widths, got 3",
+    ),
+    "a gate that is a number": (
+        lambda: mmoe(5, [[4]], 2, 2, gate_widths=5),
+        "gate_widths: expected a list of layer widths, got 5",
+    ),
+    "gates that are numbers": (
+        lambda: ml_mmoe(5, [[4]], 2, 2, gate_widths=[5]),
+        "gate_widths: expected a list of layer widths, got 5",
+    ),
+    "gates that are a number": (
+        lambda: ml_mmoe(5, [[4]], 2, 2, gate_widths=5),
+        "gate_widths: expected one list of layer widths per level, got 5",
+    ),
+    "an unknown way to combine": (
+        lambda: asymmetric_sharing(5, [[4]], 2, [[0], [1]], "max"),
+        "combine: expected one of sum, mean, concat, got 'max'",
+    ),
+    "an unknown activation": (
+        lambda: mmoe(5, [[4]], 2, 2, activation="swish"),
+        "activation: expected one of identity, relu",
+    ),
+    "no layers for a tower": (
+        lambda: with_towers(mmoe(5, [[4]], 2, 2), ()),
+        "layers: expected at least one layer, got none",
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""`del model` frees a fused model at once, as it frees a plain one, whatever was done with it; and what holds its forward alone still runs."""
+"""`del model` frees a fused model at once, as it frees a plain one, whatever was done with it; and
+what holds its forward alone still runs."""
 
 import copy
 import gc
@@ -37,7 +38,10 @@ MODELS = {
     "a layer with buffers": (lambda: fused(Configured()), T),
     "AdaTTSp": (lambda: AdaTTSp(D, WIDTHS, T, 2), T),
     "MMoE in a model": (lambda: nn.Sequential(MMoE(D, [5, 4], [], T, 4)), None),
-    "CentralTaskArch": (lambda: CentralTaskArch(layers.MtlConfigs("att_g", 2, 2, WIDTHS), layers.ArchInputs(T, [3]), D), None),
+    "CentralTaskArch": (
+        lambda: CentralTaskArch(layers.MtlConfigs("att_g", 2, 2, WIDTHS), layers.ArchInputs(T, [3]), D),
+        None,
+    ),
 }
 
 
@@ -154,7 +158,10 @@ DONE = {
 
 def watch(model: nn.Module) -> list[tuple[str, weakref.ref]]:
     modules = [(path or "the model", weakref.ref(module)) for path, module in model.named_modules()]
-    return [*modules, *((name, weakref.ref(tensor)) for name, tensor in [*model.named_parameters(), *model.named_buffers()])]
+    return [
+        *modules,
+        *((name, weakref.ref(tensor)) for name, tensor in [*model.named_parameters(), *model.named_buffers()]),
+    ]
 
 
 def alive(watched: list[tuple[str, weakref.ref]]) -> list[str]:
@@ -287,7 +294,11 @@ def test_a_forward_whose_module_is_gone_trains_saves_and_compiles():
         assert testing.error(parameters[name].grad, parameter.grad) <= testing.bound(
             testing.error(parameter.grad, parameter.grad), parameter.grad, torch.float32
         )
-    for other in (copy.deepcopy(forward), pickle.loads(pickle.dumps(forward)), torch.compile(forward, backend="eager", fullgraph=True)):
+    for other in (
+        copy.deepcopy(forward),
+        pickle.loads(pickle.dumps(forward)),
+        torch.compile(forward, backend="eager", fullgraph=True),
+    ):
         assert torch.equal(other(x), forward(x))
 
 

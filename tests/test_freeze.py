@@ -1,4 +1,5 @@
-"""freeze: the bits of the unfrozen layer from parameters packed once, undone by every change of one, refused in training."""
+"""freeze: the bits of the unfrozen layer from parameters packed once, undone by every change of
+one, refused in training."""
 
 import copy
 import gc
@@ -48,7 +49,10 @@ def test_every_layer_freezes_and_thaws_with_the_same_bits(name):
 
 
 def test_modules_of_ours_freeze():
-    for model, x in ((AdaTTSp(D, WIDTHS, T, 2), sample(T)), (MMoE(D, [5, 4], [], T, 4).double(), sample(None, torch.float64))):
+    for model, x in (
+        (AdaTTSp(D, WIDTHS, T, 2), sample(T)),
+        (MMoE(D, [5, 4], [], T, 4).double(), sample(None, torch.float64)),
+    ):
         model.eval().requires_grad_(False)
         before = model(x)
         assert fusedmoe.freeze(model)
@@ -133,7 +137,10 @@ def test_a_changed_parameter_thaws_the_layer(name):
     model, x = frozen_layer()
     before = model(x)
     CHANGES[name](model)
-    with pytest.warns(UserWarning, match=r"AdaTTSp is no longer frozen: (experts|self_exp_weights)\S* was changed; fusedmoe\.freeze\(model\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"AdaTTSp is no longer frozen: (experts|self_exp_weights)\S* was changed; fusedmoe\.freeze\(model\)",
+    ):
         after = model(x)
     assert not torch.equal(after, before) and not is_frozen(model)
     # Once is enough, and freezing again packs what is there now.
@@ -168,10 +175,20 @@ def test_training_mode_is_refused():
     model, x = frozen_layer()
     model.train()
     with pytest.raises(
-        RuntimeError, match=r"AdaTTSp is frozen for serving: expected evaluation mode, got training mode\. Cure: model\.eval\(\), or fusedmoe\.unf"
+        RuntimeError,
+        match=(
+            r"AdaTTSp is frozen for serving: expected evaluation mode, got training mode\. Cure: "
+            r"model\.eval\(\), or fusedmoe\.unf"
+        ),
     ):
         model(x)
-    with pytest.raises(ValueError, match=r"freeze: expected a model in evaluation mode, got 0: AdaTTSp in training mode; call model\.eval\(\) before"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"freeze: expected a model in evaluation mode, got 0: AdaTTSp in training mode; call "
+            r"model\.eval\(\) before"
+        ),
+    ):
         fusedmoe.freeze(model)
     fusedmoe.unfreeze(model)
     assert model(x).shape == (B, T, 4)
@@ -188,7 +205,10 @@ def test_one_layer_in_training_mode_keeps_all_from_freezing():
 def test_gradients_are_refused_where_one_would_be_wanted():
     model, x = frozen_layer()
     wanted = x.clone().requires_grad_()
-    message = r"AdaTTSp is frozen for serving: expected a call without gradients, got one that needs them\. Cure: torch\.inference_mode\(\), or fusedmoe"
+    message = (
+        r"AdaTTSp is frozen for serving: expected a call without gradients, got one that needs them\. "
+        r"Cure: torch\.inference_mode\(\), or fusedmoe"
+    )
     with pytest.raises(RuntimeError, match=message):
         model(wanted)
     weight(model).requires_grad_()
@@ -204,7 +224,9 @@ def test_autocast_is_refused():
     model, x = frozen_layer()
     with (
         torch.autocast("cpu", dtype=torch.bfloat16),
-        pytest.raises(RuntimeError, match=r"expected a call in torch\.float32, as it was packed, got one under autocast"),
+        pytest.raises(
+            RuntimeError, match=r"expected a call in torch\.float32, as it was packed, got one under autocast"
+        ),
     ):
         model(x)
 
@@ -221,7 +243,11 @@ def test_wrong_inputs_are_refused_as_before():
         fusedmoe.freeze(model)
 
 
-@pytest.mark.parametrize("change", [edit.hooked, edit.replaced, edit.patched, edit.switched, edit.bias_removed, edit.parametrized], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "change",
+    [edit.hooked, edit.replaced, edit.patched, edit.switched, edit.bias_removed, edit.parametrized],
+    ids=lambda c: c.__name__,
+)
 def test_a_change_inside_still_stops_the_next_call(change):
     model, x = frozen_layer()
     change(model[0])

@@ -1,4 +1,5 @@
-"""A frozen layer, eager and under torch.compile or torch.export: what one refuses the other refuses, and neither is ever outdated."""
+"""A frozen layer, eager and under torch.compile or torch.export: what one refuses the other
+refuses, and neither is ever outdated."""
 
 import contextlib
 import itertools
@@ -18,7 +19,9 @@ from .test_freeze import frozen_layer, weight
 # Whether the input and the parameters ask for gradients, and the mode of the call.
 WANTED = {"none": (False, False), "of the input": (True, False), "of the parameters": (False, True)}
 MODES = {"grad": contextlib.nullcontext, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
-REFUSED = re.compile(r"(\w+) is frozen for serving: expected [\w ,.]+, got [\w ]+\. Cure: [\w.(), ]*fusedmoe\.unfreeze\(model\)")
+REFUSED = re.compile(
+    r"(\w+) is frozen for serving: expected [\w ,.]+, got [\w ]+\. Cure: [\w.(), ]*fusedmoe\.unfreeze\(model\)"
+)
 
 
 def fused_layer() -> nn.Module:
@@ -32,10 +35,12 @@ MAKES = {"fuse": fused_layer, "nn": lambda: AdaTTSp(D, WIDTHS, T, 2)}
 
 @pytest.fixture(autouse=True)
 def compiler(monkeypatch):
-    """The probe is not what is tested; and every cell is compiled, where torch.compile would else go on in eager mode after a few."""
+    """The probe is not what is tested; and every cell is compiled, where torch.compile would else
+    go on in eager mode after a few."""
     monkeypatch.setattr("fusedmoe.adapters.require_agreement", lambda module, match: None)
     torch._dynamo.reset()
-    # torch 2.11 does not look at a parameter again, not even at its requires_grad, while the dict that holds it is the same.
+    # torch 2.11 does not look at a parameter again, not even at its requires_grad, while the dict
+    # that holds it is the same.
     with torch._dynamo.config.patch(recompile_limit=64, skip_tensor_guards_with_matching_dict_tags=False):
         yield
 
@@ -101,7 +106,10 @@ def test_code_that_is_not_whole_refuses_with_the_same_words(make):
     compiled(x)
     fusedmoe.freeze(layer)
     for call in (broken, compiled):
-        with pytest.raises(RuntimeError, match=r"^AdaTTSp is frozen for serving: expected a call without gradients, got one that needs them"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"^AdaTTSp is frozen for serving: expected a call without gradients, got one that needs them",
+        ):
             call(x)
     with torch.no_grad():
         assert torch.equal(compiled(x), broken(x))
@@ -109,7 +117,9 @@ def test_code_that_is_not_whole_refuses_with_the_same_words(make):
 
 CHANGED = {
     "in place": lambda model: weight(model).mul_(2),
-    "replaced": lambda model: setattr(model[0].experts[0][1].mlp_net[0], "weight", nn.Parameter(weight(model) * 2, requires_grad=False)),
+    "replaced": lambda model: setattr(
+        model[0].experts[0][1].mlp_net[0], "weight", nn.Parameter(weight(model) * 2, requires_grad=False)
+    ),
     "loaded": lambda model: model.load_state_dict({name: tensor * 2 for name, tensor in model.state_dict().items()}),
 }
 
@@ -135,7 +145,8 @@ def test_compiled_code_is_never_outdated(change, first, thawed):
 
 
 def test_a_changed_layer_is_refused_before_it_is_thawed():
-    """Compiled code cannot look whether a parameter changed, so that eager calls do not go by it either."""
+    """Compiled code cannot look whether a parameter changed, so that eager calls do not go by it
+    either."""
     model, x = frozen_layer()
     weight(model).mul_(2)
     model.train()

@@ -1,4 +1,5 @@
-"""One level from tensors, in every form its arguments may have, against its equations in plain torch; compilation."""
+"""One level from tensors, in every form its arguments may have, against its equations in plain
+torch; compilation."""
 
 import subprocess
 import sys
@@ -23,8 +24,9 @@ SLOT, EXPERT, ROOT = partial(Selector, "slot"), partial(Selector, "expert"), Sel
 class Form(NamedTuple):
     """One way to write a level: what `fusion_level` is given, and what that means.
 
-    `shapes` are the tensors by name, x among them. `call` turns them into arguments. `meaning` turns them into (slot, [(W, b), ...])
-    of each expert, and (gate, {expert: v}) of each unit, where a gate is None or (selector, G, c, sees).
+    `shapes` are the tensors by name, x among them. `call` turns them into arguments. `meaning`
+    turns them into (slot, [(W, b), ...]) of each expert, and (gate, {expert: v}) of each unit,
+    where a gate is None or (selector, G, c, sees).
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -77,8 +79,17 @@ FORMS = {
     ),
     "stacked, slots dealt out, static [U, E]": Form(
         {"x": (ROWS, 2, 5), "w": (4, 3, 5), "b": (4, 3), "g": (2, 4, 5), "c": (2, 4), "v": (2, 4)},
-        lambda t: {"weights": t["w"], "biases": t["b"], "gates": (t["g"], t["c"]), "static": t["v"], "level": LevelShape(activation="SiLU")},
-        lambda t: (one_layer(t, [0, 0, 1, 1]), [((SLOT(u), t["g"][u], t["c"][u], range(4)), dict(enumerate(t["v"][u]))) for u in range(2)]),
+        lambda t: {
+            "weights": t["w"],
+            "biases": t["b"],
+            "gates": (t["g"], t["c"]),
+            "static": t["v"],
+            "level": LevelShape(activation="SiLU"),
+        },
+        lambda t: (
+            one_layer(t, [0, 0, 1, 1]),
+            [((SLOT(u), t["g"][u], t["c"][u], range(4)), dict(enumerate(t["v"][u]))) for u in range(2)],
+        ),
     ),
     "an axis of one slot": Form(
         {"x": (ROWS, 1, 5), "w": (2, 3, 5), "g": (3, 2, 5)},
@@ -86,7 +97,15 @@ FORMS = {
         lambda t: (one_layer(t, [0] * 2, bias=False), [((SLOT(), t["g"][u], None, range(2)), {}) for u in range(3)]),
     ),
     "separate weights, sees of different sizes, a unit without a gate, static fixed and learned": Form(
-        {"x": (ROWS, 5), **{f"w{e}": (3, 5) for e in range(4)}, **{f"b{e}": (3,) for e in range(4)}, "g0": (2, 5), "g2": (4, 5), "c2": (4,), "v1": (2,)},
+        {
+            "x": (ROWS, 5),
+            **{f"w{e}": (3, 5) for e in range(4)},
+            **{f"b{e}": (3,) for e in range(4)},
+            "g0": (2, 5),
+            "g2": (4, 5),
+            "c2": (4,),
+            "v1": (2,),
+        },
         lambda t: {
             "weights": [t[f"w{e}"] for e in range(4)],
             "biases": tuple(t[f"b{e}"] for e in range(4)),
@@ -97,20 +116,40 @@ FORMS = {
         },
         lambda t: (
             [(0, [(t[f"w{e}"], t[f"b{e}"])]) for e in range(4)],
-            [((SLOT(), t["g0"], None, (3, 1)), {0: 0.5, 1: -2.0}), (None, {3: t["v1"][0], 0: t["v1"][1]}), ((SLOT(), t["g2"], t["c2"], range(4)), {})],
+            [
+                ((SLOT(), t["g0"], None, (3, 1)), {0: 0.5, 1: -2.0}),
+                (None, {3: t["v1"][0], 0: t["v1"][1]}),
+                ((SLOT(), t["g2"], t["c2"], range(4)), {}),
+            ],
         ),
         torch.tanh,
     ),
     "two layers, stacked": Form(
         {"x": (ROWS, 5), "w1": (3, 6, 5), "b1": (3, 6), "w2": (3, 4, 6), "b2": (3, 4), "g": (2, 3, 5)},
-        lambda t: {"weights": [t["w1"], t["w2"]], "biases": [t["b1"], t["b2"]], "gates": t["g"], "level": LevelShape(activation="silu")},
+        lambda t: {
+            "weights": [t["w1"], t["w2"]],
+            "biases": [t["b1"], t["b2"]],
+            "gates": t["g"],
+            "level": LevelShape(activation="silu"),
+        },
         lambda t: (
             [(0, [(t["w1"][e], t["b1"][e]), (t["w2"][e], t["b2"][e])]) for e in range(3)],
             [((SLOT(), t["g"][u], None, range(3)), {}) for u in range(2)],
         ),
     ),
     "two layers, separate, hidden widths of their own": Form(
-        {"x": (ROWS, 5), "w00": (6, 5), "w01": (4, 6), "b00": (6,), "b01": (4,), "w10": (7, 5), "w11": (4, 7), "b10": (7,), "b11": (4,), "g": (2, 5)},
+        {
+            "x": (ROWS, 5),
+            "w00": (6, 5),
+            "w01": (4, 6),
+            "b00": (6,),
+            "b01": (4,),
+            "w10": (7, 5),
+            "w11": (4, 7),
+            "b10": (7,),
+            "b11": (4,),
+            "g": (2, 5),
+        },
         lambda t: {
             "weights": [[t["w00"], t["w10"]], [t["w01"], t["w11"]]],
             "biases": [[t["b00"], t["b10"]], [t["b01"], t["b11"]]],
@@ -125,7 +164,12 @@ FORMS = {
     ),
     "two layers, one stacked and one separate": Form(
         {"x": (ROWS, 5), "w1": (2, 6, 5), "b1": (2, 6), "w20": (4, 6), "w21": (4, 6), "b2": (2, 4), "g": (1, 2, 5)},
-        lambda t: {"weights": (t["w1"], [t["w20"], t["w21"]]), "biases": [t["b1"], t["b2"]], "gates": t["g"], "level": LevelShape(activation="silu")},
+        lambda t: {
+            "weights": (t["w1"], [t["w20"], t["w21"]]),
+            "biases": [t["b1"], t["b2"]],
+            "gates": t["g"],
+            "level": LevelShape(activation="silu"),
+        },
         lambda t: (
             [(0, [(t["w1"][e], t["b1"][e]), (t[f"w2{e}"], t["b2"][e])]) for e in range(2)],
             [((SLOT(), t["g"][0], None, range(2)), {})],
@@ -133,7 +177,13 @@ FORMS = {
     ),
     "no gates, static [U, E]": Form(
         {"x": (ROWS, 3, 5), "w": (3, 4, 5), "b": (3, 4), "v": (3, 3)},
-        lambda t: {"weights": t["w"], "biases": t["b"], "gates": None, "static": t["v"], "level": LevelShape(activation="silu")},
+        lambda t: {
+            "weights": t["w"],
+            "biases": t["b"],
+            "gates": None,
+            "static": t["v"],
+            "level": LevelShape(activation="silu"),
+        },
         lambda t: (one_layer(t, range(3)), [(None, dict(enumerate(t["v"][u]))) for u in range(3)]),
     ),
     "no gates, static in pairs": Form(
@@ -148,7 +198,16 @@ FORMS = {
         lambda t: (one_layer(t, range(3)), [(None, {0: 1.0}), (None, {}), (None, {1: t["v"][0], 2: t["v"][1]})]),
     ),
     "slots and selectors of every kind": Form(
-        {"x": (ROWS, 3, 5), "w": (3, 4, 5), "b": (3, 4), "g0": (3, 5), "g1": (2, 5), "g2": (3, 4), "g3": (1, 5), "c3": (1,)},
+        {
+            "x": (ROWS, 3, 5),
+            "w": (3, 4, 5),
+            "b": (3, 4),
+            "g0": (3, 5),
+            "g1": (2, 5),
+            "g2": (3, 4),
+            "g3": (1, 5),
+            "c3": (1,),
+        },
         lambda t: {
             "weights": t["w"],
             "biases": t["b"],
@@ -177,7 +236,11 @@ FORMS = {
         },
         lambda t: (
             one_layer(t, [0] * 3),
-            [((SLOT(), t["g"][0], t["c"][0], (0, 2)), {}), ((SLOT(), t["g"][1], t["c"][1], (2, 1)), {}), ((SLOT(), t["none"], None, ()), {})],
+            [
+                ((SLOT(), t["g"][0], t["c"][0], (0, 2)), {}),
+                ((SLOT(), t["g"][1], t["c"][1], (2, 1)), {}),
+                ((SLOT(), t["none"], None, ()), {}),
+            ],
         ),
     ),
 }
@@ -213,19 +276,25 @@ def start(form: Form, by_equations, dtype: torch.dtype) -> Problem:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("name", FORMS)
 def test_a_level_is_its_equations(name, backend, dtype):
-    """Output, mixing weights and the gradient of every tensor as the caller holds it, stacked ones included."""
+    """Output, mixing weights and the gradient of every tensor as the caller holds it, stacked ones
+    included."""
     ours, by_equations = networks(FORMS[name], backend)
     given = start(FORMS[name], by_equations, dtype)
     assert_close(evaluate(ours, given), expectation(given, by_equations))
 
 
 class Mixture(nn.Module):
-    """Two levels as a user builds them: stacked parameters below, a `ParameterList` above, where the `LevelShape` is made at each call."""
+    """Two levels as a user builds them: stacked parameters below, a `ParameterList` above, where
+    the `LevelShape` is made at each call."""
 
     def __init__(self):
         super().__init__()
         self.weights, self.biases = nn.Parameter(torch.empty(4, 6, 5)), nn.Parameter(torch.empty(4, 6))
-        self.gates, self.offsets, self.static = nn.Parameter(torch.empty(2, 4, 5)), nn.Parameter(torch.empty(2, 4)), nn.Parameter(torch.empty(2, 4))
+        self.gates, self.offsets, self.static = (
+            nn.Parameter(torch.empty(2, 4, 5)),
+            nn.Parameter(torch.empty(2, 4)),
+            nn.Parameter(torch.empty(2, 4)),
+        )
         self.level = LevelShape(activation=Activation("leaky_relu", 0.2))
         self.upper = nn.ParameterList([torch.empty(3, 6), torch.empty(3, 6)])
         self.upper_gates = nn.ParameterList([torch.empty(2, 6), torch.empty(1, 3)])
@@ -234,7 +303,13 @@ class Mixture(nn.Module):
         randomise(self.parameters(), 7)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        lower = {"weights": self.weights, "biases": self.biases, "gates": (self.gates, self.offsets), "static": self.static, "level": self.level}
+        lower = {
+            "weights": self.weights,
+            "biases": self.biases,
+            "gates": (self.gates, self.offsets),
+            "static": self.static,
+            "level": self.level,
+        }
         level = LevelShape(slots=[1, 0], selectors=[Selector("root"), Selector("expert", 1), None], activation="tanh")
         static = [([0, 1], self.fixed), None, ((1,), self.upper_static)]
         # As a list first: torch.compile of 2.11 unpacks no ParameterList.
@@ -253,7 +328,8 @@ def results(layer: Callable, module: Mixture, rows: int) -> list[Tensor]:
 
 
 def compiled(module: Mixture, dynamic: bool | None = None) -> tuple[Callable, list]:
-    """The module compiled, forward and backward traced, and the graphs compiled so far. Cold: neither Dynamo nor we remember anything."""
+    """The module compiled, forward and backward traced, and the graphs compiled so far. Cold:
+    neither Dynamo nor we remember anything."""
     graphs = []
 
     def noted(graph, inputs, **options):
@@ -305,7 +381,17 @@ def test_a_compiled_layer_sees_changes_of_its_wiring():
 
 
 def test_the_compiler_is_not_imported_before_it_is_needed():
-    """`_table` is marked for Dynamo by hand, because marking it by its function costs an import of a second."""
-    result = subprocess.run([sys.executable, "-c", "import sys, fusedmoe; print('torch._dynamo' in sys.modules)"], capture_output=True, text=True, check=True)
+    """`_table` is marked for Dynamo by hand, because marking it by its function costs an import of
+    a second."""
+    result = subprocess.run(
+        [sys.executable, "-c", "import sys, fusedmoe; print('torch._dynamo' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert result.stdout.split() == ["False"]
-    assert torch.compiler.assume_constant_result(lambda: None)._dynamo_marked_constant is functional._table._dynamo_marked_constant is True
+    assert (
+        torch.compiler.assume_constant_result(lambda: None)._dynamo_marked_constant
+        is functional._table._dynamo_marked_constant
+        is True
+    )

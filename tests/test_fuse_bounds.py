@@ -1,4 +1,5 @@
-"""What `fuse` may cost, and what it leaves behind: no second copy of what a layer only holds, no counting up to a lie, no global state changed."""
+"""What `fuse` may cost, and what it leaves behind: no second copy of what a layer only holds, no
+counting up to a lie, no global state changed."""
 
 import contextlib
 import random
@@ -39,7 +40,9 @@ class Slotted:
 @pytest.fixture(autouse=True)
 def adapter():
     """Teach the wiring of `Holding`, of which anything beside keeps the built-in adapter away."""
-    unregister = fusedmoe.register_adapter(lambda module: wiring.adatt_sp(smooth_layer()) if isinstance(module, Holding) else None)
+    unregister = fusedmoe.register_adapter(
+        lambda module: wiring.adatt_sp(smooth_layer()) if isinstance(module, Holding) else None
+    )
     yield
     unregister()
 
@@ -57,11 +60,17 @@ def unregistered(module):
 HELD = {
     "a parameter": (lambda module: module.register_parameter("table", nn.Parameter(torch.zeros(NUMBERS))), "table"),
     "a buffer": (lambda module: module.register_buffer("table", torch.zeros(NUMBERS)), "table"),
-    "a buffer of a submodule": (lambda module: module.experts[0][1].register_buffer("table", torch.zeros(NUMBERS)), r"experts\.0\.1\.table"),
+    "a buffer of a submodule": (
+        lambda module: module.experts[0][1].register_buffer("table", torch.zeros(NUMBERS)),
+        r"experts\.0\.1\.table",
+    ),
     "a submodule": (lambda module: setattr(module, "table", nn.Embedding(NUMBERS, 1)), r"table\.weight"),
     "a tensor": (lambda module: setattr(module, "table", torch.zeros(NUMBERS)), "table"),
     "a small view of a large tensor": (lambda module: setattr(module, "table", torch.zeros(NUMBERS)[:1]), "table"),
-    "tensors in a dict": (lambda module: setattr(module, "tables", {i: [torch.zeros(NUMBERS // 4)] for i in range(5)}), "tables"),
+    "tensors in a dict": (
+        lambda module: setattr(module, "tables", {i: [torch.zeros(NUMBERS // 4)] for i in range(5)}),
+        "tables",
+    ),
     "a tensor in an object": (lambda module: setattr(module, "held", Slotted(torch.zeros(NUMBERS))), "held"),
     "a module in a list": (unregistered, "others"),
     "an array": (lambda module: setattr(module, "table", np.zeros(NUMBERS, np.float32)), "table"),
@@ -105,7 +114,11 @@ def test_what_a_layer_holds_beside_its_table_is_not_copied(what, monkeypatch):
     assert not report and everything(module) == before
     for text in (str(report), told):
         with pytest.raises(
-            AssertionError, match=rf"{name}: expected at most 16,777,216 bytes in all beside the parameters of its table, got [1-9]\d,\d+,\d+ or more"
+            AssertionError,
+            match=(
+                rf"{name}: expected at most 16,777,216 bytes in all beside the parameters of its table, got "
+                rf"[1-9]\d,\d+,\d+ or more"
+            ),
         ):
             raise AssertionError(text)
 
@@ -120,7 +133,8 @@ def test_modest_things_are_no_obstacle():
     module = Holding()
     module.register_buffer("mask", torch.ones(1 << 20))
     module.names = [f"task {t}" for t in range(10_000)]
-    # The same thing again and again is one; so are the parameters of the table, and the tree itself.
+    # The same thing again and again is one; so are the parameters of the table, and the tree
+    # itself.
     module.lists = [module.names] * 50_000
     module.own = (module.experts, list(module.parameters()))
     knot = []
@@ -161,7 +175,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_a_large_table_takes_no_second_memory():
-    grown = int(subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, timeout=300).stdout) / 1024
+    grown = (
+        int(
+            subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, timeout=300).stdout
+        )
+        / 1024
+    )
     # The table has 512 MiB.
     assert grown < 64
 
@@ -204,7 +223,16 @@ def test_counts_that_lie_are_declined_at_once():
 
 @pytest.mark.parametrize("family", families.FAMILIES.values(), ids=list(families.FAMILIES))
 def test_families_refuse_absurd_counts_at_once(family):
-    rest = {"omoe": (2,), "mmoe": (2,), "ml_mmoe": (2,), "cgc": (1, 1), "ple": (1, 1), "adatt_sp": (2,), "adatt": (1, 1), "asymmetric_sharing": ([[0]],)}
+    rest = {
+        "omoe": (2,),
+        "mmoe": (2,),
+        "ml_mmoe": (2,),
+        "cgc": (1, 1),
+        "ple": (1, 1),
+        "adatt_sp": (2,),
+        "adatt": (1, 1),
+        "asymmetric_sharing": ([[0]],),
+    }
     given = (*(), 4, [[3]])
     began = time.process_time()
     with pytest.raises(ValueError, match="expected at most 1048576, got 1000000000"):
@@ -221,7 +249,9 @@ def test_tasks_that_share_one_unit_may_be_many_but_not_any_number():
     layer = layers.SharedBottom(D, [4], counts.MOST_SHARING)
     assert wiring.shared_bottom(layer).table.tasks
     layer.num_tasks += 1
-    with pytest.raises(Unfusable, match="num_tasks: expected a number that fits the experts and gates there, at most 4096, got 4097"):
+    with pytest.raises(
+        Unfusable, match="num_tasks: expected a number that fits the experts and gates there, at most 4096, got 4097"
+    ):
         wiring.shared_bottom(layer)
 
 
@@ -245,7 +275,11 @@ MEDDLING = {
     "grad mode": lambda: torch.set_grad_enabled(False),
     "deterministic": lambda: torch.use_deterministic_algorithms(True, warn_only=True),
     "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
-    "autocast": lambda: (torch.set_autocast_enabled("cpu", True), torch.set_autocast_dtype("cpu", torch.float16), torch.set_autocast_cache_enabled(False)),
+    "autocast": lambda: (
+        torch.set_autocast_enabled("cpu", True),
+        torch.set_autocast_dtype("cpu", torch.float16),
+        torch.set_autocast_cache_enabled(False),
+    ),
     "autocast of cuda": lambda: torch.set_autocast_enabled("cuda", True),
     "threads": lambda: torch.set_num_threads(3),
     "fill": lambda: setattr(torch.utils.deterministic, "fill_uninitialized_memory", False),
@@ -276,7 +310,10 @@ def globals_of() -> dict:
         "device": torch.get_default_device(),
         "context": torch.utils._device.CURRENT_DEVICE,
         "grad": torch.is_grad_enabled(),
-        "deterministic": (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        "deterministic": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
         "fill": torch.utils.deterministic.fill_uninitialized_memory,
         "anomaly": (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
         "autocast": [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")],
@@ -306,7 +343,9 @@ def test_what_a_forward_changes_outside_is_put_back(what, fails, meddling):
 
 def test_state_that_was_set_before_stays_set(meddling):
     """Put back is what was there, not what is usual."""
-    meddling.meddle = staticmethod(lambda: (torch.set_default_dtype(torch.float32), torch.use_deterministic_algorithms(False)))
+    meddling.meddle = staticmethod(
+        lambda: (torch.set_default_dtype(torch.float32), torch.use_deterministic_algorithms(False))
+    )
     layer = meddling(D, WIDTHS, T, 2)
     torch.set_default_dtype(torch.float64)
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,4 +1,5 @@
-"""How `make gpu` follows its parts: one that crashes, hangs, is killed or raises costs itself alone, and what was found is in the file."""
+"""How `make gpu` follows its parts: one that crashes, hangs, is killed or raises costs itself
+alone, and what was found is in the file."""
 
 import importlib
 import json
@@ -28,9 +29,13 @@ def module(folder: Path, name: str, body: str) -> None:
 
 
 def run(gpu, folder: Path, parts: dict[str, tuple[str, float, float]], resume: bool = False) -> tuple[dict, bool]:
-    """Run parts {letter: (module, seconds of the part, of a case)}; return what the JSON says, and whether all went well."""
+    """Run parts {letter: (module, seconds of the part, of a case)}; return what the JSON says, and
+    whether all went well."""
     conductor, table, book = gpu
-    known = {letter: table.Part(f"part {letter}", name, seconds, case_seconds) for letter, (name, seconds, case_seconds) in parts.items()}
+    known = {
+        letter: table.Part(f"part {letter}", name, seconds, case_seconds)
+        for letter, (name, seconds, case_seconds) in parts.items()
+    }
     path = folder / "gpu.json"
     with (folder / "gpu.log").open("a") as log, pytest.MonkeyPatch.context() as patch:
         patch.setattr(conductor, "PARTS", known)
@@ -47,7 +52,10 @@ def cases(book):
 
 
 def results(part: dict) -> dict:
-    return {key: {name: value for name, value in result.items() if name != "took"} for key, result in part["results"].items()}
+    return {
+        key: {name: value for name, value in result.items() if name != "took"}
+        for key, result in part["results"].items()
+    }
 
 
 def test_a_case_that_kills_its_process_costs_itself_alone(gpu, tmp_path):
@@ -61,7 +69,11 @@ def test_a_case_that_kills_its_process_costs_itself_alone(gpu, tmp_path):
     module(tmp_path, "dying", body)
     module(tmp_path, "good", GOOD)
     parts, well = run(gpu, tmp_path, {"a": ("dying", 60, 30), "b": ("good", 60, 30)})
-    assert results(parts["a"]) == {"before": {"found": 1}, "dies": {"error": "the process died of SIGSEGV"}, "behind": {"found": 2}}
+    assert results(parts["a"]) == {
+        "before": {"found": 1},
+        "dies": {"error": "the process died of SIGSEGV"},
+        "behind": {"found": 2},
+    }
     assert (parts["a"]["status"], parts["b"]["status"], well) == ("done", "done", False)
     assert results(parts["b"]) == {"one": {"found": 1}, "two": {"found": 2}}
 
@@ -80,7 +92,9 @@ def test_a_case_that_hangs_is_cut_off_with_what_it_started(gpu, tmp_path):
     module(tmp_path, "hanging", body)
     parts, well = run(gpu, tmp_path, {"a": ("hanging", 60, 3)})
     assert results(parts["a"]) == {"hangs": {"error": "no answer in 3 s"}, "behind": {"found": 2}}
-    child = int(next(line.split()[1] for line in (tmp_path / "gpu.log").read_text().splitlines() if line.startswith("child ")))
+    child = int(
+        next(line.split()[1] for line in (tmp_path / "gpu.log").read_text().splitlines() if line.startswith("child "))
+    )
     state = Path(f"/proc/{child}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
     assert not well
@@ -239,11 +253,14 @@ def test_the_limits_are_ten_minutes(gpu):
 def test_what_is_lacking_is_named_in_one_sentence(tmp_path):
     """A Python without packages, and this one where no device is."""
     bare = [sys.executable, "-S", "-P", str(BENCH / "gpu.py"), "--json", str(tmp_path / "gpu.json")]
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "FUSEDMOE_BUILD")} | {"PYTHONPATH": str(BENCH)}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "FUSEDMOE_BUILD")
+    } | {"PYTHONPATH": str(BENCH)}
     said = subprocess.run(bare, capture_output=True, text=True, env=environment)
     assert said.returncode == 1
     assert said.stderr.strip().splitlines() == [
-        f"gpu: expected torch, numpy, pytest, pybind11, setuptools in {sys.executable}, found none; install them, or activate the environment that has them"
+        f"gpu: expected torch, numpy, pytest, pybind11, setuptools in {sys.executable}, found none; install "
+        f"them, or activate the environment that has them"
     ]
 
 
@@ -257,7 +274,18 @@ def test_a_machine_without_a_device_runs_nothing(tmp_path):
 
 
 # What a machine with a device may lack; `make gpu` may ask for none of it.
-EXTRAS = ("rich", "matplotlib", "onnx", "onnxruntime", "onnxscript", "openvino", "pytest_benchmark", "hypothesis", "mypy", "ruff")
+EXTRAS = (
+    "rich",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "pytest_benchmark",
+    "hypothesis",
+    "mypy",
+    "ruff",
+)
 
 
 @pytest.mark.parametrize("part", ["gpu_first", "gpu_parity", "gpu_times", "gpu_shares", "gpu_tools", "gpu_tuning"])

@@ -11,7 +11,20 @@ from fusedmoe.codec import encode
 from fusedmoe.dtype import row
 from fusedmoe.families import ple, single_task
 from fusedmoe.op import fusion_network
-from fusedmoe.testing import NEIGHBOURS, Case, assert_close, bound, cases, eager, error, evaluate, expectation, neighbour, problem, smoothed
+from fusedmoe.testing import (
+    NEIGHBOURS,
+    Case,
+    assert_close,
+    bound,
+    cases,
+    eager,
+    error,
+    evaluate,
+    expectation,
+    neighbour,
+    problem,
+    smoothed,
+)
 
 from .cuda_on_cpu.extension import KIND
 
@@ -45,7 +58,8 @@ def test_half_is_the_single_result_rounded_once(name):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_parity(name, backend):
-    """Elementwise, without kinks: in float16 nearly every row has a pre-activation within rounding of one."""
+    """Elementwise, without kinks: in float16 nearly every row has a pre-activation within rounding
+    of one."""
     given = problem(CASES[name]._replace(table=smoothed(CASES[name].table)), HALF)
     assert_close(evaluate(partial(fused, backend=backend), given), expectation(given))
 
@@ -53,10 +67,11 @@ def test_parity(name, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(name for name in CASES if name.endswith(("every_feature", "odd", "one_row"))))
 def test_parity_in_the_norm(name, backend):
-    """With kinks: the same rule for the norms of outputs and gradients, on which one row on the other side of a kink weighs little.
+    """With kinks: the same rule for the norms of outputs and gradients, on which one row on the
+    other side of a kink weighs little.
 
-    Whether a row crosses a kink is a matter of luck: so there are many rows, and plain torch's error is the largest of a few draws, as in
-    `testing.expectation`.
+    Whether a row crosses a kink is a matter of luck: so there are many rows, and plain torch's
+    error is the largest of a few draws, as in `testing.expectation`.
     """
     given = problem(CASES[name]._replace(rows=400), SINGLE).to(HALF)
     draws = [given, *(neighbour(given, seed) for seed in range(NEIGHBOURS))]
@@ -67,7 +82,9 @@ def test_parity_in_the_norm(name, backend):
             assert ours[key] is None, key
             continue
         off_plain = max(float((plain[key].double() - own[key]).norm()) for plain, own in runs)
-        assert float((ours[key].double() - exact).norm()) <= 2 * off_plain + 8 * row(HALF).roundoff * float(exact.norm()), key
+        assert float((ours[key].double() - exact).norm()) <= 2 * off_plain + 8 * row(HALF).roundoff * float(
+            exact.norm()
+        ), key
 
 
 def test_overflow_and_nan_are_those_of_a_cast():

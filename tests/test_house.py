@@ -55,10 +55,20 @@ LONGEST_LINE = 120
 LONGEST_BODY_OF_CPP = 60
 
 # Folder -> package: as setup.py puts them together.
-PACKAGES = {"fusedmoe": "fusedmoe", "kernels": "fusedmoe.kernels", "bench/speed": "fusedmoe.speed", "examples/census": "fusedmoe.demo"}
+PACKAGES = {
+    "fusedmoe": "fusedmoe",
+    "kernels": "fusedmoe.kernels",
+    "bench/speed": "fusedmoe.speed",
+    "examples/census": "fusedmoe.demo",
+}
 FOLDERS = ("fusedmoe", "kernels", "bench", "examples", "docs", "tests", ".ci")
 PYTHON = [*sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")), ROOT / "setup.py"]
-CPP = sorted(path for folder in ("csrc", "tests") for ending in ("*.h", "*.cpp", "*.cu") for path in (ROOT / folder).rglob(ending))
+CPP = sorted(
+    path
+    for folder in ("csrc", "tests")
+    for ending in ("*.h", "*.cpp", "*.cu")
+    for path in (ROOT / folder).rglob(ending)
+)
 SOURCES = [*PYTHON, *CPP]
 
 
@@ -109,7 +119,11 @@ MODULES = {name: path for path in PYTHON if (name := name_of(path))}
 
 def test_imports_point_down():
     known = {*MODULES, "fusedmoe._C"}
-    faults = [fault for name, path in MODULES.items() for fault in upward(name, imports_of(ast.parse(path.read_text()), known))]
+    faults = [
+        fault
+        for name, path in MODULES.items()
+        for fault in upward(name, imports_of(ast.parse(path.read_text()), known))
+    ]
     assert faults == []
 
 
@@ -126,7 +140,9 @@ def test_an_upward_import_is_noticed(text, fault):
     assert upward("fusedmoe.op", imports_of(ast.parse(text), set(MODULES))) == [fault]
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if path.suffix != ".py"], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if path.suffix != ".py"], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_lines_of_cpp_are_short(path):
     # Those of Python are ruff's.
     assert [line for line in path.read_text().splitlines() if len(line) > LONGEST_LINE] == []
@@ -138,7 +154,11 @@ def test_files_are_short(path):
 
 
 def functions_of(path: Path) -> list[ast.FunctionDef]:
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
 
 
 def arguments_of(function: ast.FunctionDef) -> int:
@@ -155,7 +175,11 @@ def arguments_of(function: ast.FunctionDef) -> int:
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
 def test_functions_are_short(path):
-    long = [f"{f.name}: {f.end_lineno - f.lineno + 1} lines" for f in functions_of(path) if f.end_lineno - f.lineno + 1 > LONGEST_FUNCTION]
+    long = [
+        f"{f.name}: {f.end_lineno - f.lineno + 1} lines"
+        for f in functions_of(path)
+        if f.end_lineno - f.lineno + 1 > LONGEST_FUNCTION
+    ]
     wide = [f"{f.name}: {arguments_of(f)} arguments" for f in functions_of(path) if arguments_of(f) > MOST_ARGUMENTS]
     assert long + wide == []
 
@@ -188,11 +212,19 @@ def bodies_of(text: str) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("path", CPP, ids=lambda path: str(path.relative_to(ROOT)))
 def test_functions_of_cpp_are_short(path):
-    assert [f"lines {first} to {last}" for first, last in bodies_of(path.read_text()) if last - first + 1 > LONGEST_BODY_OF_CPP] == []
+    assert [
+        f"lines {first} to {last}"
+        for first, last in bodies_of(path.read_text())
+        if last - first + 1 > LONGEST_BODY_OF_CPP
+    ] == []
 
 
 def test_bodies_of_cpp_are_found():
-    text = 'namespace a {\nstruct S {\n  int x = 0;\n  int f() {\n    return "{"[0]; // {\n  }\n};\nvoid g(struct S s) {\n  if (s.x) {\n  }\n}\n}\n'
+    text = (
+        "namespace a "
+        '{\nstruct S {\n  int x = 0;\n  int f() {\n    return "{"[0]; // {\n  }\n};\n'
+        "void g(struct S s) {\n  if (s.x) {\n  }\n}\n}\n"
+    )
     assert bodies_of(text) == [(4, 6), (8, 11)]
     with pytest.raises(ValueError, match="1 more of the latter"):
         bodies_of("void f() {")
@@ -219,7 +251,10 @@ def test_kernels_are_not_importable_by_their_bare_name():
 
 
 def test_the_library_imports_neither_the_benchmark_nor_the_demonstration():
-    program = "import sys, fusedmoe; print([name for name in sys.modules if name.startswith(('fusedmoe.speed', 'fusedmoe.demo'))])"
+    program = (
+        "import sys, fusedmoe; print([name for name in sys.modules if name.startswith(('fusedmoe.speed', "
+        "'fusedmoe.demo'))])"
+    )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"
 
@@ -241,7 +276,10 @@ def test_readme_names_commands_that_exist():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         text = (ROOT / page).read_text()
-        assert set(re.findall(r"`make ([a-z]+)", text)) | set(re.findall(r"^ *make ([a-z]+)", text, flags=re.MULTILINE)) <= targets
+        assert (
+            set(re.findall(r"`make ([a-z]+)", text)) | set(re.findall(r"^ *make ([a-z]+)", text, flags=re.MULTILINE))
+            <= targets
+        )
         for path in re.findall(r"`((?:fusedmoe|csrc|kernels|bench|examples|tests)/[\w./-]*)`", text):
             assert (ROOT / path).exists(), f"{page} names {path}"
 

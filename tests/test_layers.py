@@ -1,4 +1,5 @@
-"""The reference layers: names, keys and initial weights of the public AdaTT library, and what its layers cannot do."""
+"""The reference layers: names, keys and initial weights of the public AdaTT library, and what its
+layers cannot do."""
 
 import hashlib
 import re
@@ -21,9 +22,10 @@ def central(name: str, task_mlp: list[int], **more) -> layers.CentralTaskArch:
     return layers.CentralTaskArch(layers.MtlConfigs(name, 2, 2, ARCHS, **more), layers.ArchInputs(3, task_mlp), 7)
 
 
-# sha256 over the float32 bytes of the state_dict in order, built after torch.manual_seed(0). Obtained from the public library
-# (facebookresearch/AdaTT, mtl_lib.py of commit 0efdd82), whose constructors were transcribed, run with these arguments, found to
-# give these layers' weights bit for bit and their outputs to the last place, and thrown away.
+# sha256 over the float32 bytes of the state_dict in order, built after torch.manual_seed(0).
+# Obtained from the public library (facebookresearch/AdaTT, mtl_lib.py of commit 0efdd82), whose
+# constructors were transcribed, run with these arguments, found to give these layers' weights bit
+# for bit and their outputs to the last place, and thrown away.
 SEEDED = {
     "SharedBottom": (
         lambda: layers.SharedBottom(7, [6, 4], 3, "RELU"),
@@ -33,10 +35,7 @@ SEEDED = {
         lambda: layers.MLMMoE(7, ARCHS, [[3], []], 3, 4),
         "87fb9f995441b649e0b02f60d6c2ba38b723fc9e41dabf08c7afd14bf94b7b74",
     ),
-    "PLE": (
-        lambda: layers.PLE(7, ARCHS, 3, 2, 2),
-        "696586cd6f61250ccfebded1e4dd9c7252970a6b363e1ae7c0dc82bc463ba7f3",
-    ),
+    "PLE": (lambda: layers.PLE(7, ARCHS, 3, 2, 2), "696586cd6f61250ccfebded1e4dd9c7252970a6b363e1ae7c0dc82bc463ba7f3"),
     "PLE, ragged": (
         lambda: layers.PLE(7, ARCHS, 3, [1, 2, 3], 1),
         "8d7b8ee5ecff4ffb977c336ced947e1c45ba2e6af8cd427de6db64d4750b3b01",
@@ -73,12 +72,30 @@ SEEDED = {
         lambda: layers.CrossStitch(7, ARCHS, 3),
         "8eec5f08f1a5095108568122c4f7f41faebf3fdddb748e2234522a8f47daa266",
     ),
-    "CentralTaskArch, att_sp": (lambda: central("att_sp", [5]), "97187925f58c7adf16bd381fe5fdb4f478b66e15905bba27241fc73222b51134"),
-    "CentralTaskArch, att_g": (lambda: central("att_g", [5]), "6e46961b879d0a16bd09c457eab5e1edd4ccc23221e21890e3a18cddbee0c5d7"),
-    "CentralTaskArch, ple": (lambda: central("ple", [5]), "ef345257d6f2dba9f0669462c1778a6fe842de46e9b01d3be507b38f16cb7b54"),
-    "CentralTaskArch, cross_st": (lambda: central("cross_st", [5]), "78624dc83c4eedd0066cc610f8e0e48f5f9b6533b0f8e89939af52882c7cbe26"),
-    "CentralTaskArch, mmoe": (lambda: central("mmoe", [5]), "a4e686b323e690ffa28c4cc5a0cc797736d150670bdcb22cc619cd70f22a9ce7"),
-    "CentralTaskArch, share_bottom": (lambda: central("share_bottom", [5]), "15430d0128d1e97294c22579d633b3dff6c13d62ea543c6ac4975fb9bdd71cfc"),
+    "CentralTaskArch, att_sp": (
+        lambda: central("att_sp", [5]),
+        "97187925f58c7adf16bd381fe5fdb4f478b66e15905bba27241fc73222b51134",
+    ),
+    "CentralTaskArch, att_g": (
+        lambda: central("att_g", [5]),
+        "6e46961b879d0a16bd09c457eab5e1edd4ccc23221e21890e3a18cddbee0c5d7",
+    ),
+    "CentralTaskArch, ple": (
+        lambda: central("ple", [5]),
+        "ef345257d6f2dba9f0669462c1778a6fe842de46e9b01d3be507b38f16cb7b54",
+    ),
+    "CentralTaskArch, cross_st": (
+        lambda: central("cross_st", [5]),
+        "78624dc83c4eedd0066cc610f8e0e48f5f9b6533b0f8e89939af52882c7cbe26",
+    ),
+    "CentralTaskArch, mmoe": (
+        lambda: central("mmoe", [5]),
+        "a4e686b323e690ffa28c4cc5a0cc797736d150670bdcb22cc619cd70f22a9ce7",
+    ),
+    "CentralTaskArch, share_bottom": (
+        lambda: central("share_bottom", [5]),
+        "15430d0128d1e97294c22579d633b3dff6c13d62ea543c6ac4975fb9bdd71cfc",
+    ),
 }
 
 
@@ -103,11 +120,13 @@ KEYS = {
     "SharedBottom": (layers.SharedBottom(5, [4], 2), mlps("bottom_projection")),
     "MLMMoE": (
         layers.MLMMoE(5, [[4], [3]], [[], [2]], 1, 2),
-        mlps("experts.0.0", "experts.0.1", "experts.1.0", "experts.1.1") + linear("gates.0.0.1", "gates.0.1.1", "gates.1.0.0.mlp_net.0", "gates.1.0.1"),
+        mlps("experts.0.0", "experts.0.1", "experts.1.0", "experts.1.1")
+        + linear("gates.0.0.1", "gates.0.1.1", "gates.1.0.0.mlp_net.0", "gates.1.0.1"),
     ),
     "PLE": (
         layers.PLE(5, [[4], [3]], 1, 1, 1),
-        mlps("experts.0.0", "experts.0.1", "experts.1.0", "experts.1.1") + linear("gate_weights.0.0.0", "gate_weights.0.1.0", "gate_weights.1.0.0"),
+        mlps("experts.0.0", "experts.0.1", "experts.1.0", "experts.1.1")
+        + linear("gate_weights.0.0.0", "gate_weights.0.1.0", "gate_weights.1.0.0"),
     ),
     "AdaTTSp": (
         layers.AdaTTSp(5, [[4]], 1, 2),
@@ -115,12 +134,15 @@ KEYS = {
     ),
     "AdaTT": (
         layers.AdaTT(5, [[4]], 1, 1, 2),
-        mlps("experts.0.0", "experts.0.1", "experts.0.2") + linear("gate_weights.0.0.0") + ["self_exp_weights.0", "self_exp_weights.1"],
+        mlps("experts.0.0", "experts.0.1", "experts.0.2")
+        + linear("gate_weights.0.0.0")
+        + ["self_exp_weights.0", "self_exp_weights.1"],
     ),
     "CrossStitch": (layers.CrossStitch(5, [[4]], 2), [*mlps("experts.0.0", "experts.0.1"), "stitchs.0.weight"]),
     "CentralTaskArch": (
         layers.CentralTaskArch(layers.MtlConfigs("share_bottom", expert_out_dims=[[4]]), layers.ArchInputs(2, [3]), 5),
-        mlps("mtl_arch.bottom_projection") + linear("task_modules.0.0.mlp_net.0", "task_modules.0.1", "task_modules.1.0.mlp_net.0", "task_modules.1.1"),
+        mlps("mtl_arch.bottom_projection")
+        + linear("task_modules.0.0.mlp_net.0", "task_modules.0.1", "task_modules.1.0.mlp_net.0", "task_modules.1.1"),
     ),
 }
 
@@ -202,7 +224,11 @@ def test_asymmetric_sharing_combines_what_it_borrows(combine):
     layer = layers.AsymmetricSharing(7, [4], 2, [[0, 1], [1, 0]], combine, "tanh")
     x = torch.randn(5, 7)
     first, second = (bottom(x) for bottom in layer.bottoms)
-    both = {"sum": [first + second] * 2, "mean": [(first + second) / 2] * 2, "concat": [torch.cat([first, second], 1), torch.cat([second, first], 1)]}
+    both = {
+        "sum": [first + second] * 2,
+        "mean": [(first + second) / 2] * 2,
+        "concat": [torch.cat([first, second], 1), torch.cat([second, first], 1)],
+    }
     expected = torch.stack(both[combine], dim=1)
     assert error(layer(x), expected) <= bound(0.0, expected, torch.float32)
 
@@ -244,40 +270,127 @@ def test_central_puts_a_tower_on_each_task_of_its_backbone(name, task_mlp):
 
 
 WRONG = {
-    "no levels": (lambda: layers.AdaTTSp(5, [], 2, 1), "expert_out_dims: expected the layer widths of at least one level, as in [[256], [128]], got []"),
-    "integers": (lambda: layers.MLMMoE(5, [4], [[]], 2, 1), "expert_archs: expected the layer widths of at least one level, as in [[256], [128]], got [4]"),
-    "an empty level": (lambda: layers.CrossStitch(5, [[]], 2), "expert_archs: expected the layer widths of at least one level"),
-    "gates": (lambda: layers.MLMMoE(5, ARCHS, [[]], 2, 1), "gate_archs: expected one list for each of 2 levels, got [[]]"),
-    "counts": (lambda: layers.PLE(5, ARCHS, 3, [1, 2], 1), "num_task_experts: expected a number or a list of 3, got [1, 2]"),
-    "both counts": (lambda: layers.AdaTT(5, ARCHS, 2, 1, 1, [1, 1]), "num_task_experts, num_task_expert_list: expected one of them, got both"),
-    "neither count": (lambda: layers.AdaTT(5, ARCHS, 2, 1), "num_task_experts, num_task_expert_list: expected one of them, got neither"),
-    "a list of counts": (lambda: layers.AdaTT(5, ARCHS, 2, 1, None, [1]), "num_task_expert_list: expected a number or a list of 2, got [1]"),
-    "borrows": (lambda: layers.AsymmetricSharing(5, [4], 2, [[0]]), "borrows: expected one list of tasks for each of 2 tasks, got 1"),
-    "combine": (lambda: layers.AsymmetricSharing(5, [4], 1, [[0]], "max"), "combine: expected one of sum, mean, concat, got 'max'"),
+    "no levels": (
+        lambda: layers.AdaTTSp(5, [], 2, 1),
+        "expert_out_dims: expected the layer widths of at least one level, as in [[256], [128]], got []",
+    ),
+    "integers": (
+        lambda: layers.MLMMoE(5, [4], [[]], 2, 1),
+        "expert_archs: expected the layer widths of at least one level, as in [[256], [128]], got [4]",
+    ),
+    "an empty level": (
+        lambda: layers.CrossStitch(5, [[]], 2),
+        "expert_archs: expected the layer widths of at least one level",
+    ),
+    "gates": (
+        lambda: layers.MLMMoE(5, ARCHS, [[]], 2, 1),
+        "gate_archs: expected one list for each of 2 levels, got [[]]",
+    ),
+    "counts": (
+        lambda: layers.PLE(5, ARCHS, 3, [1, 2], 1),
+        "num_task_experts: expected a number or a list of 3, got [1, 2]",
+    ),
+    "both counts": (
+        lambda: layers.AdaTT(5, ARCHS, 2, 1, 1, [1, 1]),
+        "num_task_experts, num_task_expert_list: expected one of them, got both",
+    ),
+    "neither count": (
+        lambda: layers.AdaTT(5, ARCHS, 2, 1),
+        "num_task_experts, num_task_expert_list: expected one of them, got neither",
+    ),
+    "a list of counts": (
+        lambda: layers.AdaTT(5, ARCHS, 2, 1, None, [1]),
+        "num_task_expert_list: expected a number or a list of 2, got [1]",
+    ),
+    "borrows": (
+        lambda: layers.AsymmetricSharing(5, [4], 2, [[0]]),
+        "borrows: expected one list of tasks for each of 2 tasks, got 1",
+    ),
+    "combine": (
+        lambda: layers.AsymmetricSharing(5, [4], 1, [[0]], "max"),
+        "combine: expected one of sum, mean, concat, got 'max'",
+    ),
     "no tasks": (lambda: layers.SingleTask(5, [4], 0), "num_tasks: expected an integer of at least 1, got 0"),
-    "fewer tasks than none": (lambda: layers.SharedBottom(5, [4], -1), "num_tasks: expected an integer of at least 1, got -1"),
-    "tasks as text": (lambda: layers.AdaTTSp(5, ARCHS, "2", 1), "num_tasks: expected an integer of at least 1, got '2'"),
+    "fewer tasks than none": (
+        lambda: layers.SharedBottom(5, [4], -1),
+        "num_tasks: expected an integer of at least 1, got -1",
+    ),
+    "tasks as text": (
+        lambda: layers.AdaTTSp(5, ARCHS, "2", 1),
+        "num_tasks: expected an integer of at least 1, got '2'",
+    ),
     "tasks of one gate": (lambda: layers.OMoE(5, [4], [], 0, 2), "num_tasks: expected an integer of at least 1, got 0"),
     "no input": (lambda: layers.CrossStitch(0, ARCHS, 2), "input_dim: expected an integer of at least 1, got 0"),
     "no input of an MLP": (lambda: layers.MLP(0, []), "input_dim: expected an integer of at least 1, got 0"),
     "no experts": (lambda: layers.MMoE(5, [4], [], 2, 0), "num_experts: expected an integer of at least 1, got 0"),
-    "no experts of a task": (lambda: layers.AdaTTSp(5, ARCHS, 2, 0), "num_task_experts: expected an integer of at least 1, got 0"),
-    "fewer shared experts than none": (lambda: layers.PLE(5, ARCHS, 2, 1, -1), "num_shared_experts: expected an integer of at least 0, got -1"),
-    "no experts at all": (lambda: layers.AdaTT(5, ARCHS, 2, 0, 0), "num_task_experts, num_shared_experts: expected at least one expert, got none"),
-    "a negative count": (lambda: layers.CGC(5, [4], 2, [1, -1], 1), "num_task_experts[1]: expected an integer of at least 0, got -1"),
-    "counts of another type": (lambda: layers.PLE(5, ARCHS, 2, 1.0, 1), "num_task_experts: expected a number or a list of 2, got 1.0"),
-    "no bottom": (lambda: layers.SharedBottom(5, [], 2), "hidden_dims: expected a list of layer widths, as in [256, 128], got []"),
-    "a bottom that is a number": (lambda: layers.CustomizedSharing(5, 4, 2), "hidden_dims: expected a list of layer widths, as in [256, 128], got 4"),
-    "no expert of one level": (lambda: layers.CGC(5, [], 2, 1, 1), "expert_arch: expected a list of layer widths, as in [256, 128], got []"),
-    "a negative width": (lambda: layers.SingleTask(5, [6, -4], 2), "hidden_dims[1]: expected an integer of at least 1, got -4"),
-    "a negative width of a level": (lambda: layers.PLE(5, [[6], [-4]], 2, 1, 1), "expert_out_dims[1][0]: expected an integer of at least 1, got -4"),
-    "a negative width of an MLP": (lambda: layers.MLP(5, [-4]), "mlp_arch[0]: expected an integer of at least 1, got -4"),
-    "a gate's width": (lambda: layers.MMoE(5, [4], [0], 2, 1), "gate_arch[0]: expected an integer of at least 1, got 0"),
-    "a gate's width of a level": (lambda: layers.MLMMoE(5, [[4]], [["3"]], 2, 1), "gate_archs[0][0]: expected an integer of at least 1, got '3'"),
-    "no gate": (lambda: layers.MMoE(5, [4], None, 2, 1), "gate_arch: expected a list of layer widths or none, as in [256, 128], got None"),
-    "borrows of another type": (lambda: layers.AsymmetricSharing(5, [4], 2, [0, 1]), "borrows: expected one list of tasks for each of 2 tasks, got [0, 1]"),
-    "borrows out of range": (lambda: layers.AsymmetricSharing(5, [4], 2, [[0], [2]]), "borrows[1]: expected one of 2 tasks (0 to 1), got 2"),
-    "nothing borrowed": (lambda: layers.AsymmetricSharing(5, [4], 1, [[]]), "borrows[0]: expected a tuple of at least one index, none twice, got ()"),
+    "no experts of a task": (
+        lambda: layers.AdaTTSp(5, ARCHS, 2, 0),
+        "num_task_experts: expected an integer of at least 1, got 0",
+    ),
+    "fewer shared experts than none": (
+        lambda: layers.PLE(5, ARCHS, 2, 1, -1),
+        "num_shared_experts: expected an integer of at least 0, got -1",
+    ),
+    "no experts at all": (
+        lambda: layers.AdaTT(5, ARCHS, 2, 0, 0),
+        "num_task_experts, num_shared_experts: expected at least one expert, got none",
+    ),
+    "a negative count": (
+        lambda: layers.CGC(5, [4], 2, [1, -1], 1),
+        "num_task_experts[1]: expected an integer of at least 0, got -1",
+    ),
+    "counts of another type": (
+        lambda: layers.PLE(5, ARCHS, 2, 1.0, 1),
+        "num_task_experts: expected a number or a list of 2, got 1.0",
+    ),
+    "no bottom": (
+        lambda: layers.SharedBottom(5, [], 2),
+        "hidden_dims: expected a list of layer widths, as in [256, 128], got []",
+    ),
+    "a bottom that is a number": (
+        lambda: layers.CustomizedSharing(5, 4, 2),
+        "hidden_dims: expected a list of layer widths, as in [256, 128], got 4",
+    ),
+    "no expert of one level": (
+        lambda: layers.CGC(5, [], 2, 1, 1),
+        "expert_arch: expected a list of layer widths, as in [256, 128], got []",
+    ),
+    "a negative width": (
+        lambda: layers.SingleTask(5, [6, -4], 2),
+        "hidden_dims[1]: expected an integer of at least 1, got -4",
+    ),
+    "a negative width of a level": (
+        lambda: layers.PLE(5, [[6], [-4]], 2, 1, 1),
+        "expert_out_dims[1][0]: expected an integer of at least 1, got -4",
+    ),
+    "a negative width of an MLP": (
+        lambda: layers.MLP(5, [-4]),
+        "mlp_arch[0]: expected an integer of at least 1, got -4",
+    ),
+    "a gate's width": (
+        lambda: layers.MMoE(5, [4], [0], 2, 1),
+        "gate_arch[0]: expected an integer of at least 1, got 0",
+    ),
+    "a gate's width of a level": (
+        lambda: layers.MLMMoE(5, [[4]], [["3"]], 2, 1),
+        "gate_archs[0][0]: expected an integer of at least 1, got '3'",
+    ),
+    "no gate": (
+        lambda: layers.MMoE(5, [4], None, 2, 1),
+        "gate_arch: expected a list of layer widths or none, as in [256, 128], got None",
+    ),
+    "borrows of another type": (
+        lambda: layers.AsymmetricSharing(5, [4], 2, [0, 1]),
+        "borrows: expected one list of tasks for each of 2 tasks, got [0, 1]",
+    ),
+    "borrows out of range": (
+        lambda: layers.AsymmetricSharing(5, [4], 2, [[0], [2]]),
+        "borrows[1]: expected one of 2 tasks (0 to 1), got 2",
+    ),
+    "nothing borrowed": (
+        lambda: layers.AsymmetricSharing(5, [4], 1, [[]]),
+        "borrows[0]: expected a tuple of at least one index, none twice, got ()",
+    ),
     "borrows of several widths": (
         lambda: layers.AsymmetricSharing(5, [4], 2, [[0], [0, 1]], "concat"),
         "borrows: expected equally many tasks in every list, to be concatenated, got [1, 2]",
@@ -291,7 +404,10 @@ WRONG = {
         "num_task: expected an integer of at least 1, got 0",
     ),
     "a tower's width": (lambda: central("ple", [-5]), "task_mlp[0]: expected an integer of at least 1, got -5"),
-    "model": (lambda: central("mtnas", [5]), "mtl_model: expected one of att_sp, att_g, ple, cross_st, mmoe, share_bottom,"),
+    "model": (
+        lambda: central("mtnas", [5]),
+        "mtl_model: expected one of att_sp, att_g, ple, cross_st, mmoe, share_bottom,",
+    ),
     "activation": (lambda: layers.MLP(5, [4], "swish"), "activation: expected one of identity, relu"),
 }
 

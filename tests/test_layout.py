@@ -19,14 +19,21 @@ def test_triton_reads_the_offsets_of_the_layout():
     pytest.importorskip("triton")
     from fusedmoe.kernels import backward, forward, records
 
-    found = {name for module in (records, forward, backward) for name, value in vars(module).items() if isinstance(value, records.Offsets)}
+    found = {
+        name
+        for module in (records, forward, backward)
+        for name, value in vars(module).items()
+        if isinstance(value, records.Offsets)
+    }
     assert found == {record.name.upper() for record in layout.RECORDS}
     for module in (records, forward, backward):
         for name, value in vars(module).items():
             if isinstance(value, records.Offsets):
                 record = getattr(layout, name)
                 assert value.value is record
-                assert [getattr(value, field) for field in (*record.fields, "size")] == [getattr(record, field) for field in (*record.fields, "size")]
+                assert [getattr(value, field) for field in (*record.fields, "size")] == [
+                    getattr(record, field) for field in (*record.fields, "size")
+                ]
 
 
 @pytest.mark.parametrize("record", layout.RECORDS, ids=lambda record: record.name)
@@ -46,7 +53,11 @@ def test_a_field_that_is_missing_or_unknown_is_refused():
 
 def test_no_kernel_names_a_field_by_its_number():
     numbered = re.compile(r"plan\s*(\+|\()\s*\w+( \+ \w+)* \+ \d+\b(?! \*)")
-    for path in (*(ROOT / "kernels").glob("*.py"), *(ROOT / "csrc/cuda").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cu")):
+    for path in (
+        *(ROOT / "kernels").glob("*.py"),
+        *(ROOT / "csrc/cuda").glob("*.h"),
+        *(ROOT / "csrc/cuda").glob("*.cu"),
+    ):
         lines = [line for line in path.read_text().splitlines() if numbered.search(line)]
         # The end of a program's tiles stands behind their beginning.
         lines = [line for line in lines if "plan(program + 1)" not in line]
@@ -64,5 +75,9 @@ def test_arguments_stand_in_the_order_of_the_kernels():
         backward.add_chunks: arguments.SumArguments,
     }
     for kernel, kind in kinds.items():
-        given = [name for name, parameter in inspect.signature(kernel.fn).parameters.items() if parameter.annotation is inspect.Parameter.empty]
+        given = [
+            name
+            for name, parameter in inspect.signature(kernel.fn).parameters.items()
+            if parameter.annotation is inspect.Parameter.empty
+        ]
         assert list(kind._fields) == given

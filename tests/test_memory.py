@@ -17,9 +17,11 @@ from fusedmoe.testing import Case, problem
 # Weights of 128 KB and 64 KB, which have blocks of their own, and small gradients, which share one.
 TABLE = adatt_sp(256, [[128], [128]], 2, 1)
 SMALL, MOST_FREE = 64 << 10, 256 << 20
-# Of the recycling itself: with torch 2.10, which the package supports too, results are torch's own. CI runs a later torch, and none of these skips.
+# Of the recycling itself: with torch 2.10, which the package supports too, results are torch's own.
+# CI runs a later torch, and none of these skips.
 recycled = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="torch 2.10 cannot make a tensor of memory that is not its own"
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+    reason="torch 2.10 cannot make a tensor of memory that is not its own",
 )
 
 
@@ -77,10 +79,13 @@ def test_one_small_gradient_keeps_little(given):
 
 @recycled
 def test_what_lies_free_is_bounded():
-    """What three calls keep for backward, more than 100 MB each, does not stay when all three are gone."""
+    """What three calls keep for backward, more than 100 MB each, does not stay when all three are
+    gone."""
     table = single_task(1, [[256]], 1)
     params = [torch.zeros(p.shape) for p in table.parameters]
-    kept = [torch.ops.fusedmoe.network_cpu(torch.zeros(110_000, 1, 1), params, table.text, True, False)[2] for _ in range(3)]
+    kept = [
+        torch.ops.fusedmoe.network_cpu(torch.zeros(110_000, 1, 1), params, table.text, True, False)[2] for _ in range(3)
+    ]
     assert all(saved.nbytes > MOST_FREE / 3 for saved in kept)
     while kept:
         kept.pop()
@@ -127,7 +132,8 @@ def test_gradients_can_be_shared_with_another_process(given):
 
 
 def test_accumulation_and_optimizers(given):
-    """The same parameters after five steps, whether gradients are dropped or zeroed between them, as with copies of the gradients."""
+    """The same parameters after five steps, whether gradients are dropped or zeroed between them,
+    as with copies of the gradients."""
 
     def train(to_none: bool, clone: bool) -> list[torch.Tensor]:
         params = [p.clone().requires_grad_() for p in given.params]

@@ -1,4 +1,5 @@
-"""The operator under what surrounds a call: autocast, the transforms of torch.func, batched and third derivatives, memory left by others."""
+"""The operator under what surrounds a call: autocast, the transforms of torch.func, batched and
+third derivatives, memory left by others."""
 
 import math
 import random
@@ -21,17 +22,22 @@ def fused(x, params, table):
     return fusion_network(x, params, table, backend="cpu", return_mixing_weights=True)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float32), ("reference", torch.float64), ("cpu", torch.float64)])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("reference", torch.float32), ("reference", torch.float64), ("cpu", torch.float64)]
+)
 @pytest.mark.parametrize("upstream", [torch.bfloat16, None])
 def test_autocast_does_not_lower_the_precision(backend, dtype, upstream):
-    """As any module's, the input under autocast may be bf16 where the parameters are not. (cpu lowers float32: test_bfloat16.py.)"""
+    """As any module's, the input under autocast may be bf16 where the parameters are not. (cpu
+    lowers float32: test_bfloat16.py.)"""
     given = problem(Case(TABLE, 9), dtype)
     if upstream is not None:
         given = given._replace(x=given.x.to(upstream).to(dtype))
 
     def under_autocast(x, params, table):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out, weights = fusion_network(x if upstream is None or dtype == torch.float64 else x.to(upstream), params, table, backend, True)
+            out, weights = fusion_network(
+                x if upstream is None or dtype == torch.float64 else x.to(upstream), params, table, backend, True
+            )
         assert out.dtype == dtype
         return out, weights
 
@@ -61,7 +67,8 @@ def plain(x, params, table):
 
 
 def next_to_last(network, order):
-    """The scalar whose gradient is the derivative of this order: the squares of the one below, summed."""
+    """The scalar whose gradient is the derivative of this order: the squares of the one below,
+    summed."""
 
     def scalar(x, params, table):
         loss = network(x, params, table)[0].pow(2).sum()
@@ -95,7 +102,9 @@ def test_transforms_run_on_the_reference_and_a_named_backend_says_why_not():
 
     assert_close(evaluate(by_row, given), expected)
     assert_close({"d_x": torch.func.grad(total)(given.x)}, {"d_x": expected["d_x"]})
-    with pytest.raises(RuntimeError, match=r"backend cpu: expected a call outside the transforms of torch\.func, got one inside"):
+    with pytest.raises(
+        RuntimeError, match=r"backend cpu: expected a call outside the transforms of torch\.func, got one inside"
+    ):
         torch.func.grad(lambda x: total(x, "cpu"))(given.x)
 
 
@@ -108,7 +117,10 @@ def test_batched_gradients():
     names = ["d_x", *(f"d_{p.name}" for p in TABLE.parameters)]
     for number, d_out in enumerate(upstream):
         expected = expectation(given._replace(d_out=d_out), plain)
-        assert_close({name: whole[number] for name, whole in zip(names, batched, strict=True)}, {name: expected[name] for name in names})
+        assert_close(
+            {name: whole[number] for name, whole in zip(names, batched, strict=True)},
+            {name: expected[name] for name in names},
+        )
 
 
 def test_a_call_does_not_see_what_another_left_in_the_threads_memory():
@@ -133,7 +145,9 @@ def test_the_operator_survives_garbage_for_a_table():
         garbage = list(words)
         for _ in range(draw.choice([1, 1, 2, 3])):
             place = draw.randrange(len(garbage))
-            garbage[place : place + draw.choice([0, 1, 1, 1])] = [str(draw.choice([-1, 0, 1, 2, 3, 5, 7, 100, 10**9, 2**32, 10**13, "nan", "slot"]))]
+            garbage[place : place + draw.choice([0, 1, 1, 1])] = [
+                str(draw.choice([-1, 0, 1, 2, 3, 5, 7, 100, 10**9, 2**32, 10**13, "nan", "slot"]))
+            ]
         try:
             torch.ops.fusedmoe.network_cpu(given.x, list(given.params), " ".join(garbage), True, True)
         except (RuntimeError, ValueError):
@@ -159,6 +173,9 @@ print(-step(16) + step(65536))
 
 def test_memory_of_a_call_follows_its_rows():
     """The buffers of a step with one row are those of 16 rows, not of a whole chunk of 256."""
-    taken = int(subprocess.run([sys.executable, "-c", ONE_ROW], capture_output=True, text=True, check=True).stdout) / 1024
-    # Input, its gradient and the turned input, 16 rows of 65,536 each: 12 MiB, and 3 MiB of tensors. A chunk's turned input alone: 64.
+    taken = (
+        int(subprocess.run([sys.executable, "-c", ONE_ROW], capture_output=True, text=True, check=True).stdout) / 1024
+    )
+    # Input, its gradient and the turned input, 16 rows of 65,536 each: 12 MiB, and 3 MiB of
+    # tensors. A chunk's turned input alone: 64.
     assert taken < 32

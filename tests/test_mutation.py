@@ -7,7 +7,9 @@ from .mutation import mutated, places
 LOAD = "$h = tl.load($first + $rows[:, None], mask=$live & $inside)"
 
 
-@pytest.mark.parametrize("source", ["h = tl.load(first + rows[:, None], mask=live & inside)", "a=tl.load( b + c[:,None],\n  mask = d & e )"])
+@pytest.mark.parametrize(
+    "source", ["h = tl.load(first + rows[:, None], mask=live & inside)", "a=tl.load( b + c[:,None],\n  mask = d & e )"]
+)
 def test_names_and_white_space_are_free(source):
     result = mutated(f"x = 1\n{source}\ny = 2\n", LOAD, "$h = tl.load($first + $rows[:, None], mask=$inside)")
     h, inside = ("h", "inside") if "inside" in source else ("a", "e")

@@ -28,7 +28,9 @@ ARCHS = [[6, 5], [4]]
 
 
 def central(room, name: str, task_mlp: list[int]) -> nn.Module:
-    return room.CentralTaskArch(layers.MtlConfigs(name, 2, 2, ARCHS), layers.ArchInputs(3, task_mlp, activation_type="silu"), D)
+    return room.CentralTaskArch(
+        layers.MtlConfigs(name, 2, 2, ARCHS), layers.ArchInputs(3, task_mlp, activation_type="silu"), D
+    )
 
 
 # What builds the layer from a room (the reference's or the fused one's), and the slots of its input
@@ -52,11 +54,23 @@ BUILDS: dict[str, tuple[Callable[..., nn.Module], int]] = {
     "AdaTT, one expert": (lambda room: room.AdaTT(D, ARCHS, 3, 1, 1, activation="silu"), 4),
     "AdaTT, one level": (lambda room: room.AdaTT(D, [[6]], 3, 1, 2, activation="silu"), 4),
     "AdaTT, nothing shared": (lambda room: room.AdaTT(D, ARCHS, 3, 0, 2, activation="silu"), 4),
-    "AdaTT, no static weights": (lambda room: room.AdaTT(D, ARCHS, 3, 1, 2, self_exp_res_connect=False, activation="silu"), 4),
+    "AdaTT, no static weights": (
+        lambda room: room.AdaTT(D, ARCHS, 3, 1, 2, self_exp_res_connect=False, activation="silu"),
+        4,
+    ),
     "CrossStitch": (lambda room: room.CrossStitch(D, ARCHS, 3, "silu"), 3),
-    "AsymmetricSharing, sum": (lambda room: room.AsymmetricSharing(D, [6, 4], 3, [[0, 1], [1], [0, 1]], activation="silu"), 0),
-    "AsymmetricSharing, mean": (lambda room: room.AsymmetricSharing(D, [6, 4], 3, [[0, 1], [1], [1, 2]], "mean", "silu"), 0),
-    "AsymmetricSharing, concat": (lambda room: room.AsymmetricSharing(D, [6, 4], 3, [[0, 1], [1, 2], [2, 0]], "concat", "silu"), 0),
+    "AsymmetricSharing, sum": (
+        lambda room: room.AsymmetricSharing(D, [6, 4], 3, [[0, 1], [1], [0, 1]], activation="silu"),
+        0,
+    ),
+    "AsymmetricSharing, mean": (
+        lambda room: room.AsymmetricSharing(D, [6, 4], 3, [[0, 1], [1], [1, 2]], "mean", "silu"),
+        0,
+    ),
+    "AsymmetricSharing, concat": (
+        lambda room: room.AsymmetricSharing(D, [6, 4], 3, [[0, 1], [1, 2], [2, 0]], "concat", "silu"),
+        0,
+    ),
     "CustomizedSharing": (lambda room: room.CustomizedSharing(D, [6, 4], 3, "silu"), 0),
     **{f"CentralTaskArch, {name}": (lambda room, name=name: central(room, name, [5]), 0) for name in BACKBONES},
     "CentralTaskArch, linear towers": (lambda room: central(room, "ple", []), 0),
@@ -97,7 +111,10 @@ def test_a_module_says_what_it_takes_and_raises(name):
     layer = getattr(fused, name)
     if not hasattr(layer, "make_wiring"):
         return
-    assert f"fusedmoe.reference.layers.{layer.__name__}`, `backend`" in layer.__doc__ and "Raises: at construction" in layer.__doc__
+    assert (
+        f"fusedmoe.reference.layers.{layer.__name__}`, `backend`" in layer.__doc__
+        and "Raises: at construction" in layer.__doc__
+    )
     assert layer.__doc__.index("Args:") < layer.__doc__.index("Raises:") < (layer.__doc__.find("Source:") % 10**6)
 
 
@@ -137,10 +154,22 @@ def test_an_unknown_backend_is_refused():
 WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no experts": (lambda: fused.MMoE(D, [4], [], 2, 0), "num_experts: expected an integer of at least 1, got 0"),
     "no tasks": (lambda: fused.AdaTTSp(D, ARCHS, 0, 1), "num_tasks: expected an integer of at least 1, got 0"),
-    "fewer shared experts than none": (lambda: fused.CGC(D, [4], 2, 1, -1), "num_shared_experts: expected an integer of at least 0, got -1"),
-    "no bottom": (lambda: fused.SharedBottom(D, [], 2), "hidden_dims: expected a list of layer widths, as in [256, 128], got []"),
-    "borrows": (lambda: fused.AsymmetricSharing(D, [4], 2, [[0], [2]]), "borrows[1]: expected one of 2 tasks (0 to 1), got 2"),
-    "gates": (lambda: fused.MLMMoE(D, ARCHS, [[]], 2, 2), "gate_archs: expected one list for each of 2 levels, got [[]]"),
+    "fewer shared experts than none": (
+        lambda: fused.CGC(D, [4], 2, 1, -1),
+        "num_shared_experts: expected an integer of at least 0, got -1",
+    ),
+    "no bottom": (
+        lambda: fused.SharedBottom(D, [], 2),
+        "hidden_dims: expected a list of layer widths, as in [256, 128], got []",
+    ),
+    "borrows": (
+        lambda: fused.AsymmetricSharing(D, [4], 2, [[0], [2]]),
+        "borrows[1]: expected one of 2 tasks (0 to 1), got 2",
+    ),
+    "gates": (
+        lambda: fused.MLMMoE(D, ARCHS, [[]], 2, 2),
+        "gate_archs: expected one list for each of 2 levels, got [[]]",
+    ),
 }
 
 
@@ -156,7 +185,9 @@ def test_a_class_that_no_table_expresses_is_a_value_error():
             self.norm = nn.LayerNorm(4)
             return super().bind()
 
-    with pytest.raises(ValueError, match=r"^Normed: expected the submodules bottom_projection, got bottom_projection, norm"):
+    with pytest.raises(
+        ValueError, match=r"^Normed: expected the submodules bottom_projection, got bottom_projection, norm"
+    ):
         Normed(D, [4], 2)
 
 
@@ -167,7 +198,9 @@ def test_the_outputs_of_a_central_may_be_changed_in_place():
     assert [list(out.sigmoid_().shape) for out in outputs] == [[B, 1]] * 3
 
 
-@pytest.mark.parametrize("carry", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "carry", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"]
+)
 @torch.no_grad()
 def test_copies_compute_with_parameters_of_their_own(carry):
     module = fused.AdaTT(D, ARCHS, 2, 1, 2)
@@ -224,14 +257,26 @@ def test_layers_of_reads_widths_biases_and_activations():
 
 
 STRANGE = {
-    "dropout": (nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5)), "1: expected nn.Linear or an activation that the operator has, got Dropout(p=0.5"),
+    "dropout": (
+        nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5)),
+        "1: expected nn.Linear or an activation that the operator has, got Dropout(p=0.5",
+    ),
     "another softplus": (
         nn.Sequential(nn.Linear(5, 4), nn.Softplus(beta=2)),
         "1: expected nn.Linear or an activation that the operator has, got Softplus(beta=2",
     ),
-    "an activation first": (nn.Sequential(nn.ReLU(), nn.Linear(5, 4)), "0: expected an nn.Linear before ReLU(), got none since the activation before it"),
-    "two activations": (nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Tanh()), "2: expected an nn.Linear before Tanh(), got none"),
-    "a kind of Linear": (nn.Sequential(nn.Bilinear(5, 5, 4)), "0: expected nn.Linear or an activation that the operator has, got Bilinear("),
+    "an activation first": (
+        nn.Sequential(nn.ReLU(), nn.Linear(5, 4)),
+        "0: expected an nn.Linear before ReLU(), got none since the activation before it",
+    ),
+    "two activations": (
+        nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Tanh()),
+        "2: expected an nn.Linear before Tanh(), got none",
+    ),
+    "a kind of Linear": (
+        nn.Sequential(nn.Bilinear(5, 5, 4)),
+        "0: expected nn.Linear or an activation that the operator has, got Bilinear(",
+    ),
 }
 
 
@@ -254,7 +299,8 @@ REFUSED = {
     "a submodule more": (
         wiring.adatt_sp,
         changed(adatt_sp(), lambda m: m.add_module("norm", nn.LayerNorm(4))),
-        "AdaTTSp: expected the submodules experts, gate_weights, self_exp_weights, got experts, gate_weights, self_exp_weights, norm",
+        "AdaTTSp: expected the submodules experts, gate_weights, self_exp_weights, got experts, gate_weights, "
+        "self_exp_weights, norm",
     ),
     "a parameter more": (
         wiring.adatt_sp,
@@ -266,8 +312,16 @@ REFUSED = {
         changed(adatt_sp(), lambda m: m.experts[0][0].register_buffer("mask", torch.ones(1))),
         "experts.0.0.mask: expected no parameter or buffer besides the table's, got one",
     ),
-    "an attribute missing": (wiring.adatt_sp, changed(adatt_sp(), lambda m: delattr(m, "num_tasks")), "AdaTTSp: expected an attribute num_tasks, got none"),
-    "another layer": (wiring.ple, layers.CrossStitch(D, ARCHS, 3), "CrossStitch: expected an attribute num_task_experts, got none"),
+    "an attribute missing": (
+        wiring.adatt_sp,
+        changed(adatt_sp(), lambda m: delattr(m, "num_tasks")),
+        "AdaTTSp: expected an attribute num_tasks, got none",
+    ),
+    "another layer": (
+        wiring.ple,
+        layers.CrossStitch(D, ARCHS, 3),
+        "CrossStitch: expected an attribute num_task_experts, got none",
+    ),
     "an expert too few": (
         wiring.adatt_sp,
         changed(adatt_sp(), lambda m: m.experts[1].__delitem__(5)),
@@ -295,7 +349,10 @@ REFUSED = {
     ),
     "an activation before the softmax": (
         wiring.ml_mmoe,
-        changed(layers.MLMMoE(D, ARCHS, [[], []], 3, 2), lambda m: m.gates[0][0].__setitem__(1, nn.Sequential(nn.Linear(D, 2), nn.ReLU()))),
+        changed(
+            layers.MLMMoE(D, ARCHS, [[], []], 3, 2),
+            lambda m: m.gates[0][0].__setitem__(1, nn.Sequential(nn.Linear(D, 2), nn.ReLU())),
+        ),
         "gates.0.0: expected an nn.Linear before the softmax, got ReLU()",
     ),
     "experts of other widths": (
@@ -329,11 +386,15 @@ REFUSED = {
             layers.CentralTaskArch(layers.MtlConfigs("share_bottom", 1, 1, ARCHS), layers.ArchInputs(2, [3]), D),
             lambda m: m.mtl_arch.bottom_projection.mlp_net.append(nn.Dropout()),
         ),
-        "mtl_arch: bottom_projection.mlp_net.6: expected nn.Linear or an activation that the operator has, got Dropout(",
+        "mtl_arch: bottom_projection.mlp_net.6: expected nn.Linear or an activation that the operator has, "
+        "got Dropout(",
     ),
     "a tower too few": (
         wiring.central,
-        changed(layers.CentralTaskArch(layers.MtlConfigs("att_sp", 1, 1, ARCHS), layers.ArchInputs(2, [3]), D), lambda m: m.task_modules.__delitem__(1)),
+        changed(
+            layers.CentralTaskArch(layers.MtlConfigs("att_sp", 1, 1, ARCHS), layers.ArchInputs(2, [3]), D),
+            lambda m: m.task_modules.__delitem__(1),
+        ),
         "task_modules: expected one tower for each of 2 tasks, got 1",
     ),
 }

@@ -44,7 +44,9 @@ def test_opcheck_backward(name):
     needs = "1" + "".join(str(int(p.live)) for p in given.table.parameters)
     for d_weights in (None, torch.randn_like(weights)):
         arguments = (torch.randn_like(out), d_weights, given.x, params, saved, text, needs)
-        library.opcheck(torch.ops.fusedmoe.network_cpu_backward.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        library.opcheck(
+            torch.ops.fusedmoe.network_cpu_backward.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def differentiable(table):
@@ -53,7 +55,9 @@ def differentiable(table):
     def call(x, *params):
         out, weights = fused(x, params, table)
         return out, *(
-            w for level, w in zip(table.levels, weights, strict=True) if any(u.gate or (u.static and u.static.tensor is not None) for u in level.units)
+            w
+            for level, w in zip(table.levels, weights, strict=True)
+            if any(u.gate or (u.static and u.static.tensor is not None) for u in level.units)
         )
 
     return call
@@ -102,14 +106,17 @@ def test_compiled_with_aot_autograd():
     """Forward and backward are traced through the fake kernels, under `fullgraph`."""
     torch._dynamo.reset()
     given = start("ple-odd", torch.float32, rows=9)
-    compiled = torch.compile(lambda x, params, table: fused(x, params, table), fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, params, table: fused(x, params, table), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     ours, plain = evaluate(compiled, given), evaluate(fused, given)
     assert all((a is None and plain[name] is None) or torch.equal(a, plain[name]) for name, a in ours.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_compiled_under_autocast(dtype):
-    """Autocast's questions are traced too: what it lowers, what it leaves, and the backward, which computes outside it."""
+    """Autocast's questions are traced too: what it lowers, what it leaves, and the backward, which
+    computes outside it."""
     torch._dynamo.reset()
     given = start("ple-odd", dtype, rows=9)
 
@@ -145,7 +152,11 @@ BAD = {
     "x has four axes": ({"x": torch.zeros(1, 2, 3, 4)}, ValueError, r"x: expected \[B, 3, 4\], got \[1, 2, 3, 4\]"),
     "x is a list": ({"x": [[1.0]]}, TypeError, "x: expected a tensor, got list"),
     "x is None": ({"x": None}, TypeError, "x: expected a tensor, got NoneType"),
-    "a parameter is None": ({"params": with_param(1, None)}, TypeError, r"params, levels\.0\.experts\.0\.0\.bias: expected a tensor, got NoneType"),
+    "a parameter is None": (
+        {"params": with_param(1, None)},
+        TypeError,
+        r"params, levels\.0\.experts\.0\.0\.bias: expected a tensor, got NoneType",
+    ),
     "a parameter is transposed": (
         {"params": with_param(0, torch.zeros(4, 3))},
         ValueError,
@@ -161,7 +172,11 @@ BAD = {
         ValueError,
         r"experts\.1\.0\.weight: expected a tensor on cpu, .*, got one on meta",
     ),
-    "a parameter too few": ({"params": with_param(0, torch.zeros(3, 4))[:-1]}, ValueError, "params: expected 10 tensors, got 9"),
+    "a parameter too few": (
+        {"params": with_param(0, torch.zeros(3, 4))[:-1]},
+        ValueError,
+        "params: expected 10 tensors, got 9",
+    ),
     "no parameters": ({"params": []}, ValueError, "params: expected 10 tensors, got 0"),
     "the table is a string": ({"table": "ple"}, TypeError, "table: expected a fusedmoe.Table, got str"),
     "an unknown backend": ({"backend": "gpu"}, ValueError, "backend: expected auto, .*, got 'gpu'"),
@@ -179,7 +194,10 @@ def test_bad_input_says_what_where_expected_and_got(fault, backend):
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(2, 3, 4, dtype=torch.int64), "backend cpu: expected float32 or float64 or bfloat16 or float16, got int64"),
+        (
+            torch.zeros(2, 3, 4, dtype=torch.int64),
+            "backend cpu: expected float32 or float64 or bfloat16 or float16, got int64",
+        ),
         (torch.zeros(2, 3, 4, device="meta"), "backend cpu: expected a tensor on cpu, got one on meta"),
     ],
 )
@@ -198,7 +216,9 @@ def test_triton_without_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("gpu: expected a machine without a device, got one with")
     given = start("ple-tiny", torch.float32)
-    with pytest.raises(RuntimeError, match=r"backend triton: expected a GPU, got a machine .* without one; TRITON_INTERPRET=1"):
+    with pytest.raises(
+        RuntimeError, match=r"backend triton: expected a GPU, got a machine .* without one; TRITON_INTERPRET=1"
+    ):
         fusion_network(given.x, given.params, given.table, "triton")
 
 
@@ -224,7 +244,9 @@ def test_the_inputs_are_not_modified(name):
     given = start(name, torch.float32)
     before = [t.clone() for t in (given.x, *given.params, given.d_out, *given.d_weights)]
     evaluate(fused, given)
-    assert all(torch.equal(a, b) for a, b in zip(before, (given.x, *given.params, given.d_out, *given.d_weights), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (given.x, *given.params, given.d_out, *given.d_weights), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["every_feature", "adatt-odd", "ple-odd", "mmoe-odd"])
@@ -234,7 +256,9 @@ def test_threads_do_not_change_a_bit(name, rows):
     generator = torch.Generator().manual_seed(3)
     given = start(name, torch.float32)
     x, d_out = (torch.randn(rows, *t.shape[1:], generator=generator) for t in (given.x, given.d_out))
-    given = given._replace(x=x, d_out=d_out, d_weights=tuple(torch.randn(rows, *d.shape[1:], generator=generator) for d in given.d_weights))
+    given = given._replace(
+        x=x, d_out=d_out, d_weights=tuple(torch.randn(rows, *d.shape[1:], generator=generator) for d in given.d_weights)
+    )
     results = []
     threads = torch.get_num_threads()
     try:
@@ -251,7 +275,8 @@ def test_threads_do_not_change_a_bit(name, rows):
 
 @pytest.mark.parametrize("units", [[(0,)] * 20 + [(2,)], [(0, 1), (1, 0), (0, 2)] * 4], ids=["one", "two"])
 def test_a_unit_that_several_tasks_read_keeps_its_bits(units):
-    """Its gradient is a sum over tasks: in one order, whatever the threads, and from run to run. Without PyTorch's own switch for that."""
+    """Its gradient is a sum over tasks: in one order, whatever the threads, and from run to run.
+    Without PyTorch's own switch for that."""
     # Few rows of wide units: their sums are shared out among threads.
     table = replace(mmoe(4, [[4096]], 3, 2), tasks=tuple(Task(read) for read in units))
     given = problem(Case(table, 3), torch.float32)
@@ -271,7 +296,9 @@ def test_a_unit_that_several_tasks_read_keeps_its_bits(units):
         assert all(map(torch.equal, found[0], other))
 
 
-@pytest.mark.parametrize("name", ["every_feature", "adatt-odd", "ple-empty_gate", "mmoe-one_row", "asymmetric_sharing-odd"])
+@pytest.mark.parametrize(
+    "name", ["every_feature", "adatt-odd", "ple-empty_gate", "mmoe-one_row", "asymmetric_sharing-odd"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_uninitialised_memory_is_never_read(name, dtype):
     """With deterministic algorithms torch fills every `empty` with NaN: not one bit changes."""
@@ -297,7 +324,12 @@ def test_any_subset_of_inputs_may_need_gradients(name, backend):
     everything = evaluate(network, given)
     names = ["d_x", *(f"d_{p.name}" for p in given.table.parameters)]
     generator = torch.Generator().manual_seed(1)
-    subsets = [[0], [1], list(range(1, len(names))), *(torch.randperm(len(names), generator=generator)[: len(names) // 2].tolist() for _ in range(3))]
+    subsets = [
+        [0],
+        [1],
+        list(range(1, len(names))),
+        *(torch.randperm(len(names), generator=generator)[: len(names) // 2].tolist() for _ in range(3)),
+    ]
     for subset in subsets:
         tensors = [t.clone().requires_grad_(i in subset) for i, t in enumerate((given.x, *given.params))]
         out, weights = network(tensors[0], tensors[1:], given.table)
@@ -307,7 +339,9 @@ def test_any_subset_of_inputs_may_need_gradients(name, backend):
             if i not in subset:
                 assert tensors[i].grad is None, key
             else:
-                assert (tensors[i].grad is None and everything[key] is None) or torch.equal(tensors[i].grad, everything[key]), key
+                assert (tensors[i].grad is None and everything[key] is None) or torch.equal(
+                    tensors[i].grad, everything[key]
+                ), key
 
 
 def test_no_graph_where_nothing_needs_gradients():
@@ -340,7 +374,10 @@ def test_static_weights_of_any_size_reach_the_kernels():
     for value in (5e-324, -1e-310, 1.7e308, 0.1):
         table = Table(1, 2, (Level((Expert(0, (Layer(2, IDENTITY),)),), (Unit(static=Static((0,), (value,))),)),))
         given = problem(Case(table, 3))
-        ours, plain = evaluate(fused, given), evaluate(partial(fusion_network, backend="reference", return_mixing_weights=True), given)
+        ours, plain = (
+            evaluate(fused, given),
+            evaluate(partial(fusion_network, backend="reference", return_mixing_weights=True), given),
+        )
         assert torch.equal(ours["weights.0"], torch.full_like(ours["weights.0"], value))
         assert error(ours["out"], plain["out"]) <= expectation(given)["out"][1]
 
@@ -357,16 +394,22 @@ def test_what_is_not_finite_stays_in_its_row():
             assert torch.equal(dirty[name][others], clean[name][others]), name
 
 
-@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "tanh", "sigmoid", "softplus", "elu", "leaky_relu", "gelu_tanh", "identity"])
+@pytest.mark.parametrize(
+    "activation", ["relu", "silu", "gelu", "tanh", "sigmoid", "softplus", "elu", "leaky_relu", "gelu_tanh", "identity"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_what_is_not_finite_is_where_the_reference_has_it(activation, dtype):
-    """NaN reaches the units that read it and no others; overflow to infinity falls where plain torch has it."""
+    """NaN reaches the units that read it and no others; overflow to infinity falls where plain
+    torch has it."""
     table = ple(5, [[4, 4]], 2, 1, 1, activation=activation)
     given = problem(Case(table, 3), dtype)
     params = [p.clone() for p in given.params]
     params[0][1] = float("nan")
     dirty = given._replace(params=tuple(params))
-    ours, plain = evaluate(fused, dirty), evaluate(partial(fusion_network, backend="reference", return_mixing_weights=True), dirty)
+    ours, plain = (
+        evaluate(fused, dirty),
+        evaluate(partial(fusion_network, backend="reference", return_mixing_weights=True), dirty),
+    )
     assert not ours["out"][:, 0].isfinite().any()
     assert ours["out"][:, 1].isfinite().all()
     for key, value in plain.items():

@@ -1,4 +1,5 @@
-"""First link of the chain: the reference equals loops written from the papers, forward and (by differences) backward."""
+"""First link of the chain: the reference equals loops written from the papers, forward and (by
+differences) backward."""
 
 import itertools
 
@@ -21,7 +22,9 @@ def loops(given: Problem) -> dict[str, torch.Tensor]:
     values = {p.name: tensor.tolist() for p, tensor in zip(given.table.parameters, given.params, strict=True)}
     rows = [oracle.network(given.table, values, sample) for sample in given.x.tolist()]
     out = torch.tensor([out for out, _ in rows], dtype=torch.float64)
-    weights = [torch.tensor([w[level] for _, w in rows], dtype=torch.float64) for level in range(len(given.table.levels))]
+    weights = [
+        torch.tensor([w[level] for _, w in rows], dtype=torch.float64) for level in range(len(given.table.levels))
+    ]
     for w, (units, _) in zip(weights, given.table.live, strict=True):
         # The operator leaves out the units on which no output depends.
         w[:, [u for u in range(w.shape[1]) if u not in units]] = 0.0
@@ -43,16 +46,27 @@ def test_forward(name):
 
 @pytest.mark.parametrize("family", ["every_feature", *ACTIVATION])
 def test_backward_by_differences(family):
-    """d_x and every d_param equal central differences of the oracle, whose truncation error is measured with twice the step."""
-    table = CASES["every_feature"].table if family == "every_feature" else build(family, 2, [[2], [2]], 2, 2, activation="tanh")
+    """d_x and every d_param equal central differences of the oracle, whose truncation error is
+    measured with twice the step."""
+    table = (
+        CASES["every_feature"].table
+        if family == "every_feature"
+        else build(family, 2, [[2], [2]], 2, 2, activation="tanh")
+    )
     given = problem(Case(table, 2))
     d_out = torch.randn(len(given.x), *table.output, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     d_x, d_params = backward(given.x, given.params, table, d_out, given.d_weights)
-    pairs = [(given.x, d_x), *((p, torch.zeros_like(p) if d is None else d) for p, d in zip(given.params, d_params, strict=True))]
+    pairs = [
+        (given.x, d_x),
+        *((p, torch.zeros_like(p) if d is None else d) for p, d in zip(given.params, d_params, strict=True)),
+    ]
 
     def loss() -> float:
         values = loops(given)
-        return float((values["out"] * d_out).sum() + sum((values[f"weights.{i}"] * d).sum() for i, d in enumerate(given.d_weights)))
+        return float(
+            (values["out"] * d_out).sum()
+            + sum((values[f"weights.{i}"] * d).sum() for i, d in enumerate(given.d_weights))
+        )
 
     for tensor, d in pairs:
         # Some elements of every tensor: all of them would take a minute.
@@ -75,7 +89,8 @@ def _slope(loss, tensor: torch.Tensor, place: int, step: float) -> float:
 
 
 def maps(values: dict[str, list], where: str, activation: str | None = None):
-    """The layers under a name, as the oracle's MLP takes them; without an activation the (W, b) of a gate."""
+    """The layers under a name, as the oracle's MLP takes them; without an activation the (W, b) of
+    a gate."""
     if activation is None:
         return values[f"{where}.weight"], values[f"{where}.bias"]
     count = sum(name.startswith(f"{where}.") and name.endswith("weight") for name in values)
@@ -94,7 +109,8 @@ def stack(table, values, activation: str):
 
 
 def compare_rows(table, row_of):
-    """Check the reference's output against `row_of(sample [S][D], values by name)`, the paper's equation for one row."""
+    """Check the reference's output against `row_of(sample [S][D], values by name)`, the paper's
+    equation for one row."""
     given = problem(Case(table, 4))
     values = {p.name: tensor.tolist() for p, tensor in zip(table.parameters, given.params, strict=True)}
     expected = torch.tensor([row_of(sample, values) for sample in given.x.tolist()], dtype=torch.float64)
@@ -138,7 +154,14 @@ def test_adatt_sp_by_its_equations(counts, residual):
 
     def row_of(sample, values):
         levels = stack(table, values, "relu")
-        return oracle.adatt(sample, [(experts, gates, [native(i, u, values) for u in range(len(counts))]) for i, (experts, gates) in enumerate(levels)], counts)
+        return oracle.adatt(
+            sample,
+            [
+                (experts, gates, [native(i, u, values) for u in range(len(counts))])
+                for i, (experts, gates) in enumerate(levels)
+            ],
+            counts,
+        )
 
     compare_rows(table, row_of)
 
@@ -154,7 +177,14 @@ def test_adatt_by_its_equations(counts):
 
     def row_of(sample, values):
         levels = stack(table, values, "relu")
-        return oracle.adatt(sample, [(experts, gates, [native(i, u, values) for u in range(len(gates))]) for i, (experts, gates) in enumerate(levels)], counts)
+        return oracle.adatt(
+            sample,
+            [
+                (experts, gates, [native(i, u, values) for u in range(len(gates))])
+                for i, (experts, gates) in enumerate(levels)
+            ],
+            counts,
+        )
 
     compare_rows(table, row_of)
 
@@ -163,6 +193,8 @@ def test_cross_stitch_by_its_equations():
     table = families.cross_stitch(4, [[3, 5], [2]], 3)
 
     def row_of(sample, values):
-        return oracle.cross_stitch(sample, [(experts, values[f"statics.{i}"]) for i, (experts, _) in enumerate(stack(table, values, "relu"))])
+        return oracle.cross_stitch(
+            sample, [(experts, values[f"statics.{i}"]) for i, (experts, _) in enumerate(stack(table, values, "relu"))]
+        )
 
     compare_rows(table, row_of)

@@ -1,4 +1,5 @@
-"""The operators of a frozen network: the bits of the unfrozen one for every family, number of rows and width."""
+"""The operators of a frozen network: the bits of the unfrozen one for every family, number of rows
+and width."""
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from fusedmoe.op import fusion_network
 from fusedmoe.packed import pack, runner
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 70, 300)
-# Widths of several groups of outputs and their remainders, reductions of several chains and their remainders.
+# Widths of several groups of outputs and their remainders, reductions of several chains and their
+# remainders.
 WIDE = {
     "wide adatt": families.adatt(37, [[29], [40, 33]], 3, 2, 1, activation="silu", towers=(8, 1)),
     "long chains": families.mmoe(600, [[257, 390]], 3, 4),
@@ -19,7 +21,9 @@ TABLES = {**{name: case.table for name, case in testing.cases().items() if not n
 
 
 def draw(rows: int, table, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(rows, table.slots, table.width, generator=torch.Generator().manual_seed(rows), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        rows, table.slots, table.width, generator=torch.Generator().manual_seed(rows), dtype=torch.float64
+    ).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -40,7 +44,13 @@ def test_strides_of_the_input_do_not_matter():
     testing.randomise(params, seed=1)
     run, packed = runner(table), pack(params, table)
     x = draw(8, table, torch.float32)
-    for given in (x[::2], x.transpose(0, 2).contiguous().transpose(0, 2), x[:, :1].expand(-1, table.slots, -1), x[:0], x[:, :, :1].expand_as(x)):
+    for given in (
+        x[::2],
+        x.transpose(0, 2).contiguous().transpose(0, 2),
+        x[:, :1].expand(-1, table.slots, -1),
+        x[:0],
+        x[:, :, :1].expand_as(x),
+    ):
         assert torch.equal(run(given, packed), fusion_network(given, params, table, "cpu"))
 
 

@@ -13,7 +13,8 @@ from fusedmoe.testing import Problem, assert_close, evaluate, expectation
 
 from .random_tables import start, tables
 
-# The same tables on every run: a suite that is red once in a hundred runs teaches people to run it again.
+# The same tables on every run: a suite that is red once in a hundred runs teaches people to run it
+# again.
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True)
 
 
@@ -35,12 +36,18 @@ def test_parity_of_any_table(table, dtype, rows):
 @SETTINGS
 @given(tables(), st.randoms(use_true_random=False))
 def test_permuting_the_experts_changes_nothing(table, random):
-    """Expert `order[e]` of the permuted table is expert e; sums run in another order, so equal up to rounding."""
+    """Expert `order[e]` of the permuted table is expert e; sums run in another order, so equal up
+    to rounding."""
     levels, renamed, orders = [], {}, []
     for number, level in enumerate(table.levels):
         order = random.sample(range(len(level.experts)), len(level.experts))
         orders.append(order)
-        levels.append(Level(tuple(level.experts[order.index(i)] for i in range(len(order))), tuple(renumbered(unit, order) for unit in level.units)))
+        levels.append(
+            Level(
+                tuple(level.experts[order.index(i)] for i in range(len(order))),
+                tuple(renumbered(unit, order) for unit in level.units),
+            )
+        )
         renamed |= {f"levels.{number}.experts.{e}.": f"levels.{number}.experts.{i}." for e, i in enumerate(order)}
     permuted = replace(table, levels=tuple(levels))
     given = start(table)
@@ -50,8 +57,12 @@ def test_permuting_the_experts_changes_nothing(table, random):
 
     values = {target(name): tensor for name, tensor in by_name(given).items()}
     back = [torch.tensor(order) for order in orders]
-    d_weights = tuple(torch.empty_like(d).index_copy_(2, order, d) for d, order in zip(given.d_weights, back, strict=True))
-    ours = evaluate(fused, Problem(permuted, given.x, tuple(values[p.name] for p in permuted.parameters), given.d_out, d_weights))
+    d_weights = tuple(
+        torch.empty_like(d).index_copy_(2, order, d) for d, order in zip(given.d_weights, back, strict=True)
+    )
+    ours = evaluate(
+        fused, Problem(permuted, given.x, tuple(values[p.name] for p in permuted.parameters), given.d_out, d_weights)
+    )
     wanted = expectation(given)
     result = {name: ours["d_" + target(name[2:])] if name.startswith("d_levels") else ours[name] for name in wanted}
     result |= {f"weights.{i}": ours[f"weights.{i}"][:, :, order] for i, order in enumerate(back)}
@@ -62,7 +73,11 @@ def renumbered(unit: Unit, order: list[int]) -> Unit:
     """The unit with expert e called `order[e]`."""
     gate, static = unit.gate, unit.static
     if gate:
-        selector = replace(gate.selector, index=order[gate.selector.index]) if gate.selector.kind == "expert" else gate.selector
+        selector = (
+            replace(gate.selector, index=order[gate.selector.index])
+            if gate.selector.kind == "expert"
+            else gate.selector
+        )
         gate = replace(gate, selector=selector, sees=tuple(order[e] for e in gate.sees))
     return Unit(gate, static and replace(static, experts=tuple(order[e] for e in static.experts)))
 
@@ -79,7 +94,9 @@ def test_shifting_the_bias_of_a_gate_changes_nothing(table, shift):
     shifted = given._replace(params=tuple(t + shift if bias else t for t, bias in zip(coarse, chosen, strict=True)))
     # The same truth, but larger logits, whose rounding errors are larger.
     allowed = expectation(shifted)
-    assert_close(evaluate(fused, shifted), {name: (truth, allowed[name][1]) for name, (truth, _) in expectation(given).items()})
+    assert_close(
+        evaluate(fused, shifted), {name: (truth, allowed[name][1]) for name, (truth, _) in expectation(given).items()}
+    )
 
 
 @SETTINGS
@@ -94,7 +111,9 @@ def test_the_output_of_a_level_is_linear_in_its_static_weights(table, factor):
     none, some, scaled = at(torch.zeros_like(learned)), at(learned), at(factor * learned)
     expected = (1 - factor) * none + factor * some
     # Three outputs, each with the rounding error that plain torch may have.
-    allowed = (2 + 2 * abs(factor)) * expectation(given)["out"][1] + expectation(given._replace(params=(*given.params[:-1], factor * learned)))["out"][1]
+    allowed = (2 + 2 * abs(factor)) * expectation(given)["out"][1] + expectation(
+        given._replace(params=(*given.params[:-1], factor * learned))
+    )["out"][1]
     assert float((scaled - expected).abs().max()) <= allowed
 
 
@@ -124,7 +143,10 @@ def test_a_split_batch_equals_the_whole_bit_for_bit(table, dtype, rows, data):
     cut = data.draw(st.integers(0, rows))
     whole = evaluate(fused, given)
     parts = [
-        evaluate(fused, given._replace(x=given.x[part], d_out=given.d_out[part], d_weights=tuple(d[part] for d in given.d_weights)))
+        evaluate(
+            fused,
+            given._replace(x=given.x[part], d_out=given.d_out[part], d_weights=tuple(d[part] for d in given.d_weights)),
+        )
         for part in (slice(0, cut), slice(cut, rows))
     ]
     for name in ("out", "d_x", *(f"weights.{i}" for i in range(len(table.levels)))):

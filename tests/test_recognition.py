@@ -36,13 +36,22 @@ def test_a_fused_layer_computes_what_its_class_computes(name):
 
 
 class Blend(nn.Module):
-    """The public library's AdaTT-sp under another name and another way of writing it, as people copy it."""
+    """The public library's AdaTT-sp under another name and another way of writing it, as people
+    copy it."""
 
     def __init__(self, width: int, experts: int, tasks: int, out: int):
         super().__init__()
         self.num_tasks, self.num_task_experts, self.self_exp_res_connect = tasks, experts, True
-        self.experts = nn.ModuleList([nn.ModuleList([nn.Sequential(nn.Linear(width, out), nn.ReLU()) for _ in range(tasks * experts)])])
-        self.gate_weights = nn.ModuleList([nn.ModuleList([nn.Sequential(nn.Linear(width, tasks * experts), nn.Softmax(dim=-1)) for _ in range(tasks)])])
+        self.experts = nn.ModuleList(
+            [nn.ModuleList([nn.Sequential(nn.Linear(width, out), nn.ReLU()) for _ in range(tasks * experts)])]
+        )
+        self.gate_weights = nn.ModuleList(
+            [
+                nn.ModuleList(
+                    [nn.Sequential(nn.Linear(width, tasks * experts), nn.Softmax(dim=-1)) for _ in range(tasks)]
+                )
+            ]
+        )
         self.self_exp_weights = nn.ParameterList([nn.Parameter(torch.rand(tasks, experts))])
 
     def forward(self, z):
@@ -250,7 +259,12 @@ def test_a_look_alike_is_declined_and_untouched(cls, training):
     before, state, seeds = everything(module), copy.deepcopy(module.state_dict()), torch.get_rng_state()
     report = fuse(module)
     assert not report and re.search(LOOK_ALIKES[cls], report.declined[0].reason), str(report)
-    assert everything(module) == before and (module.log, module.counts, module.seen, module.aux.item()) == ([], [0], {"rows": 0}, 0.0)
+    assert everything(module) == before and (module.log, module.counts, module.seen, module.aux.item()) == (
+        [],
+        [0],
+        {"rows": 0},
+        0.0,
+    )
     assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
     assert torch.equal(torch.get_rng_state(), seeds)
 
@@ -317,7 +331,10 @@ DECLINED = {
     edit.batch_norm: r"experts\.0\.2\.mlp_net\.1: .*BatchNorm1d",
     edit.patched: r"experts\.0\.2: has a forward set on the instance \(function\)",
     edit.patched_itself: r"it has a forward of its own set on the instance",
-    edit.mixed_dtypes: r"gate_weights\.1\.0\.0\.weight: expected torch\.float32 on cpu as experts\S+, got torch\.float64 on cpu",
+    edit.mixed_dtypes: (
+        r"gate_weights\.1\.0\.0\.weight: expected torch\.float32 on cpu as experts\S+, got torch\.float64 "
+        r"on cpu"
+    ),
     edit.complex: r"experts\.0\.0\.mlp_net\.0\.weight: .*complex64",
     edit.meta: r"experts\.0\.0\.mlp_net\.0\.weight: has no data yet \(meta device\)",
     edit.subclass: r"experts\.0\.0\.mlp_net\.0\.bias: expected an ordinary parameter, got Special",

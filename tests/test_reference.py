@@ -1,4 +1,5 @@
-"""Second link of the chain: the reference's hand-derived backward equals PyTorch's autograd of its forward."""
+"""Second link of the chain: the reference's hand-derived backward equals PyTorch's autograd of its
+forward."""
 
 import math
 
@@ -49,7 +50,9 @@ def test_backward_equals_autograd(name, dtype):
     assert_close(evaluate(by_hand, given), expectation(given))
 
 
-@pytest.mark.parametrize("name", ["every_feature", "mmoe-tiny", "ple-tiny", "adatt-tiny", "cross_stitch-tiny", "omoe-one_expert"])
+@pytest.mark.parametrize(
+    "name", ["every_feature", "mmoe-tiny", "ple-tiny", "adatt-tiny", "cross_stitch-tiny", "omoe-one_expert"]
+)
 def test_gradcheck_twice(name):
     given = problem(Case(CASES[name].table, 2))
     x, *params = (t.requires_grad_() for t in (given.x, *given.params))
@@ -161,14 +164,20 @@ def test_no_rows():
 
 
 POINTS = [0.0, -0.0, 1e-9, -1e-9, 0.3, -0.7, 2.0, -3.0, 8.0, -8.0, 19.9, 20.1]
-KINDS = [Activation(name, parameter) for name, usual in DEFAULT_PARAMETER.items() for parameter in ((usual, 0.3, -0.2) if name in PARAMETRIC else (usual,))]
+KINDS = [
+    Activation(name, parameter)
+    for name, usual in DEFAULT_PARAMETER.items()
+    for parameter in ((usual, 0.3, -0.2) if name in PARAMETRIC else (usual,))
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_activation_and_its_derivatives(kind):
     z = torch.tensor(POINTS, dtype=torch.float64, requires_grad=True)
     y = apply(kind, z)
-    expected = torch.tensor([oracle.ACTIVATIONS[kind.name](value, kind.parameter) for value in POINTS], dtype=torch.float64)
+    expected = torch.tensor(
+        [oracle.ACTIVATIONS[kind.name](value, kind.parameter) for value in POINTS], dtype=torch.float64
+    )
     assert error(y, expected) <= bound(0.0, expected, y.dtype)
     d = torch.linspace(-1, 2, len(POINTS), dtype=torch.float64)
     (once,) = torch.autograd.grad(y, z, d, create_graph=True)
@@ -188,6 +197,7 @@ def test_activation_passes_what_is_not_finite_as_autograd_does(kind):
     assert y[0].isnan()
     for d in (torch.ones_like(z), torch.full_like(z, math.nan)):
         (expected,) = torch.autograd.grad(y, z, d, retain_graph=True)
-        # PyTorch's elu'(NaN) is NaN in its vector code and 1 in its scalar code, by the place in the tensor; ours is NaN.
+        # PyTorch's elu'(NaN) is NaN in its vector code and 1 in its scalar code, by the place in
+        # the tensor; ours is NaN.
         known = z.isfinite() | z.isinf() if kind.name == "elu" else torch.ones_like(z, dtype=torch.bool)
         assert torch.equal(pullback(kind, z, d)[known].isnan(), expected[known].isnan())

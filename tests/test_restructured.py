@@ -25,11 +25,18 @@ def mixed() -> Table:
     """
     lower = Level(
         (expert(2, 6, 5), expert(0, 6, 5), expert(2, 6, 5)),
-        (Unit(Gate(Selector("slot", 1), (2, 0)), Static((1, 0), tensor=0, offset=1)), Unit(static=Static((2,), (0.5,))), Unit(Gate(Selector("slot", 0), (1,)))),
+        (
+            Unit(Gate(Selector("slot", 1), (2, 0)), Static((1, 0), tensor=0, offset=1)),
+            Unit(static=Static((2,), (0.5,))),
+            Unit(Gate(Selector("slot", 0), (1,))),
+        ),
     )
     upper = Level(
         (expert(2, 4, 3), expert(0, 4, 3), expert(2, 4, 3), expert(1, 4, 3)),
-        (Unit(Gate(Selector("slot", 2), (3, 0, 1))), Unit(Gate(Selector("slot", 0), (1, 2, 3, 0)), Static((2,), tensor=0))),
+        (
+            Unit(Gate(Selector("slot", 2), (3, 0, 1))),
+            Unit(Gate(Selector("slot", 0), (1, 2, 3, 0)), Static((2,), tensor=0)),
+        ),
     )
     return Table(3, 4, (lower, upper), (), ((3,),))
 
@@ -83,17 +90,32 @@ def test_slots_of_equal_counts_are_one_product():
     """
     table = testing.build("ple", 7, [[6], [4]], 3, 2)
     ragged = replace(table.levels[1], experts=table.levels[1].experts[:-1])
-    assert [[(slot, len(experts)) for slot, experts in run] for run in runs_of(ragged)] == [[(0, 2), (1, 2), (2, 2)], [(3, 1)]]
+    assert [[(slot, len(experts)) for slot, experts in run] for run in runs_of(ragged)] == [
+        [(0, 2), (1, 2), (2, 2)],
+        [(3, 1)],
+    ]
     assert len(runs_of(table.levels[1])) == 1
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda level: replace(level, experts=(expert(0, 9, 5), *level.experts[1:])), "level 0, experts: expected equal layers with a bias, got 2 kinds"),
-        (lambda level: replace(level, units=(Unit(Gate(Selector("slot", 1), ())), *level.units[1:])), "level 0, gates: expected one map"),
-        (lambda level: replace(level, units=(Unit(Gate(Selector("expert", 1), (0,))), *level.units[1:])), "level 0, gates: expected one map"),
-        (lambda level: replace(level, units=(Unit(Gate(Selector("root"), (0,))), *level.units[1:])), "level 0, gates: expected selectors of one kind"),
+        (
+            lambda level: replace(level, experts=(expert(0, 9, 5), *level.experts[1:])),
+            "level 0, experts: expected equal layers with a bias, got 2 kinds",
+        ),
+        (
+            lambda level: replace(level, units=(Unit(Gate(Selector("slot", 1), ())), *level.units[1:])),
+            "level 0, gates: expected one map",
+        ),
+        (
+            lambda level: replace(level, units=(Unit(Gate(Selector("expert", 1), (0,))), *level.units[1:])),
+            "level 0, gates: expected one map",
+        ),
+        (
+            lambda level: replace(level, units=(Unit(Gate(Selector("root"), (0,))), *level.units[1:])),
+            "level 0, gates: expected selectors of one kind",
+        ),
     ],
 )
 def test_it_refuses_what_it_cannot_do(change, what):

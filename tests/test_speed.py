@@ -1,4 +1,5 @@
-"""What is timed is the same computation in every arm, under its true precision; what cannot run is named. No test asserts a time."""
+"""What is timed is the same computation in every arm, under its true precision; what cannot run is
+named. No test asserts a time."""
 
 import os
 import signal
@@ -53,7 +54,13 @@ def test_every_layer_has_rivals_on_both_networks(layer):
 def test_arms_compute_the_same(session, layer, mode):
     case = Case(Cell(layer, narrow(layer), mode, 4, compiled=False), session)
     case.check()
-    assert [name for name in case.arms if name != "fused, frozen"] == ["fused", "eager", "eager, medium", "restructured", "restructured, medium"]
+    assert [name for name in case.arms if name != "fused, frozen"] == [
+        "fused",
+        "eager",
+        "eager, medium",
+        "restructured",
+        "restructured, medium",
+    ]
     shape = (4, 6) if mode == "training step" else (4, *case.setting.layer.table.output)
     assert {name: tuple(arm.result().shape) for name, arm in case.arms.items()} == dict.fromkeys(case.arms, shape)
     assert torch.get_float32_matmul_precision() == "highest"
@@ -82,7 +89,9 @@ def test_medium_is_no_rival_of_float32_where_it_computes_in_bfloat16(monkeypatch
 def test_a_wrong_arm_is_not_timed(session, monkeypatch, name):
     case = Case(small(), session)
     real = parity.check
-    monkeypatch.setattr(parity, "check", lambda arm, network, *rest: real(arm, shifted(network) if arm == name else network, *rest))
+    monkeypatch.setattr(
+        parity, "check", lambda arm, network, *rest: real(arm, shifted(network) if arm == name else network, *rest)
+    )
     with pytest.raises(AssertionError, match=f"{name}: .*the worst in out"):
         case.check()
 
@@ -106,9 +115,14 @@ def test_what_is_absent_says_why(session, monkeypatch):
     monkeypatch.setattr(worker, "version", lambda package: (_ for _ in ()).throw(worker.PackageNotFoundError(package)))
     assert missing("openvino").startswith("not installed: onnx, onnxscript, openvino; `pip install")
     case = Case(small(), Session())
-    assert case.absent["OpenVINO"] == missing("openvino") and case.absent["restructured, ONNX Runtime"] == missing("onnxruntime")
+    assert case.absent["OpenVINO"] == missing("openvino") and case.absent["restructured, ONNX Runtime"] == missing(
+        "onnxruntime"
+    )
     assert "must be compiled" in case.absent["torch.compile"]
-    lone = Case(Cell("one", subjects.Sizes("shared_bottom", 2, 6, ((5, 4),)), "inference", 2, compiled=False), Session(backend="reference"))
+    lone = Case(
+        Cell("one", subjects.Sizes("shared_bottom", 2, 6, ((5, 4),)), "inference", 2, compiled=False),
+        Session(backend="reference"),
+    )
     assert "fused" in lone.arms
 
 
@@ -120,7 +134,11 @@ def test_other_runtimes_compute_the_same_in_processes_of_their_own():
         pytest.skip("; ".join(lacking))
     with Session() as session:
         setting = arms.Setting(small(), session)
-        rivals = {(name, model): arms.runtime(name)(setting, model) for name in names for model in ("reference", "restructured")}
+        rivals = {
+            (name, model): arms.runtime(name)(setting, model)
+            for name in names
+            for model in ("reference", "restructured")
+        }
         results = {which: (arm.result(), "float32") for which, arm in rivals.items()}
         plain = {"float32": setting.plain(torch.float32)}
         assert parity.wrong_results(setting.cell, results, plain, parity.expectation(SMALL, 4, torch.float32)) == {}
@@ -141,7 +159,9 @@ def test_a_worker_that_dies_says_how():
 def test_a_worker_survives_what_a_runtime_raises():
     built = []
     with pytest.raises(KeyError):
-        worker.answer(built, "build", (runtimes.Job("no such", "reference", SMALL, "inference", "float32", 1, None, None),))
+        worker.answer(
+            built, "build", (runtimes.Job("no such", "reference", SMALL, "inference", "float32", 1, None, None),)
+        )
     assert built == []
 
 
@@ -164,7 +184,20 @@ def test_every_round_times_every_arm_and_in_turn():
     assert list(times) == ["fused", "eager", "third"]
     firsts = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
     # Three warm-ups, then the rounds, each begun by another arm.
-    assert firsts == ["fused", "eager", "third", "fused", "eager", "third", "eager", "third", "fused", "third", "fused", "eager"]
+    assert firsts == [
+        "fused",
+        "eager",
+        "third",
+        "fused",
+        "eager",
+        "third",
+        "eager",
+        "third",
+        "fused",
+        "third",
+        "fused",
+        "eager",
+    ]
 
 
 def test_times_are_medians_and_fifths():
@@ -173,7 +206,8 @@ def test_times_are_medians_and_fifths():
 
 def test_saved_bytes_are_storages_without_parameters_and_x():
     linear = torch.nn.Linear(8, 16)
-    # The linear map saves x and its weight; sigmoid its output [4, 16]; a view of it is the same storage.
+    # The linear map saves x and its weight; sigmoid its output [4, 16]; a view of it is the same
+    # storage.
     network = torch.nn.Sequential(linear, torch.nn.Sigmoid(), torch.nn.Flatten(0), torch.nn.Sigmoid())
     assert memory.saved_bytes(network, torch.ones(4, 8)) == 2 * 4 * 16 * 4
     assert memory.saved_bytes(linear, torch.ones(4, 8)) == 0
@@ -198,12 +232,17 @@ def test_grids_name_every_case_once():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_measured_at_sizes_of_ones_own(family):
-    one_level = any(name in subjects.ONE_LEVEL for name in subjects.inspect.signature(subjects.CLASSES[family]).parameters)
+    one_level = any(
+        name in subjects.ONE_LEVEL for name in subjects.inspect.signature(subjects.CLASSES[family]).parameters
+    )
     layer = subjects.build(subjects.Sizes(family, 3, 6, ((5, 4),) if one_level else ((5,), (4,))))
     out = subjects.Called(layer.module, layer.slots)(torch.ones(2, 6))
     assert out.shape == (2, *layer.table.output) or out.shape[1] == 3
     if one_level:
-        with pytest.raises(ValueError, match=rf"experts: expected the layers of one level for {family}, joined by hyphens \(5-4\), got 5,4"):
+        with pytest.raises(
+            ValueError,
+            match=rf"experts: expected the layers of one level for {family}, joined by hyphens \(5-4\), got 5,4",
+        ):
             subjects.build(subjects.Sizes(family, 3, 6, ((5,), (4,))))
 
 

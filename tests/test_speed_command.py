@@ -18,7 +18,21 @@ from fusedmoe.speed import arms, command, machine, measuring, own_model, results
 from fusedmoe.speed.measuring import times_of
 
 ROOT = Path(__file__).parent.parent
-SIZES = ["--tasks", "2", "--input", "6", "--experts", "5,4", "--batch", "2", "--threads", "1", "--rounds", "2", "--no-compile"]
+SIZES = [
+    "--tasks",
+    "2",
+    "--input",
+    "6",
+    "--experts",
+    "5,4",
+    "--batch",
+    "2",
+    "--threads",
+    "1",
+    "--rounds",
+    "2",
+    "--no-compile",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +41,18 @@ def nothing_slow(monkeypatch):
     before = torch.get_num_threads()
     session = arms.Session
     monkeypatch.setattr(command, "Session", lambda backend: session(backend, runtimes=False))
-    described = {"cpu": "Fast CPU", "isa": "avx2", "peak_gflops": 200.0, "versions": {"torch": "2.13.0"}, "commit": {"id": "0123456789abcdef", "dirty": False}}
-    monkeypatch.setattr(command, "describe", lambda: described | {"read_gb_per_second": {"L2": 100.0}, "medium_computes_in": "bfloat16", "caches": {}})
+    described = {
+        "cpu": "Fast CPU",
+        "isa": "avx2",
+        "peak_gflops": 200.0,
+        "versions": {"torch": "2.13.0"},
+        "commit": {"id": "0123456789abcdef", "dirty": False},
+    }
+    monkeypatch.setattr(
+        command,
+        "describe",
+        lambda: described | {"read_gb_per_second": {"L2": 100.0}, "medium_computes_in": "bfloat16", "caches": {}},
+    )
     monkeypatch.setattr(results, "peak_gflops", lambda seconds: 100.0)
     monkeypatch.setattr(measuring, "SHORTEST_ROUND", 1e-4)
     yield
@@ -43,7 +67,10 @@ def test_ones_own_sizes_are_measured_and_saved(tmp_path, capsys):
     saved = results.load(path)
     assert saved["machine"]["peak_gflops"] == 100.0 and saved["overhead"]["tensors"] == 39
     first, step, *_ = saved["cases"]
-    assert [(r["mode"], r["dtype"]) for r in saved["cases"]][:2] == [("inference", "float32"), ("training step", "float32")]
+    assert [(r["mode"], r["dtype"]) for r in saved["cases"]][:2] == [
+        ("inference", "float32"),
+        ("training step", "float32"),
+    ]
     assert {"fused", "eager", "restructured"} <= set(first["arms"]) and first["rounds"] == 2
     assert 0 < step["memory"]["fused, recompute"]["saved_bytes"] <= step["memory"]["fused"]["saved_bytes"]
     assert step["memory"]["eager"]["saved_bytes"] > 0
@@ -68,7 +95,10 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, capsys):
     ("words", "said"),
     [
         ("--batch 1", "--batch: expected with --layer, --family or --model, got the grid quick"),
-        ("--family mmoe --experts 5,4", "experts: expected the layers of one level for mmoe, joined by hyphens (5-4), got 5,4"),
+        (
+            "--family mmoe --experts 5,4",
+            "experts: expected the layers of one level for mmoe, joined by hyphens (5-4), got 5,4",
+        ),
         ("--family ple --threads 4096", "threads: expected at most"),
         ("--family ple --backend fast", "backend: expected auto, cpu, triton, cuda, reference, got 'fast'"),
         ("--family ple --resume", "--resume: expected --json FILE, got none"),
@@ -127,7 +157,10 @@ def test_a_model_without_layers_is_reported(users, capsys):
     assert "fused: 0" in capsys.readouterr().out
     users.factory = lambda: torch.nn.Linear(3, 3)
     assert main(["bench", "--model", "users_module:factory", "--batch", "2"]) == 2
-    assert "a function that returns (model, inputs), and may take the number of rows; it returned Linear" in capsys.readouterr().err
+    assert (
+        "a function that returns (model, inputs), and may take the number of rows; it returned Linear"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_fused_model_that_is_wrong_is_not_timed():
@@ -157,12 +190,40 @@ def record(**more):
     models = {"fused": "fused", "eager": "reference", "torch.compile": "reference"}
     precisions = {"restructured, medium": "bfloat16"}
     saved = {
-        name: {**times_of([s, s])._asdict(), "precision": precisions.get(name, "float32"), "model": models.get(name, "restructured")}
+        name: {
+            **times_of([s, s])._asdict(),
+            "precision": precisions.get(name, "float32"),
+            "model": models.get(name, "restructured"),
+        }
         for name, s in arms.items()
     }
-    sizes = {"family": "mmoe", "tasks": 3, "input": 256, "experts": [[256, 128]], "per_task": 2, "shared": 1, "total": 8}
-    asked = {"layer": "MMoE T3e8", "sizes": sizes, "mode": "inference", "batch": 64, "dtype": "float32", "threads": 1, "rounds": 20}
-    return {**asked, "flops": 10**8, "bytes": 10**6, "peak_gflops": 200.0, "arms": saved, "absent": {"OpenVINO": "not installed"}, **more}
+    sizes = {
+        "family": "mmoe",
+        "tasks": 3,
+        "input": 256,
+        "experts": [[256, 128]],
+        "per_task": 2,
+        "shared": 1,
+        "total": 8,
+    }
+    asked = {
+        "layer": "MMoE T3e8",
+        "sizes": sizes,
+        "mode": "inference",
+        "batch": 64,
+        "dtype": "float32",
+        "threads": 1,
+        "rounds": 20,
+    }
+    return {
+        **asked,
+        "flops": 10**8,
+        "bytes": 10**6,
+        "peak_gflops": 200.0,
+        "arms": saved,
+        "absent": {"OpenVINO": "not installed"},
+        **more,
+    }
 
 
 def test_ratios_count_rivals_of_the_same_precision():
@@ -177,25 +238,45 @@ def test_ratios_count_rivals_of_the_same_precision():
 
 
 def results_of(*records):
-    described = {"cpu": "Fast CPU", "isa": "avx2", "peak_gflops": 200.0, "versions": {"torch": "2.13.0"}, "commit": {"id": "0123456789abcdef", "dirty": True}}
-    overhead = {"tensors": 39, "arms": {name: {"median": 1e-5} for name in ("forward", "forward, backward", "torch.cat")}}
+    described = {
+        "cpu": "Fast CPU",
+        "isa": "avx2",
+        "peak_gflops": 200.0,
+        "versions": {"torch": "2.13.0"},
+        "commit": {"id": "0123456789abcdef", "dirty": True},
+    }
+    overhead = {
+        "tensors": 39,
+        "arms": {name: {"median": 1e-5} for name in ("forward", "forward, backward", "torch.cat")},
+    }
     described |= {"read_gb_per_second": {"L2": 100.0}, "medium_computes_in": "bfloat16", "caches": {}}
     return {"machine": described, "overhead": overhead, "cases": list(records)}
 
 
 def test_readme_says_what_was_measured(report):
-    memory = {name: {"saved_bytes": size, "peak_bytes": None} for name, size in (("fused", 10**6), ("eager", 4 * 10**6))}
+    memory = {
+        name: {"saved_bytes": size, "peak_bytes": None} for name, size in (("fused", 10**6), ("eager", 4 * 10**6))
+    }
     saved = results_of(record(), record(threads=2), record(mode="training step", memory=memory))
     text = report["readme"](saved)
-    assert "| MMoE T3e8, inference | **4.0** |" in text and "fusedmoe is 1.5 to 1.5 times as fast" in text.replace("\n", " ")
+    assert "| MMoE T3e8, inference | **4.0** |" in text and "fusedmoe is 1.5 to 1.5 times as fast" in text.replace(
+        "\n", " "
+    )
     page = report["page"](saved)
     for told in ("Fast CPU", "`0123456789` with changes", "torch 2.13.0"):
         assert told in text and told in page
     prose = page.replace("\n", " ")
     assert "200 GFLOP/s" in prose and '"medium" computes in bfloat16' in prose
-    assert "| MMoE T3e8, inference | **4.0** / 2.0 / 1.5, 50% |" in page and "float32, 2 threads:" in page and "39 tensors" in prose
+    assert (
+        "| MMoE T3e8, inference | **4.0** / 2.0 / 1.5, 50% |" in page
+        and "float32, 2 threads:" in page
+        and "39 tensors" in prose
+    )
     assert "0.500 [0.500, 0.500] (bfloat16)" in page and "OpenVINO (3 of 3 cases): not installed" in page
-    assert "- MMoE T3e8, inference, B = 64: 1.00" in page and "| MMoE T3e8, float32, 64 | 1.00 | 4.00 | 0.25 | - | - | - |" in page
+    assert (
+        "- MMoE T3e8, inference, B = 64: 1.00" in page
+        and "| MMoE T3e8, float32, 64 | 1.00 | 4.00 | 0.25 | - | - | - |" in page
+    )
 
 
 def test_pictures_are_drawn_of_what_there_is(tmp_path):

@@ -1,4 +1,5 @@
-"""Layers over tensors without memory: an error that says which, never a crash; and zeros that never had any."""
+"""Layers over tensors without memory: an error that says which, never a crash; and zeros that never
+had any."""
 
 from contextlib import nullcontext
 
@@ -39,10 +40,13 @@ def test_frozen_layers(what, lose):
 
 
 def test_zeros_that_have_no_memory_are_zeros():
-    """`torch._efficientzerotensor`, which forward-mode differentiation makes: eager computes with it."""
+    """`torch._efficientzerotensor`, which forward-mode differentiation makes: eager computes with
+    it."""
     x, params = torch.randn(5, 2, 12), [torch.randn(p.shape).requires_grad_() for p in TABLE.parameters]
     zeros = torch._efficientzerotensor
-    torch.testing.assert_close(fusion_network(zeros(x.shape), params, TABLE, "cpu"), fusion_network(torch.zeros_like(x), params, TABLE, "cpu"))
+    torch.testing.assert_close(
+        fusion_network(zeros(x.shape), params, TABLE, "cpu"), fusion_network(torch.zeros_like(x), params, TABLE, "cpu")
+    )
     given = [zeros(p.shape) if i == 2 else p for i, p in enumerate(params)]
     expected = [torch.zeros_like(p) if i == 2 else p for i, p in enumerate(params)]
     torch.testing.assert_close(fusion_network(x, given, TABLE, "cpu"), fusion_network(x, expected, TABLE, "cpu"))

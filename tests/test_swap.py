@@ -1,4 +1,5 @@
-"""fuse and unfuse: a fused model is the same model, a copy of it is fused, and a call that fails changes nothing."""
+"""fuse and unfuse: a fused model is the same model, a copy of it is fused, and a call that fails
+changes nothing."""
 
 import copy
 import io
@@ -17,7 +18,20 @@ from fusedmoe.backends import BACKENDS
 from fusedmoe.reference import layers
 from fusedmoe.swap import fuse, unfuse
 
-from .swap_cases import LAYERS, WIDTHS, B, D, T, assert_same, central, everything, replaced, results, sample, smooth_layer
+from .swap_cases import (
+    LAYERS,
+    WIDTHS,
+    B,
+    D,
+    T,
+    assert_same,
+    central,
+    everything,
+    replaced,
+    results,
+    sample,
+    smooth_layer,
+)
 
 
 @pytest.fixture
@@ -78,9 +92,12 @@ def test_an_optimizer_built_before_trains_the_fused_layer(layer):
             optimizer.zero_grad()
             module(sample(T, torch.float64)).square().mean().backward()
             optimizer.step()
-    # Adam divides by the root of squared gradients: rounding of 1e-16 may grow to its root in a parameter without gradient.
+    # Adam divides by the root of squared gradients: rounding of 1e-16 may grow to its root in a
+    # parameter without gradient.
     for ours, theirs in zip(layer.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=torch.finfo(torch.float64).eps ** 0.5, atol=torch.finfo(torch.float64).eps ** 0.5)
+        torch.testing.assert_close(
+            ours, theirs, rtol=torch.finfo(torch.float64).eps ** 0.5, atol=torch.finfo(torch.float64).eps ** 0.5
+        )
 
 
 def test_weights_are_read_at_every_call(layer):
@@ -105,7 +122,14 @@ def test_functional_call_sees_the_parameters_that_it_is_given(layer):
 def test_modes_and_dtypes_follow(layer):
     eager = copy.deepcopy(layer)
     fuse(layer, backend="reference")
-    for change in (nn.Module.eval, nn.Module.train, nn.Module.double, nn.Module.float, lambda module: module.to(torch.bfloat16), nn.Module.half):
+    for change in (
+        nn.Module.eval,
+        nn.Module.train,
+        nn.Module.double,
+        nn.Module.float,
+        lambda module: module.to(torch.bfloat16),
+        nn.Module.half,
+    ):
         change(layer)
         change(eager)
         assert layer.training == eager.training
@@ -116,7 +140,9 @@ def test_a_frozen_parameter_gets_no_gradient(layer):
     fuse(layer)
     layer.experts[0][1].mlp_net[0].weight.requires_grad_(False)
     layer(sample(T)).sum().backward()
-    assert [name for name, parameter in layer.named_parameters() if parameter.grad is None] == ["experts.0.1.mlp_net.0.weight"]
+    assert [name for name, parameter in layer.named_parameters() if parameter.grad is None] == [
+        "experts.0.1.mlp_net.0.weight"
+    ]
 
 
 def _deepcopied(model):
@@ -135,7 +161,10 @@ def _saved(model):
 
 
 @pytest.mark.parametrize("carry", [_deepcopied, _pickled, _saved])
-@pytest.mark.parametrize("make", [lambda: central("att_g"), lambda: layers.AdaTTSp(D, WIDTHS, T, 2, activation=activation.activation("leaky_relu"))])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: central("att_g"), lambda: layers.AdaTTSp(D, WIDTHS, T, 2, activation=activation.activation("leaky_relu"))],
+)
 def test_a_copy_is_fused_and_stands_on_its_own(carry, make):
     model = nn.Sequential(make())
     testing.randomise(model.parameters(), seed=1)
@@ -243,7 +272,9 @@ def test_a_backend_that_does_not_take_the_dtype_is_an_error_and_changes_nothing(
 def test_the_backend_asked_for_is_the_one_called(layer, monkeypatch):
     asked = []
     fuse(layer, backend="reference")
-    monkeypatch.setattr("fusedmoe.nn.binding.fusion_network", lambda x, tensors, table, backend, *options: asked.append(backend))
+    monkeypatch.setattr(
+        "fusedmoe.nn.binding.fusion_network", lambda x, tensors, table, backend, *options: asked.append(backend)
+    )
     layer(sample(T))
     assert asked == ["reference"]
 
@@ -267,21 +298,31 @@ def test_auto_declines_a_layer_that_only_the_reference_could_run(layer, single_a
 
 def test_a_wrong_name_of_an_isa_is_told_in_the_report():
     script = "import fusedmoe; from tests.swap_cases import smooth_layer; print(fusedmoe.fuse(smooth_layer()))"
-    result = subprocess.run([sys.executable, "-c", script], env={**os.environ, "FUSEDMOE_ISA": "mmx"}, capture_output=True, text=True)
-    assert "declined: 1" in result.stdout and "cpu: FUSEDMOE_ISA: expected" in result.stdout and "got 'mmx'" in result.stdout, result.stdout + result.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "FUSEDMOE_ISA": "mmx"}, capture_output=True, text=True
+    )
+    assert (
+        "declined: 1" in result.stdout
+        and "cpu: FUSEDMOE_ISA: expected" in result.stdout
+        and "got 'mmx'" in result.stdout
+    ), result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_exports_whole_and_as_a_copy(layer, strict):
     fuse(layer)
     for module in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        program = torch.export.export(module, (sample(T),), dynamic_shapes=({0: torch.export.Dim("rows")},), strict=strict)
+        program = torch.export.export(
+            module, (sample(T),), dynamic_shapes=({0: torch.export.Dim("rows")},), strict=strict
+        )
         for x in (sample(T), sample(T)[:3]):
             assert torch.equal(program.module()(x), layer(x))
 
 
 def test_a_fuse_that_fails_halfway_leaves_the_model_as_it_was(layer, monkeypatch):
-    model = nn.ModuleDict({"fused": copy.deepcopy(layer), "stale": copy.deepcopy(layer), "a": layer, "b": copy.deepcopy(layer)})
+    model = nn.ModuleDict(
+        {"fused": copy.deepcopy(layer), "stale": copy.deepcopy(layer), "a": layer, "b": copy.deepcopy(layer)}
+    )
     fuse(model["fused"])
     fuse(model["stale"])
     replaced(model["stale"])

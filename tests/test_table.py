@@ -46,33 +46,69 @@ CONTRADICTIONS = {
     "no levels": ({"levels": ()}, "table.levels: expected at least one level, got none"),
     "no experts": ({"levels": (Level((), (GATED,)),)}, "level 0: expected at least one expert, got none"),
     "no units": ({"levels": (*GOOD.levels, Level(EXPERTS, ()))}, "level 1: expected at least one unit, got none"),
-    "expert's slot": (of_experts(Expert(0, LAYERS), Expert(1, LAYERS)), "level 0, expert 1, slot: expected one of 1 slots (0 to 0), got 1"),
-    "expert without layers": (of_experts(Expert(0, ()), EXPERTS[0]), "level 0, expert 0: expected at least 1 layer, got none"),
-    "layer's width": (of_experts(EXPERTS[0], Expert(0, (Layer(0),))), "level 0, expert 1, width of layer 0: expected an integer of at least 1, got 0"),
+    "expert's slot": (
+        of_experts(Expert(0, LAYERS), Expert(1, LAYERS)),
+        "level 0, expert 1, slot: expected one of 1 slots (0 to 0), got 1",
+    ),
+    "expert without layers": (
+        of_experts(Expert(0, ()), EXPERTS[0]),
+        "level 0, expert 0: expected at least 1 layer, got none",
+    ),
+    "layer's width": (
+        of_experts(EXPERTS[0], Expert(0, (Layer(0),))),
+        "level 0, expert 1, width of layer 0: expected an integer of at least 1, got 0",
+    ),
     "layer's activation": (
         of_experts(EXPERTS[0], Expert(0, (Layer(3, "relu"),))),
         "level 0, expert 1, layer 0: expected an Activation and a bool, got 'relu' and True",
     ),
-    "layer's bias": (of_experts(EXPERTS[0], Expert(0, (Layer(3, bias=1),))), "level 0, expert 1, layer 0: expected an Activation and a bool"),
-    "experts' widths": (of_experts(EXPERTS[0], Expert(0, (Layer(5),))), "level 0, unit 0: expected experts of one output width, got widths [3, 5]"),
+    "layer's bias": (
+        of_experts(EXPERTS[0], Expert(0, (Layer(3, bias=1),))),
+        "level 0, expert 1, layer 0: expected an Activation and a bool",
+    ),
+    "experts' widths": (
+        of_experts(EXPERTS[0], Expert(0, (Layer(5),))),
+        "level 0, unit 0: expected experts of one output width, got widths [3, 5]",
+    ),
     "sees": (of_gate(sees=(0, 2)), "level 0, unit 1, sees: expected one of 2 experts (0 to 1), got 2"),
     "sees twice": (of_gate(sees=(1, 1)), "level 0, unit 1, sees: expected a tuple of indices, none twice, got (1, 1)"),
     "sees a float": (of_gate(sees=(1.0,)), "level 0, unit 1, sees: expected one of 2 experts (0 to 1), got 1.0"),
-    "selector's kind": (of_gate(selector=Selector("row")), "level 0, unit 1, selector: expected one of slot, root, expert, got 'row'"),
-    "selector's slot": (of_gate(selector=Selector("slot", 1)), "level 0, unit 1, selector: expected one of 1 slots (0 to 0), got 1"),
-    "selector's expert": (of_gate(selector=Selector("expert", 2)), "level 0, unit 1, selector: expected one of 2 experts (0 to 1), got 2"),
-    "selector's root": (of_gate(selector=Selector("root", 1)), "level 0, unit 1, selector: expected one of 1 roots (0 to 0), got 1"),
+    "selector's kind": (
+        of_gate(selector=Selector("row")),
+        "level 0, unit 1, selector: expected one of slot, root, expert, got 'row'",
+    ),
+    "selector's slot": (
+        of_gate(selector=Selector("slot", 1)),
+        "level 0, unit 1, selector: expected one of 1 slots (0 to 0), got 1",
+    ),
+    "selector's expert": (
+        of_gate(selector=Selector("expert", 2)),
+        "level 0, unit 1, selector: expected one of 2 experts (0 to 1), got 2",
+    ),
+    "selector's root": (
+        of_gate(selector=Selector("root", 1)),
+        "level 0, unit 1, selector: expected one of 1 roots (0 to 0), got 1",
+    ),
     "gate's hidden layer": (
         of_gate(hidden=(Layer(-1),)),
         "level 0, unit 1, hidden layers of the gate, width of layer 0: expected an integer of at least 1, got -1",
     ),
-    "static: neither": (of_static(experts=(0,)), "level 0, unit 1, static weights: expected either fixed values or a static tensor, got neither"),
+    "static: neither": (
+        of_static(experts=(0,)),
+        "level 0, unit 1, static weights: expected either fixed values or a static tensor, got neither",
+    ),
     "static: both": (
         of_static(experts=(0,), values=(1.0,), tensor=0),
         "level 0, unit 1, static weights: expected either fixed values or a static tensor, got both",
     ),
-    "static: values": (of_static(experts=(0, 1), values=(1.0,)), "level 0, unit 1, static weights: expected a tuple of 2 finite floats, got (1.0,)"),
-    "static: values in a list": (of_static(experts=(0,), values=[1.0]), "level 0, unit 1, static weights: expected a tuple of 1 finite floats, got [1.0]"),
+    "static: values": (
+        of_static(experts=(0, 1), values=(1.0,)),
+        "level 0, unit 1, static weights: expected a tuple of 2 finite floats, got (1.0,)",
+    ),
+    "static: values in a list": (
+        of_static(experts=(0,), values=[1.0]),
+        "level 0, unit 1, static weights: expected a tuple of 1 finite floats, got [1.0]",
+    ),
     "static: NaN": (
         of_static(experts=(0,), values=(float("nan"),)),
         "level 0, unit 1, static weights: expected a tuple of 1 finite floats, got (nan,)",
@@ -81,7 +117,10 @@ CONTRADICTIONS = {
         of_static(experts=(0,), values=(float("inf"),)),
         "level 0, unit 1, static weights: expected a tuple of 1 finite floats, got (inf,)",
     ),
-    "static: an integer": (of_static(experts=(0,), values=(1,)), "level 0, unit 1, static weights: expected a tuple of 1 finite floats, got (1,)"),
+    "static: an integer": (
+        of_static(experts=(0,), values=(1,)),
+        "level 0, unit 1, static weights: expected a tuple of 1 finite floats, got (1,)",
+    ),
     "static: tensor of another type": (
         of_static(experts=(0,), tensor="0"),
         "level 0, unit 1, static weights: expected one of 1 static tensors (0 to 0), got '0'",
@@ -94,19 +133,31 @@ CONTRADICTIONS = {
         of_static(experts=(0,), values=(1.0,), offset=None),
         "level 0, unit 1, static weights, offset: expected an integer of at least 0, got None",
     ),
-    "static of another type": (of_unit(Unit(static="g")), "level 0, unit 1, static weights: expected a Static, got 'g'"),
+    "static of another type": (
+        of_unit(Unit(static="g")),
+        "level 0, unit 1, static weights: expected a Static, got 'g'",
+    ),
     "gate of another type": (of_unit(Unit("g")), "level 0, unit 1, gate: expected a Gate, got 'g'"),
     "gate without a selector": (of_gate(selector=None), "level 0, unit 1, selector: expected a Selector, got None"),
     "gate's bias": (of_gate(bias=None), "level 0, unit 1, bias of the gate: expected a bool, got None"),
     "gate's bias as an integer": (of_gate(bias=1), "level 0, unit 1, bias of the gate: expected a bool, got 1"),
     "sees a list": (of_gate(sees=([0],)), "level 0, unit 1, sees: expected one of 2 experts (0 to 1), got [0]"),
-    "expert's slot in a list": (of_experts(Expert([0], LAYERS)), "level 0, expert 0, slot: expected one of 1 slots (0 to 0), got [0]"),
+    "expert's slot in a list": (
+        of_experts(Expert([0], LAYERS)),
+        "level 0, expert 0, slot: expected one of 1 slots (0 to 0), got [0]",
+    ),
     "selector's index in a list": (
         of_gate(selector=Selector("slot", [0])),
         "level 0, unit 1, selector: expected one of 1 slots (0 to 0), got [0]",
     ),
-    "static: expert": (of_static(experts=(4,), values=(1.0,)), "level 0, unit 1, static weights: expected one of 2 experts (0 to 1), got 4"),
-    "static: tensor": (of_static(experts=(0,), tensor=1), "level 0, unit 1, static weights: expected one of 1 static tensors (0 to 0), got 1"),
+    "static: expert": (
+        of_static(experts=(4,), values=(1.0,)),
+        "level 0, unit 1, static weights: expected one of 2 experts (0 to 1), got 4",
+    ),
+    "static: tensor": (
+        of_static(experts=(0,), tensor=1),
+        "level 0, unit 1, static weights: expected one of 1 static tensors (0 to 0), got 1",
+    ),
     "static: offset": (
         of_static(experts=(0, 1), tensor=0, offset=3),
         "level 0, unit 1, static weights: expected elements within the 4 of static tensor 0, got 3 to 4",
@@ -116,14 +167,26 @@ CONTRADICTIONS = {
         "level 0, unit 1, static weights, offset: expected an integer of at least 0, got -1",
     ),
     "statics": ({"statics": ((2, -1),)}, "table.statics[0]: expected an integer of at least 0, got -1"),
-    "task's units": ({"tasks": (Task((0,)), Task((2,)))}, "task 1, units: expected one of 2 units of the last level (0 to 1), got 2"),
-    "task without units": ({"tasks": (Task(()),)}, "task 0, units: expected a tuple of at least one index, none twice, got ()"),
-    "tower missing": ({"tasks": (Task((0,), LAYERS), Task((1,)))}, "task 1: expected a tower, as the other tasks have, got none"),
+    "task's units": (
+        {"tasks": (Task((0,)), Task((2,)))},
+        "task 1, units: expected one of 2 units of the last level (0 to 1), got 2",
+    ),
+    "task without units": (
+        {"tasks": (Task(()),)},
+        "task 0, units: expected a tuple of at least one index, none twice, got ()",
+    ),
+    "tower missing": (
+        {"tasks": (Task((0,), LAYERS), Task((1,)))},
+        "task 1: expected a tower, as the other tasks have, got none",
+    ),
     "tasks of several widths": (
         {"tasks": (Task((0,)), Task((0, 1)))},
         "table.tasks: expected tasks of one width, got widths [3, 6]; give them towers",
     ),
-    "more slots than the operator counts": ({"slots": (1 << 20) + 1}, "table.slots: expected at most 1048576, got 1048577"),
+    "more slots than the operator counts": (
+        {"slots": (1 << 20) + 1},
+        "table.slots: expected at most 1048576, got 1048577",
+    ),
     "more units than the operator counts": (
         {"levels": (Level(EXPERTS, (GATED,) * ((1 << 20) + 1)),)},
         "level 0, number of units: expected at most 1048576, got 1048577",
@@ -132,7 +195,10 @@ CONTRADICTIONS = {
         {"levels": (Level(EXPERTS[:1] * ((1 << 20) + 1), (GATED,)),)},
         "level 0, number of experts: expected at most 1048576, got 1048577",
     ),
-    "wider than the operator counts": ({"width": (1 << 40) + 1}, "table.width: expected at most 1099511627776, got 1099511627777"),
+    "wider than the operator counts": (
+        {"width": (1 << 40) + 1},
+        "table.width: expected at most 1099511627776, got 1099511627777",
+    ),
     "layer wider than the operator counts": (
         of_experts(Expert(0, (Layer((1 << 40) + 1),))),
         "level 0, expert 0, width of layer 0: expected at most 1099511627776, got 1099511627777",
@@ -141,7 +207,10 @@ CONTRADICTIONS = {
         {"statics": ((1 << 30, 1 << 30),)},
         "table.statics[0], elements: expected at most 1099511627776, got 1152921504606846976",
     ),
-    "towers' widths": ({"tasks": (Task((0,), (Layer(1),)), Task((1,), (Layer(2),)))}, "tower outputs: expected one width, got widths [1, 2]"),
+    "towers' widths": (
+        {"tasks": (Task((0,), (Layer(1),)), Task((1,), (Layer(2),)))},
+        "tower outputs: expected one width, got widths [1, 2]",
+    ),
 }
 
 
@@ -197,7 +266,12 @@ def test_words_changed_in_one_place_are_a_table_or_a_value_error(place, word):
 
 def test_parameters_in_order():
     names = [(p.name, p.shape) for p in adatt(5, [[4, 3], [2]], 1, 2, 1, towers=(6, 1)).parameters]
-    expert = [("experts.{}.0.weight", (4, 5)), ("experts.{}.0.bias", (4,)), ("experts.{}.1.weight", (3, 4)), ("experts.{}.1.bias", (3,))]
+    expert = [
+        ("experts.{}.0.weight", (4, 5)),
+        ("experts.{}.0.bias", (4,)),
+        ("experts.{}.1.weight", (3, 4)),
+        ("experts.{}.1.bias", (3,)),
+    ]
     upper = [("experts.{}.0.weight", (2, 3)), ("experts.{}.0.bias", (2,))]
     gate = [("gates.{}.weight", (3, 5)), ("gates.{}.bias", (3,))]
     upper_gate = [("gates.{}.weight", (3, 3)), ("gates.{}.bias", (3,))]
@@ -219,7 +293,10 @@ def test_live_is_what_some_output_depends_on():
     table = CASES["every_feature"]
     # Upper unit 3 has no task; the lower units 0 to 4 feed the upper experts 0 to 4, unit 5 nobody,
     # and with it expert 4.
-    assert table.live == ((frozenset({0, 1, 2, 3, 4}), frozenset({0, 1, 2, 3})), (frozenset({0, 1, 2}), frozenset({0, 1, 2, 3, 4})))
+    assert table.live == (
+        (frozenset({0, 1, 2, 3, 4}), frozenset({0, 1, 2, 3})),
+        (frozenset({0, 1, 2}), frozenset({0, 1, 2, 3, 4})),
+    )
     dead = {p.name.rsplit(".", 1)[0] for p in table.parameters if not p.live}
     assert dead == {"levels.0.experts.4.0", "levels.0.gates.3", "levels.0.gates.5", "statics"}
     assert all(p.live for p in mmoe(3, [[2]], 2, 3).parameters)

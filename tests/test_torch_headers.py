@@ -1,7 +1,9 @@
-"""The claim "torch >= 2.10": every source that knows PyTorch compiles against the headers of each version since then.
+"""The claim "torch >= 2.10": every source that knows PyTorch compiles against the headers of each
+version since then.
 
-A wheel's folder `include` has them. That of macOS is the smallest, some 90 MB, and its headers of the stable ABI are
-byte for byte those of Linux; what is needed of it, 2 MB a version, is kept in build/torch-headers for later runs.
+A wheel's folder `include` has them. That of macOS is the smallest, some 90 MB, and its headers of
+the stable ABI are byte for byte those of Linux; what is needed of it, 2 MB a version, is kept in
+build/torch-headers for later runs.
 """
 
 from __future__ import annotations
@@ -91,7 +93,8 @@ def test_the_sources_are_those_that_know_torch():
 def compile_against(recipe, folder: Path, source: Path) -> str:
     """What the compiler says of a source, with setup.py's flags and its order of folders.
 
-    No code is generated, which takes longest, but templates are instantiated: the last test holds the compiler to that.
+    No code is generated, which takes longest, but templates are instantiated: the last test holds
+    the compiler to that.
     """
     words = recipe["system_folders"](recipe["python_folders"](), [str(folder)])
     flags = [*recipe["FLAGS"], "-fsyntax-only", f"-I{ROOT / 'csrc'}"]

@@ -1,4 +1,5 @@
-"""Gradients of what no wanted output depends on: None, as plain PyTorch has it, so that optimizers leave it alone."""
+"""Gradients of what no wanted output depends on: None, as plain PyTorch has it, so that optimizers
+leave it alone."""
 
 import copy
 
@@ -54,7 +55,11 @@ def test_a_loss_on_some_tasks(backbone, wanted):
             assert any(g is None for g in gradients(fused).values())
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1)], ids=["adamw", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [torch.optim.AdamW, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1)],
+    ids=["adamw", "sgd"],
+)
 @pytest.mark.parametrize("backbone", ["att_sp", "ple", "mmoe", "customized"])
 def test_tasks_trained_in_turn_end_where_plain_pytorch_ends(backbone, optimizer):
     for plain, fused in pairs(backbone):
@@ -63,7 +68,9 @@ def test_tasks_trained_in_turn_end_where_plain_pytorch_ends(backbone, optimizer)
             generator = torch.Generator().manual_seed(1)
             for step in range(6):
                 steps.zero_grad()
-                model(torch.randn(9, 12, dtype=torch.float64, generator=generator))[step % TASKS].square().mean().backward()
+                model(torch.randn(9, 12, dtype=torch.float64, generator=generator))[
+                    step % TASKS
+                ].square().mean().backward()
                 steps.step()
         for (name, p), q in zip(plain.named_parameters(), fused.parameters(), strict=True):
             torch.testing.assert_close(q, p, msg=lambda text, name=name: f"{name}: {text}")
@@ -105,7 +112,9 @@ def test_distributed_data_parallel_leaves_unused_towers_alone():
                 generator = torch.Generator().manual_seed(1)
                 for step in range(6):
                     steps.zero_grad()
-                    parallel(torch.randn(9, 12, dtype=torch.float64, generator=generator))[step % TASKS].square().mean().backward()
+                    parallel(torch.randn(9, 12, dtype=torch.float64, generator=generator))[
+                        step % TASKS
+                    ].square().mean().backward()
                     steps.step()
             for (name, p), q in zip(plain.named_parameters(), fused.parameters(), strict=True):
                 torch.testing.assert_close(q, p, msg=lambda text, name=name: f"{name}: {text}")

@@ -1,4 +1,5 @@
-"""Other libraries set forwards of their own around ours: in every order with fuse and unfuse a model computes what a plain one does."""
+"""Other libraries set forwards of their own around ours: in every order with fuse and unfuse a
+model computes what a plain one does."""
 
 import copy
 import functools
@@ -67,14 +68,16 @@ def wrap_by_lambda(model):
 
 
 def prepare(model):
-    """As a library for mixed precision does: wrap the function of a bound method, and bind the result; keep what was there."""
+    """As a library for mixed precision does: wrap the function of a bound method, and bind the
+    result; keep what was there."""
     model._original_forward = model.forward
     function = getattr(model.forward, "__func__", None)
     model.forward = MethodType(calling(calling(function)), model) if function else calling(calling(model.forward))
 
 
 def unwrap(model):
-    """As the same library does: go down to what was there, or to the last that says what it wraps; bind it."""
+    """As the same library does: go down to what was there, or to the last that says what it wraps;
+    bind it."""
     forward, original = model.forward, model.__dict__.pop("_original_forward", None)
     if original is None:
         return
@@ -104,7 +107,14 @@ OURS = {
     "unfuse": fusedmoe.unfuse,
     "describe": fusedmoe.describe,
 }
-THEIRS = {"prepare": prepare, "unwrap": unwrap, "put back": put_back, "closure": wrap_by_closure, "delete": delete, "copy": None}
+THEIRS = {
+    "prepare": prepare,
+    "unwrap": unwrap,
+    "put back": put_back,
+    "closure": wrap_by_closure,
+    "delete": delete,
+    "copy": None,
+}
 
 
 STEPS = {**OURS, **THEIRS}
@@ -147,7 +157,8 @@ def run(model, order) -> list[nn.Module]:
 
 
 def plain_runs(plain, order) -> bool:
-    """Whether the plain model survives what others do in an order: to bind a function that was a bound method before is fatal to any."""
+    """Whether the plain model survives what others do in an order: to bind a function that was a
+    bound method before is fatal to any."""
     try:
         for model in run(copy.deepcopy(plain), [step for step in order if step in THEIRS]):
             model(sample(None))
@@ -199,7 +210,9 @@ def test_a_layer_wrapped_before_is_declined_and_its_inside_fused(wrap, plain):
     wrap(model)
     report = fusedmoe.fuse(model)
     assert [entry.path for entry in report.fused] == ["mtl_arch"]
-    assert [entry.path for entry in report.declined] == [""] and "a forward of its own set on the instance (" in report.declined[0].reason
+    assert [entry.path for entry in report.declined] == [
+        ""
+    ] and "a forward of its own set on the instance (" in report.declined[0].reason
     assert_computes_the_same(model, plain)
 
 

@@ -78,7 +78,9 @@ def last_softmax(z: Tensor) -> Tensor:
     return torch.softmax(z, -1)
 
 
-def forward(x: Tensor, params: Sequence[Tensor], table: Table, softmax: Softmax = last_softmax) -> tuple[Tensor, tuple[Tensor, ...]]:
+def forward(
+    x: Tensor, params: Sequence[Tensor], table: Table, softmax: Softmax = last_softmax
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the output of the network and the mixing weights w of its levels.
 
     Args:
@@ -95,7 +97,9 @@ def forward(x: Tensor, params: Sequence[Tensor], table: Table, softmax: Softmax 
     return run.out, tuple(_dense(level, state, x) for level, state in zip(table.levels, run.levels, strict=True))
 
 
-def backward(x: Tensor, params: Sequence[Tensor], table: Table, d_out: Tensor, d_weights: Sequence[Tensor | None]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def backward(
+    x: Tensor, params: Sequence[Tensor], table: Table, d_out: Tensor, d_weights: Sequence[Tensor | None]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Return the gradients of the input and the parameters; they can be differentiated once more.
 
     Args:
@@ -127,12 +131,24 @@ def preactivations(x: Tensor, params: Sequence[Tensor], table: Table) -> Iterato
     rows whose z is so near to a kink that it may fall on either side.
     """
     run = _run(x, params, table)
-    mlps = [(run.layout.experts[number][e], trace) for number, state in enumerate(run.levels) for e, trace in state.experts.items()]
-    mlps += [(run.layout.gates[number][u], trace) for number, state in enumerate(run.levels) for u, trace in state.gates.items()]
+    mlps = [
+        (run.layout.experts[number][e], trace)
+        for number, state in enumerate(run.levels)
+        for e, trace in state.experts.items()
+    ]
+    mlps += [
+        (run.layout.gates[number][u], trace)
+        for number, state in enumerate(run.levels)
+        for u, trace in state.gates.items()
+    ]
     mlps += zip(run.layout.towers, run.towers, strict=True)
     for maps, trace in mlps:
         for m, (h, z) in zip(maps, trace, strict=True):
-            yield m.activation, z, F.linear(h.abs(), params[m.weight].abs(), None if m.bias is None else params[m.bias].abs())
+            yield (
+                m.activation,
+                z,
+                F.linear(h.abs(), params[m.weight].abs(), None if m.bias is None else params[m.bias].abs()),
+            )
 
 
 class _Map(NamedTuple):
@@ -185,7 +201,12 @@ def _layout(table: Table) -> _Layout:
     experts, gates = [], []
     for level in table.levels:
         experts.append([mlp(expert.layers) for expert in level.experts])
-        gates.append([mlp((*u.gate.hidden, Layer(len(u.gate.sees), IDENTITY, u.gate.bias))) if u.gate else () for u in level.units])
+        gates.append(
+            [
+                mlp((*u.gate.hidden, Layer(len(u.gate.sees), IDENTITY, u.gate.bias))) if u.gate else ()
+                for u in level.units
+            ]
+        )
     towers = [mlp(task.tower) for task in table.tasks if task.tower]
     return _Layout(experts, gates, towers, next(index))
 
@@ -211,7 +232,10 @@ def _run(x: Tensor, params: Sequence[Tensor], table: Table, softmax: Softmax = l
         states.append(state)
     if not table.has_towers:
         return _Run(layout, torch.stack([slots[u] for u in range(len(slots))], 1), states, [])
-    towers = [_mlp(layout.towers[t], torch.cat([slots[u] for u in task.units], -1), params) for t, task in enumerate(table.tasks)]
+    towers = [
+        _mlp(layout.towers[t], torch.cat([slots[u] for u in task.units], -1), params)
+        for t, task in enumerate(table.tasks)
+    ]
     return _Run(layout, torch.stack([h for h, _ in towers], 1), states, [trace for _, trace in towers])
 
 
@@ -232,7 +256,9 @@ def _selected(selector: Selector, state: _LevelState, root: Tensor) -> Tensor:
     return state.y[selector.index] if selector.kind == "expert" else state.slots[selector.index]
 
 
-def _mixing_weights(level: Level, u: int, state: _LevelState, params: Sequence[Tensor], statics: int, x: Tensor) -> dict[int, Tensor]:
+def _mixing_weights(
+    level: Level, u: int, state: _LevelState, params: Sequence[Tensor], statics: int, x: Tensor
+) -> dict[int, Tensor]:
     """w[u,e] = p[u,e] + v[u,e], each [B], for the experts that unit u reads, ascending."""
     unit = level.units[u]
     w: dict[int, Tensor] = {}
@@ -261,7 +287,13 @@ def _mix(state: _LevelState, u: int, total: Tensor) -> Tensor:
 def _dense(level: Level, state: _LevelState, x: Tensor) -> Tensor:
     """w as one tensor [B, U, E], zero where no weight is."""
     zero = x.new_zeros(len(x))
-    return torch.stack([torch.stack([state.w.get(u, {}).get(e, zero) for e in range(len(level.experts))], -1) for u in range(len(level.units))], 1)
+    return torch.stack(
+        [
+            torch.stack([state.w.get(u, {}).get(e, zero) for e in range(len(level.experts))], -1)
+            for u in range(len(level.units))
+        ],
+        1,
+    )
 
 
 def _add(total: Tensor | None, term: Tensor) -> Tensor:
@@ -283,7 +315,9 @@ def _backward_mlp(maps: _MLP, trace: _Trace, d: Tensor, params: Sequence[Tensor]
     return d
 
 
-def _backward_towers(run: _Run, params: Sequence[Tensor], table: Table, d_out: Tensor, grads: list[Tensor | None]) -> dict[int, Tensor]:
+def _backward_towers(
+    run: _Run, params: Sequence[Tensor], table: Table, d_out: Tensor, grads: list[Tensor | None]
+) -> dict[int, Tensor]:
     """The gradients of the last level's units."""
     if not table.has_towers:
         return dict(enumerate(d_out.unbind(1)))
@@ -305,7 +339,9 @@ class _LevelBackward(NamedTuple):
     params: Sequence[Tensor]
     grads: list[Tensor | None]
 
-    def slots_and_root(self, d_units: dict[int, Tensor], d_weights: Tensor | None) -> tuple[dict[int, Tensor], Tensor | None]:
+    def slots_and_root(
+        self, d_units: dict[int, Tensor], d_weights: Tensor | None
+    ) -> tuple[dict[int, Tensor], Tensor | None]:
         """Return the gradients of slots and root input from those of units and mixing weights."""
         d_y: dict[int, Tensor] = {}
         d_slots: dict[int, Tensor] = {}
@@ -328,7 +364,10 @@ class _LevelBackward(NamedTuple):
                 into[selector.index] = _add(into.get(selector.index), d_q)
         for e, trace in self.state.experts.items():
             s = self.description.experts[e].slot
-            d_slots[s] = _add(d_slots.get(s), _backward_mlp(self.layout.experts[self.number][e], trace, d_y[e], self.params, self.grads))
+            d_slots[s] = _add(
+                d_slots.get(s),
+                _backward_mlp(self.layout.experts[self.number][e], trace, d_y[e], self.params, self.grads),
+            )
         return d_slots, d_root
 
     def mixing_weights(self, u: int, g: Tensor, d_weights: Tensor | None) -> dict[int, Tensor]:

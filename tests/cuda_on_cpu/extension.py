@@ -1,7 +1,9 @@
-"""The CUDA extension as the emulator runs it: csrc/cuda compiled for the processor, and registered as backend "cuda" for CPU tensors.
+"""The CUDA extension as the emulator runs it: csrc/cuda compiled for the processor, and registered
+as backend "cuda" for CPU tensors.
 
-A run of the tests with FUSEDMOE_CUDA_ON_CPU=plain does so (tests/conftest.py), and tests that backend instead of the others. The schedule is that of
-FUSEDMOE_CUDA_SEED and FUSEDMOE_CUDA_COPIES. The sanitizers want their own library in front of Python's, which `environment` names.
+A run of the tests with FUSEDMOE_CUDA_ON_CPU=plain does so (tests/conftest.py), and tests that
+backend instead of the others. The schedule is that of FUSEDMOE_CUDA_SEED and FUSEDMOE_CUDA_COPIES.
+The sanitizers want their own library in front of Python's, which `environment` names.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ def sources() -> list[Path]:
 
 
 def build(kind: str) -> Path:
-    """Compile what has changed and return the library. Raises: SystemExit naming what does not compile, ValueError for an unknown kind."""
+    """Compile what has changed and return the library.
+
+    Raises: SystemExit naming what does not compile, ValueError for an unknown kind.
+    """
     if reason := run.missing(kind):
         raise SystemExit(reason)
     common, folder = (run.ROOT / "build" / f"cuda_on_cpu-{kind}{part}" for part in ("", "-extension"))
@@ -52,7 +57,12 @@ def build(kind: str) -> Path:
 
 def link(kind: str, objects: Sequence[Path], library: Path) -> None:
     """Link the extension. Raises: SystemExit if it does not link."""
-    run.link(kind, objects, library, ["-shared", *(f"-L{path}" for path in run.recipe()["torch_folders"]()[1]), "-ltorch_cpu"])
+    run.link(
+        kind,
+        objects,
+        library,
+        ["-shared", *(f"-L{path}" for path in run.recipe()["torch_folders"]()[1]), "-ltorch_cpu"],
+    )
 
 
 def load(library: Path) -> ModuleType:
@@ -68,7 +78,10 @@ def register(kind: str) -> None:
     sys.modules[NAME] = load(Path(LIBRARY) if LIBRARY else build(kind))
     from fusedmoe import backends
 
-    rows = (replace(row, unavailable=lambda: None, devices=("cuda", "cpu")) if row.name == "cuda" else row for row in backends.BACKENDS)
+    rows = (
+        replace(row, unavailable=lambda: None, devices=("cuda", "cpu")) if row.name == "cuda" else row
+        for row in backends.BACKENDS
+    )
     backends.BACKENDS = tuple(rows)
 
 
@@ -112,8 +125,16 @@ OPTIONS = {
 
 
 def environment(kind: str, seed: int = 0, copies: str = "lazy", library: Path | None = None) -> dict[str, str]:
-    """What a process wants that tests the kernels of a kind under a schedule, those of a library if there is one."""
-    result = {**os.environ, **OPTIONS, "FUSEDMOE_CUDA_ON_CPU": kind, "FUSEDMOE_CUDA_SEED": str(seed), "FUSEDMOE_CUDA_COPIES": copies, "OMP_NUM_THREADS": "1"}
+    """What a process wants that tests the kernels of a kind under a schedule, those of a library if
+    there is one."""
+    result = {
+        **os.environ,
+        **OPTIONS,
+        "FUSEDMOE_CUDA_ON_CPU": kind,
+        "FUSEDMOE_CUDA_SEED": str(seed),
+        "FUSEDMOE_CUDA_COPIES": copies,
+        "OMP_NUM_THREADS": "1",
+    }
     if library:
         result["FUSEDMOE_CUDA_LIBRARY"] = str(library)
     if kind in PRELOADED:

@@ -1,4 +1,5 @@
-"""Mutants of csrc/cuda, one at a time, and the ordinary test that fails with each: what shows that the tests can fail."""
+"""Mutants of csrc/cuda, one at a time, and the ordinary test that fails with each: what shows that
+the tests can fail."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ WILD = r"Fatal Python error: (Segmentation fault|Bus error)|assert False"
 
 
 class Mutant(NamedTuple):
-    """A mutant: `pattern`, which has one place in `file` of csrc/cuda, becomes `instead` (`mutation.py`).
+    """A mutant: `pattern`, which has one place in `file` of csrc/cuda, becomes `instead`
+    (`mutation.py`).
 
     Then `test`, with `unit` compiled anew as `kind`, fails as `finds` says.
 
@@ -50,7 +52,10 @@ def _matrix(name: str, dtype: str, form: str) -> str:
 
 _INFINITE = "tests/test_parity.py::test_what_is_infinite_stays_where_it_reaches[{}-cuda]"
 _BFLOAT16, _FLOAT32, _BACKWARD = "forward_bfloat16", "forward_float32", "backward"
-_WHOLE, _LEVELS = _matrix("whole vectors", "bfloat16", "one launch"), _matrix("whole vectors", "bfloat16", "a launch a level")
+_WHOLE, _LEVELS = (
+    _matrix("whole vectors", "bfloat16", "one launch"),
+    _matrix("whole vectors", "bfloat16", "a launch a level"),
+)
 _ODD, _FEATURES = _matrix("odd", "float32", "a launch a level"), _matrix("every feature", "float32", "a launch a level")
 
 _STEP = ("tile.h", "sync_block();\n    $fetch($place(STAGES - 1));", "$fetch($place(STAGES - 1));")
@@ -172,18 +177,27 @@ QUICK = ("a row mask lost on a load",)
 
 
 def built(mutant: Mutant, folder: Path) -> Path:
-    """Return the extension with a mutant, of whose sources `unit` alone is compiled anew. Raises: SystemExit naming what does not compile."""
+    """Return the extension with a mutant, of whose sources `unit` alone is compiled anew.
+
+    Raises: SystemExit naming what does not compile.
+    """
     extension.build(mutant.kind)
     sources = folder / "csrc" / "cuda"
     sources.mkdir(parents=True)
     for path in (run.ROOT / "csrc" / "cuda").iterdir():
         text = path.read_text()
-        (sources / path.name).write_text(mutated(text, mutant.pattern, mutant.instead) if path.name == mutant.file else text)
+        (sources / path.name).write_text(
+            mutated(text, mutant.pattern, mutant.instead) if path.name == mutant.file else text
+        )
     # Once run, they need not be fast.
     (changed,) = run.compiled(mutant.kind, [sources / f"{mutant.unit}.cu"], folder, ["-O1"], folder / "csrc")
     common, whole = (run.ROOT / "build" / f"cuda_on_cpu-{mutant.kind}{part}" for part in ("", "-extension"))
     objects = [common / f"{source.stem}.o" for source in run.EMULATOR]
-    objects += [whole / f"{source.stem}.o" for source in (*extension.sources(), *extension.OPERATORS) if source.stem != mutant.unit]
+    objects += [
+        whole / f"{source.stem}.o"
+        for source in (*extension.sources(), *extension.OPERATORS)
+        if source.stem != mutant.unit
+    ]
     library = folder / "_cuda.so"
     # The changed one first: of a function that several have, the linker takes the first.
     extension.link(mutant.kind, [changed, *objects], library)

@@ -1,7 +1,9 @@
-"""Build the emulator's own test and run it: `python tests/cuda_on_cpu/run.py [plain] [sanitized] [threads]`.
+"""Build the emulator's own test and run it: `python tests/cuda_on_cpu/run.py [plain] [sanitized]
+[threads]`.
 
-Sources that nvcc compiles, `.cu`, are C++ here: csrc/cuda/device.h finds the emulator on the path. `plain` is built as it ships to other tests,
-`sanitized` with the address and undefined-behaviour sanitizers, `threads` with the one for data races.
+Sources that nvcc compiles, `.cu`, are C++ here: csrc/cuda/device.h finds the emulator on the path.
+`plain` is built as it ships to other tests, `sanitized` with the address and undefined-behaviour
+sanitizers, `threads` with the one for data races.
 """
 
 from __future__ import annotations
@@ -77,8 +79,11 @@ def missing(kind: str) -> str | None:
     return None
 
 
-def compiled(kind: str, sources: Sequence[Path], folder: Path, more: Sequence[str] = (), csrc: Path = ROOT / "csrc") -> list[Path]:
-    """Compile what has changed for the emulator, with `more` words, and return the objects. Raises: SystemExit naming what does not compile.
+def compiled(
+    kind: str, sources: Sequence[Path], folder: Path, more: Sequence[str] = (), csrc: Path = ROOT / "csrc"
+) -> list[Path]:
+    """Compile what has changed for the emulator, with `more` words, and return the objects. Raises:
+    SystemExit naming what does not compile.
 
     csrc: where the sources' headers are.
     """
@@ -97,7 +102,10 @@ def compiled(kind: str, sources: Sequence[Path], folder: Path, more: Sequence[st
 
 
 def build(kind: str, samples: Sequence[Path] = SAMPLES, folder: Path | None = None) -> Path:
-    """Return the test program with these sample kernels, which `folder` is for. Raises: SystemExit naming what does not compile."""
+    """Return the test program with these sample kernels, which `folder` is for.
+
+    Raises: SystemExit naming what does not compile.
+    """
     common = ROOT / "build" / f"cuda_on_cpu-{kind}"
     folder = folder or common
     with alone(common):
@@ -119,7 +127,10 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def link(kind: str, objects: Sequence[Path], program: Path, more: Sequence[str] = ()) -> None:
-    """Link what has changed to a program, with `more` words. Raises: SystemExit if it does not link."""
+    """Link what has changed to a program, with `more` words.
+
+    Raises: SystemExit if it does not link.
+    """
     if program.exists() and all(target.stat().st_mtime <= program.stat().st_mtime for target in objects):
         return
     command = [*compiler(), *SANITIZE[kind], *map(str, objects), "-pthread", "-o", str(program), *more]
@@ -127,9 +138,17 @@ def link(kind: str, objects: Sequence[Path], program: Path, more: Sequence[str] 
         raise SystemExit(f"the {kind} test of the emulator does not link; the linker's messages stand above.")
 
 
-def under(program: Path, check: str, seed: int = 0, copies: str = "lazy", words: Path | None = None) -> subprocess.CompletedProcess:
-    """Run one check of a test program under one schedule; that of operations on `words`, if somebody else has computed them."""
-    environment = {**os.environ, "FUSEDMOE_CUDA_SEED": str(seed), "FUSEDMOE_CUDA_COPIES": copies, "TSAN_OPTIONS": "halt_on_error=1"}
+def under(
+    program: Path, check: str, seed: int = 0, copies: str = "lazy", words: Path | None = None
+) -> subprocess.CompletedProcess:
+    """Run one check of a test program under one schedule; that of operations on `words`, if
+    somebody else has computed them."""
+    environment = {
+        **os.environ,
+        "FUSEDMOE_CUDA_SEED": str(seed),
+        "FUSEDMOE_CUDA_COPIES": copies,
+        "TSAN_OPTIONS": "halt_on_error=1",
+    }
     environment |= {"FUSEDMOE_OPERATIONS": str(words)} if words else {}
     return subprocess.run([program, check], env=environment, capture_output=True, text=True)
 
@@ -141,26 +160,47 @@ def run(kind: str) -> Iterator[str]:
         for seed, copies in schedules:
             result = under(program, check, seed, copies)
             if result.returncode:
-                raise SystemExit(f"{kind}, seed {seed}, {copies}: {result.stderr or f'stopped with status {result.returncode}'}")
+                raise SystemExit(
+                    f"{kind}, seed {seed}, {copies}: {result.stderr or f'stopped with status {result.returncode}'}"
+                )
             yield f"{kind}, seed {seed}, {copies}: {result.stdout.strip()}"
 
 
 def toolkit() -> Path | None:
-    """The folder of the CUDA toolkit: $CUDA_HOME, else the usual one, else where the nvcc on the path lies."""
+    """The folder of the CUDA toolkit: $CUDA_HOME, else the usual one, else where the nvcc on the
+    path lies."""
     nvcc = shutil.which("nvcc")
     places = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and Path(nvcc).resolve().parent.parent]
-    return next((Path(place) for place in places if place and Path(place, "bin", "nvcc").exists() and Path(place, "include").exists()), None)
+    return next(
+        (
+            Path(place)
+            for place in places
+            if place and Path(place, "bin", "nvcc").exists() and Path(place, "include").exists()
+        ),
+        None,
+    )
 
 
 def resources(source: Path) -> dict[tuple[str, str], str]:
-    """Compile for every architecture of ARCHS with nvcc; return what the assembler says of registers, stack and spills by (architecture, kernel).
+    """Compile for every architecture of ARCHS with nvcc; return what the assembler says of
+    registers, stack and spills by (architecture, kernel).
 
     Raises: SystemExit with nvcc's words if it does not compile.
     """
     with tempfile.TemporaryDirectory() as folder:
         targets = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHS]
-        command = [str(toolkit() / "bin" / "nvcc"), "-std=c++20", "-O3", "-Werror=all-warnings", "-Xptxas=-v", *targets, *INCLUDES]
-        result = subprocess.run([*command, "-c", str(source), "-o", str(Path(folder, "object.o"))], capture_output=True, text=True)
+        command = [
+            str(toolkit() / "bin" / "nvcc"),
+            "-std=c++20",
+            "-O3",
+            "-Werror=all-warnings",
+            "-Xptxas=-v",
+            *targets,
+            *INCLUDES,
+        ]
+        result = subprocess.run(
+            [*command, "-c", str(source), "-o", str(Path(folder, "object.o"))], capture_output=True, text=True
+        )
     if result.returncode:
         raise SystemExit(f"{source.name} does not compile with nvcc: {result.stderr}")
     found, at = {}, None
@@ -173,11 +213,22 @@ def resources(source: Path) -> dict[tuple[str, str], str]:
 
 
 def on_device(words: Path) -> subprocess.CompletedProcess:
-    """Build a program of nvcc's with the operations and run it, which writes what they gave. Raises: SystemExit if it does not compile."""
+    """Build a program of nvcc's with the operations and run it, which writes what they gave.
+
+    Raises: SystemExit if it does not compile.
+    """
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "device")
         targets = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHS]
-        command = [str(toolkit() / "bin" / "nvcc"), "-std=c++20", "-O3", *targets, *INCLUDES, str(HERE / "device.cu"), str(HERE / "operations.cu")]
+        command = [
+            str(toolkit() / "bin" / "nvcc"),
+            "-std=c++20",
+            "-O3",
+            *targets,
+            *INCLUDES,
+            str(HERE / "device.cu"),
+            str(HERE / "operations.cu"),
+        ]
         result = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
         if result.returncode:
             raise SystemExit(f"device.cu does not compile with nvcc: {result.stderr}")
@@ -196,7 +247,9 @@ def fragments() -> subprocess.CompletedProcess:
     home, rules, folder = toolkit(), recipe(), ROOT / "build" / "cuda_on_cpu-plain"
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / "test_fragments"
-    system = [word for path in (cutlass(), home / "include", home / "include" / "cccl") for word in ("-isystem", str(path))]
+    system = [
+        word for path in (cutlass(), home / "include", home / "include" / "cccl") for word in ("-isystem", str(path))
+    ]
     command = [*compiler(), *rules["FLAGS"], "-O1", f"-I{HERE}", *system, "-MMD", "-MF", str(program.with_suffix(".d"))]
     command += [str(HERE / "test_fragments.cpp"), "-o", str(program)]
     if rules["stale"](program, command):

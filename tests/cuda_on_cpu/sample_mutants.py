@@ -1,4 +1,5 @@
-"""Mutants of the sample kernels, one at a time, and what the emulator says of each: what shows that it can find them."""
+"""Mutants of the sample kernels, one at a time, and what the emulator says of each: what shows that
+it can find them."""
 
 from __future__ import annotations
 
@@ -48,7 +49,10 @@ BARRIERS = {
     "no barrier of the warp after a write": Mutant(*_WARP_AFTER, "plain", WRONG_SOFTMAX),
     "no barrier of the warp after a write, in threads": Mutant(*_WARP_AFTER, "threads", RACE),
     "another barrier for every second warp": Mutant(
-        "sync_block();\n  float* $out", "if (warp() % 2)\n    sync_block();\n  else\n    sync_block();\n  float* $out", "plain", "divergent barrier: expected"
+        "sync_block();\n  float* $out",
+        "if (warp() % 2)\n    sync_block();\n  else\n    sync_block();\n  float* $out",
+        "plain",
+        "divergent barrier: expected",
     ),
     "warps without rows return early": Mutant(
         "float $sums[2][4][4] = {};",
@@ -67,8 +71,12 @@ BARRIERS = {
 COPIES = {
     "a wait for one group too few": Mutant("wait_copies<STAGES - 2>()", "wait_copies<STAGES - 1>()", "plain", UNWAITED),
     "no wait at all": Mutant("wait_copies<STAGES - 2>();", "", "plain", UNWAITED),
-    "no commit": Mutant("commit_copies();\n  };", "};", "plain", "(gemm.*expected copies to be committed|" + WRONG + ")"),
-    "no commit of the groups without copies": Mutant("commit_copies();\n  };", "if (step < steps) commit_copies();\n  };", "plain", UNWAITED),
+    "no commit": Mutant(
+        "commit_copies();\n  };", "};", "plain", "(gemm.*expected copies to be committed|" + WRONG + ")"
+    ),
+    "no commit of the groups without copies": Mutant(
+        "commit_copies();\n  };", "if (step < steps) commit_copies();\n  };", "plain", UNWAITED
+    ),
     "a stage too few": Mutant(
         "$shared + $step % STAGES * ($Of::$a_stage + $Of::$b_stage);\n    const int $at",
         "$shared + $step % 2 * ($Of::$a_stage + $Of::$b_stage);\n    const int $at",
@@ -79,8 +87,12 @@ COPIES = {
 }
 
 ADDRESSES = {
-    "rows of a tile at odd addresses": Mutant("$line = 64, $pad = 16", "$line = 64, $pad = 8", "plain", "misaligned (copy_async|load_matrices): expected"),
-    "rows of a tile in the same banks": Mutant("$line = 64, $pad = 16", "$line = 64, $pad = 0", "plain", "gemm .*bank conflicts: expected"),
+    "rows of a tile at odd addresses": Mutant(
+        "$line = 64, $pad = 16", "$line = 64, $pad = 8", "plain", "misaligned (copy_async|load_matrices): expected"
+    ),
+    "rows of a tile in the same banks": Mutant(
+        "$line = 64, $pad = 16", "$line = 64, $pad = 0", "plain", "gemm .*bank conflicts: expected"
+    ),
     "too little shared memory for a copy": Mutant(
         "size_t($Tiles<T, STAGES, $TURNED>::$bytes)",
         "size_t($Tiles<T, STAGES, $TURNED>::$bytes - 256)",
@@ -88,27 +100,50 @@ ADDRESSES = {
         "outside: expected copy_async of 16 bytes inside",
     ),
     "too little shared memory": Mutant(
-        "$threads * sizeof(float)}", "$threads * sizeof(float) / 2}", "plain", "expected writes inside the 256 bytes of shared memory"
+        "$threads * sizeof(float)}",
+        "$threads * sizeof(float) / 2}",
+        "plain",
+        "expected writes inside the 256 bytes of shared memory",
     ),
     "too little shared memory, sanitized": Mutant(
         "$threads * sizeof(float)}", "$threads * sizeof(float) / 2}", "sanitized", "AddressSanitizer: use-after-poison"
     ),
     "a row mask lost on a load": Mutant(
-        "$row < live_rows && $column", "($row < live_rows || true) && $column", "plain", "outside: expected a load inside a tensor"
+        "$row < live_rows && $column",
+        "($row < live_rows || true) && $column",
+        "plain",
+        "outside: expected a load inside a tensor",
     ),
-    "a row mask lost on a store": Mutant("if ($row < $m && $column < $n)", "if ($column < $n)", "plain", "outside: expected a store inside a tensor"),
+    "a row mask lost on a store": Mutant(
+        "if ($row < $m && $column < $n)", "if ($column < $n)", "plain", "outside: expected a store inside a tensor"
+    ),
     "a column mask lost on a store": Mutant(
-        "if ($row < $m && $column < $n)", "if ($row < $m)", "plain", "(outside: expected a store inside|race: expected a store)"
+        "if ($row < $m && $column < $n)",
+        "if ($row < $m)",
+        "plain",
+        "(outside: expected a store inside|race: expected a store)",
     ),
     "blocks that write the same columns": Mutant(
-        "$column = $first_column + $i % $tile;", "$column = $i % $tile;", "plain", "race: expected a store to what no other block writes"
+        "$column = $first_column + $i % $tile;",
+        "$column = $i % $tile;",
+        "plain",
+        "race: expected a store to what no other block writes",
     ),
-    "lanes of A exchanged": Mutant("$k * int(sizeof(T)) + lane() / 16 * 16", "$k * int(sizeof(T)) + lane() / 8 % 2 * 16", "plain", WRONG),
-    "lanes of B exchanged": Mutant("$k * int(sizeof(T)) + lane() / 8 % 2 * 16", "$k * int(sizeof(T)) + lane() % 2 * 16", "plain", WRONG),
+    "lanes of A exchanged": Mutant(
+        "$k * int(sizeof(T)) + lane() / 16 * 16", "$k * int(sizeof(T)) + lane() / 8 % 2 * 16", "plain", WRONG
+    ),
+    "lanes of B exchanged": Mutant(
+        "$k * int(sizeof(T)) + lane() / 8 % 2 * 16", "$k * int(sizeof(T)) + lane() % 2 * 16", "plain", WRONG
+    ),
     "lanes of C exchanged": Mutant("8 * $half + lane() / 4,", "8 * $half + lane() % 8,", "plain", WRONG),
     "B not transposed": Mutant("load_matrices<2, true>", "load_matrices<2>", "plain", WRONG),
 }
 
 MUTANTS = {**BARRIERS, **COPIES, **ADDRESSES}
 # One of each way to find a mutant.
-QUICK = ("no barrier between readers and the next copy", "no wait at all", "another barrier for every second warp", "lanes of A exchanged")
+QUICK = (
+    "no barrier between readers and the next copy",
+    "no wait at all",
+    "another barrier for every second warp",
+    "lanes of A exchanged",
+)

@@ -1,4 +1,5 @@
-"""Launches of the emulated CUDA kernels, watched: global memory that they may touch is what they were given, and nothing else."""
+"""Launches of the emulated CUDA kernels, watched: global memory that they may touch is what they
+were given, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,8 +15,10 @@ from . import extension
 
 
 class Watched(NamedTuple):
-    """The launches by name, as they came; and the bytes that they read and wrote, by tensor: a parameter's name, or the launch and what it has there
-    (csrc/cuda/calls.cpp). They are there when the block has ended."""
+    """The launches by name, as they came; and the bytes that they read and wrote, by tensor: a
+    parameter's name, or the launch and what it has there (csrc/cuda/calls.cpp). They are there when
+    the block has ended.
+    """
 
     names: list[str]
     read: Counter[str]

@@ -37,19 +37,37 @@ def headers() -> Path:
     for folder in folders:
         if all((folder / name).exists() for name in NEEDED):
             return folder
-    raise FileNotFoundError(f"stub of CUDA: expected {', '.join(NEEDED)} in one of {', '.join(map(str, folders))}, found none with all of them")
+    raise FileNotFoundError(
+        f"stub of CUDA: expected {', '.join(NEEDED)} in one of {', '.join(map(str, folders))}, found none "
+        f"with all of them"
+    )
 
 
 def build(target: Path = TARGET) -> Path:
-    """Build libcuda.so.1, and a compiler `nvcc` that links what it builds to it, where there is an nvcc; return the library."""
+    """Build libcuda.so.1, and a compiler `nvcc` that links what it builds to it, where there is an
+    nvcc; return the library."""
     sources, library = sorted(FOLDER.glob("*.c")), target / "libcuda.so.1"
     inputs = [*sources, *FOLDER.glob("*.h"), Path(__file__)]
     if library.exists() and all(path.stat().st_mtime <= library.stat().st_mtime for path in inputs):
         return library
     target.mkdir(parents=True, exist_ok=True)
-    flags = ["-std=gnu11", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", f"-isystem{headers()}"]
+    flags = [
+        "-std=gnu11",
+        "-O1",
+        "-g",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        f"-isystem{headers()}",
+    ]
     made = target / "made"
-    subprocess.run(["gcc", *flags, "-Wl,-soname,libcuda.so.1", "-o", str(made), *map(str, sources), "-ldl", "-lpthread"], check=True)
+    subprocess.run(
+        ["gcc", *flags, "-Wl,-soname,libcuda.so.1", "-o", str(made), *map(str, sources), "-ldl", "-lpthread"],
+        check=True,
+    )
     made.replace(library)
     if found := nvcc():
         wrapper = target / "nvcc"
@@ -59,7 +77,8 @@ def build(target: Path = TARGET) -> Path:
 
 
 def environment(library: Path, log: Path | None = None) -> dict[str, str]:
-    """Return the variables under which a process runs on the stub, and writes its launches to a log."""
+    """Return the variables under which a process runs on the stub, and writes its launches to a
+    log."""
     folder = str(library.parent)
     result = {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder}
     return result | ({"STUB_CUDA_LOG": str(log)} if log else {})

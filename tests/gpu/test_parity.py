@@ -1,4 +1,5 @@
-"""Rung 9 of docs/gpu.md: every case on a device, output, mixing weights and all gradients by name. Skipped, with a sentence, where there is none."""
+"""Rung 9 of docs/gpu.md: every case on a device, output, mixing weights and all gradients by name.
+Skipped, with a sentence, where there is none."""
 
 import importlib.util
 from functools import partial
@@ -13,22 +14,36 @@ from fusedmoe.testing import Problem, assert_close, cases, evaluate, expectation
 CASES = cases()
 # What is not built is not tested; what is here and does not run fails, with its reason.
 NOT_BUILT = pytest.mark.skipif(
-    importlib.util.find_spec("fusedmoe._cuda") is None, reason="gpu: expected the CUDA kernels, got a build without (FUSEDMOE_BUILD=cuda)"
+    importlib.util.find_spec("fusedmoe._cuda") is None,
+    reason="gpu: expected the CUDA kernels, got a build without (FUSEDMOE_BUILD=cuda)",
 )
-GPU_BACKENDS = [pytest.param(row.name, marks=NOT_BUILT) if row.name == "cuda" else row.name for row in BACKENDS if row.devices and "cuda" in row.devices]
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="gpu: expected a device, got a machine without one")
+GPU_BACKENDS = [
+    pytest.param(row.name, marks=NOT_BUILT) if row.name == "cuda" else row.name
+    for row in BACKENDS
+    if row.devices and "cuda" in row.devices
+]
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="gpu: expected a device, got a machine without one"
+)
 
 
 def on(device: str, given: Problem) -> Problem:
     """The same problem with its tensors on a device."""
     params = tuple(p.to(device) for p in given.params)
-    return given._replace(x=given.x.to(device), params=params, d_out=given.d_out.to(device), d_weights=tuple(d.to(device) for d in given.d_weights))
+    return given._replace(
+        x=given.x.to(device),
+        params=params,
+        d_out=given.d_out.to(device),
+        d_weights=tuple(d.to(device) for d in given.d_weights),
+    )
 
 
 def results(backend: str, given: Problem, device: str = "cuda") -> dict[str, torch.Tensor | None]:
     """Output, mixing weights and gradients, back on the CPU."""
     network = partial(fusion_network, backend=backend, return_mixing_weights=True)
-    return {name: None if value is None else value.cpu() for name, value in evaluate(network, on(device, given)).items()}
+    return {
+        name: None if value is None else value.cpu() for name, value in evaluate(network, on(device, given)).items()
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -83,7 +98,8 @@ def test_the_current_stream(backend):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_a_cuda_graph(backend, autocast):
-    """Forward and backward are captured after one warm-up, and a replay computes with what then stands in the tensors.
+    """Forward and backward are captured after one warm-up, and a replay computes with what then
+    stands in the tensors.
 
     Under autocast the parameters are cast into memory of the graph's own.
     """

@@ -1,8 +1,10 @@
-"""The kernels that the shipped rule chooses, and what compilers make of them for every architecture: `budgets.json`, written and read.
+"""The kernels that the shipped rule chooses, and what compilers make of them for every
+architecture: `budgets.json`, written and read.
 
     python tests/gpu_free/budgets.py --write
 
-Those are the figures of the newest Triton. Another one brings other compilers, and its figures stand in a file beside
+Those are the figures of the newest Triton. Another one brings other compilers, and its figures
+stand in a file beside
 that: `budgets-3.6.0.json`.
 
 Must run where TRITON_INTERPRET is not set.
@@ -35,9 +37,11 @@ from .compiled import ARCHS, Compiled, compile_for
 from .launches import Variant, kernel_of, variants
 
 PATH = Path(__file__).with_suffix(".json")
-# Layers of `fusedmoe.speed`: two levels of units with few experts, hidden layers, many units, shared experts; the first one in every dtype.
+# Layers of `fusedmoe.speed`: two levels of units with few experts, hidden layers, many units,
+# shared experts; the first one in every dtype.
 LAYERS = ("AdaTT T3m2", "MMoE T3e8", "AdaTT T8m2", "PLE T3m2s1")
-# And what they lack: two and five units, a source too wide to be kept by a launch a level, several activations, an expert that a gate selects.
+# And what they lack: two and five units, a source too wide to be kept by a launch a level, several
+# activations, an expert that a gate selects.
 OTHERS = ("AdaTT T2m2 of 512", "AdaTT T5m2 of 512", "AdaTT T3m2 with every record")
 DTYPES = {"bfloat16": (*LAYERS, *OTHERS), "float16": LAYERS[:1], "float32": LAYERS[:1]}
 # One launch, and a launch a level.
@@ -55,7 +59,10 @@ class Case(NamedTuple):
     dtype: str
 
     def __str__(self) -> str:
-        return f"{self.kernel} of {self.layer}, {'training' if self.training else 'inference'}, {self.rows} rows, {self.dtype}"
+        return (
+            f"{self.kernel} of {self.layer}, {'training' if self.training else 'inference'}, {self.rows} "
+            f"rows, {self.dtype}"
+        )
 
 
 def table_of(name: str) -> Table:
@@ -69,7 +76,8 @@ def table_of(name: str) -> Table:
     first, *units = level.units
     selecting = replace(first, gate=replace(first.gate, selector=Selector("expert", 0)))
     experts = tuple(
-        replace(expert, layers=(replace(expert.layers[0], activation=Activation("gelu")),)) if e == 1 else expert for e, expert in enumerate(level.experts)
+        replace(expert, layers=(replace(expert.layers[0], activation=Activation("gelu")),)) if e == 1 else expert
+        for e, expert in enumerate(level.experts)
     )
     return replace(table, levels=(replace(level, units=(selecting, *units), experts=experts), *table.levels[1:]))
 
@@ -92,13 +100,16 @@ def cases(arch: str) -> dict[Case, Variant]:
 def figures(case: Case, arch: str) -> dict[str, object]:
     """Compile a case; return its figures by name."""
     variant = cases(arch)[case]
-    compiled: Compiled = compile_for(kernel_of(variant), dict(variant.signature), dict(variant.constants), arch, variant.warps)
+    compiled: Compiled = compile_for(
+        kernel_of(variant), dict(variant.signature), dict(variant.constants), arch, variant.warps
+    )
     values = {name: getattr(compiled, name) for name in FIGURES}
     return {**values, "occupancy": round(compiled.occupancy, 4)}
 
 
 def worse(case: str, arch: str, budget: Mapping[str, object], got: Mapping[str, object]) -> list[str]:
-    """Say which figures got worse: more registers, stack, spills or shared memory, fewer warps at a time, other instructions."""
+    """Say which figures got worse: more registers, stack, spills or shared memory, fewer warps at a
+    time, other instructions."""
     bad = {name: got[name] > budget[name] for name in ("registers", "stack", "spills", "shared") if name in budget}
     bad |= {"mma": got["mma"] != budget["mma"], "occupancy": got["occupancy"] < budget["occupancy"]}
     return [f"{case}, {arch}: {name}: budget {budget[name]}, got {got[name]}" for name, is_bad in bad.items() if is_bad]
@@ -106,22 +117,28 @@ def worse(case: str, arch: str, budget: Mapping[str, object], got: Mapping[str, 
 
 @cache
 def budgets() -> dict[str, dict[str, dict[str, dict[str, object]]]]:
-    """The figures that are checked in, by version of Triton, case and architecture; the newest version's first."""
+    """The figures that are checked in, by version of Triton, case and architecture; the newest
+    version's first."""
     files = [json.loads(path.read_text()) for path in (PATH, *sorted(PATH.parent.glob(f"{PATH.stem}-*.json")))]
     return {one["triton"]: one["cases"] for one in files}
 
 
 def path_of(version: str) -> Path:
-    """The file of a version's figures: its own, or that of the newest, which a version without one is about to be."""
+    """The file of a version's figures: its own, or that of the newest, which a version without one
+    is about to be."""
     _, *others = budgets()
     return PATH.with_name(f"{PATH.stem}-{version}.json") if version in others else PATH
 
 
-def written(compiler: str, version: str, values: Mapping[str, Mapping[str, Mapping[str, object]]], archs: Iterable[str]) -> str:
+def written(
+    compiler: str, version: str, values: Mapping[str, Mapping[str, Mapping[str, object]]], archs: Iterable[str]
+) -> str:
     """As JSON, an architecture a line, behind the compiler's version."""
     kernels = []
     for case, by_arch in values.items():
-        lines = ",\n".join(f"      {json.dumps(arch)}: {json.dumps(by_arch[arch])}" for arch in archs if arch in by_arch)
+        lines = ",\n".join(
+            f"      {json.dumps(arch)}: {json.dumps(by_arch[arch])}" for arch in archs if arch in by_arch
+        )
         kernels.append(f"    {json.dumps(case)}: {{\n{lines}\n    }}")
     return f'{{\n  {json.dumps(compiler)}: {json.dumps(version)},\n  "cases": {{\n' + ",\n".join(kernels) + "\n  }\n}\n"
 
@@ -138,18 +155,35 @@ def measured(archs: Iterable[str]) -> dict[str, dict[str, dict[str, object]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile the kernels that the shipped tiles choose, for every architecture, without a device.")
-    parser.add_argument("--write", action="store_true", help=f"write tests/gpu_free/{PATH.name}, or this Triton's own file; otherwise print what got worse")
-    parser.add_argument("--arch", choices=ARCHS, nargs="+", default=ARCHS, help="only these; the figures of the others stay as they are")
+    parser = argparse.ArgumentParser(
+        description="Compile the kernels that the shipped tiles choose, for every architecture, without a device."
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help=f"write tests/gpu_free/{PATH.name}, or this Triton's own file; otherwise print what got worse",
+    )
+    parser.add_argument(
+        "--arch", choices=ARCHS, nargs="+", default=ARCHS, help="only these; the figures of the others stay as they are"
+    )
     chosen = parser.parse_args()
     got = measured(chosen.arch)
     path = path_of(triton.__version__)
     kept = json.loads(path.read_text())["cases"]
     if chosen.write:
         others = {case: {arch: one for arch, one in of.items() if arch not in chosen.arch} for case, of in kept.items()}
-        path.write_text(written("triton", triton.__version__, {case: {**others.get(case, {}), **of} for case, of in got.items()}, ARCHS))
+        path.write_text(
+            written(
+                "triton", triton.__version__, {case: {**others.get(case, {}), **of} for case, of in got.items()}, ARCHS
+            )
+        )
         return
-    faults = [fault for case, of in got.items() for arch, one in of.items() for fault in worse(case, arch, kept[case][arch], one)]
+    faults = [
+        fault
+        for case, of in got.items()
+        for arch, one in of.items()
+        for fault in worse(case, arch, kept[case][arch], one)
+    ]
     print("\n".join(faults) or "nothing got worse")
     sys.exit(bool(faults))
 

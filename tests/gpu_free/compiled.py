@@ -1,4 +1,5 @@
-"""Kernels compiled ahead of time for every architecture, without a device: what the compilers say about registers, stack, shared memory and MMAs.
+"""Kernels compiled ahead of time for every architecture, without a device: what the compilers say
+about registers, stack, shared memory and MMAs.
 
 Must run where TRITON_INTERPRET is not set.
 """
@@ -23,10 +24,12 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 class Limits(NamedTuple):
-    """What one multiprocessor has: registers, bytes of shared memory, the most of them a block may have, warps, blocks, threads of a warp, and the
-    bytes of shared memory of each block that the system takes.
+    """What one multiprocessor has: registers, bytes of shared memory, the most of them a block may
+    have, warps, blocks, threads of a warp, and the bytes of shared memory of each block that the
+    system takes.
 
-    Source: CUDA's programming guide, technical specifications per compute capability; AMD's CDNA 3 instruction set, chapter 3.
+    Source: CUDA's programming guide, technical specifications per compute capability; AMD's CDNA 3
+    instruction set, chapter 3.
     """
 
     registers: int
@@ -52,7 +55,8 @@ MMA = {"tcgen05": r"UTC\w*MMA", "HGMMA": "HGMMA", "HMMA": "HMMA", "FFMA": "FFMA2
 
 
 class Compiled(NamedTuple):
-    """One kernel for one architecture. `stack` is bytes a thread in local memory, `occupancy` the share of the warps that fit."""
+    """One kernel for one architecture. `stack` is bytes a thread in local memory, `occupancy` the
+    share of the warps that fit."""
 
     registers: int
     stack: int
@@ -64,7 +68,8 @@ class Compiled(NamedTuple):
 
 
 def occupancy(arch: str, registers: int, shared: int, warps: int) -> float:
-    """Return warps that fit on a multiprocessor over those it could hold; 0 if a block has too much shared memory."""
+    """Return warps that fit on a multiprocessor over those it could hold; 0 if a block has too much
+    shared memory."""
     limits = LIMITS[arch]
     if shared > limits.block:
         return 0.0
@@ -81,16 +86,21 @@ def mma_of(code: str) -> str:
 
 def target_of(arch: str) -> GPUTarget:
     """Triton's name of an architecture."""
-    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    return (
+        GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    )
 
 
-def compile_for(kernel, signature: Mapping[str, str], constants: Mapping[str, object], arch: str, warps: int) -> Compiled:
+def compile_for(
+    kernel, signature: Mapping[str, str], constants: Mapping[str, object], arch: str, warps: int
+) -> Compiled:
     """Compile a Triton kernel, with the options that launches give.
 
     Args:
         kernel: a `triton.jit` function.
-        signature: the type of every argument that is not constant, "*bf16" or "i32", and behind a colon what Triton knows of it: "i32:D" is a
-            multiple of 16. Tensors are so where nothing is said.
+        signature: the type of every argument that is not constant, "*bf16" or "i32", and behind a
+            colon what Triton knows of it: "i32:D" is a multiple of 16. Tensors are so where nothing
+            is said.
         constants: the values of the others.
         arch: one of ARCHS.
         warps: of a program.
@@ -101,14 +111,28 @@ def compile_for(kernel, signature: Mapping[str, str], constants: Mapping[str, ob
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
-        usage = subprocess.run([NVIDIA / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        code = subprocess.run([NVIDIA / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [NVIDIA / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        code = subprocess.run(
+            [NVIDIA / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     shared = result.metadata.shared
-    return Compiled(registers, stack + local, shared, mma_of(code), occupancy(arch, registers, shared, warps), warps, result.asm["ptx"])
+    return Compiled(
+        registers,
+        stack + local,
+        shared,
+        mma_of(code),
+        occupancy(arch, registers, shared, warps),
+        warps,
+        result.asm["ptx"],
+    )
 
 
-def ptx_for(kernel, signature: Mapping[str, str], constants: Mapping[str, object], arch: str, warps: int) -> tuple[str, int]:
+def ptx_for(
+    kernel, signature: Mapping[str, str], constants: Mapping[str, object], arch: str, warps: int
+) -> tuple[str, int]:
     """Return the PTX that `compile_for` compiles, and the bytes of shared memory of a program."""
     result = _compiled(kernel, signature, constants, arch, warps)
     return result.asm["ptx"], result.metadata.shared
@@ -129,6 +153,16 @@ def _compiled(kernel, signature: Mapping[str, str], constants: Mapping[str, obje
 
 def _from_amd(result, arch: str, warps: int) -> Compiled:
     code = result.asm["amdgcn"]
-    registers, stack = (int(re.search(rf"\.{name}:\s+(\d+)", code)[1]) for name in ("vgpr_count", "private_segment_fixed_size"))
+    registers, stack = (
+        int(re.search(rf"\.{name}:\s+(\d+)", code)[1]) for name in ("vgpr_count", "private_segment_fixed_size")
+    )
     shared = result.metadata.shared
-    return Compiled(registers, stack, shared, "MFMA" if "v_mfma_" in code else "none", occupancy(arch, registers, shared, warps), warps, "")
+    return Compiled(
+        registers,
+        stack,
+        shared,
+        "MFMA" if "v_mfma_" in code else "none",
+        occupancy(arch, registers, shared, warps),
+        warps,
+        "",
+    )

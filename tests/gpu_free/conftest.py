@@ -1,6 +1,8 @@
-"""Triton decides at import whether it interprets: what needs its interpreter and what needs its compiler run in processes of their own.
+"""Triton decides at import whether it interprets: what needs its interpreter and what needs its
+compiler run in processes of their own.
 
-Mutants start both."""
+Mutants start both.
+"""
 
 from fusedmoe.backends import INTERPRETED
 

@@ -1,4 +1,5 @@
-"""What nvcc makes of every CUDA kernel that a launch can choose, for every architecture: `cuda_budgets.json`, written and read.
+"""What nvcc makes of every CUDA kernel that a launch can choose, for every architecture:
+`cuda_budgets.json`, written and read.
 
 python tests/gpu_free/cuda_budgets.py --write
 """
@@ -40,7 +41,8 @@ KERNELS = {
 TYPES = {"float": "float", "__nv_bfloat16": "bfloat16", "__half": "float16"}
 DTYPES = {"float": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 SAID = re.compile(
-    r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers"
+    r"Function properties for (\w+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
+    r"loads\s+ptxas info\s+: Used (\d+) registers"
 )
 
 
@@ -85,7 +87,10 @@ class Instance(NamedTuple):
         """What csrc/cuda calls the bytes of shared memory of a launch."""
         of = dict(self.sizes)
         if self.kernel == "forward":
-            return f"Forward<{self.number}, {of['rows']}, {of['columns']}, {of['units']}, {of['threads']}, {str(self.inner).lower()}>::bytes({self.keep})"
+            return (
+                f"Forward<{self.number}, {of['rows']}, {of['columns']}, {of['units']}, {of['threads']}, "
+                f"{str(self.inner).lower()}>::bytes({self.keep})"
+            )
         if self.kernel == "backward_rows":
             return f"RowsBackward<{self.number}, {of['rows']}, {of['columns']}, {of['threads']}>::bytes"
         return f"ParameterGradients<{self.number}, {of['outputs']}, {of['columns']}, {of['threads']}>::bytes"
@@ -101,7 +106,8 @@ def nvcc() -> str | None:
 
 
 def instance_of(demangled: str) -> Instance:
-    """Read a kernel's name, such as `void fusedmoe::cuda::gradients_kernel<float, 32, 32, 128, 4>(fusedmoe::cuda::GradientsCall)`."""
+    """Read a kernel's name, such as `void fusedmoe::cuda::gradients_kernel<float, 32, 32, 128,
+    4>(fusedmoe::cuda::GradientsCall)`."""
     kernel, arguments = re.search(r"::(\w+)_kernel<([^>]*)>", demangled).groups()
     number, *sizes = arguments.split(", ")
     values = [int({"false": "0", "true": "1"}.get(size, size)) for size in sizes]
@@ -109,12 +115,28 @@ def instance_of(demangled: str) -> Instance:
 
 
 def compiled(source: str, arch: str) -> tuple[str, Path]:
-    """Compile one of SOURCES where something has changed; return what the assembler said, and the code. Raises: SystemExit with nvcc's words."""
+    """Compile one of SOURCES where something has changed; return what the assembler said, and the
+    code. Raises: SystemExit with nvcc's words."""
     folder = run.ROOT / "build" / "cuda-budgets"
     code = folder / f"{source}-{arch}.cubin"
     said = code.with_suffix(".txt")
-    command = [str(run.toolkit() / "bin" / "nvcc"), "-std=c++20", "-O3", f"-arch={arch}", "-Xptxas=-v", f"-I{run.ROOT / 'csrc'}"]
-    command += ["-MMD", "-MF", str(code.with_suffix(".d")), "-cubin", str(run.ROOT / "csrc" / "cuda" / f"{source}.cu"), "-o", str(code)]
+    command = [
+        str(run.toolkit() / "bin" / "nvcc"),
+        "-std=c++20",
+        "-O3",
+        f"-arch={arch}",
+        "-Xptxas=-v",
+        f"-I{run.ROOT / 'csrc'}",
+    ]
+    command += [
+        "-MMD",
+        "-MF",
+        str(code.with_suffix(".d")),
+        "-cubin",
+        str(run.ROOT / "csrc" / "cuda" / f"{source}.cu"),
+        "-o",
+        str(code),
+    ]
     if run.recipe()["stale"](code, command):
         folder.mkdir(parents=True, exist_ok=True)
         result = subprocess.run(command, capture_output=True, text=True)
@@ -126,36 +148,52 @@ def compiled(source: str, arch: str) -> tuple[str, Path]:
 
 
 def shared_bytes(instances: list[Instance]) -> list[int]:
-    """What each one's launch has of shared memory: csrc/cuda's own words, compiled by the processor's compiler against the emulator."""
+    """What each one's launch has of shared memory: csrc/cuda's own words, compiled by the
+    processor's compiler against the emulator."""
     prints = "\n".join(f'  std::printf("%d\\n", int({one.bytes}));' for one in instances)
     heads = "".join(f'#include "cuda/{name}.h"\n' for name in ("forward", "backward", "gradients"))
     text = f"#include <cstdio>\n{heads}using namespace fusedmoe::cuda;\nint main() {{\n{prints}\n}}\n"
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder, "bytes.cpp"), Path(folder, "bytes")
         source.write_text(text)
-        subprocess.run([*run.compiler(), "-std=c++20", "-O1", *run.INCLUDES, str(source), "-o", str(program)], check=True)
-        return [int(line) for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()]
+        subprocess.run(
+            [*run.compiler(), "-std=c++20", "-O1", *run.INCLUDES, str(source), "-o", str(program)], check=True
+        )
+        return [
+            int(line) for line in subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+        ]
 
 
 @cache
 def figures(source: str, arch: str) -> dict[str, dict[str, object]]:
-    """Compile a file; return the figures of its kernels by name, of those that launches choose there."""
+    """Compile a file; return the figures of its kernels by name, of those that launches choose
+    there."""
     said, code = compiled(source, arch)
     found = SAID.findall(said)
-    names = subprocess.run(["c++filt"], input="\n".join(entry[0] for entry in found), capture_output=True, text=True, check=True).stdout.splitlines()
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(entry[0] for entry in found), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     listing = subprocess.run([NVIDIA / "cuobjdump", "-sass", code], capture_output=True, text=True, check=True).stdout
     bodies = dict(re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", listing, flags=re.DOTALL))
     instances = [instance_of(name) for name in names]
     result = {}
-    for one, shared, (symbol, stack, stores, loads, registers) in zip(instances, shared_bytes(instances), found, strict=True):
+    for one, shared, (symbol, stack, stores, loads, registers) in zip(
+        instances, shared_bytes(instances), found, strict=True
+    ):
         if not one.chosen(arch):
             continue
         warps = one.threads // 32
         fits = occupancy(arch.rstrip("a"), int(registers), shared, warps)
         result[str(one)] = {
-            "registers": int(registers), "stack": int(stack), "spills": int(stores) + int(loads), "shared": shared, "mma": mma_of(bodies[symbol]),
-            "occupancy": round(fits, 4), "warps": warps, "most": LIMITS[arch.rstrip("a")].registers // (one.threads * one.blocks),
-        }  # fmt: skip
+            "registers": int(registers),
+            "stack": int(stack),
+            "spills": int(stores) + int(loads),
+            "shared": shared,
+            "mma": mma_of(bodies[symbol]),
+            "occupancy": round(fits, 4),
+            "warps": warps,
+            "most": LIMITS[arch.rstrip("a")].registers // (one.threads * one.blocks),
+        }
     return dict(sorted(result.items()))
 
 
@@ -185,7 +223,9 @@ def faults(source: str, arch: str, kept: Mapping[str, Mapping[str, Mapping[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the CUDA kernels for every architecture, without a device.")
-    parser.add_argument("--write", action="store_true", help=f"write tests/gpu_free/{PATH.name}; otherwise print what got worse")
+    parser.add_argument(
+        "--write", action="store_true", help=f"write tests/gpu_free/{PATH.name}; otherwise print what got worse"
+    )
     chosen = parser.parse_args()
     if chosen.write:
         values: dict[str, dict[str, dict[str, object]]] = {}

@@ -1,4 +1,5 @@
-"""The network's kernels as compiled PTX, executed on CPU tensors: stand-ins for the jitted kernels that `kernels/launch_triton.py` launches.
+"""The network's kernels as compiled PTX, executed on CPU tensors: stand-ins for the jitted kernels
+that `kernels/launch_triton.py` launches.
 
 Must run where TRITON_INTERPRET is not set.
 """
@@ -18,8 +19,13 @@ from .ptx import Counts, Executable, Range
 
 ARCH = "sm_80"
 POINTERS = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 # Compiled and decoded kernels of this process, by kernel, types and constants.
 _EXECUTABLES: dict[object, Executable] = {}
 
@@ -33,7 +39,8 @@ def extent(name: str, tensor: Tensor) -> Range:
 
 
 class Executed:
-    """Stands in for a jitted kernel: `kernel[grid](...)` compiles it for sm_80 as a launch would, and executes the PTX.
+    """Stands in for a jitted kernel: `kernel[grid](...)` compiles it for sm_80 as a launch would,
+    and executes the PTX.
 
     Args:
         kernel: the jitted kernel.
@@ -76,7 +83,8 @@ def _executable(kernel, passed: dict[str, object], constants: dict[str, object],
 
 @contextmanager
 def executed(lent: Iterable[tuple[str, Tensor]] = ()) -> Iterator[dict[str, Executed]]:
-    """Run `network.forward` and `network.backward` as PTX on CPU tensors; yields the stand-ins by name, which keep what each launch did.
+    """Run `network.forward` and `network.backward` as PTX on CPU tensors; yields the stand-ins by
+    name, which keep what each launch did.
 
     Args:
         lent: the parameters, which kernels reach by their addresses, by name.

@@ -1,4 +1,5 @@
-"""Triton's interpreter, mended and watched: bfloat16 that means bfloat16, every load and store checked, races between programs, launches counted.
+"""Triton's interpreter, mended and watched: bfloat16 that means bfloat16, every load and store
+checked, races between programs, launches counted.
 
 Needs TRITON_INTERPRET=1 before Triton is imported.
 """
@@ -35,8 +36,11 @@ def _rounded(numbers: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def mended() -> Iterator[None]:
-    """Repair what Triton gets wrong in the interpreter: products of bfloat16 multiply the bits, and casts to it cut instead of rounding (3.6 to 3.9);
-    NumPy since 2.4 makes no index of a scalar that is an array of one number (3.6); and a splat of a scalar comparison is a mask no more (3.9)."""
+    """Repair what Triton gets wrong in the interpreter: products of bfloat16 multiply the bits, and
+    casts to it cut instead of rounding (3.6 to 3.9); NumPy since 2.4 makes no index of a scalar
+    that is an array of one number (3.6); and a splat of a scalar comparison is a mask no more
+    (3.9).
+    """
     cast, of_tensors = STOCK["cast_impl"], interpreter._patch_lang_tensor
     before = {name: getattr(BUILDER, name) for name in STOCK}
 
@@ -57,7 +61,12 @@ def mended() -> Iterator[None]:
         # In the type that its numbers have: a comparison's are said to be of what was compared.
         return interpreter.TensorHandle(np.full(ret_ty.shape, arg.data.flat[0]), arg.dtype.scalar)
 
-    BUILDER.create_dot, BUILDER.cast_impl, BUILDER.create_fp_trunc, BUILDER.create_splat = create_dot, cast_impl, cast_impl, create_splat
+    BUILDER.create_dot, BUILDER.cast_impl, BUILDER.create_fp_trunc, BUILDER.create_splat = (
+        create_dot,
+        cast_impl,
+        cast_impl,
+        create_splat,
+    )
     interpreter._patch_lang_tensor = patch_lang_tensor
     try:
         # A device says nothing of infinities and NaN, and lanes that are dropped may hold them.
@@ -78,7 +87,8 @@ NOBODY, MANY = -1, -2
 
 @dataclass
 class _Region:
-    """The memory of one tensor, and which program of the running launch wrote or read each of its elements."""
+    """The memory of one tensor, and which program of the running launch wrote or read each of its
+    elements."""
 
     name: str
     first: int
@@ -94,7 +104,8 @@ class _Region:
     def read(self, at: np.ndarray, program: int) -> None:
         if ((self.writer[at] != NOBODY) & (self.writer[at] != program)).any():
             raise KernelFault(
-                f"{self.name}: expected elements that no other program of the launch writes, got a load of {self.other(self.writer, at, program)}"
+                f"{self.name}: expected elements that no other program of the launch writes, got a load of "
+                f"{self.other(self.writer, at, program)}"
             )
         self.reader[at] = np.where((self.reader[at] == NOBODY) | (self.reader[at] == program), program, MANY)
 
@@ -103,7 +114,10 @@ class _Region:
             raise KernelFault(f"{self.name}: expected one lane an element, got a store of several to one")
         for who in (self.writer, self.reader):
             if ((who[at] != NOBODY) & (who[at] != program)).any():
-                raise KernelFault(f"{self.name}: expected elements of this program alone, got a store to {self.other(who, at, program)}")
+                raise KernelFault(
+                    f"{self.name}: expected elements of this program alone, got a store to "
+                    f"{self.other(who, at, program)}"
+                )
         self.writer[at] = program
 
     def other(self, who: np.ndarray, at: np.ndarray, program: int) -> str:
@@ -132,11 +146,14 @@ class Watch:
                 first = tensor.data_ptr()
                 known = self.regions.get(first)
                 if known is None or known.end < first + span * tensor.element_size():
-                    self.regions[first] = _Region(f"{name}, {label}", first, first + span * tensor.element_size(), tensor.element_size())
+                    self.regions[first] = _Region(
+                        f"{name}, {label}", first, first + span * tensor.element_size(), tensor.element_size()
+                    )
         self.starts = sorted(self.regions)
 
     def nearest_first(self, at: np.ndarray) -> list[_Region]:
-        """The regions, those that begin last before the first address in front: an access rarely needs a second one."""
+        """The regions, those that begin last before the first address in front: an access rarely
+        needs a second one."""
         if not len(at):
             return []
         before = bisect.bisect_right(self.starts, int(at[0]))
@@ -155,14 +172,17 @@ class Watch:
             inside = left & (at >= region.first) & (at + size <= region.end)
             if inside.any():
                 if size != region.size or ((at[inside] - region.first) % size).any():
-                    raise KernelFault(f"{region.name}: expected whole elements of {region.size} bytes, got a {kind} of {size}")
+                    raise KernelFault(
+                        f"{region.name}: expected whole elements of {region.size} bytes, got a {kind} of {size}"
+                    )
                 getattr(region, kind)((at[inside] - region.first) // size, program)
                 left &= ~inside
         if left.any():
             bad = int(at[left][0])
             near = min(self.regions.values(), key=lambda region: min(abs(bad - region.first), abs(bad - region.end)))
             raise KernelFault(
-                f"{self.launches[-1]}: expected a {kind} inside a tensor, got {left.sum()} outside, one {bad - near.first} bytes from the start of {near.name}"
+                f"{self.launches[-1]}: expected a {kind} inside a tensor, got {left.sum()} outside, one "
+                f"{bad - near.first} bytes from the start of {near.name}"
             )
 
 
@@ -172,12 +192,17 @@ def _tensors(names: Iterable[str], values: Iterable[object]) -> list[tuple[str, 
 
 @contextmanager
 def watched(lent: Iterable[tuple[str, torch.Tensor]] = ()) -> Iterator[Watch]:
-    """Watch the launches of a block; `lent` are the tensors that kernels reach by an address and not by an argument."""
+    """Watch the launches of a block; `lent` are the tensors that kernels reach by an address and
+    not by an argument."""
     watch = Watch()
     watch.lent = list(lent)
     call, load, store, index, size = (
-        interpreter.GridExecutor._init_args_hst, BUILDER.create_masked_load, BUILDER.create_masked_store, BUILDER.set_grid_idx, BUILDER.set_grid_dim,
-    )  # fmt: skip
+        interpreter.GridExecutor._init_args_hst,
+        BUILDER.create_masked_load,
+        BUILDER.create_masked_store,
+        BUILDER.set_grid_idx,
+        BUILDER.set_grid_dim,
+    )
 
     def prepare(self, args, kwargs):
         result = call(self, args, kwargs)
@@ -205,18 +230,42 @@ def watched(lent: Iterable[tuple[str, torch.Tensor]] = ()) -> Iterator[Watch]:
         return size(self, x, y, z)
 
     interpreter.GridExecutor._init_args_hst = prepare
-    BUILDER.create_masked_load, BUILDER.create_masked_store, BUILDER.set_grid_idx, BUILDER.set_grid_dim = watched_load, watched_store, at, dimensions
+    BUILDER.create_masked_load, BUILDER.create_masked_store, BUILDER.set_grid_idx, BUILDER.set_grid_dim = (
+        watched_load,
+        watched_store,
+        at,
+        dimensions,
+    )
     try:
         yield watch
     finally:
         interpreter.GridExecutor._init_args_hst = call
-        BUILDER.create_masked_load, BUILDER.create_masked_store, BUILDER.set_grid_idx, BUILDER.set_grid_dim = load, store, index, size
+        BUILDER.create_masked_load, BUILDER.create_masked_store, BUILDER.set_grid_idx, BUILDER.set_grid_dim = (
+            load,
+            store,
+            index,
+            size,
+        )
 
 
 class Operators(TorchDispatchMode):
     """Names the operators that would run on a device: all but views and allocations."""
 
-    FREE = ("empty", "view", "slice", "select", "unsqueeze", "squeeze", "expand", "detach", "alias", "as_strided", "reshape", "stride", "set_")
+    FREE = (
+        "empty",
+        "view",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "detach",
+        "alias",
+        "as_strided",
+        "reshape",
+        "stride",
+        "set_",
+    )
 
     def __init__(self):
         super().__init__()

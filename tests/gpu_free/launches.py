@@ -1,4 +1,5 @@
-"""What the network's launches compile: stand-ins for the jitted kernels that `kernels/launch_triton.py` launches, and Triton's own specialization.
+"""What the network's launches compile: stand-ins for the jitted kernels that
+`kernels/launch_triton.py` launches, and Triton's own specialization.
 
 Must run where TRITON_INTERPRET is not set.
 """
@@ -24,7 +25,8 @@ KERNELS = ("forward_kernel", "backward_rows_kernel", "gradients_kernel", "add_ch
 
 
 class Variant(NamedTuple):
-    """A kernel as one launch compiles it, with the types of `compile_for`. Equal variants share a compiled kernel."""
+    """A kernel as one launch compiles it, with the types of `compile_for`. Equal variants share a
+    compiled kernel."""
 
     kernel: str
     signature: tuple[tuple[str, str], ...]
@@ -32,15 +34,24 @@ class Variant(NamedTuple):
     warps: int
 
 
-def arguments_of(kernel, values: Sequence[object], named: dict[str, object]) -> tuple[dict[str, object], dict[str, object]]:
-    """What a launch passes, and its constants, both in the kernel's order; its options are those of `compile_for`.
+def arguments_of(
+    kernel, values: Sequence[object], named: dict[str, object]
+) -> tuple[dict[str, object], dict[str, object]]:
+    """What a launch passes, and its constants, both in the kernel's order; its options are those of
+    `compile_for`.
 
     Raises: TypeError where the launch does not give each argument.
     """
-    named = {name: value for name, value in named.items() if name not in launch_triton.OPTIONS and name not in launch_triton.REGISTERS}
+    named = {
+        name: value
+        for name, value in named.items()
+        if name not in launch_triton.OPTIONS and name not in launch_triton.REGISTERS
+    }
     given = {**dict(zip(kernel.arg_names, values, strict=False)), **named}
     if given.keys() != set(kernel.arg_names):
-        raise TypeError(f"{kernel.__name__}: expected the arguments {', '.join(kernel.arg_names)}, got {', '.join(given)}")
+        raise TypeError(
+            f"{kernel.__name__}: expected the arguments {', '.join(kernel.arg_names)}, got {', '.join(given)}"
+        )
     fixed = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     passed = {name: given[name] for name in kernel.arg_names if name not in fixed}
     return passed, {name: given[name] for name in kernel.arg_names if name in fixed}
@@ -75,7 +86,9 @@ class _Recorder:
         signature = {}
         for name, value in passed.items():
             one = parameters[name]
-            kind, hints = native_specialize_impl(self.backend, value, one.is_const, not one.do_not_specialize, not one.do_not_specialize_on_alignment)
+            kind, hints = native_specialize_impl(
+                self.backend, value, one.is_const, not one.do_not_specialize, not one.do_not_specialize_on_alignment
+            )
             if kind == "constexpr":
                 constants[name] = value
             else:
@@ -84,7 +97,8 @@ class _Recorder:
 
 
 def variants(table: Table, dtype: torch.dtype, rows: int, training: bool, arch: str = "sm_90") -> list[Variant]:
-    """Return what a call compiles: the forward, and in training the backward. Tensors have no memory, so any number of rows is quick."""
+    """Return what a call compiles: the forward, and in training the backward. Tensors have no
+    memory, so any number of rows is quick."""
     found: dict[Variant, None] = {}
     params = [torch.empty(p.shape, dtype=dtype, device="meta") for p in table.parameters]
     x = torch.empty(rows, table.slots, table.width, dtype=dtype, device="meta")

@@ -1,6 +1,8 @@
-"""Mutants of the kernels, one at a time, and the ordinary test that fails with each: what shows that the tests can fail.
+"""Mutants of the kernels, one at a time, and the ordinary test that fails with each: what shows
+that the tests can fail.
 
-What none of them can notice, and so none is here: a missing barrier, because programs and threads take turns here.
+What none of them can notice, and so none is here: a missing barrier, because programs and threads
+take turns here.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ WILD = r"Fatal Python error: (Segmentation fault|Bus error)|assert torch\.equal"
 
 
 class Mutant(NamedTuple):
-    """A mutant: `pattern`, which has one place in `file` of `kernels/`, becomes `instead` (`mutation.py`).
+    """A mutant: `pattern`, which has one place in `file` of `kernels/`, becomes `instead`
+    (`mutation.py`).
 
     Then the test `test`, run where `rung` says, fails as `finds` says.
     """
@@ -188,4 +191,9 @@ BACKWARD = {
 
 MUTANTS = {**MEMORY, **FORWARD, **BACKWARD}
 # One of each way to find a mutant, in seconds.
-QUICK = ("a row mask lost on a store", "a softmax over experts that are not seen", "a launch for every stage", "alignment claimed of odd widths")
+QUICK = (
+    "a row mask lost on a store",
+    "a softmax over experts that are not seen",
+    "a launch for every stage",
+    "alignment claimed of odd widths",
+)

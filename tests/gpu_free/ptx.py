@@ -1,8 +1,10 @@
-"""Compiled PTX, executed on the CPU: what a kernel computes, and what it costs in bytes, MMAs and barriers. No device, no driver.
+"""Compiled PTX, executed on the CPU: what a kernel computes, and what it costs in bytes, MMAs and
+barriers. No device, no driver.
 
-One NumPy lane is one thread; the threads of a block advance together and part only where they branch apart, the blocks run one after another.
-So the numbers are those of the compiled code, rounding included. A barrier that is missing does not change them: in global memory it is
-noticed by who wrote and read what since the last one, in shared memory not at all.
+One NumPy lane is one thread; the threads of a block advance together and part only where they
+branch apart, the blocks run one after another. So the numbers are those of the compiled code,
+rounding included. A barrier that is missing does not change them: in global memory it is noticed by
+who wrote and read what since the last one, in shared memory not at all.
 
     ptx_text         the module as data
     ptx_numbers      rounding
@@ -34,7 +36,8 @@ __all__ = ["Counts", "Executable", "KernelFault", "PtxError", "Range"]
 
 @dataclass
 class Counts:
-    """What launches did: bytes of global memory by range, MMAs of warps, barriers and instructions of blocks. They add up with +."""
+    """What launches did: bytes of global memory by range, MMAs of warps, barriers and instructions
+    of blocks. They add up with +."""
 
     launches: int = 0
     blocks: int = 0
@@ -49,7 +52,8 @@ class Counts:
 
 
 class Part(NamedTuple):
-    """Instructions that always run together, and the number of the part at which the threads go on: one for all, or one each.
+    """Instructions that always run together, and the number of the part at which the threads go on:
+    one for all, or one each.
 
     Threads that go to the part behind the last one are done.
     """
@@ -84,11 +88,13 @@ class Executable:
             arguments: addresses and integers in the order of the parameters; those left out are 0.
             ranges: the memory that the kernel may use.
 
-        Raises: KernelFault for an access outside the ranges or misaligned, and for threads that meet no barrier, or part of a warp where all
-        of it must take part.
+        Raises: KernelFault for an access outside the ranges or misaligned, and for threads that
+        meet no barrier, or part of a warp where all of it must take part.
         """
         if len(arguments) > len(self.kernel.parameters):
-            raise ValueError(f"{self.kernel.name}: expected at most {len(self.kernel.parameters)} arguments, got {len(arguments)}")
+            raise ValueError(
+                f"{self.kernel.name}: expected at most {len(self.kernel.parameters)} arguments, got {len(arguments)}"
+            )
         self.memory.admit(ranges)
         self.scope.mmas = 0
         sizes = (*grid, 1, 1)[:3]
@@ -114,7 +120,9 @@ class Executable:
             visits = _run(self.parts, lanes, self.memory.pass_barrier)
         except _Stopped as stopped:
             where = ", ".join(f"{name} {value}" for name, value in values.items() if name.startswith("%ctaid"))
-            raise KernelFault(f"{self.kernel.name} ({where}), {self.kernel.instructions[stopped.number]}: {stopped.fault}") from stopped.fault
+            raise KernelFault(
+                f"{self.kernel.name} ({where}), {self.kernel.instructions[stopped.number]}: {stopped.fault}"
+            ) from stopped.fault
         counts.blocks += 1
         for part, count in zip(self.parts, visits, strict=True):
             counts.instructions += count * len(part.steps)
@@ -130,10 +138,12 @@ class _Stopped(Exception):
 
 
 def _run(parts: list[Part], lanes: Lanes, pass_barrier: Callable[[], None]) -> list[int]:
-    """Run one block; return how often each part was entered. `pass_barrier` is called when all threads have met.
+    """Run one block; return how often each part was entered. `pass_barrier` is called when all
+    threads have met.
 
-    While all threads stand at one part there is no mask. Where they branch apart, those at the earliest part go on, which brings them together
-    again behind any `if` and loop that the compiler has laid out in order.
+    While all threads stand at one part there is no mask. Where they branch apart, those at the
+    earliest part go on, which brings them together again behind any `if` and loop that the compiler
+    has laid out in order.
     """
     visits = [0] * len(parts)
     at, mask = 0, None
@@ -191,12 +201,17 @@ def _parts(kernel: Kernel, scope: Scope) -> list[Part]:
         last = instructions[behind - 1]
         if _is_barrier(last) and (last.guard or last.operands != ("0",)):
             raise PtxError(f"{last}: expected barrier 0 of all threads")
-        steps = tuple(_nothing if one.parts[0] in JUMPS or _is_barrier(one) else decode(scope, one) for one in instructions[first:behind])
+        steps = tuple(
+            _nothing if one.parts[0] in JUMPS or _is_barrier(one) else decode(scope, one)
+            for one in instructions[first:behind]
+        )
         parts.append(Part(first, steps, _is_barrier(last), _goes(last, numbers, numbers[behind], kernel, scope)))
     return parts
 
 
-def _goes(last: Instruction, numbers: dict[int, int], following: int, kernel: Kernel, scope: Scope) -> int | Callable[[Lanes], np.ndarray]:
+def _goes(
+    last: Instruction, numbers: dict[int, int], following: int, kernel: Kernel, scope: Scope
+) -> int | Callable[[Lanes], np.ndarray]:
     """Where threads go behind the last instruction of a part."""
     if last.parts[0] not in JUMPS:
         return following

@@ -19,7 +19,9 @@ def elementwise(scope: Scope, one: Instruction, function: Function, kind: Kind, 
     """The step dest = function(sources), all of one kind; `function` sees values of that kind."""
     result = result or kind
     slot = scope.destination(one.operands[0], result.bits)
-    return assigned(slot, valued([scope.source(operand, kind.bits) for operand in one.operands[1:]], function, kind, result))
+    return assigned(
+        slot, valued([scope.source(operand, kind.bits) for operand in one.operands[1:]], function, kind, result)
+    )
 
 
 def valued(slots: list[int], function: Function, kind: Kind, result: Kind) -> Compute:
@@ -62,7 +64,8 @@ PROPAGATING = {"min": np.minimum, "max": np.maximum}
 
 @instruction(*(set(INTEGER) | set(FLOAT)) - {"mul"})
 def arithmetic(scope: Scope, one: Instruction) -> Step:
-    """dest = a op b, or op a. What the hardware approximates (ex2, lg2, rcp, div.full ...) is NumPy's float32 here, a roundoff or two away."""
+    """dest = a op b, or op a. What the hardware approximates (ex2, lg2, rcp, div.full ...) is
+    NumPy's float32 here, a roundoff or two away."""
     kind = kinds(one)[0]
     name = one.parts[0]
     if kind.letter not in FLOATING:
@@ -77,7 +80,8 @@ def arithmetic(scope: Scope, one: Instruction) -> Step:
 
 @instruction("mul", "mad")
 def multiply(scope: Scope, one: Instruction) -> Step:
-    """Floats: the product. Integers: its lower half (lo), its upper half (hi), or all of it (wide); mad adds a third operand."""
+    """Floats: the product. Integers: its lower half (lo), its upper half (hi), or all of it (wide);
+    mad adds a third operand."""
     kind = kinds(one)[0]
     if kind.letter in FLOATING:
         if one.parts[0] == "mad":
@@ -85,7 +89,11 @@ def multiply(scope: Scope, one: Instruction) -> Step:
         given = modifiers(one, "rn", "ftz")
         return elementwise(scope, one, flushing(np.multiply) if "ftz" in given else np.multiply, kind)
     which = modifiers(one, "lo", "hi", "wide")
-    result = Kind(kind.letter, 2 * kind.bits, (SIGNED if kind.letter == "s" else UNSIGNED)[2 * kind.bits]) if which == {"wide"} else kind
+    result = (
+        Kind(kind.letter, 2 * kind.bits, (SIGNED if kind.letter == "s" else UNSIGNED)[2 * kind.bits])
+        if which == {"wide"}
+        else kind
+    )
     a, b = (scope.source(operand, kind.bits) for operand in one.operands[1:3])
     product = valued([a, b], _product(kind, which), kind, result)
     slot = scope.destination(one.operands[0], result.bits)
@@ -127,7 +135,8 @@ LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not
 
 @instruction("setp")
 def set_predicate(scope: Scope, one: Instruction) -> Step:
-    """p|q = a compare b, and not so; with .and, .or, .xor the comparison (and its opposite) is combined with a fourth operand."""
+    """p|q = a compare b, and not so; with .and, .or, .xor the comparison (and its opposite) is
+    combined with a fourth operand."""
     kind = kinds(one)[0]
     names = [name for name in one.parts[1:-1] if name in COMPARISONS]
     given = modifiers(one, *COMPARISONS, "and", "or", "xor", "ftz")
@@ -164,7 +173,9 @@ def select(scope: Scope, one: Instruction) -> Step:
     modifiers(one)
     a, b = (scope.source(operand, kind.bits) for operand in one.operands[1:3])
     predicate = scope.source(one.operands[3], 1)
-    return assigned(scope.destination(one.operands[0], kind.bits), lambda lanes: np.where(lanes[predicate], lanes[a], lanes[b]))
+    return assigned(
+        scope.destination(one.operands[0], kind.bits), lambda lanes: np.where(lanes[predicate], lanes[a], lanes[b])
+    )
 
 
 @instruction(*LOGIC)
@@ -213,13 +224,16 @@ def shift(scope: Scope, one: Instruction) -> Step:
 
 @instruction("shf")
 def funnel_shift(scope: Scope, one: Instruction) -> Step:
-    """32 bits of the 64 in (b, a), shifted left or right; the distance is taken modulo 32 (wrap) or at most 32 (clamp)."""
+    """32 bits of the 64 in (b, a), shifted left or right; the distance is taken modulo 32 (wrap) or
+    at most 32 (clamp)."""
     given = modifiers(one, "l", "r", "wrap", "clamp")
     low, high, by = (scope.source(operand, 32) for operand in one.operands[1:4])
 
     def compute(lanes: Lanes) -> np.ndarray:
         both = lanes[high].astype(np.uint64) << np.uint64(32) | lanes[low]
-        distance = (lanes[by] & np.uint32(31) if "wrap" in given else np.minimum(lanes[by], np.uint32(32))).astype(np.uint64)
+        distance = (lanes[by] & np.uint32(31) if "wrap" in given else np.minimum(lanes[by], np.uint32(32))).astype(
+            np.uint64
+        )
         moved = both << distance >> np.uint64(32) if "l" in given else both >> distance
         return moved.astype(np.uint32)
 
@@ -228,7 +242,8 @@ def funnel_shift(scope: Scope, one: Instruction) -> Step:
 
 @instruction("bfe")
 def extract_bits(scope: Scope, one: Instruction) -> Step:
-    """`length` bits from `first` on, extended by zeros or by their sign; beyond the end stand zeros or the sign of all."""
+    """`length` bits from `first` on, extended by zeros or by their sign; beyond the end stand zeros
+    or the sign of all."""
     modifiers(one)
     kind = kinds(one)[0]
     a = scope.source(one.operands[1], kind.bits)
@@ -243,7 +258,10 @@ def extract_bits(scope: Scope, one: Instruction) -> Step:
         if kind.letter != "s":
             value = np.where(start > most, dtype(0), value)
         spare = (np.uint32(kind.bits) - count).astype(dtype)
-        kept = ((value.view(bits) << np.minimum(spare, dtype(most)).view(bits)).view(dtype) >> np.minimum(spare, dtype(most))).view(bits)
+        kept = (
+            (value.view(bits) << np.minimum(spare, dtype(most)).view(bits)).view(dtype)
+            >> np.minimum(spare, dtype(most))
+        ).view(bits)
         return np.where(count == 0, bits(0), kept)
 
     return assigned(scope.destination(one.operands[0], kind.bits), compute)
@@ -251,7 +269,8 @@ def extract_bits(scope: Scope, one: Instruction) -> Step:
 
 @instruction("bfi")
 def insert_bits(scope: Scope, one: Instruction) -> Step:
-    """b with the lowest `length` bits of a in place of its own from `first` on; what would stand beyond the end is left out."""
+    """b with the lowest `length` bits of a in place of its own from `first` on; what would stand
+    beyond the end is left out."""
     modifiers(one)
     if kinds(one)[0].bits != 32:
         raise PtxError("expected bfi of b32")
@@ -259,7 +278,9 @@ def insert_bits(scope: Scope, one: Instruction) -> Step:
 
     def compute(lanes: Lanes) -> np.ndarray:
         # Of 64 bits, where nothing falls off: both counts are at most 32.
-        start, count = (np.minimum(lanes[slot] & np.uint32(255), np.uint32(32)).astype(np.uint64) for slot in (first, length))
+        start, count = (
+            np.minimum(lanes[slot] & np.uint32(255), np.uint32(32)).astype(np.uint64) for slot in (first, length)
+        )
         mask = (np.uint64(1) << count) - np.uint64(1)
         placed, hole = (lanes[a] & mask) << start, mask << start
         return (placed | lanes[b] & ~hole).astype(np.uint32)
@@ -269,7 +290,8 @@ def insert_bits(scope: Scope, one: Instruction) -> Step:
 
 @instruction("prmt")
 def permute_bytes(scope: Scope, one: Instruction) -> Step:
-    """Four of the eight bytes in (b, a): nibble i of the selector names byte i; its top bit asks for the byte's sign, eight times."""
+    """Four of the eight bytes in (b, a): nibble i of the selector names byte i; its top bit asks
+    for the byte's sign, eight times."""
     modifiers(one)
     a, b, selector = (scope.source(operand, 32) for operand in one.operands[1:4])
 

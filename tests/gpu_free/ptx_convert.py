@@ -32,7 +32,9 @@ def convert(scope: Scope, one: Instruction) -> Step:
     if bits is None or bits < target.bits:
         raise PtxError(f"{one.operands[0]}: expected a register of at least {target.bits} bits, got {bits}")
     widen = _extended(target, bits)
-    return assigned(scope.destination(one.operands[0], bits), lambda lanes: widen(change(numbers.read(narrow(lanes[slot]), source))))
+    return assigned(
+        scope.destination(one.operands[0], bits), lambda lanes: widen(change(numbers.read(narrow(lanes[slot]), source)))
+    )
 
 
 def _input(scope: Scope, operand: str, kind: Kind) -> tuple[int, Callable[[np.ndarray], np.ndarray]]:
@@ -41,11 +43,14 @@ def _input(scope: Scope, operand: str, kind: Kind) -> tuple[int, Callable[[np.nd
     if bits < kind.bits:
         raise PtxError(f"{operand}: expected a register of at least {kind.bits} bits, got {bits}")
     dtype = UNSIGNED[kind.bits]
-    return scope.source(operand, bits), (lambda value: value) if bits == kind.bits else (lambda value: value.astype(dtype))
+    return scope.source(operand, bits), (lambda value: value) if bits == kind.bits else (
+        lambda value: value.astype(dtype)
+    )
 
 
 def _extended(kind: Kind, bits: int) -> Callable[[np.ndarray], np.ndarray]:
-    """How to fill a register of so many bits with a value: its bits, extended by its sign if it has one."""
+    """How to fill a register of so many bits with a value: its bits, extended by its sign if it has
+    one."""
     if bits == kind.bits:
         return lambda value: numbers.written(value, kind)
     if kind.letter == "s":
@@ -79,7 +84,9 @@ def _to_tf32(scope: Scope, one: Instruction, given: set[str]) -> Step:
     if given != {"rna"} or one.parts[-1] != "f32":
         raise PtxError("expected cvt.rna.tf32.f32")
     source = scope.source(one.operands[1], 32)
-    return assigned(scope.destination(one.operands[0], 32), lambda lanes: numbers.to_tf32(lanes[source].view(np.float32)))
+    return assigned(
+        scope.destination(one.operands[0], 32), lambda lanes: numbers.to_tf32(lanes[source].view(np.float32))
+    )
 
 
 def _to_pair(scope: Scope, one: Instruction, half: Kind, source: Kind) -> Step:

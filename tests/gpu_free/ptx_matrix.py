@@ -18,7 +18,8 @@ ROWS, PER_ROW = 8, 4
 
 @instruction("ldmatrix")
 def load_matrices(scope: Scope, one: Instruction) -> Step:
-    """1, 2 or 4 matrices of 8 x 8 numbers of 16 bits from shared memory; lane 8 i + j gives the address of row j of matrix i.
+    """1, 2 or 4 matrices of 8 x 8 numbers of 16 bits from shared memory; lane 8 i + j gives the
+    address of row j of matrix i.
 
     Lane 4 g + t gets numbers 2 t and 2 t + 1 of row g, or of column g (.trans).
     """
@@ -47,7 +48,8 @@ def load_matrices(scope: Scope, one: Instruction) -> Step:
     return step
 
 
-# Kind of A and B -> how to read it, numbers in a register, and how many products the tensor core adds in one go.
+# Kind of A and B -> how to read it, numbers in a register, and how many products the tensor core
+# adds in one go.
 OPERANDS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int, int]] = {
     "bf16": (lambda words: numbers.widened(words.view(np.uint16)), 2, 8),
     "f16": (lambda words: words.view(np.float16).astype(np.float32), 2, 8),
@@ -65,7 +67,9 @@ def multiply_matrices(scope: Scope, one: Instruction) -> Step:
     decode, per_register, width = OPERANDS[found[2]]
     depth = int(found[1].removeprefix("m16n8k"))
     d_slots = [scope.destination(name, 32) for name in elements(one.operands[0])]
-    a_slots, b_slots, c_slots = ([scope.source(name, 32) for name in elements(operand)] for operand in one.operands[1:4])
+    a_slots, b_slots, c_slots = (
+        [scope.source(name, 32) for name in elements(operand)] for operand in one.operands[1:4]
+    )
     counts = [len(slots) for slots in (d_slots, a_slots, b_slots, c_slots)]
     groups = depth // (PER_ROW * per_register)
     if counts != [4, 2 * groups, groups, 4]:
@@ -75,7 +79,8 @@ def multiply_matrices(scope: Scope, one: Instruction) -> Step:
     def step(lanes: Lanes, mask: np.ndarray | None) -> None:
         whole_warps(mask)
         scope.mmas += warps if mask is None else np.count_nonzero(mask) // WARP
-        # Registers of A: [K group, upper or lower rows]; of B: [K group]; of C: [upper or lower rows, column 2 t or 2 t + 1].
+        # Registers of A: [K group, upper or lower rows]; of B: [K group]; of C: [upper or lower
+        # rows, column 2 t or 2 t + 1].
         a = decode(np.stack([lanes[slot] for slot in a_slots])).reshape(groups, 2, warps, ROWS, PER_ROW, per_register)
         b = decode(np.stack([lanes[slot] for slot in b_slots])).reshape(groups, warps, ROWS, PER_ROW, per_register)
         c = np.stack([lanes[slot] for slot in c_slots]).view(np.float32).reshape(2, 2, warps, ROWS, PER_ROW)
@@ -99,9 +104,11 @@ KEPT = 25
 def added(c: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """c + sum over the last dimension of a b, as a tensor core adds it.
 
-    The products are exact. All addends are cut, not rounded, to the place of bit KEPT of the largest; their sum is exact, and cut to float32.
-    Source: Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores" (2021); Khattak, Mikaitis, "Accurate models of NVIDIA
-    tensor cores" (2025): an A100 adds 8 products of 16-bit floats or 4 of tf32 at a time, with one extra bit.
+    The products are exact. All addends are cut, not rounded, to the place of bit KEPT of the
+    largest; their sum is exact, and cut to float32.
+    Source: Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores" (2021);
+    Khattak, Mikaitis, "Accurate models of NVIDIA tensor cores" (2025): an A100 adds 8 products of
+    16-bit floats or 4 of tf32 at a time, with one extra bit.
     """
     products = a.astype(np.float64) * b
     start = c.astype(np.float64)

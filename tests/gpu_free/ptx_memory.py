@@ -1,4 +1,5 @@
-"""Memory as a block sees it: global memory in registered ranges, every access checked and counted; shared memory of the exact size, poisoned."""
+"""Memory as a block sees it: global memory in registered ranges, every access checked and counted;
+shared memory of the exact size, poisoned."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ WARP = 32
 
 
 class KernelFault(AssertionError):
-    """What a device would have punished, or silently obeyed: an access outside, a misaligned one, one that no barrier orders."""
+    """What a device would have punished, or silently obeyed: an access outside, a misaligned one,
+    one that no barrier orders."""
 
 
 class Range(NamedTuple):
@@ -29,13 +31,19 @@ class Range(NamedTuple):
 
 
 def distinct(ranges: Iterable[Range]) -> list[Range]:
-    """Sort ranges and leave out those that lie in another one. Raises: ValueError for two that overlap in part."""
+    """Sort ranges and leave out those that lie in another one.
+
+    Raises: ValueError for two that overlap in part.
+    """
     kept: list[Range] = []
     for one in sorted(ranges, key=lambda one: (one.first, -one.end)):
         if one.end <= one.first or (kept and one.end <= kept[-1].end):
             continue
         if kept and one.first < kept[-1].end:
-            raise ValueError(f"ranges: expected disjoint or nested ones, got {one.name} beginning inside {kept[-1].name} and ending behind it")
+            raise ValueError(
+                f"ranges: expected disjoint or nested ones, got {one.name} beginning inside {kept[-1].name} "
+                f"and ending behind it"
+            )
         kept.append(one)
     return kept
 
@@ -45,16 +53,23 @@ _PAGE = 4096
 
 
 def _everything(bits: int) -> np.ndarray:
-    """All memory of this process from the second page on, as one array. Only what `Global` has checked is touched."""
+    """All memory of this process from the second page on, as one array. Only what `Global` has
+    checked is touched."""
     dtype = np.dtype(UNSIGNED[bits])
     shape = ((1 << 47) // dtype.itemsize,)
-    return np.asarray(SimpleNamespace(__array_interface__={"data": (_PAGE, False), "shape": shape, "typestr": dtype.str, "version": 3}))
+    return np.asarray(
+        SimpleNamespace(
+            __array_interface__={"data": (_PAGE, False), "shape": shape, "typestr": dtype.str, "version": 3}
+        )
+    )
 
 
 class Global:
-    """Global memory. `read_bytes` and `written_bytes` count by range; an address that several lanes of a warp use in one access counts once.
+    """Global memory. `read_bytes` and `written_bytes` count by range; an address that several lanes
+    of a warp use in one access counts once.
 
-    In ranges that a launch has begun to write, two warps may not use one place, one of them writing, without a barrier between, nor two blocks.
+    In ranges that a launch has begun to write, two warps may not use one place, one of them
+    writing, without a barrier between, nor two blocks.
     """
 
     def __init__(self, threads: int):
@@ -78,7 +93,8 @@ class Global:
         self.now = self.now._replace(turn=self.now.turn + 1)
 
     def load(self, at: np.ndarray, mask: np.ndarray | None, count: int, bits: int, step: int = 0) -> np.ndarray:
-        """Return [count, lanes]: what stands at the addresses `at` [lanes] (of the lanes in `mask`) and behind them.
+        """Return [count, lanes]: what stands at the addresses `at` [lanes] (of the lanes in `mask`)
+        and behind them.
 
         They must be multiples of all bytes that are read, or of `step`.
         """
@@ -104,7 +120,9 @@ class Global:
     def _check_step(self, at: np.ndarray, step: int, kind: str) -> None:
         if int(np.bitwise_or.reduce(at)) % step:
             bad = int(at[at % np.uint64(step) != 0][0])
-            raise KernelFault(f"{self._near(bad, step)}: expected a {kind} at a multiple of {step} bytes, got one at {bad:#x}")
+            raise KernelFault(
+                f"{self._near(bad, step)}: expected a {kind} at a multiple of {step} bytes, got one at {bad:#x}"
+            )
 
     def _check(self, at: np.ndarray, mask: np.ndarray | None, size: int, kind: str) -> None:
         first, last = int(at.min()), int(at.max())
@@ -130,7 +148,10 @@ class Global:
                 self._trace(one, at[inside], only, size, kind)
         if outside.any():
             bad = int(at[outside][0])
-            raise KernelFault(f"expected a {kind} of {size} bytes inside a buffer, got {int(outside.sum())} lanes outside, one at {self._near(bad, size)}")
+            raise KernelFault(
+                f"expected a {kind} of {size} bytes inside a buffer, got {int(outside.sum())} lanes outside, "
+                f"one at {self._near(bad, size)}"
+            )
 
     def _trace(self, one: Range, at: np.ndarray, mask: np.ndarray | None, size: int, kind: str) -> None:
         """See that nothing but order that barriers give decides what this access reads or leaves."""
@@ -164,7 +185,8 @@ class Global:
 class Shared:
     """Shared memory of a block. Bytes that nobody wrote are 0xFF, which is NaN in every float.
 
-    What cp.async brings lands when the group that it belongs to is waited for, not earlier: a kernel that waits too little reads poison.
+    What cp.async brings lands when the group that it belongs to is waited for, not earlier: a
+    kernel that waits too little reads poison.
     """
 
     def __init__(self, size: int):
@@ -191,7 +213,8 @@ class Shared:
             self.views[bits][place] = value
 
     def copy_later(self, at: np.ndarray, words: np.ndarray) -> None:
-        """Bring words [n, lanes] of 32 bits to the addresses `at` [lanes] when their group is waited for."""
+        """Bring words [n, lanes] of 32 bits to the addresses `at` [lanes] when their group is
+        waited for."""
         self.check(at, 4 * len(words), "cp.async")
         self.open.append((self._places(at, len(words), 32), words))
 
@@ -219,7 +242,11 @@ class Shared:
     def check(self, at: np.ndarray, size: int, kind: str) -> None:
         if int(np.bitwise_or.reduce(at)) % size:
             bad = int(at[at % at.dtype.type(size) != 0][0])
-            raise KernelFault(f"shared memory: expected a {kind} of {size} bytes at a multiple of them, got one at byte {bad}")
+            raise KernelFault(
+                f"shared memory: expected a {kind} of {size} bytes at a multiple of them, got one at byte {bad}"
+            )
         last = int(at.max())
         if last + size > self.size:
-            raise KernelFault(f"shared memory: expected a {kind} of {size} bytes inside its {self.size}, got one at byte {last}")
+            raise KernelFault(
+                f"shared memory: expected a {kind} of {size} bytes inside its {self.size}, got one at byte {last}"
+            )

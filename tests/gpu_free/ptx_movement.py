@@ -1,4 +1,5 @@
-"""Instructions that move: registers, parameters, global and shared memory, asynchronous copies, lanes of a warp."""
+"""Instructions that move: registers, parameters, global and shared memory, asynchronous copies,
+lanes of a warp."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ SPACES = ("global", "shared", "param")
 
 @instruction("mov")
 def move(scope: Scope, one: Instruction) -> Step:
-    """dest = source; a vector on one side is packed into, or unpacked from, the other, its first element lowest."""
+    """dest = source; a vector on one side is packed into, or unpacked from, the other, its first
+    element lowest."""
     if len(one.parts) != 2:
         raise PtxError("expected no modifiers")
     kind = kind_of(one.parts[1])
@@ -154,7 +156,8 @@ def store(scope: Scope, one: Instruction) -> Step:
 
 @instruction("cp")
 def copy_asynchronously(scope: Scope, one: Instruction) -> Step:
-    """cp.async: a copy of 4, 8 or 16 bytes to shared memory, of which the source gives as many as a fourth operand says, zeros the rest; groups; waits."""
+    """cp.async: a copy of 4, 8 or 16 bytes to shared memory, of which the source gives as many as a
+    fourth operand says, zeros the rest; groups; waits."""
     form = ".".join(one.parts)
     if form == "cp.async.commit_group":
         return _by_all(scope.shared.commit)
@@ -186,7 +189,8 @@ def copy_asynchronously(scope: Scope, one: Instruction) -> Step:
 
 
 def _by_all(action: Callable[[], None]) -> Step:
-    """Something that a block does as one: groups of copies belong to threads, and are kept here for all of them together."""
+    """Something that a block does as one: groups of copies belong to threads, and are kept here for
+    all of them together."""
 
     def step(lanes: Lanes, mask: np.ndarray | None) -> None:
         if mask is not None:
@@ -198,7 +202,8 @@ def _by_all(action: Callable[[], None]) -> Step:
 
 @instruction("shfl")
 def shuffle(scope: Scope, one: Instruction) -> Step:
-    """A register of another lane of the warp: at an index, a distance up or down, or by exclusive or (bfly); one's own beyond the warp's ends."""
+    """A register of another lane of the warp: at an index, a distance up or down, or by exclusive
+    or (bfly); one's own beyond the warp's ends."""
     mode = one.parts[2]
     if one.parts[1] != "sync" or one.parts[3:] != ("b32",) or mode not in SHUFFLES:
         raise PtxError("expected shfl.sync of up, down, bfly or idx of b32")

@@ -1,4 +1,5 @@
-"""Numbers as the hardware rounds them. Registers are arrays of unsigned integers, one lane a thread; a kind says what their bits mean."""
+"""Numbers as the hardware rounds them. Registers are arrays of unsigned integers, one lane a
+thread; a kind says what their bits mean."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ LETTERS = {"b": UNSIGNED, "u": UNSIGNED, "s": SIGNED}
 
 
 class Kind(NamedTuple):
-    """A type of PTX: its letter (b, u, s; f for floats, "bf16" and "pred" by their own names), bits, and the NumPy type of its values.
+    """A type of PTX: its letter (b, u, s; f for floats, "bf16" and "pred" by their own names),
+    bits, and the NumPy type of its values.
 
     bfloat16 has none in NumPy: its values are float32.
     """
@@ -78,7 +80,11 @@ def from_tf32(bits: np.ndarray) -> np.ndarray:
     return (bits & np.uint32(0xFFFFFFFF << TF32_IGNORED & 0xFFFFFFFF)).view(np.float32)
 
 
-SMALLEST_NORMAL = {np.float32: np.finfo(np.float32).tiny, np.float64: np.finfo(np.float64).tiny, np.float16: np.finfo(np.float16).tiny}
+SMALLEST_NORMAL = {
+    np.float32: np.finfo(np.float32).tiny,
+    np.float64: np.finfo(np.float64).tiny,
+    np.float16: np.finfo(np.float16).tiny,
+}
 
 
 def flushed(values: np.ndarray) -> np.ndarray:
@@ -90,8 +96,9 @@ def flushed(values: np.ndarray) -> np.ndarray:
 def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """a b + c of float32 numbers, rounded once.
 
-    The product is exact in float64. Rounding the sum there first is harmless unless it falls on the middle between two numbers of float32
-    (or into its subnormals): those lanes are first rounded to odd, which loses no side of the middle.
+    The product is exact in float64. Rounding the sum there first is harmless unless it falls on the
+    middle between two numbers of float32 (or into its subnormals): those lanes are first rounded to
+    odd, which loses no side of the middle.
     """
     product = a.astype(np.float64) * b
     total = product + c

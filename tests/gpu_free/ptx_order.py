@@ -1,4 +1,5 @@
-"""Who used each place of a buffer, and since which barrier: what nothing but luck would order on a device."""
+"""Who used each place of a buffer, and since which barrier: what nothing but luck would order on a
+device."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# A stamp is the turn (barriers passed, over all blocks of the launch) and the warp; the last number of a warp stands for several of them.
+# A stamp is the turn (barriers passed, over all blocks of the launch) and the warp; the last number
+# of a warp stands for several of them.
 WARPS = 64
 SEVERAL = WARPS - 1
 # Bytes of a place: the smallest numbers that kernels store.
@@ -21,14 +23,16 @@ class Now(NamedTuple):
 
 
 class Trace:
-    """The last warp that wrote each place of a range in this launch, and those that read it in that turn."""
+    """The last warp that wrote each place of a range in this launch, and those that read it in that
+    turn."""
 
     def __init__(self, first: int, end: int):
         self.first = first
         self.writer, self.reader = (np.zeros(-(-(end - first) // PLACE), np.int64) for _ in range(2))
 
     def read(self, at: np.ndarray, size: int, warps: np.ndarray, now: Now) -> str | None:
-        """Note a read of `size` bytes by the lanes of `warps` at their addresses; return what is wrong with it, or None."""
+        """Note a read of `size` bytes by the lanes of `warps` at their addresses; return what is
+        wrong with it, or None."""
         places, mine = self._stamped(at, size, warps, now)
         fault = self._clash(self.writer[places], mine, now, "reads what")
         before = self.reader[places]

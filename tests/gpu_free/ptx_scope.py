@@ -1,7 +1,9 @@
-"""What an instruction becomes when it is decoded: a step, a closure over the places of its operands in one list of lanes.
+"""What an instruction becomes when it is decoded: a step, a closure over the places of its operands
+in one list of lanes.
 
-Every register, special register, parameter and immediate has a slot in that list, an array [threads]. A step reads and replaces arrays there
-and never changes one in place, so that slots may share them.
+Every register, special register, parameter and immediate has a slot in that list, an array
+[threads]. A step reads and replaces arrays there and never changes one in place, so that slots may
+share them.
 """
 
 from __future__ import annotations
@@ -64,7 +66,10 @@ class Scope:
         return self._slot(name, lambda: np.full(self.threads, poison))
 
     def source(self, operand: str, bits: int) -> int:
-        """The slot of an operand that is read as so many bits. Raises: PtxError for one of another size, or unknown."""
+        """The slot of an operand that is read as so many bits.
+
+        Raises: PtxError for one of another size, or unknown.
+        """
         if operand in self.kernel.registers:
             if self.kernel.registers[operand] != bits:
                 raise PtxError(f"{operand}: expected a register of {bits} bits, got {self.kernel.registers[operand]}")
@@ -82,8 +87,14 @@ class Scope:
         return self._slot((value, bits), lambda: np.full(self.threads, UNSIGNED[bits](value)))
 
     def special(self, name: str, bits: int) -> int:
-        """The slot of %tid.x and its like; those that differ between blocks are set by the executor."""
-        fixed = {"%tid.x": np.arange(self.threads), "%laneid": self.lane, "%warpid": np.arange(self.threads) // WARP, "%ntid.x": self.threads}
+        """The slot of %tid.x and its like; those that differ between blocks are set by the
+        executor."""
+        fixed = {
+            "%tid.x": np.arange(self.threads),
+            "%laneid": self.lane,
+            "%warpid": np.arange(self.threads) // WARP,
+            "%ntid.x": self.threads,
+        }
         fixed |= {"%tid.y": 0, "%tid.z": 0, "%ntid.y": 1, "%ntid.z": 1}
         if name not in fixed and name not in BLOCK_REGISTERS:
             raise PtxError(f"{name}: expected a special register that the executor knows")
@@ -161,10 +172,16 @@ def decode(scope: Scope, one: Instruction) -> Step:
 
 
 def modifiers(one: Instruction, *allowed: str, types: int = 1) -> set[str]:
-    """Return what stands between an opcode's name and its `types` last parts. Raises: PtxError for a modifier that is not allowed."""
+    """Return what stands between an opcode's name and its `types` last parts.
+
+    Raises: PtxError for a modifier that is not allowed.
+    """
     given = set(one.parts[1:-types] if types else one.parts[1:])
     if given - set(allowed):
-        raise PtxError(f"expected none of the modifiers but {' '.join(allowed) or 'none'}, got {' '.join(sorted(given - set(allowed)))}")
+        raise PtxError(
+            f"expected none of the modifiers but {' '.join(allowed) or 'none'}, got "
+            f"{' '.join(sorted(given - set(allowed)))}"
+        )
     return given
 
 
@@ -178,4 +195,6 @@ def whole_warps(mask: np.ndarray | None) -> None:
     if mask is not None:
         warps = mask.reshape(-1, WARP)
         if (warps.any(1) != warps.all(1)).any():
-            raise KernelFault(f"expected whole warps, got one of {int(warps.sum(1)[warps.any(1) != warps.all(1)][0])} lanes")
+            raise KernelFault(
+                f"expected whole warps, got one of {int(warps.sum(1)[warps.any(1) != warps.all(1)][0])} lanes"
+            )

@@ -1,4 +1,5 @@
-"""The text of a PTX module as data: parameters, registers, instructions, labels. Grammar: NVIDIA's PTX ISA, as far as Triton writes it."""
+"""The text of a PTX module as data: parameters, registers, instructions, labels. Grammar: NVIDIA's
+PTX ISA, as far as Triton writes it."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ class PtxError(Exception):
 
 
 class Instruction(NamedTuple):
-    """One instruction: `opcode` is "ld.global.v4.b32", `guard` the predicate that lets it run, or a false one if `negated`."""
+    """One instruction: `opcode` is "ld.global.v4.b32", `guard` the predicate that lets it run, or a
+    false one if `negated`."""
 
     opcode: str
     operands: tuple[str, ...]
@@ -30,8 +32,10 @@ class Instruction(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """One .entry: `parameters` are (type, name), `registers` have their bits (1: a predicate), `labels` the instruction that they stand before,
-    `tables` the labels that an indexed branch chooses from."""
+    """One .entry: `parameters` are (type, name), `registers` have their bits (1: a predicate),
+    `labels` the instruction that they stand before, `tables` the labels that an indexed branch
+    chooses from.
+    """
 
     name: str
     parameters: tuple[tuple[str, str], ...]
@@ -45,7 +49,8 @@ class Kernel:
 PARAMETER = re.compile(r"\.param\s+\.(\w+)\b[^,)]*?(\w+)\s*(?=[,)])")
 DECLARATION = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.DOTALL)
 INSTRUCTION = re.compile(r"(?:@(!?)(%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
-# A label, a brace of a scope (a vector's brace never begins a statement), or anything up to a semicolon.
+# A label, a brace of a scope (a vector's brace never begins a statement), or anything up to a
+# semicolon.
 STATEMENT = re.compile(r"\s*(?:([$\w]+)\s*:(?!:)|([{}])|([^;]+);)")
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s{\[][^,]*")
 FLOAT = re.compile(r"0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}")
@@ -73,7 +78,8 @@ def parse(text: str) -> Kernel:
 
 
 def _read(body: str, kernel: Kernel) -> None:
-    """Add what stands in a body to the kernel; inner scopes (inline assembly) are dissolved into it."""
+    """Add what stands in a body to the kernel; inner scopes (inline assembly) are dissolved into
+    it."""
     label = None
     at, depth = 0, 1
     while depth:
@@ -92,7 +98,9 @@ def _read(body: str, kernel: Kernel) -> None:
         elif statement.startswith(".branchtargets"):
             # The label before it names the table, and no place.
             del kernel.labels[label]
-            kernel.tables[label] = tuple(target.strip() for target in statement.removeprefix(".branchtargets").split(","))
+            kernel.tables[label] = tuple(
+                target.strip() for target in statement.removeprefix(".branchtargets").split(",")
+            )
         elif not statement.startswith(".pragma"):
             kernel.instructions.append(_instruction(statement))
 
@@ -106,7 +114,9 @@ def _declare(statement: str, registers: dict[str, int]) -> None:
         for register in [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name]:
             # A scope may declare a name again; as one of the same size it may share the register.
             if registers.setdefault(register, bits) != bits:
-                raise PtxError(f"{register}: expected one size in all scopes, got {registers[register]} and {bits} bits")
+                raise PtxError(
+                    f"{register}: expected one size in all scopes, got {registers[register]} and {bits} bits"
+                )
 
 
 def _instruction(statement: str) -> Instruction:
@@ -138,6 +148,7 @@ def integer(literal: str) -> int:
 
 
 def pattern(literal: str, bits: int) -> int:
-    """The bits of a literal: an integer, or a float as hexadecimal (0f3F800000, 0d3FF0000000000000)."""
+    """The bits of a literal: an integer, or a float as hexadecimal (0f3F800000,
+    0d3FF0000000000000)."""
     value = int(literal[2:], 16) if FLOAT.fullmatch(literal) else integer(literal)
     return value & ((1 << bits) - 1)

@@ -1,4 +1,5 @@
-"""What nvcc makes of the CUDA kernels: no figure worse than the one checked in, no stack, no spills, and registers for the blocks that are planned."""
+"""What nvcc makes of the CUDA kernels: no figure worse than the one checked in, no stack, no
+spills, and registers for the blocks that are planned."""
 
 import json
 
@@ -27,12 +28,16 @@ def test_no_figure_got_worse(source, arch):
     if cuda_budgets.nvcc() is None:
         pytest.skip(NO_NVCC)
     if cuda_budgets.nvcc() != cuda_budgets.written_by():
-        pytest.skip(f"budgets: expected nvcc {cuda_budgets.written_by()}, whose figures they are, got {cuda_budgets.nvcc()}")
+        pytest.skip(
+            f"budgets: expected nvcc {cuda_budgets.written_by()}, whose figures they are, got {cuda_budgets.nvcc()}"
+        )
     assert cuda_budgets.faults(source, arch, KEPT) == []
 
 
 def test_every_file_has_budgets_for_every_architecture():
-    assert {(cuda_budgets.source_of(name), arch) for name, arch in BY_NAME} == {(s, a) for s in cuda_budgets.SOURCES for a in cuda_budgets.ARCHS}
+    assert {(cuda_budgets.source_of(name), arch) for name, arch in BY_NAME} == {
+        (s, a) for s in cuda_budgets.SOURCES for a in cuda_budgets.ARCHS
+    }
 
 
 def test_no_stack_and_no_spills():
@@ -47,7 +52,11 @@ def test_registers_suffice_for_the_blocks_that_are_planned():
 
 
 def test_shared_memory_fits():
-    assert [name for name, figures in BY_NAME.items() if figures["shared"] > LIMITS[name[1].rstrip("a")].block or not figures["occupancy"]] == []
+    assert [
+        name
+        for name, figures in BY_NAME.items()
+        if figures["shared"] > LIMITS[name[1].rstrip("a")].block or not figures["occupancy"]
+    ] == []
 
 
 def test_products_run_on_tensor_cores():

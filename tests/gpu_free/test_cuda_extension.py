@@ -1,4 +1,5 @@
-"""Rung 8 of docs/gpu.md: the CUDA extension as nvcc builds it, where there is no driver: it is imported, and a call says by CUDA's name what is missing."""
+"""Rung 8 of docs/gpu.md: the CUDA extension as nvcc builds it, where there is no driver: it is
+imported, and a call says by CUDA's name what is missing."""
 
 import os
 import re
@@ -17,7 +18,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def built() -> Path:
-    """The folder of the extension, for one architecture, whose code PTX shares: all four take minutes. Workers share its objects, so one builds it."""
+    """The folder of the extension, for one architecture, whose code PTX shares: all four take
+    minutes. Workers share its objects, so one builds it."""
     folder = run.ROOT / "build" / "cuda-extension"
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(folder)]
     with run.alone(folder):
@@ -48,7 +50,8 @@ def test_it_says_what_is_missing(built):
 
 
 def test_a_launch_raises_by_name_and_leaves_nothing_behind(built):
-    """Twice the same: an error that stayed CUDA's last one would come up in the next launch of anybody."""
+    """Twice the same: an error that stayed CUDA's last one would come up in the next launch of
+    anybody."""
     without_driver()
     # A network of no parameters; the tensor has no device, which nobody comes to ask for.
     program = """
@@ -64,7 +67,10 @@ for _ in range(2):
 
 def test_the_backend_gives_the_reason(built):
     without_driver()
-    program = "from fusedmoe.backends import choose; print(fusedmoe.available_backends()['cuda'])\ntry: choose('cuda', torch.device('cpu'), torch.float32)\n"
+    program = (
+        "from fusedmoe.backends import choose; print(fusedmoe.available_backends()['cuda'])\ntry: "
+        "choose('cuda', torch.device('cpu'), torch.float32)\n"
+    )
     program += "except RuntimeError as error: print(error)"
     first, second = said_by(built, program).splitlines()
     assert re.fullmatch(f"expected a GPU and its driver, got {NO_DRIVER}", first)
@@ -75,7 +81,10 @@ def test_it_needs_neither_cudas_runtime_nor_triton(built):
     (library,) = built.glob("_cuda*.so")
     needed = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
     assert "libcudart" not in needed and "libtorch_cuda" not in needed and "libcuda.so" not in needed
-    program = "sys.modules['triton'] = None; from fusedmoe.kernels import launchers, network, operator, registered, self_test, words; "
+    program = (
+        "sys.modules['triton'] = None; from fusedmoe.kernels import launchers, network, operator, "
+        "registered, self_test, words; "
+    )
     assert said_by(built, program + "print(launchers.launcher('cuda').__name__.split('.')[-1])") == "launch_cuda"
 
 

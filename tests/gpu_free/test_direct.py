@@ -1,4 +1,5 @@
-"""Launches without Triton's search for the compiled kernel: what csrc/triton.cpp hands to the driver is what Triton hands to it, and it knows when not to."""
+"""Launches without Triton's search for the compiled kernel: what csrc/triton.cpp hands to the
+driver is what Triton hands to it, and it knows when not to."""
 
 import importlib.util
 import json
@@ -18,7 +19,8 @@ from fusedmoe.kernels import launch_triton
 ROOT = Path(__file__).parents[2]
 STUB = ROOT / "tests" / "cuda_stub" / "build.py"
 
-# Each direction thrice: Triton, then the operator; then x at an odd address, which is Triton's again. Results are kept, so that addresses differ.
+# Each direction thrice: Triton, then the operator; then x at an odd address, which is Triton's
+# again. Results are kept, so that addresses differ.
 PROGRAM = """
 import os
 import torch
@@ -54,14 +56,26 @@ def stub():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rows", "dtype"), [(16, "bfloat16"), (300, "float32")], ids=["one launch", "a launch a level"])
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(16, "bfloat16"), (300, "float32")], ids=["one launch", "a launch a level"]
+)
 def test_the_driver_is_given_the_same_words(rows, dtype, stub, tmp_path):
-    """The same kernels, grids, shared memory and numbers, launch by launch; of addresses, that there are as many."""
+    """The same kernels, grids, shared memory and numbers, launch by launch; of addresses, that
+    there are as many."""
     log = tmp_path / "launches"
-    environment = {**os.environ, **stub.environment(stub.build(), log), "FUSEDMOE_SELF_TEST": "0", "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    environment = {
+        **os.environ,
+        **stub.environment(stub.build(), log),
+        "FUSEDMOE_SELF_TEST": "0",
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+    }
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM.replace("ROWS", str(rows)).replace("bfloat16", dtype)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", PROGRAM.replace("ROWS", str(rows)).replace("bfloat16", dtype)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["0", "2"], "expected Triton's own launches in the first turn and the last one"
@@ -84,10 +98,18 @@ def compiled(**changed: object) -> SimpleNamespace:
     """A compiled kernel of two arguments and a constant, but for what is changed."""
     kinds = {"x": "*bf16", "B": "i32", "BLOCK": "constexpr", **changed.pop("kinds", {})}
     target = SimpleNamespace(backend=changed.pop("backend", "cuda"), warp_size=32)
-    plain = {"num_ctas": 1, "launch_cooperative_grid": False, "launch_pdl": False, "global_scratch_size": 0, "profile_scratch_size": 0}
+    plain = {
+        "num_ctas": 1,
+        "launch_cooperative_grid": False,
+        "launch_pdl": False,
+        "global_scratch_size": 0,
+        "profile_scratch_size": 0,
+    }
     metadata = SimpleNamespace(**{"num_warps": 4, "shared": 1024, "target": target, **plain, **changed})
     params = [SimpleNamespace(is_constexpr=name == "BLOCK") for name in kinds]
-    return SimpleNamespace(metadata=metadata, function=1 << 40, src=SimpleNamespace(signature=kinds, fn=SimpleNamespace(params=params)))
+    return SimpleNamespace(
+        metadata=metadata, function=1 << 40, src=SimpleNamespace(signature=kinds, fn=SimpleNamespace(params=params))
+    )
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""The kernels as the compiler left them: whole networks in executed PTX, every output and gradient by name, in every dtype and form."""
+"""The kernels as the compiler left them: whole networks in executed PTX, every output and gradient
+by name, in every dtype and form."""
 
 import re
 from functools import cache
@@ -6,7 +7,19 @@ from functools import cache
 import pytest
 import torch
 
-from fusedmoe.testing import Case, Problem, assert_close, bound, build, cases, error, evaluate, expectation, problem, smoothed
+from fusedmoe.testing import (
+    Case,
+    Problem,
+    assert_close,
+    bound,
+    build,
+    cases,
+    error,
+    evaluate,
+    expectation,
+    problem,
+    smoothed,
+)
 
 pytest.importorskip("triton", reason="gpu_free: expected the package triton, which compiles without a device, got none")
 
@@ -73,7 +86,9 @@ def run(one: Problem) -> tuple[dict[str, torch.Tensor | None], dict[str, Counts]
 
 # Tiles of 128 rows, of dtypes that keep a source, on one table.
 LARGE = [("adatt_sp, whole vectors", dtype, "tiles of 128 rows") for dtype in (torch.bfloat16, torch.float16)]
-CALLS = [(name, dtype, form) for name in TABLES for dtype in DTYPES for form in ("a launch a level", "one launch")] + LARGE
+CALLS = [
+    (name, dtype, form) for name in TABLES for dtype in DTYPES for form in ("a launch a level", "one launch")
+] + LARGE
 
 
 @pytest.mark.parametrize(("name", "dtype", "form"), CALLS, ids=["-".join(map(str, call)) for call in CALLS])
@@ -109,14 +124,16 @@ def test_parity_of_every_case(name, dtype, form, monkeypatch):
 
 
 def test_split_numbers_are_those_of_one_sum(monkeypatch):
-    """A gate's gradient lies beside where its first 11 bits change: another last bit of its sum, in another layout, would go with the rest of another."""
+    """A gate's gradient lies beside where its first 11 bits change: another last bit of its sum, in
+    another layout, would go with the rest of another."""
     take("one launch", monkeypatch)
     one = drawn(CASES["adatt-odd"], torch.float32)
     assert_close(run(one)[0], expectation(one))
 
 
 def test_a_wide_product_of_float32():
-    """Tensor cores cut instead of rounding: in one chain of MMAs over all of K, errors of one sign would add up beyond the bound."""
+    """Tensor cores cut instead of rounding: in one chain of MMAs over all of K, errors of one sign
+    would add up beyond the bound."""
     one = drawn(Case(build("mmoe", 512, [[32]], 2, 2), ROWS), torch.float32)
     assert_close(run(one)[0], expectation(one))
 
@@ -137,24 +154,29 @@ def test_tf32_where_the_user_allows_it():
 
 
 def test_every_weight_is_read_once_by_each_block(monkeypatch):
-    """In one launch a block owns its rows: it streams all weights, in whole, and writes its rows of the output."""
+    """In one launch a block owns its rows: it streams all weights, in whole, and writes its rows of
+    the output."""
     take("one launch", monkeypatch)
     one = given("adatt_sp, whole vectors", torch.bfloat16)
     count = run(one)[1]["forward_kernel"]
     assert count.blocks == 2
     experts = {name: tensor for name, tensor in lent(one) if ".experts." in name and name.endswith("weight")}
-    assert experts and {name: count.read[name] for name in experts} == {name: count.blocks * tensor.nbytes for name, tensor in experts.items()}
+    assert experts and {name: count.read[name] for name in experts} == {
+        name: count.blocks * tensor.nbytes for name, tensor in experts.items()
+    }
     assert count.written["out"] == one.d_out.nbytes
 
 
 def test_outputs_of_odd_widths():
-    """What is read begins at multiples of 16 bytes, and the units of the last level do not: their stores are narrower than its loads."""
+    """What is read begins at multiples of 16 bytes, and the units of the last level do not: their
+    stores are narrower than its loads."""
     one = drawn(Case(build("adatt_sp", 96, [[80], [20]], 2, 2), ROWS), torch.bfloat16)
     assert_close(run(one)[0], expectation(one))
 
 
 def test_parameters_at_odd_addresses(monkeypatch):
-    """Views into one buffer, as flattened parameters are: no vector of 16 bytes begins where they do."""
+    """Views into one buffer, as flattened parameters are: no vector of 16 bytes begins where they
+    do."""
     take("one launch", monkeypatch)
     one = given("adatt_sp, whole vectors", torch.bfloat16)
     odd = one._replace(params=tuple(p.new_empty(p.numel() + 1)[1:].view(p.shape).copy_(p) for p in one.params))
@@ -164,7 +186,10 @@ def test_parameters_at_odd_addresses(monkeypatch):
 
 def test_a_parameter_that_is_not_lent_is_out_of_bounds():
     one = given("adatt_sp", torch.bfloat16)
-    with executed.executed(lent(one)[1:]), pytest.raises(KernelFault, match=r"forward \(.*ld\.global.*expected a read of .* inside a buffer"):
+    with (
+        executed.executed(lent(one)[1:]),
+        pytest.raises(KernelFault, match=r"forward \(.*ld\.global.*expected a read of .* inside a buffer"),
+    ):
         evaluate(network, one)
 
 

@@ -1,4 +1,5 @@
-"""The model of times: its FLOPs and bytes against hand counts, against executed code and against eager, its arithmetic, and its tables."""
+"""The model of times: its FLOPs and bytes against hand counts, against executed code and against
+eager, its arithmetic, and its tables."""
 
 import sys
 from math import ceil
@@ -27,7 +28,8 @@ from gpu_launches import Launched
 from tables import replace_between
 
 BF16, LAYER, B = torch.bfloat16, "AdaTT T3m2", 4096
-# Products of its two levels: six experts of 256 x 256 and of 128 x 256; gates of three units over six experts, each level.
+# Products of its two levels: six experts of 256 x 256 and of 128 x 256; gates of three units over
+# six experts, each level.
 EXPERTS = (2 * B * 6 * 256 * 256, 2 * B * 6 * 256 * 128)
 GATES = 2 * B * 3 * 6 * 256
 
@@ -37,7 +39,8 @@ def launches(mode, form=gpu_model.LEVELS, layer=LAYER, rows=B):
 
 
 def test_products_of_a_forward():
-    """3.2 and 1.6 GFLOP of experts. Gates may be computed again for each tile of columns, of which there are at most sixteen."""
+    """3.2 and 1.6 GFLOP of experts. Gates may be computed again for each tile of columns, of which
+    there are at most sixteen."""
     for one, experts in zip(launches("inference"), EXPERTS, strict=True):
         again, rest = divmod(one.products - experts, GATES)
         assert rest == 0 and 1 <= again <= 16
@@ -45,7 +48,8 @@ def test_products_of_a_forward():
 
 
 def test_hidden_layers_are_computed_again_for_each_tile_of_columns():
-    """MMoE T3e8: eight experts of 256 -> 256 -> 128, whose first layer every tile of the last one's columns needs."""
+    """MMoE T3e8: eight experts of 256 -> 256 -> 128, whose first layer every tile of the last one's
+    columns needs."""
     program = inline_hidden(build(SUBJECTS["MMoE T3e8"]).table)
     (one,) = launches("inference", layer="MMoE T3e8")
     columns = ceil(128 / gpu_model.tiles_of(program, B, gpu_model.LEVELS, BF16).columns)
@@ -62,10 +66,18 @@ def test_products_of_a_backward():
 
 
 def test_bytes_of_tensors_once():
-    """x or what stands below, experts and gates with their biases, two static weights a unit, and the units' outputs, in bfloat16."""
+    """x or what stands below, experts and gates with their biases, two static weights a unit, and
+    the units' outputs, in bfloat16."""
     weights = [6 * width * (256 + 1) + 3 * 6 * 256 + 3 * 2 for width in (256, 128)]
-    gate_biases = sum(p.shape[0] for p in build(SUBJECTS[LAYER]).table.parameters if p.name.startswith("levels.0.gates") and p.name.endswith("bias"))
-    expected = [2 * (B * width + weight + gate_biases + 3 * B * out) for width, weight, out in zip((256, 768), weights, (256, 128), strict=True)]
+    gate_biases = sum(
+        p.shape[0]
+        for p in build(SUBJECTS[LAYER]).table.parameters
+        if p.name.startswith("levels.0.gates") and p.name.endswith("bias")
+    )
+    expected = [
+        2 * (B * width + weight + gate_biases + 3 * B * out)
+        for width, weight, out in zip((256, 768), weights, (256, 128), strict=True)
+    ]
     assert [one.once for one in launches("inference")] == expected
 
 
@@ -75,9 +87,12 @@ def test_rows_beyond_the_batch_are_multiplied_too():
     assert all(few.moved < many.moved for few, many in zip(one, full, strict=True))
 
 
-@pytest.mark.parametrize(("most", "rows"), [(0, 80), pytest.param(256, 24, marks=pytest.mark.slow)], ids=["a launch a level", "one launch"])
+@pytest.mark.parametrize(
+    ("most", "rows"), [(0, 80), pytest.param(256, 24, marks=pytest.mark.slow)], ids=["a launch a level", "one launch"]
+)
 def test_a_training_step_moves_the_bytes_of_its_plan(monkeypatch, most, rows):
-    """Vectors and scalars, which do not pass through shared memory, are read by up to as many warps as a program has."""
+    """Vectors and scalars, which do not pass through shared memory, are read by up to as many warps
+    as a program has."""
     monkeypatch.setattr(tiles, "WHOLE_ROWS", most)
     layer = build(SUBJECTS[LAYER], BF16)
     table, program = layer.table, lower(layer.table)
@@ -92,16 +107,22 @@ def test_a_training_step_moves_the_bytes_of_its_plan(monkeypatch, most, rows):
     expected = gpu_launches.forward(program, chosen, rows, 2) + gpu_launches.backward(program, chosen.backward, rows, 2)
     for counts, one in zip(got, expected, strict=True):
         read = {name: count for name, count in counts.read.items() if name not in ("plan", "floats", "addresses")}
-        several = sum(count for name, count in read.items() if name in ("p", "dw") or name.startswith("statics.") or name.endswith("bias"))
+        several = sum(
+            count
+            for name, count in read.items()
+            if name in ("p", "dw") or name.startswith("statics.") or name.endswith("bias")
+        )
         most_moved = sum(read.values()) + counts.written.total()
         assert most_moved - several * (1 - 1 / chosen.warps) <= one.moved <= most_moved, one.name
 
 
 def test_launches_against_eagers_operators():
-    """AdaTT T3m2: 48 operators forward and 167 with backward, views left out, against 2 and 8 launches; with towers 1 and at most 3 more.
+    """AdaTT T3m2: 48 operators forward and 167 with backward, views left out, against 2 and 8
+    launches; with towers 1 and at most 3 more.
 
-    Of the 167, 66 are products (18 addmm, 36 mm, 12 bmm), 20 add gradients up, 19 sum those of biases and static weights, and 18 are the backward of
-    select, which writes zeros around a slot's gradient. They are torch's choice: another version may have others.
+    Of the 167, 66 are products (18 addmm, 36 mm, 12 bmm), 20 add gradients up, 19 sum those of
+    biases and static weights, and 18 are the backward of select, which writes zeros around a slot's
+    gradient. They are torch's choice: another version may have others.
     """
     assert gpu_model.counted(LAYER, "inference", 16, BF16).count == 48
     assert gpu_model.counted(LAYER, "training step", 16, BF16).count == 167
@@ -119,14 +140,18 @@ def test_eagers_bytes_are_linear_in_the_rows():
         assert gpu_model.eager_of(LAYER, mode, 48, BF16) == gpu_model.counted(LAYER, mode, 48, BF16)
 
 
-@pytest.mark.parametrize(("programs", "sms", "share"), [(1, 132, 1 / 132), (132, 132, 1), (133, 132, 133 / 264), (264, 132, 1), (80, 108, 80 / 108)])
+@pytest.mark.parametrize(
+    ("programs", "sms", "share"),
+    [(1, 132, 1 / 132), (132, 132, 1), (133, 132, 133 / 264), (264, 132, 1), (80, 108, 80 / 108)],
+)
 def test_fill(programs, sms, share):
     assert gpu_model.fill(programs, sms) == share
 
 
 @pytest.mark.parametrize("resident", [1, 2, 3])
 def test_programs_that_share_an_sm_change_nothing(resident):
-    """Full waves of r programs an SM, and a last one whose programs spread: the fullest SM has ceil(programs / SMs) of them."""
+    """Full waves of r programs an SM, and a last one whose programs spread: the fullest SM has
+    ceil(programs / SMs) of them."""
     sms = 108
     for programs in range(1, 1000):
         waves, rest = divmod(programs, sms * resident)
@@ -134,7 +159,8 @@ def test_programs_that_share_an_sm_change_nothing(resident):
 
 
 def test_each_wall_by_hand():
-    """On 66 of H100's 132 SMs: 989 TFLOP/s of which 0.8 is reached, 0.63 of that in narrow tiles; the memories are everybody's."""
+    """On 66 of H100's 132 SMs: 989 TFLOP/s of which 0.8 is reached, 0.63 of that in narrow tiles;
+    the memories are everybody's."""
     gpu = gpu_model.GPUS["H100"]
     one = Launched("", 66, 64, 989 * 10**6, 67 * 10**6, 335 * 10**4, 55 * 10**5)
     expected = {"products": 2.5e-6, "mixes": 2e-6, "HBM": 1e-6, "L2": 1e-6, "intake": 55e5 / (66 * 100e9)}
@@ -150,7 +176,10 @@ def test_more_rows_never_take_less_time(layer):
     for mode in gpu_model.MODES:
         for form in gpu_model.FORMS:
             for gpu in gpu_model.GPUS.values():
-                times = [gpu_model.time_of(launches(mode, form, layer, rows), gpu, BF16, 0.0).seconds for rows in gpu_model.ROWS]
+                times = [
+                    gpu_model.time_of(launches(mode, form, layer, rows), gpu, BF16, 0.0).seconds
+                    for rows in gpu_model.ROWS
+                ]
                 assert times == sorted(times)
 
 

@@ -1,4 +1,5 @@
-"""Each mutant of `mutants.py` makes its test fail in the way that is expected, in a copy of the package whose kernels have that mutant and no other."""
+"""Each mutant of `mutants.py` makes its test fail in the way that is expected, in a copy of the
+package whose kernels have that mutant and no other."""
 
 import os
 import re
@@ -38,7 +39,8 @@ def copy(tmp_path) -> Path:
 
 
 def run(folder: Path, rung: str, tests: list[str]) -> tuple[int, str]:
-    """Run tests of a copy in a process of their own, which decides whether Triton interprets; return its status and what it said."""
+    """Run tests of a copy in a process of their own, which decides whether Triton interprets;
+    return its status and what it said."""
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:benchmark", "-m", "", *tests]
     environment = {**os.environ, "PYTHONPATH": str(folder), "TRITON_INTERPRET": str(int(rung == INTERPRETED))}
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -57,7 +59,8 @@ def test_a_mutant_is_found(name, copy):
     path = copy / "fusedmoe" / "kernels" / mutant.file
     path.write_text(mutated(path.read_text(), mutant.pattern, mutant.instead))
     status, said = run(copy, mutant.rung, [mutant.test])
-    # A process that a wild access ends has a negative status; one that pytest cannot run, or that finds no test, has another one.
+    # A process that a wild access ends has a negative status; one that pytest cannot run, or that
+    # finds no test, has another one.
     assert status < 0 or status == 1, said
     assert re.search(mutant.finds, said), said
 

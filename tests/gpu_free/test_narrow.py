@@ -1,4 +1,5 @@
-"""Networks that are narrower than those of the budgets: their sources are one tile of products, which is other code."""
+"""Networks that are narrower than those of the budgets: their sources are one tile of products,
+which is other code."""
 
 import pytest
 import torch
@@ -21,8 +22,15 @@ TABLES = {
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_narrow_networks_compile_without_local_memory(table):
     """Triton 3.6 crashed on each of them for sm_90, from 257 rows on."""
-    found = {variant: None for rows in (300, 4096) for training in (False, True) for variant in variants(table, torch.bfloat16, rows, training)}
+    found = {
+        variant: None
+        for rows in (300, 4096)
+        for training in (False, True)
+        for variant in variants(table, torch.bfloat16, rows, training)
+    }
     for variant in found:
-        compiled = compile_for(kernel_of(variant), dict(variant.signature), dict(variant.constants), "sm_90", variant.warps)
+        compiled = compile_for(
+            kernel_of(variant), dict(variant.signature), dict(variant.constants), "sm_90", variant.warps
+        )
         assert compiled.stack == 0, (variant.kernel, dict(variant.constants))
     assert {variant.kernel for variant in found} >= {"forward", "backward_rows", "gradients"}

@@ -1,4 +1,5 @@
-"""The PTX executor, instruction by instruction, on hand-written kernels: values against exact arithmetic, and each fault caught."""
+"""The PTX executor, instruction by instruction, on hand-written kernels: values against exact
+arithmetic, and each fault caught."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ LANES = np.arange(WARP)
 
 
 def draw(dtype, seed: int) -> np.ndarray:
-    """Numbers of a type: of all bits for integers; floats of many sizes, the special ones among them."""
+    """Numbers of a type: of all bits for integers; floats of many sizes, the special ones among
+    them."""
     generator = np.random.default_rng(seed)
     if np.issubdtype(dtype, np.integer):
         info = np.iinfo(dtype)
@@ -125,12 +127,17 @@ def nearest(value: Fraction) -> np.float32:
 
 
 def test_fma_rounds_once():
-    """Sums whose float64 lies on the middle between two numbers of float32, which a second rounding would mistake."""
+    """Sums whose float64 lies on the middle between two numbers of float32, which a second rounding
+    would mistake."""
     a, b = np.full(WARP, 1 + 2.0**-12, F32), np.full(WARP, 1 + 2.0**-12, F32)
     # a b = 1 + 2^-11 + 2^-24, the middle; a tiny c decides.
     c = np.array([2.0**-80, -(2.0**-80), 0, 2.0**-30] * 8, F32)
     a[16:], b[16:] = draw(F32, 1)[16:], draw(F32, 2)[16:]
-    a[8:12], b[8:12], c[8:12] = 2.0**-70, [2.0**-70, 2.0**-79, 2.0**-80, 3 * 2.0**-80], [0, 2.0**-149, 2.0**-149, 2.0**-148]
+    a[8:12], b[8:12], c[8:12] = (
+        2.0**-70,
+        [2.0**-70, 2.0**-79, 2.0**-80, 3 * 2.0**-80],
+        [0, 2.0**-149, 2.0**-149, 2.0**-148],
+    )
     fused = lanewise("fma.rn.f32 {x}, {a}, {b}, {c};", F32, a, b, c)
     for row in zip(fused, a, b, c, strict=True):
         if np.isfinite(row).all():
@@ -210,7 +217,11 @@ def middles(dtype: torch.dtype) -> np.ndarray:
     """float32 numbers around the middles between neighbours of a narrower type, and special ones."""
     generator = torch.Generator().manual_seed(0)
     low = torch.randn(WARP, generator=generator).to(dtype)
-    high = torch.nextafter(low.float(), torch.tensor(9.0)) if dtype == torch.float32 else (low.view(torch.int16) + 1).view(dtype)
+    high = (
+        torch.nextafter(low.float(), torch.tensor(9.0))
+        if dtype == torch.float32
+        else (low.view(torch.int16) + 1).view(dtype)
+    )
     middle = ((low.double() + high.double()) / 2).float().numpy()
     middle[8:16] = np.nextafter(middle[8:16], np.float32(9))
     middle[16:24] = np.nextafter(middle[16:24], np.float32(-9))
@@ -230,15 +241,21 @@ def test_conversions_between_floats(name, dtype):
 
 
 def test_tf32_rounds_half_away_from_zero():
-    values = np.array([1 + 2.0**-11, -1 - 2.0**-11, 1 + 2.0**-11 - 2.0**-20, np.inf, np.nan, 0, 3.0, 1 + 2.0**-10] * 4, F32)
+    values = np.array(
+        [1 + 2.0**-11, -1 - 2.0**-11, 1 + 2.0**-11 - 2.0**-20, np.inf, np.nan, 0, 3.0, 1 + 2.0**-10] * 4, F32
+    )
     ours = lanewise("cvt.rna.tf32.f32 {x}, {a};", F32, values)
-    assert np.array_equal(ours[:8], np.array([1 + 2.0**-10, -1 - 2.0**-10, 1, np.inf, np.nan, 0, 3, 1 + 2.0**-10], F32), equal_nan=True)
+    assert np.array_equal(
+        ours[:8], np.array([1 + 2.0**-10, -1 - 2.0**-10, 1, np.inf, np.nan, 0, 3, 1 + 2.0**-10], F32), equal_nan=True
+    )
 
 
 @pytest.mark.parametrize(("name", "exact"), [("rzi", np.trunc), ("rni", np.rint), ("rmi", np.floor), ("rpi", np.ceil)])
 def test_conversions_to_integers(name, exact):
     values = np.array([0.5, 1.5, -0.5, -2.5, 3e9, -3e9, np.nan, 7.9] * 4, F32)
-    expected = np.where(np.isnan(values), 0, np.clip(exact(values.astype(np.float64)), -(2.0**31), 2.0**31 - 1)).astype(S32)
+    expected = np.where(np.isnan(values), 0, np.clip(exact(values.astype(np.float64)), -(2.0**31), 2.0**31 - 1)).astype(
+        S32
+    )
     assert np.array_equal(lanewise(f"cvt.{name}.s32.f32 {{x}}, {{a}};", S32, values), expected)
     assert np.array_equal(lanewise("cvt.rn.f32.s32 {x}, {a};", F32, draw(S32, 5)), draw(S32, 5).astype(F32))
 
@@ -259,7 +276,8 @@ def test_shuffles():
 
 
 def test_threads_that_branch_apart_meet_again():
-    """Thread i adds i in a loop of i turns, odd threads by another way; behind it all meet at a barrier."""
+    """Thread i adds i in a loop of i turns, odd threads by another way; behind it all meet at a
+    barrier."""
     out = aligned(WARP, U32)
     body = """
         mov.b32 %r1, 0; mov.b32 %r2, 0; and.b32 %r3, %r0, 1; setp.ne.s32 %p2, %r3, 0;
@@ -299,7 +317,9 @@ def test_a_branch_by_an_index():
 
 
 def test_a_text_is_read():
-    kernel = parse(module("$L_a: { .reg .b16 %c; mov.b16 %c, 0x8000U; }\n\t.loc 1 2 3\n\t@!%p1 bra $L_a; // comment", 2))
+    kernel = parse(
+        module("$L_a: { .reg .b16 %c; mov.b16 %c, 0x8000U; }\n\t.loc 1 2 3\n\t@!%p1 bra $L_a; // comment", 2)
+    )
     assert kernel.name == "probe" and kernel.threads == WARP and kernel.labels == {"$L_a": 3}
     assert kernel.parameters == (("u64", "probe_param_0"), ("u64", "probe_param_1"))
     assert str(kernel.instructions[4]) == "@!%p1 bra $L_a" and kernel.registers["%c"] == 16
@@ -326,13 +346,28 @@ def test_what_is_unknown_is_named(body, message):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("ld.global.b32 %r1, [%d0+128];", r"read of 4 bytes inside a buffer, got 32 lanes outside, one at byte 128 of buffer 0 \(128 bytes\)"),
-        ("mad.wide.u32 %d9, %r0, 4, %d0; st.global.b32 [%d9+-4], %r1;", "write of 4 bytes inside a buffer, got 1 lanes outside, one at byte -4"),
+        (
+            "ld.global.b32 %r1, [%d0+128];",
+            r"read of 4 bytes inside a buffer, got 32 lanes outside, one at byte 128 of buffer 0 \(128 bytes\)",
+        ),
+        (
+            "mad.wide.u32 %d9, %r0, 4, %d0; st.global.b32 [%d9+-4], %r1;",
+            "write of 4 bytes inside a buffer, got 1 lanes outside, one at byte -4",
+        ),
         ("ld.global.v2.b32 {%r1, %r2}, [%d0+4];", "byte 4 of buffer 0 .*: expected a read at a multiple of 8 bytes"),
-        ("ld.shared.b32 %r1, [global_smem+64];", "shared memory: expected a read of 4 bytes inside its 64, got one at byte 64"),
+        (
+            "ld.shared.b32 %r1, [global_smem+64];",
+            "shared memory: expected a read of 4 bytes inside its 64, got one at byte 64",
+        ),
         ("st.shared.v4.b32 [%r0], {%r1, %r1, %r1, %r1};", "shared memory: expected a write of 16 bytes at a multiple"),
-        ("setp.lt.s32 %p1, %r0, 5; @%p1 bra $L_a; bar.sync 0; $L_a:", "expected all threads at the barrier, got 5 elsewhere"),
-        ("setp.lt.s32 %p1, %r0, 5; @%p1 shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;", "expected whole warps, got one of 5 lanes"),
+        (
+            "setp.lt.s32 %p1, %r0, 5; @%p1 bra $L_a; bar.sync 0; $L_a:",
+            "expected all threads at the barrier, got 5 elsewhere",
+        ),
+        (
+            "setp.lt.s32 %p1, %r0, 5; @%p1 shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1;",
+            "expected whole warps, got one of 5 lanes",
+        ),
         ("setp.lt.s32 %p1, %r0, 5; @%p1 cp.async.commit_group;", "commit and wait together"),
     ],
 )

@@ -19,7 +19,8 @@ from .ptx import Counts
 _SPEC = importlib.util.spec_from_file_location("roofline", Path(__file__).parent.parent.parent / "bench/roofline.py")
 roofline = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(roofline)
-# Rows up to which a call is one launch, from which a tile has 128, and of the call: tiles of 16, 64 and 128 rows.
+# Rows up to which a call is one launch, from which a tile has 128, and of the call: tiles of 16, 64
+# and 128 rows.
 SIZES = {16: (128, 4096, 16), 64: (0, 4096, 64), 128: (0, 128, 128)}
 # Layers, and whether one x is expanded to all slots; that of MMoE has one.
 CALLS = {
@@ -33,7 +34,9 @@ FLOOR = 0.4
 
 
 @pytest.mark.parametrize("rows", SIZES)
-@pytest.mark.parametrize("call", [call if "adatt" in call else pytest.param(call, marks=pytest.mark.slow) for call in CALLS])
+@pytest.mark.parametrize(
+    "call", [call if "adatt" in call else pytest.param(call, marks=pytest.mark.slow) for call in CALLS]
+)
 def test_the_forward_moves_the_bytes_of_its_plan(call, rows, monkeypatch):
     """To the byte, tensor by tensor, of the PTX for sm_80."""
     name, expanded = CALLS[call]
@@ -43,18 +46,23 @@ def test_the_forward_moves_the_bytes_of_its_plan(call, rows, monkeypatch):
     layer = build(SUBJECTS[name], torch.bfloat16)
     table = layer.table
     program = of_one_slot(inline_hidden(table)) if expanded else inline_hidden(table)
-    x = torch.randn(batch, 1 if expanded else table.slots, table.width, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    x = torch.randn(batch, 1 if expanded else table.slots, table.width, generator=torch.Generator().manual_seed(0)).to(
+        torch.bfloat16
+    )
     lent = [(parameter.name, tensor.detach()) for parameter, tensor in zip(table.parameters, layer.params, strict=True)]
     with executed(lent) as kernels:
         network.forward(x.expand(batch, table.slots, table.width), [tensor for _, tensor in lent], table, False, False)
     got = sum(kernels["forward_kernel"].launches, Counts())
     expected = roofline.traffic(program, tiles.choose(program, torch.bfloat16, batch, "sm_80"), batch, 2)
     assert got.written == expected.written
-    assert {name: count for name, count in got.read.items() if name not in ("plan", "floats", "addresses")} == expected.read
+    assert {
+        name: count for name, count in got.read.items() if name not in ("plan", "floats", "addresses")
+    } == expected.read
 
 
 def test_the_forward_moves_less_than_eager():
-    """AdaTT T3m2 in bfloat16 at 4,096 rows, whose x callers expand to its slots: at most 0.4 of the bytes of eager's operators."""
+    """AdaTT T3m2 in bfloat16 at 4,096 rows, whose x callers expand to its slots: at most 0.4 of the
+    bytes of eager's operators."""
     case = roofline.case("AdaTT T3m2")
     assert (case.tiles.rows, case.tiles.columns) == (128, 64)
     assert case.programs.total <= FLOOR * case.eager

@@ -1,4 +1,5 @@
-"""`make gpu` run once, on the stub of CUDA's driver, in an environment from which no package registry can be reached."""
+"""`make gpu` run once, on the stub of CUDA's driver, in an environment from which no package
+registry can be reached."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent.parent
-# What stands for the tools of NVIDIA that watch a process: they run it, and say what the real ones say of a sound one.
+# What stands for the tools of NVIDIA that watch a process: they run it, and say what the real ones
+# say of a sound one.
 SANITIZER = """#!/usr/bin/env bash
 while [[ $1 == -* || $1 == memcheck || $1 == racecheck || $1 == all ]]; do tool=$1; shift; done
 "$@" || exit
@@ -35,7 +37,10 @@ echo '"3","backward_rows","41.5","15.0","32"'
 """
 # Not a link: a virtual environment's Python finds its packages by the place that it is called at.
 PYTHON = f'#!/usr/bin/env bash\nexec {sys.executable} "$@"\n'
-PIP = "from pathlib import Path\n\nPath(__file__).with_name('called').touch()\nraise SystemExit('a rehearsal calls no pip')\n"
+PIP = (
+    "from pathlib import Path\n\nPath(__file__).with_name('called').touch()\nraise SystemExit('a "
+    "rehearsal calls no pip')\n"
+)
 
 
 def stub():
@@ -47,14 +52,16 @@ def stub():
 
 
 def offline() -> list[str]:
-    """What in front of a command takes the network away from it, where this user may: elsewhere pip's absence must do."""
+    """What in front of a command takes the network away from it, where this user may: elsewhere
+    pip's absence must do."""
     command = ["unshare", "--net", "true"]
     may = shutil.which("unshare") and subprocess.run(command, capture_output=True).returncode == 0
     return command[:-1] if may else []
 
 
 class Rehearsal(NamedTuple):
-    """What `make gpu` left: its status, the JSON, the launches, the folder of both, and the environment that it ran in."""
+    """What `make gpu` left: its status, the JSON, the launches, the folder of both, and the
+    environment that it ran in."""
 
     status: int
     said: str
@@ -73,25 +80,48 @@ class Rehearsal(NamedTuple):
 
 
 def make(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([*offline(), "make", "-C", str(ROOT), *words], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [*offline(), "make", "-C", str(ROOT), *words], capture_output=True, text=True, env=environment
+    )
 
 
 def environment_of(folder: Path) -> dict[str, str]:
-    """The environment of a session on a machine with a device: a Python on the path, no virtual environment that is active, no registry."""
+    """The environment of a session on a machine with a device: a Python on the path, no virtual
+    environment that is active, no registry."""
     built = stub()
     library = built.build()
     tools = folder / "bin"
     (folder / "site/pip").mkdir(parents=True)
     (folder / "site/pip/__main__.py").write_text(PIP)
     tools.mkdir()
-    for name, text in (("compute-sanitizer", SANITIZER), ("ncu", NCU), ("pip", "#!/usr/bin/env bash\npython3 -m pip\n"), ("python3", PYTHON)):
+    for name, text in (
+        ("compute-sanitizer", SANITIZER),
+        ("ncu", NCU),
+        ("pip", "#!/usr/bin/env bash\npython3 -m pip\n"),
+        ("python3", PYTHON),
+    ):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    result = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "MAKEFLAGS", "GPU_CASES")}
+    result = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME", "MAKEFLAGS", "GPU_CASES")
+    }
     result |= built.environment(library, folder / "launches.jsonl")
-    result |= {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(folder / "site"), "PIP_NO_INDEX": "1"}
-    # Every tensor in memory of its own, so that an address of one that is gone shows. What cannot pass here does not stop what stands behind it.
-    result |= {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "FUSEDMOE_SELF_TEST": "0", "GPU_CASES": "few", "GPU_PATIENCE": "10", "STUB_CUDA_BRIEF": "1"}
+    result |= {
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(folder / "site"),
+        "PIP_NO_INDEX": "1",
+    }
+    # Every tensor in memory of its own, so that an address of one that is gone shows. What cannot
+    # pass here does not stop what stands behind it.
+    result |= {
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+        "FUSEDMOE_SELF_TEST": "0",
+        "GPU_CASES": "few",
+        "GPU_PATIENCE": "10",
+        "STUB_CUDA_BRIEF": "1",
+    }
     result.setdefault("FUSEDMOE_BUILD", "cpu")
     if (wrapper := library.parent / "nvcc").exists():
         result["NVCC"] = str(wrapper)
@@ -107,4 +137,11 @@ def rehearsed(tmp_path_factory) -> Rehearsal:
     done = make(environment, "gpu", f"GPU_JSON={folder / 'gpu.json'}")
     print(done.stdout[-5000:], done.stderr[-5000:])
     launches = [json.loads(line) for line in (folder / "launches.jsonl").read_text().splitlines()]
-    return Rehearsal(done.returncode, done.stdout + done.stderr, json.loads((folder / "gpu.json").read_text()), launches, folder, environment)
+    return Rehearsal(
+        done.returncode,
+        done.stdout + done.stderr,
+        json.loads((folder / "gpu.json").read_text()),
+        launches,
+        folder,
+        environment,
+    )

@@ -58,7 +58,9 @@ class AdaTTSp(nn.Module):
         width = input_dim
         for arch in expert_out_dims:
             self.experts.append(experts_of(self.total_experts_per_layer, width, arch, activation))
-            self.gate_weights.append(nn.ModuleList(softmax_gate(width, self.total_experts_per_layer) for _ in range(num_tasks)))
+            self.gate_weights.append(
+                nn.ModuleList(softmax_gate(width, self.total_experts_per_layer) for _ in range(num_tasks))
+            )
             if self_exp_res_connect and num_task_experts > 1:
                 static.append(static_weights(num_tasks, num_task_experts))
             width = arch[-1]
@@ -67,7 +69,9 @@ class AdaTTSp(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         slots = inputs
         for level, (experts, gates) in enumerate(zip(self.experts, self.gate_weights, strict=True)):
-            outputs = torch.stack([expert(slots[:, e // self.num_task_experts]) for e, expert in enumerate(experts)], dim=1)  # [B, E, H]
+            outputs = torch.stack(
+                [expert(slots[:, e // self.num_task_experts]) for e, expert in enumerate(experts)], dim=1
+            )  # [B, E, H]
             weights = torch.stack([gate(slots[:, t]) for t, gate in enumerate(gates)], dim=1)  # [B, T, E]
             slots = torch.bmm(weights, outputs)  # [B, T, H]
             if self.self_exp_res_connect and self.num_task_experts > 1:
@@ -121,8 +125,15 @@ class AdaTT(nn.Module):
         require_counts(input_dim=input_dim, num_tasks=num_tasks)
         require_levels("expert_out_dims", expert_out_dims)
         if (num_task_experts is None) == (num_task_expert_list is None):
-            raise ValueError("num_task_experts, num_task_expert_list: expected one of them, got " + ("neither" if num_task_experts is None else "both"))
-        given = {"num_task_experts": num_task_experts} if num_task_expert_list is None else {"num_task_expert_list": num_task_expert_list}
+            raise ValueError(
+                "num_task_experts, num_task_expert_list: expected one of them, got "
+                + ("neither" if num_task_experts is None else "both")
+            )
+        given = (
+            {"num_task_experts": num_task_experts}
+            if num_task_expert_list is None
+            else {"num_task_expert_list": num_task_expert_list}
+        )
         counts = counts_per_task(num_tasks, **given)
         if sum(counts) + require_integer(num_shared_experts, "num_shared_experts") == 0:
             raise ValueError("num_task_experts, num_shared_experts: expected at least one expert, got none")
@@ -139,16 +150,22 @@ class AdaTT(nn.Module):
         for level, arch in enumerate(expert_out_dims):
             units = num_tasks + (level < levels - 1)
             self.experts.append(experts_of(self.total_experts_per_layer, width, arch, activation))
-            self.gate_weights.append(nn.ModuleList(softmax_gate(width, self.total_experts_per_layer) for _ in range(units)))
+            self.gate_weights.append(
+                nn.ModuleList(softmax_gate(width, self.total_experts_per_layer) for _ in range(units))
+            )
             width = arch[-1]
         learned = self_exp_res_connect and set(self.num_expert_list) != {1}
         depths = [*[levels] * num_tasks, levels - 1] if learned else []
-        self.self_exp_weights = nn.ParameterList(static_weights(depth, count) for depth, count in zip(depths, self.num_expert_list, strict=False))
+        self.self_exp_weights = nn.ParameterList(
+            static_weights(depth, count) for depth, count in zip(depths, self.num_expert_list, strict=False)
+        )
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         slots = inputs
         for level, (experts, gates) in enumerate(zip(self.experts, self.gate_weights, strict=True)):
-            outputs = torch.stack([expert(slots[:, owner]) for owner, expert in zip(self.expert_input_idx, experts, strict=True)], dim=1)  # [B, E, H]
+            outputs = torch.stack(
+                [expert(slots[:, owner]) for owner, expert in zip(self.expert_input_idx, experts, strict=True)], dim=1
+            )  # [B, E, H]
             # Without shared experts nothing reads the shared unit.
             units = list(gates)[: self.num_tasks + (self.num_expert_list[-1] > 0)]
             weights = torch.stack([gate(slots[:, u]) for u, gate in enumerate(units)], dim=1)  # [B, U, E]

@@ -72,11 +72,22 @@ def _flat(configs: MtlConfigs) -> list[int]:
 
 
 def _adatt_sp(input_dim: int, configs: MtlConfigs, tasks: ArchInputs) -> nn.Module:
-    return AdaTTSp(input_dim, configs.expert_out_dims, tasks.num_task, configs.num_task_experts, configs.self_exp_res_connect, tasks.activation_type)
+    return AdaTTSp(
+        input_dim,
+        configs.expert_out_dims,
+        tasks.num_task,
+        configs.num_task_experts,
+        configs.self_exp_res_connect,
+        tasks.activation_type,
+    )
 
 
 def _adatt(input_dim: int, configs: MtlConfigs, tasks: ArchInputs) -> nn.Module:
-    counts = [configs.num_task_experts] * tasks.num_task if isinstance(configs.num_task_experts, int) else configs.num_task_experts
+    counts = (
+        [configs.num_task_experts] * tasks.num_task
+        if isinstance(configs.num_task_experts, int)
+        else configs.num_task_experts
+    )
     return AdaTT(
         input_dim,
         configs.expert_out_dims,
@@ -89,11 +100,25 @@ def _adatt(input_dim: int, configs: MtlConfigs, tasks: ArchInputs) -> nn.Module:
 
 
 def _ple(input_dim: int, configs: MtlConfigs, tasks: ArchInputs) -> nn.Module:
-    return PLE(input_dim, configs.expert_out_dims, tasks.num_task, configs.num_task_experts, configs.num_shared_experts, tasks.activation_type)
+    return PLE(
+        input_dim,
+        configs.expert_out_dims,
+        tasks.num_task,
+        configs.num_task_experts,
+        configs.num_shared_experts,
+        tasks.activation_type,
+    )
 
 
 def _cgc(input_dim: int, configs: MtlConfigs, tasks: ArchInputs) -> nn.Module:
-    return CGC(input_dim, _flat(configs), tasks.num_task, configs.num_task_experts, configs.num_shared_experts, tasks.activation_type)
+    return CGC(
+        input_dim,
+        _flat(configs),
+        tasks.num_task,
+        configs.num_task_experts,
+        configs.num_shared_experts,
+        tasks.activation_type,
+    )
 
 
 def _cross_stitch(input_dim: int, configs: MtlConfigs, tasks: ArchInputs) -> nn.Module:
@@ -103,7 +128,14 @@ def _cross_stitch(input_dim: int, configs: MtlConfigs, tasks: ArchInputs) -> nn.
 def _ml_mmoe(input_dim: int, configs: MtlConfigs, tasks: ArchInputs) -> nn.Module:
     require_counts(num_shared_experts=configs.num_shared_experts)
     gate_archs = [[] for _ in configs.expert_out_dims]
-    return MLMMoE(input_dim, configs.expert_out_dims, gate_archs, tasks.num_task, configs.num_shared_experts, tasks.activation_type)
+    return MLMMoE(
+        input_dim,
+        configs.expert_out_dims,
+        gate_archs,
+        tasks.num_task,
+        configs.num_shared_experts,
+        tasks.activation_type,
+    )
 
 
 def _omoe(input_dim: int, configs: MtlConfigs, tasks: ArchInputs) -> nn.Module:
@@ -176,7 +208,10 @@ class CentralTaskArch(nn.Module):
         self.mtl_arch = backbone.build(input_dim, mtl_configs, opts)
         width = backbone.outputs * mtl_configs.expert_out_dims[-1][-1]
         last = [width, *opts.task_mlp][-1]
-        self.task_modules = nn.ModuleList(nn.Sequential(MLP(width, opts.task_mlp, opts.activation_type), nn.Linear(last, 1)) for _ in range(opts.num_task))
+        self.task_modules = nn.ModuleList(
+            nn.Sequential(MLP(width, opts.task_mlp, opts.activation_type), nn.Linear(last, 1))
+            for _ in range(opts.num_task)
+        )
 
     def forward(self, task_arch_input: torch.Tensor) -> list[torch.Tensor]:
         extra_slots = BACKBONES[self.mtl_model].extra_slots

@@ -27,7 +27,13 @@ class CrossStitch(nn.Module):
     Source: Misra et al., CVPR 2016, equation 1; MMoE, section 6.1.
     """
 
-    def __init__(self, input_dim: int, expert_archs: Sequence[Sequence[int]], num_tasks: int, activation: str | Activation = "RELU") -> None:
+    def __init__(
+        self,
+        input_dim: int,
+        expert_archs: Sequence[Sequence[int]],
+        num_tasks: int,
+        activation: str | Activation = "RELU",
+    ) -> None:
         super().__init__()
         require_counts(input_dim=input_dim, num_tasks=num_tasks)
         require_levels("expert_archs", expert_archs)

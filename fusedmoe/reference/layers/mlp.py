@@ -43,7 +43,9 @@ class MLP(nn.Module):
     Raises: ValueError, TypeError for a width or an activation that is none.
     """
 
-    def __init__(self, input_dim: int, mlp_arch: Sequence[int], activation: str | Activation = "RELU", bias: bool = True) -> None:
+    def __init__(
+        self, input_dim: int, mlp_arch: Sequence[int], activation: str | Activation = "RELU", bias: bool = True
+    ) -> None:
         super().__init__()
         require_counts(input_dim=input_dim)
         require_widths("mlp_arch", mlp_arch, least=0)
@@ -76,15 +78,25 @@ def require_counts(**counts: int) -> None:
 def require_widths(what: str, widths: Sequence[int], least: int = 1) -> None:
     """Raise ValueError unless `widths` lists at least `least` layer widths."""
     if isinstance(widths, str) or not isinstance(widths, Sequence) or len(widths) < least:
-        raise ValueError(f"{what}: expected a list of {'layer widths' if least else 'layer widths or none'}, as in [256, 128], got {widths!r}")
+        raise ValueError(
+            f"{what}: expected a list of {'layer widths' if least else 'layer widths or none'}, as in [256, "
+            f"128], got {widths!r}"
+        )
     for i, width in enumerate(widths):
         require_integer(width, f"{what}[{i}]", 1)
 
 
 def require_levels(what: str, levels: Sequence[Sequence[int]]) -> None:
     """Raise ValueError unless `levels` lists the layer widths of at least one level."""
-    if isinstance(levels, str) or not isinstance(levels, Sequence) or not levels or not all(isinstance(widths, Sequence) and widths for widths in levels):
-        raise ValueError(f"{what}: expected the layer widths of at least one level, as in [[256], [128]], got {levels!r}")
+    if (
+        isinstance(levels, str)
+        or not isinstance(levels, Sequence)
+        or not levels
+        or not all(isinstance(widths, Sequence) and widths for widths in levels)
+    ):
+        raise ValueError(
+            f"{what}: expected the layer widths of at least one level, as in [[256], [128]], got {levels!r}"
+        )
     for level, widths in enumerate(levels):
         require_widths(f"{what}[{level}]", widths)
 

@@ -42,7 +42,9 @@ class MLMMoE(nn.Module):
         require_counts(input_dim=input_dim, num_tasks=num_tasks, num_experts=num_experts)
         require_levels("expert_archs", expert_archs)
         if isinstance(gate_archs, str) or not isinstance(gate_archs, Sequence) or len(gate_archs) != len(expert_archs):
-            raise ValueError(f"gate_archs: expected one list for each of {len(expert_archs)} levels, got {gate_archs!r}")
+            raise ValueError(
+                f"gate_archs: expected one list for each of {len(expert_archs)} levels, got {gate_archs!r}"
+            )
         for level, widths in enumerate(gate_archs):
             require_widths(f"gate_archs[{level}]", widths, least=0)
         self.num_layers = len(expert_archs)
@@ -54,7 +56,9 @@ class MLMMoE(nn.Module):
         for level, (expert_arch, gate_arch) in enumerate(zip(expert_archs, gate_archs, strict=True)):
             units = num_tasks if level == self.num_layers - 1 else num_experts
             self.experts.append(experts_of(num_experts, width, expert_arch, activation))
-            self.gates.append(nn.ModuleList(hidden_gate(input_dim, gate_arch, num_experts, activation) for _ in range(units)))
+            self.gates.append(
+                nn.ModuleList(hidden_gate(input_dim, gate_arch, num_experts, activation) for _ in range(units))
+            )
             width = expert_arch[-1]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -119,4 +123,6 @@ class OMoE(MMoE):
 
 def hidden_gate(input_dim: int, hidden: Sequence[int], experts: int, activation: str | Activation) -> nn.Sequential:
     """Return the gate softmax(G MLP(x) + c) over so many experts."""
-    return nn.Sequential(MLP(input_dim, hidden, activation), nn.Linear([input_dim, *hidden][-1], experts), nn.Softmax(dim=-1))
+    return nn.Sequential(
+        MLP(input_dim, hidden, activation), nn.Linear([input_dim, *hidden][-1], experts), nn.Softmax(dim=-1)
+    )

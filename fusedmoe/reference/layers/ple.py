@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from fusedmoe.activation import Activation
-from fusedmoe.reference.layers.mlp import counts_per_task, experts_of, require_counts, require_levels, require_widths, softmax_gate
+from fusedmoe.reference.layers.mlp import (
+    counts_per_task,
+    experts_of,
+    require_counts,
+    require_levels,
+    require_widths,
+    softmax_gate,
+)
 from fusedmoe.validation import require_integer
 
 
@@ -65,12 +72,18 @@ class PLE(nn.Module):
             self.gate_weights.append(nn.ModuleList(softmax_gate(widths[level], count) for count in seen))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        counts = [self.num_task_experts] * self.num_tasks if isinstance(self.num_task_experts, int) else self.num_task_experts
+        counts = (
+            [self.num_task_experts] * self.num_tasks
+            if isinstance(self.num_task_experts, int)
+            else self.num_task_experts
+        )
         groups = [*counts, self.num_shared_experts]
         owners = [owner for owner, count in enumerate(groups) for _ in range(count)]
         slots = inputs.unbind(1)
         for experts, gates in zip(self.experts, self.gate_weights, strict=True):
-            outputs = torch.stack([expert(slots[owner]) for owner, expert in zip(owners, experts, strict=True)], dim=1)  # [B, E, H]
+            outputs = torch.stack(
+                [expert(slots[owner]) for owner, expert in zip(owners, experts, strict=True)], dim=1
+            )  # [B, E, H]
             groups_out = outputs.split(groups, dim=1)
             mixed = []
             for u, gate in enumerate(gates):

@@ -32,7 +32,9 @@ class SharedBottom(nn.Module):
     Source: MMoE, equation 1.
     """
 
-    def __init__(self, input_dim: int, hidden_dims: Sequence[int], num_tasks: int, activation: str | Activation = "RELU") -> None:
+    def __init__(
+        self, input_dim: int, hidden_dims: Sequence[int], num_tasks: int, activation: str | Activation = "RELU"
+    ) -> None:
         super().__init__()
         require_counts(input_dim=input_dim, num_tasks=num_tasks)
         require_widths("hidden_dims", hidden_dims)
@@ -51,7 +53,9 @@ class SingleTask(nn.Module):
     Source: the single-task baseline of MMoE, section 6.1.
     """
 
-    def __init__(self, input_dim: int, hidden_dims: Sequence[int], num_tasks: int, activation: str | Activation = "RELU") -> None:
+    def __init__(
+        self, input_dim: int, hidden_dims: Sequence[int], num_tasks: int, activation: str | Activation = "RELU"
+    ) -> None:
         super().__init__()
         require_counts(input_dim=input_dim, num_tasks=num_tasks)
         require_widths("hidden_dims", hidden_dims)
@@ -111,7 +115,9 @@ class CustomizedSharing(nn.Module):
     Source: PLE, section 3.2.
     """
 
-    def __init__(self, input_dim: int, hidden_dims: Sequence[int], num_tasks: int, activation: str | Activation = "RELU") -> None:
+    def __init__(
+        self, input_dim: int, hidden_dims: Sequence[int], num_tasks: int, activation: str | Activation = "RELU"
+    ) -> None:
         super().__init__()
         require_counts(input_dim=input_dim, num_tasks=num_tasks)
         require_widths("hidden_dims", hidden_dims)
@@ -135,4 +141,7 @@ def _require_borrows(borrows: Sequence[Sequence[int]], num_tasks: int, combine: 
     for t, tasks in enumerate(borrows):
         require_indices(tuple(tasks), num_tasks, f"borrows[{t}]", "tasks", 1)
     if combine == "concat" and len({len(tasks) for tasks in borrows}) > 1:
-        raise ValueError(f"borrows: expected equally many tasks in every list, to be concatenated, got {[len(tasks) for tasks in borrows]}")
+        raise ValueError(
+            f"borrows: expected equally many tasks in every list, to be concatenated, got "
+            f"{[len(tasks) for tasks in borrows]}"
+        )

@@ -1,4 +1,5 @@
-"""Calls of the CUDA kernels on the emulated device: schedules, memory that they may touch, launches, autocast, torch.compile, the self-test, errors."""
+"""Calls of the CUDA kernels on the emulated device: schedules, memory that they may touch,
+launches, autocast, torch.compile, the self-test, errors."""
 
 from contextlib import ExitStack
 from functools import cache, partial
@@ -25,13 +26,17 @@ TABLE = build("adatt_sp", 6, [[5, 4], [3]], 2, 2, activation="silu", towers=(3, 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rows up to which all stages are one launch.
 FORMS = {"a launch a level": 0, "one launch": 1 << 30}
-SCHEDULES = {f"seed {seed}, {'eager' if eager else 'lazy'}": (seed, eager) for seed in (1, 2, 3) for eager in (False, True)}
+SCHEDULES = {
+    f"seed {seed}, {'eager' if eager else 'lazy'}": (seed, eager) for seed in (1, 2, 3) for eager in (False, True)
+}
 
 
 @cache
 def expected(name: str, dtype: torch.dtype) -> tuple[Problem, dict]:
     """In 16 bits without kinks: nearly every row has a pre-activation within rounding of one."""
-    given = problem(CASES[name] if dtype == torch.float32 else CASES[name]._replace(table=smoothed(CASES[name].table)), dtype)
+    given = problem(
+        CASES[name] if dtype == torch.float32 else CASES[name]._replace(table=smoothed(CASES[name].table)), dtype
+    )
     return given, expectation(given)
 
 
@@ -68,7 +73,8 @@ def test_only_what_was_given_is_touched(name, form, monkeypatch):
 @pytest.mark.parametrize("levels", [1, 2])
 @pytest.mark.parametrize("towers", [(), (6, 1)])
 def test_launches(levels, towers, monkeypatch):
-    """AdaTT of L levels: L forward, 2 L backward and one for all parameters; one more each way for towers; one launch in the small form."""
+    """AdaTT of L levels: L forward, 2 L backward and one for all parameters; one more each way for
+    towers; one launch in the small form."""
     table = build("adatt_sp", 8, [[8]] * levels, 2, 2, towers=towers)
     given = problem(Case(table, 20), torch.float32)
     for most, forward in ((0, levels + bool(towers)), (1 << 30, 1)):
@@ -122,7 +128,15 @@ def test_autocast(dtype):
 def test_compiled_calls_are_the_eager_ones():
     given = problem(Case(TABLE, 5), torch.float32)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = given.x.requires_grad_(), [p.requires_grad_() for p in given.params], encode(TABLE), True, True, False, "cuda"
+    arguments = (
+        given.x.requires_grad_(),
+        [p.requires_grad_() for p in given.params],
+        encode(TABLE),
+        True,
+        True,
+        False,
+        "cuda",
+    )
     library.opcheck(registered.forward, arguments, test_utils=checks)
     module = AdaTTSp(8, [[8], [8]], 2, 2, backend="cuda")
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
@@ -130,7 +144,9 @@ def test_compiled_calls_are_the_eager_ones():
     ours, plain = compiled(x), module(x)
     assert torch.equal(ours, plain)
     wanted = [x, *module.parameters()]
-    for a, b in zip(torch.autograd.grad(ours.square().sum(), wanted), torch.autograd.grad(plain.square().sum(), wanted), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours.square().sum(), wanted), torch.autograd.grad(plain.square().sum(), wanted), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -185,7 +201,8 @@ class OutOfMemory(TorchDispatchMode):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_allocation_that_fails_leaves_nothing_behind(form, monkeypatch):
-    """Whichever of a training step's it is: PyTorch's own error comes up, and the next step is as if it had not been."""
+    """Whichever of a training step's it is: PyTorch's own error comes up, and the next step is as
+    if it had not been."""
     monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form])
     given = problem(Case(TABLE, 5), torch.float32)
 
@@ -204,7 +221,8 @@ def test_an_allocation_that_fails_leaves_nothing_behind(form, monkeypatch):
             failed += 1
         assert all(map(torch.equal, step(), before))
         left += 1
-    # The output, what it leaves for the backward; d_x, the parameters' gradients, and what that needs besides.
+    # The output, what it leaves for the backward; d_x, the parameters' gradients, and what that
+    # needs besides.
     assert failed == 5
 
 

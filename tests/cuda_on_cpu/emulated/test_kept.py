@@ -1,4 +1,5 @@
-"""What calls keep: for the backward, with and without `recompute`; and from one to the next, the plans and choices that do not change."""
+"""What calls keep: for the backward, with and without `recompute`; and from one to the next, the
+plans and choices that do not change."""
 
 import pytest
 import torch

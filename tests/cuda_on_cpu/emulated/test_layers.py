@@ -1,4 +1,5 @@
-"""Layers on the CUDA kernels of the emulated device: those of other people fused in place, and our own modules."""
+"""Layers on the CUDA kernels of the emulated device: those of other people fused in place, and our
+own modules."""
 
 import copy
 
@@ -12,11 +13,14 @@ from fusedmoe.testing import randomise
 
 from ...swap_cases import LAYERS, WIDTHS, D, T, assert_same, sample
 
-# One of each way to mix; the others differ in their tables alone, which the parity tests go through.
+# One of each way to mix; the others differ in their tables alone, which the parity tests go
+# through.
 QUICK = ("adatt_sp", "ple", "central att_g")
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYERS])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in LAYERS]
+)
 def test_a_fused_layer_is_the_same_layer(name):
     make, slots = LAYERS[name]
     eager = make()

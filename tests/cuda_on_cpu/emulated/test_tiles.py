@@ -1,4 +1,5 @@
-"""Every tile of the CUDA kernels on the emulated device, and what a tile may meet: rows, columns, reads, chunks, addresses, infinities; and what it costs."""
+"""Every tile of the CUDA kernels on the emulated device, and what a tile may meet: rows, columns,
+reads, chunks, addresses, infinities; and what it costs."""
 
 from functools import cache, partial
 
@@ -8,7 +9,19 @@ import torch
 from fusedmoe.kernels import bound as bindings
 from fusedmoe.kernels import tiles
 from fusedmoe.op import fusion_network
-from fusedmoe.testing import Case, Problem, assert_close, bound, build, eager, error, evaluate, expectation, problem, smoothed
+from fusedmoe.testing import (
+    Case,
+    Problem,
+    assert_close,
+    bound,
+    build,
+    eager,
+    error,
+    evaluate,
+    expectation,
+    problem,
+    smoothed,
+)
 
 from .. import extension
 
@@ -63,7 +76,8 @@ def test_parity(table, dtype, form, take):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chunk", [16, 64])
 def test_chunks(chunk, dtype, form, take):
-    """Parts of several chunks, the last one ragged, are added in their order: the same bits whoever comes last."""
+    """Parts of several chunks, the last one ragged, are added in their order: the same bits whoever
+    comes last."""
     take(form, chunk)
     given, wanted = expected("whole vectors", dtype)
     first = evaluate(NETWORK, given)
@@ -132,7 +146,8 @@ def test_tf32_where_the_user_allows_it():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinity_and_nan_stay_in_their_rows(dtype, take):
-    """And where plain torch has infinity, so has the kernel, whatever the rests of split numbers are."""
+    """And where plain torch has infinity, so has the kernel, whatever the rests of split numbers
+    are."""
     take("a launch a level")
     given = problem(Case(build("mmoe", 24, [[16]], 2, 2, activation="identity"), 20), dtype)
     given.x[3, 0, 5], given.x[7, 0, 1] = float("inf"), float("nan")
@@ -148,7 +163,11 @@ def test_an_infinite_gradient_stops_where_a_relu_is_off():
     d_out[3] = float("inf")
     given = given._replace(d_out=d_out)
     plain = evaluate(eager, given)
-    assert [name for name, value in evaluate(NETWORK, given).items() if value is not None and not torch.equal(value.isfinite(), plain[name].isfinite())] == []
+    assert [
+        name
+        for name, value in evaluate(NETWORK, given).items()
+        if value is not None and not torch.equal(value.isfinite(), plain[name].isfinite())
+    ] == []
 
 
 def test_copies_and_matrices_meet_no_bank_twice(take):
@@ -157,5 +176,9 @@ def test_copies_and_matrices_meet_no_bank_twice(take):
     before = extension.counts()
     fusion_network(given.x, given.params, given.table, "cuda")
     after = extension.counts()
-    assert after.launches - before.launches == 1 and after.blocks - before.blocks == -(-ROWS // 16) and after.products > before.products
+    assert (
+        after.launches - before.launches == 1
+        and after.blocks - before.blocks == -(-ROWS // 16)
+        and after.products > before.products
+    )
     assert after.bank_conflicts == before.bank_conflicts

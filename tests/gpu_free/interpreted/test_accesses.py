@@ -1,4 +1,5 @@
-"""Every load and store of every family's kernels inside its tensor, no two programs at one element, and as many launches as promised."""
+"""Every load and store of every family's kernels inside its tensor, no two programs at one element,
+and as many launches as promised."""
 
 from functools import cache
 
@@ -16,7 +17,8 @@ from ..interpreter import Operators, watched
 CASES = cases()
 FORMS = {"a launch a level": 0, "one launch": 1 << 30}
 
-# Those whose gates read the root, their own slot, a hidden layer, an expert: the others take minutes.
+# Those whose gates read the root, their own slot, a hidden layer, an expert: the others take
+# minutes.
 QUICK = ("every_feature", "adatt_sp-odd", "mmoe-odd", "ple-empty_gate", "cross_stitch-ragged")
 
 
@@ -32,7 +34,9 @@ def given(name: str):
 
 def run(problem, mixing: bool = True):
     """Forward and backward of one call, watched; returns the launches' names."""
-    lent = [(parameter.name, tensor) for parameter, tensor in zip(problem.table.parameters, problem.params, strict=True)]
+    lent = [
+        (parameter.name, tensor) for parameter, tensor in zip(problem.table.parameters, problem.params, strict=True)
+    ]
     with watched(lent) as watch:
         out, weights, saved = network.forward(problem.x, problem.params, problem.table, mixing, training=True)
         network.forward(problem.x, problem.params, problem.table, mixing, training=False)
@@ -42,22 +46,30 @@ def run(problem, mixing: bool = True):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", some(name for name in CASES if name.endswith(("every_feature", "odd", "ragged", "empty_gate", "one_row"))))
+@pytest.mark.parametrize(
+    "name", some(name for name in CASES if name.endswith(("every_feature", "odd", "ragged", "empty_gate", "one_row")))
+)
 def test_accesses(name, form, monkeypatch):
     monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form])
     run(given(name))
 
 
 def counts(launches: list[str]) -> tuple[int, int, int]:
-    """How many launches of the forward, of the row-local backward, and of the parameters' gradients."""
+    """How many launches of the forward, of the row-local backward, and of the parameters'
+    gradients."""
     # The forward runs twice, for training and not.
-    return launches.count("forward") / 2, launches.count("backward_rows"), launches.count("gradients") + launches.count("add_chunks")
+    return (
+        launches.count("forward") / 2,
+        launches.count("backward_rows"),
+        launches.count("gradients") + launches.count("add_chunks"),
+    )
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
 @pytest.mark.parametrize("towers", [(), (6, 1)])
 def test_launches(levels, towers, monkeypatch):
-    """AdaTT of L levels: L forward, 2 L backward and 2 for all parameters; one and two more for towers; one launch in the small form."""
+    """AdaTT of L levels: L forward, 2 L backward and 2 for all parameters; one and two more for
+    towers; one launch in the small form."""
     table = build("adatt_sp", 8, [[8]] * levels, 2, 2, towers=towers)
     monkeypatch.setattr(tiles, "WHOLE_ROWS", 0)
     launches = run(problem(Case(table, 20), torch.float32))
@@ -87,7 +99,8 @@ def test_nothing_else_runs_on_the_device(grad, monkeypatch):
 
 
 def test_rows_beyond_32_bits(monkeypatch):
-    """Rows that lie 2^20 numbers apart: the last ones begin past what 32 bits hold, and the result is that of rows side by side."""
+    """Rows that lie 2^20 numbers apart: the last ones begin past what 32 bits hold, and the result
+    is that of rows side by side."""
     # It would copy the memory onto itself, all of it.
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
     table = build("mmoe", 16, [[16]], 2, 2)
@@ -98,7 +111,9 @@ def test_rows_beyond_32_bits(monkeypatch):
     far = memory.as_strided((rows, 1, 16), (1 << 20, 16, 1))
     far.copy_(one.x)
     assert rows << 20 > 2**31
-    assert torch.equal(fusion_network(far, one.params, table, "triton"), fusion_network(one.x, one.params, table, "triton"))
+    assert torch.equal(
+        fusion_network(far, one.params, table, "triton"), fusion_network(one.x, one.params, table, "triton")
+    )
 
 
 def test_rows_too_far_apart_for_a_tile_are_brought_together():
@@ -106,18 +121,27 @@ def test_rows_too_far_apart_for_a_tile_are_brought_together():
     one = problem(Case(table, 3), torch.float32)
     far = torch.from_numpy(np.empty(3 << 30, np.float32)).as_strided((3, 1, 16), (1 << 30, 16, 1))
     far.copy_(one.x)
-    assert torch.equal(fusion_network(far, one.params, table, "triton"), fusion_network(one.x, one.params, table, "triton"))
+    assert torch.equal(
+        fusion_network(far, one.params, table, "triton"), fusion_network(one.x, one.params, table, "triton")
+    )
 
 
 def test_a_table_that_is_too_wide_is_refused():
     table = build("mmoe", 70000, [[4]], 2, 2)
     x, params = torch.zeros(1, 1, 70000), [torch.zeros(p.shape) for p in table.parameters]
-    with pytest.raises(ValueError, match=r"levels\.0\.experts\.0\.0\.weight: the GPU backends expect at most 65536 columns, got 70000; use backend"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"levels\.0\.experts\.0\.0\.weight: the GPU backends expect at most 65536 columns, got 70000; "
+            r"use backend"
+        ),
+    ):
         fusion_network(x, params, table, "triton")
 
 
 def test_rows_of_a_chunk_beyond_32_bits(monkeypatch):
-    """A chunk of the parameters' gradients has more rows than a tile: rows 2^22 numbers apart are too far for it."""
+    """A chunk of the parameters' gradients has more rows than a tile: rows 2^22 numbers apart are
+    too far for it."""
     monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
     table = build("mmoe", 8, [[8]], 2, 1)
     one = problem(Case(table, 530), torch.float32)

@@ -1,4 +1,5 @@
-"""Autocast on Triton: the call computes in autocast's dtype, as eager's linear maps do, and gradients come back in float32."""
+"""Autocast on Triton: the call computes in autocast's dtype, as eager's linear maps do, and
+gradients come back in float32."""
 
 import threading
 from collections import OrderedDict
@@ -34,7 +35,9 @@ def wide() -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
 def test_the_output_has_autocasts_dtype_where_the_backend_lowers_to_it(dtype, upstream, backend):
     x, params, _ = wide()
     with torch.autocast("cpu", dtype=dtype):
-        out, weights = fusion_network(x.to(dtype if upstream == "lowered" else upstream), params, TABLE, backend, return_mixing_weights=True)
+        out, weights = fusion_network(
+            x.to(dtype if upstream == "lowered" else upstream), params, TABLE, backend, return_mixing_weights=True
+        )
     expected = torch.float32 if (backend, dtype) == ("cpu", torch.float16) else dtype
     assert out.dtype == expected and {w.dtype for w in weights} == {expected}
 
@@ -50,7 +53,10 @@ def test_results_are_those_of_lowered_tensors(dtype):
     assert torch.equal(out, low)
     ours = torch.autograd.grad(out, [x, *params], d_out.to(dtype), allow_unused=True)
     theirs = torch.autograd.grad(low, leaves, d_out.to(dtype), allow_unused=True)
-    assert all(a is b is None or (a.dtype == torch.float32 and torch.equal(a, b.float())) for a, b in zip(ours, theirs, strict=True))
+    assert all(
+        a is b is None or (a.dtype == torch.float32 and torch.equal(a, b.float()))
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def test_a_layer_trains_under_autocast():
@@ -83,15 +89,21 @@ def test_under_torch_compile():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_parameters_are_cast_in_one_piece(dtype):
-    """One operator for all, each at a multiple of 16 bytes; twice differentiable, as plain casts are."""
+    """One operator for all, each at a multiple of 16 bytes; twice differentiable, as plain casts
+    are."""
     params = [torch.randn(shape, requires_grad=True) for shape in ((3, 5), (3,), (), (2, 4, 1), (1, 7))]
     with Operators() as operators:
         cast = lowered(params, dtype)
     assert operators.names == ["_foreach_copy_"]
-    assert all(torch.equal(a, b.to(dtype)) and a.is_contiguous() and a.data_ptr() % 16 == 0 for a, b in zip(cast, params, strict=True))
+    assert all(
+        torch.equal(a, b.to(dtype)) and a.is_contiguous() and a.data_ptr() % 16 == 0
+        for a, b in zip(cast, params, strict=True)
+    )
     d = [torch.randn_like(one).requires_grad_() for one in cast]
     first = torch.autograd.grad(cast[:-1], params, d[:-1], create_graph=True, allow_unused=True)
-    assert first[-1] is None and all(a.dtype == torch.float32 and torch.equal(a, b.float()) for a, b in zip(first[:-1], d[:-1], strict=True))
+    assert first[-1] is None and all(
+        a.dtype == torch.float32 and torch.equal(a, b.float()) for a, b in zip(first[:-1], d[:-1], strict=True)
+    )
     (second,) = torch.autograd.grad(first[0].sum(), d[0])
     assert torch.equal(second, torch.ones_like(second))
 
@@ -104,7 +116,8 @@ def no_tables(monkeypatch):
 
 
 def test_new_memory_of_a_known_layout_is_not_uploaded(no_tables):
-    """What a CUDA graph may not: the addresses of cast parameters are computed from the distances between them, which stay. What comes again is."""
+    """What a CUDA graph may not: the addresses of cast parameters are computed from the distances
+    between them, which stay. What comes again is."""
     params = [torch.randn(3, 5), torch.randn(3)]
     casts = [lowered(params, torch.bfloat16) for _ in range(2)]
     said = []
@@ -141,7 +154,8 @@ def test_what_a_graph_cannot_have_is_refused(no_tables, monkeypatch):
 
 
 def test_what_stays_on_a_gpu_is_made_by_another_thread(monkeypatch):
-    """Of the memory pool that torch.compile lends to the calling one for its CUDA graphs nothing may stay."""
+    """Of the memory pool that torch.compile lends to the calling one for its CUDA graphs nothing
+    may stay."""
     monkeypatch.setattr(device, "capturing", lambda _: False)
     there, here = (device.persistent(torch.device(name), threading.get_ident) for name in ("cuda", "cpu"))
     assert there != threading.get_ident() == here

@@ -1,4 +1,5 @@
-"""bfloat16 in the mended interpreter: output, mixing weights and all gradients by name, without kinks, as in `tests/test_half.py`."""
+"""bfloat16 in the mended interpreter: output, mixing weights and all gradients by name, without
+kinks, as in `tests/test_half.py`."""
 
 from functools import partial
 
@@ -17,7 +18,9 @@ def given_of(name: str):
     return problem(CASES[name]._replace(table=smoothed(CASES[name].table)), torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(CASES)])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(CASES)]
+)
 def test_parity(name):
     given = given_of(name)
     assert_close(evaluate(NETWORK, given), expectation(given))
@@ -34,5 +37,8 @@ def test_a_rows_result_does_not_depend_on_its_batch():
     given = given_of("ple-odd")
     with torch.no_grad():
         whole = fusion_network(given.x, given.params, given.table, "triton")
-        parts = [fusion_network(part, given.params, given.table, "triton") for part in given.x.split([1, 19, len(given.x) - 20])]
+        parts = [
+            fusion_network(part, given.params, given.table, "triton")
+            for part in given.x.split([1, 19, len(given.x) - 20])
+        ]
     assert torch.equal(whole, torch.cat(parts))

@@ -1,4 +1,5 @@
-"""torch.compile keeps a call whole: one operator forward, one backward, results and gradients those of the eager call."""
+"""torch.compile keeps a call whole: one operator forward, one backward, results and gradients those
+of the eager call."""
 
 import pytest
 import torch
@@ -18,9 +19,12 @@ TABLE = build("adatt_sp", 6, [[5, 4], [3]], 2, 2, activation="silu", towers=(3, 
 def test_the_operators_are_registered_for_it(mixing, recompute):
     given = problem(Case(TABLE, 5), torch.float32)
     x, params = given.x.requires_grad_(), [p.requires_grad_() for p in given.params]
-    # Without its run under AOT dispatch, which compares the buffers' padding too, and nobody writes that; the tests below run it.
+    # Without its run under AOT dispatch, which compares the buffers' padding too, and nobody writes
+    # that; the tests below run it.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    library.opcheck(registered.forward, (x, params, encode(TABLE), True, mixing, recompute, "triton"), test_utils=checks)
+    library.opcheck(
+        registered.forward, (x, params, encode(TABLE), True, mixing, recompute, "triton"), test_utils=checks
+    )
 
 
 def test_a_compiled_layer_is_one_graph():
@@ -31,7 +35,11 @@ def test_a_compiled_layer_is_one_graph():
         ours, plain = compiled(x), module(x)
         assert torch.equal(ours, plain)
         wanted = [x, *module.parameters()]
-        for a, b in zip(torch.autograd.grad(ours.square().sum(), wanted), torch.autograd.grad(plain.square().sum(), wanted), strict=True):
+        for a, b in zip(
+            torch.autograd.grad(ours.square().sum(), wanted),
+            torch.autograd.grad(plain.square().sum(), wanted),
+            strict=True,
+        ):
             assert torch.equal(a, b)
         with torch.no_grad():
             assert torch.equal(compiled(x), module(x))

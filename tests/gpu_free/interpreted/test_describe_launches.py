@@ -1,4 +1,5 @@
-"""`describe` says of a layer on Triton what the interpreter then counts, and whether its kernels have ever run on the architecture."""
+"""`describe` says of a layer on Triton what the interpreter then counts, and whether its kernels
+have ever run on the architecture."""
 
 import re
 from types import SimpleNamespace
@@ -21,7 +22,9 @@ LAYERS = {
     "hidden layers": lambda: layers.AdaTTSp(4, [[5, 3]], 2, 1),
     "hidden layers in gates": lambda: layers.MMoE(4, [3], [3], 2, 2),
     "experts of three layers": lambda: layers.MMoE(4, [3, 5, 2], [], 2, 2),
-    "towers": lambda: layers.CentralTaskArch(layers.MtlConfigs("att_g", 1, 1, [[5], [3]]), layers.ArchInputs(2, [2]), 4),
+    "towers": lambda: layers.CentralTaskArch(
+        layers.MtlConfigs("att_g", 1, 1, [[5], [3]]), layers.ArchInputs(2, [2]), 4
+    ),
 }
 
 
@@ -67,7 +70,9 @@ def test_stages_through_memory_are_named(name):
     model = LAYERS[name]()
     fuse(model, backend="triton")
     for when, stages in zip(("training", "inference"), STAGES[name], strict=True):
-        assert f"segments of their own, handed on in memory, {when}: {stages}" in [line.strip() for line in describe(model).splitlines()]
+        assert f"segments of their own, handed on in memory, {when}: {stages}" in [
+            line.strip() for line in describe(model).splitlines()
+        ]
 
 
 def test_only_where_triton_runs_the_layer():
@@ -75,7 +80,9 @@ def test_only_where_triton_runs_the_layer():
     assert "launches" not in describe(model)
     fuse(model)
     assert describe(model).splitlines()[0].endswith("auto (cpu)") and "launches" not in describe(model)
-    assert "triton on cpu (never run on this architecture before)" in describe(fused_nn.MMoE(4, [3], [], 2, 2, backend="triton"))
+    assert "triton on cpu (never run on this architecture before)" in describe(
+        fused_nn.MMoE(4, [3], [], 2, 2, backend="triton")
+    )
 
 
 @pytest.mark.parametrize("known", [{}, {("triton", "sm_90"): "a report"}])
@@ -84,8 +91,13 @@ def test_an_architecture_and_whether_it_has_been_run(known, monkeypatch):
     monkeypatch.setattr(self_test, "KNOWN", known)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=9, minor=0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
-    line = describe_launches(build("mmoe", 4, [[3]], 2, 2), torch.bfloat16, torch.device("cuda", 0), "triton").splitlines()[0]
-    assert line == f"triton on H100, sm_90 ({'run before: a report' if known else 'never run on this architecture before'})"
+    line = describe_launches(
+        build("mmoe", 4, [[3]], 2, 2), torch.bfloat16, torch.device("cuda", 0), "triton"
+    ).splitlines()[0]
+    assert (
+        line
+        == f"triton on H100, sm_90 ({'run before: a report' if known else 'never run on this architecture before'})"
+    )
 
 
 def test_every_feature_can_be_said():

@@ -60,7 +60,9 @@ def test_without_the_repair_bfloat16_is_wrong(monkeypatch):
                 assert not torch.equal(*product())
 
 
-@pytest.mark.parametrize(("offset", "distance", "fault"), [(0, 16, None), (40, 16, "inside a tensor"), (0, 8, "of this program alone")])
+@pytest.mark.parametrize(
+    ("offset", "distance", "fault"), [(0, 16, None), (40, 16, "inside a tensor"), (0, 8, "of this program alone")]
+)
 def test_accesses_are_checked(offset, distance, fault):
     x, y = torch.randn(64), torch.empty(64)
     with watched() as watch:

@@ -1,4 +1,5 @@
-"""The check before the first use on a device: kernels that are right pass it, and wrong ones raise with the figure."""
+"""The check before the first use on a device: kernels that are right pass it, and wrong ones raise
+with the figure."""
 
 import pytest
 import torch
@@ -37,7 +38,13 @@ def test_wrong_kernels_raise(part, monkeypatch):
 
     monkeypatch.setattr(network, "forward", forward)
     monkeypatch.setattr(network, "backward", backward)
-    with pytest.raises(RuntimeError, match=r"backend triton on cpu .never run .*: expected the reference's output and gradients up to rounding, got \S+ times"):
+    with pytest.raises(
+        RuntimeError,
+        match=(
+            r"backend triton on cpu .never run .*: expected the reference's output and gradients up to "
+            r"rounding, got \S+ times"
+        ),
+    ):
         self_test.check(CPU, torch.float32, "triton")
     monkeypatch.setenv("FUSEDMOE_SELF_TEST", "0")
     self_test.check(CPU, torch.float32, "triton")
@@ -47,7 +54,8 @@ def test_a_device_that_computes_nothing_fails(monkeypatch):
     """Not even plain PyTorch: what it leaves there is no measure of what the kernels may leave."""
 
     class Nothing:
-        """Plain PyTorch, of which the device's run computes zeros: the first one, after that of the kernels."""
+        """Plain PyTorch, of which the device's run computes zeros: the first one, after that of the
+        kernels."""
 
         def __init__(self):
             self.ran = False
@@ -58,7 +66,11 @@ def test_a_device_that_computes_nothing_fails(monkeypatch):
                 return found
             self.ran = True
             out, d_x, grads = found
-            return torch.zeros_like(out), torch.zeros_like(d_x), [None if d is None else torch.zeros_like(d) for d in grads]
+            return (
+                torch.zeros_like(out),
+                torch.zeros_like(d_x),
+                [None if d is None else torch.zeros_like(d) for d in grads],
+            )
 
     real = self_test.plain
     monkeypatch.setattr(self_test, "ours", lambda x, params, d_out, table, backend: Nothing()(x, params, d_out, table))

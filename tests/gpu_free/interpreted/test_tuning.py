@@ -1,4 +1,5 @@
-"""FUSEDMOE_AUTOTUNE: every candidate is right, the fastest is kept and read again, and nothing of it happens unless it is asked for.
+"""FUSEDMOE_AUTOTUNE: every candidate is right, the fastest is kept and read again, and nothing of
+it happens unless it is asked for.
 
 There is no device here: the interpreter stands for one, and a test's own clock for its events.
 """
@@ -30,7 +31,8 @@ def given_of(rows: int = ROWS, dtype: torch.dtype = torch.float32, table: Table 
 
 
 class Clock:
-    """In place of `tuning.milliseconds`: tells the time that a test has set for the tiles of a call, which it makes where the test wants that."""
+    """In place of `tuning.milliseconds`: tells the time that a test has set for the tiles of a
+    call, which it makes where the test wants that."""
 
     def __init__(self):
         self.timed: list[tiles.Tiles] = []
@@ -81,7 +83,8 @@ def infer(given) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [ROWS, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("number", range(len(candidates_of(WIDE, torch.float32, ROWS, True))))
 def test_candidates_are_right(number, rows, dtype, monkeypatch):
-    """Forward and backward each with a candidate of its own: the backward reads what the forward's tiles left."""
+    """Forward and backward each with a candidate of its own: the backward reads what the forward's
+    tiles left."""
     several = candidates_of(WIDE, dtype, rows, True)
     monkeypatch.setattr(tuning, "of_forward", lambda *_: several[number % len(several)])
     monkeypatch.setattr(tuning, "of_backward", lambda *_: several[-1 - number % len(several)])
@@ -167,7 +170,9 @@ def test_each_part_of_a_key_makes_a_choice_of_its_own(what, clock, monkeypatch, 
     infer(given_of())
     other_call(what, monkeypatch)
     first, second = tuning._CHOSEN
-    assert [name for name, a, b in zip(tuning.Key._fields, first, second, strict=True) if a != b] == CHANGED.get(what, [what])
+    assert [name for name, a, b in zip(tuning.Key._fields, first, second, strict=True) if a != b] == CHANGED.get(
+        what, [what]
+    )
     assert len(files(tmp_path)) == 2
 
 
@@ -204,7 +209,13 @@ def test_a_file_that_is_spoilt_is_named_and_tuned_again(name, clock, tmp_path):
     path.write_text(BAD[name][0] or json.dumps(found))
     count = len(clock.timed)
     forget()
-    with pytest.warns(UserWarning, match=f"{re.escape(str(path))}: expected tiles that an earlier run found the fastest, got {BAD[name][1]}.*; tuned again"):
+    with pytest.warns(
+        UserWarning,
+        match=(
+            f"{re.escape(str(path))}: expected tiles that an earlier run found the fastest, got "
+            f"{BAD[name][1]}.*; tuned again"
+        ),
+    ):
         infer(given_of())
     assert len(clock.timed) == 2 * count
     forget()
@@ -297,7 +308,9 @@ def test_a_graph_that_is_captured_takes_what_is_known(clock, monkeypatch):
 
 def test_a_compiled_call_takes_the_shipped_tiles(clock):
     given = given_of()
-    compiled = torch.compile(lambda x: fusion_network(x, given.params, TABLE, "triton"), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(
+        lambda x: fusion_network(x, given.params, TABLE, "triton"), backend="aot_eager", fullgraph=True
+    )
     with torch.no_grad():
         compiled(given.x)
     assert clock.timed == []
