@@ -43,7 +43,8 @@ from gpu_launches import Launched
 from roofline import ARCH, MEGA, Eager
 from tables import replace_between, rows_of
 
-from fusedmoe.kernels.program import Program, inline_hidden, lower, of_one_slot
+from fusedmoe.kernels.lowering import inline_hidden, lower, of_one_slot
+from fusedmoe.kernels.program import Program
 from fusedmoe.kernels.tiles import WHOLE_ROWS, Tiles, choose
 from fusedmoe.speed.subjects import MAIN, SUBJECTS, Called, build
 from fusedmoe.table import Table

@@ -17,8 +17,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fusedmoe.kernels.lowering import inline_hidden, of_one_slot
 from fusedmoe.kernels.plan import groups_of, launches_of
-from fusedmoe.kernels.program import NOTHING, Linear, Program, Source, Unit, X, inline_hidden, of_one_slot
+from fusedmoe.kernels.program import NOTHING, Linear, Program, Source, Unit, X
 from fusedmoe.kernels.tiles import Tiles, choose
 from fusedmoe.speed.subjects import MAIN, SUBJECTS, Called, build
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedmoe.kernels import device, program, tiles
+from fusedmoe.kernels import device, lowering, tiles
 from fusedmoe.kernels.backward_plan import BackwardPlan, backward_plan_of
 from fusedmoe.kernels.plan import CODES, Launch, Plan, plan_of
 from fusedmoe.kernels.program import Program
@@ -249,8 +249,8 @@ def common(bound: Bound) -> dict[str, object]:
 def program_of(key: Key) -> Program:
     """The segments that a forward runs: in training what the backward reads, and one slot where x's
     are one."""
-    found = program.of_text(key.text, key.training)
-    return found if key.apart or found.table.slots == 1 else program.of_one_slot(found)
+    found = lowering.of_text(key.text, key.training)
+    return found if key.apart or found.table.slots == 1 else lowering.of_one_slot(found)
 
 
 def _plan(program: Program, chosen: Tiles) -> Plan:
@@ -281,7 +281,7 @@ def forward_of(key: Key) -> Forward:
 @functools.lru_cache(maxsize=1024)
 def backward_of(key: Key) -> Backward:
     """Bind a backward. Raises: RuntimeError in the capture of a CUDA graph (`device.written`)."""
-    found = program.of_text(key.text, True)
+    found = lowering.of_text(key.text, True)
     shipped = _shipped(key, found)
     chosen = key.tiles or shipped.backward
     forward = _plan(found, key.before or shipped)

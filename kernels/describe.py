@@ -8,8 +8,9 @@ from fusedmoe.kernels import tiles
 from fusedmoe.kernels.backward_plan import backward_plan_of
 from fusedmoe.kernels.device import architecture
 from fusedmoe.kernels.launchers import GRADIENT_LAUNCHES
+from fusedmoe.kernels.lowering import inline_hidden, lower
 from fusedmoe.kernels.plan import plan_of
-from fusedmoe.kernels.program import Program, inline_hidden, lower
+from fusedmoe.kernels.program import Program
 from fusedmoe.kernels.self_test import history, name_of
 from fusedmoe.table import Table
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedmoe import codec, outputs
 from fusedmoe.kernels import bound, network, self_test
-from fusedmoe.kernels.program import lower
+from fusedmoe.kernels.lowering import lower
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
@@ -133,7 +133,7 @@ def run(x: Tensor, params: Sequence[Tensor], table: Table, options: outputs.Opti
             the backward no more than x, what each softmax gave and what each level handed on.
 
     Raises: ValueError for tensors that do not fit the table, and for a table that is too wide
-        (`program.lower`); RuntimeError if the kernels err on this device (`self_test.py`).
+        (`lowering.lower`); RuntimeError if the kernels err on this device (`self_test.py`).
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
         return _Network.apply(table, options, x, *params)

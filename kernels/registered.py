@@ -8,8 +8,9 @@ from torch import Tensor, library
 
 from fusedmoe import codec
 from fusedmoe.kernels import bound, network
+from fusedmoe.kernels.lowering import inline_hidden, lower
 from fusedmoe.kernels.operator import device_guard, last_dim_contiguous, launching, recomputed
-from fusedmoe.kernels.program import Program, inline_hidden, lower
+from fusedmoe.kernels.program import Program
 
 
 def _program(table: str, training: bool) -> Program:

@@ -27,7 +27,8 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from fusedmoe.kernels import bound, device, network, tiles
-from fusedmoe.kernels.program import Program, lower
+from fusedmoe.kernels.lowering import lower
+from fusedmoe.kernels.program import Program
 from fusedmoe.kernels.tiles import Tiles
 from fusedmoe.table import Table
 

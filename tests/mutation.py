@@ -2,7 +2,7 @@
 
 What to change is written as the field writes a rewrite rule. In a pattern `$name` stands for one
 identifier, the same one wherever the name comes again, so that a renaming breaks no rule; white
-space stands for any; all else stands for itself.
+space stands for any, and a comma may end a list; all else stands for itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ def compiled(pattern: str) -> re.Pattern[str]:
             r"\s+" if parts and previous[-1:].isalnum() and re.match(r"[\w$]", token) else r"\s*" if parts else ""
         )
         name = token[1:]
-        if not token.startswith("$"):
+        if token in ")]":
+            # A formatter that breaks a list into lines ends the last one with a comma.
+            parts.append(r"(?:,\s*)?" + re.escape(token))
+        elif not token.startswith("$"):
             parts.append(re.escape(token))
         elif name in seen:
             parts.append(f"(?P={name})")

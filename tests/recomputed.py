@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedmoe.kernels import bound
-from fusedmoe.kernels.program import lower
+from fusedmoe.kernels.lowering import lower
 from fusedmoe.op import fusion_network
 from fusedmoe.table import Table
 from fusedmoe.testing import Case, Problem, build, problem

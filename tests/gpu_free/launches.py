@@ -1,5 +1,5 @@
 """What the network's launches compile: stand-ins for the jitted kernels that
-`kernels/launch_triton.py` launches, and Triton's own specialization.
+`kernels/step.py` launches, and Triton's own specialization.
 
 Must run where TRITON_INTERPRET is not set.
 """
@@ -16,7 +16,7 @@ import torch
 from triton._C.libtriton import native_specialize_impl
 from triton.compiler import make_backend
 
-from fusedmoe.kernels import device, launch_triton, network
+from fusedmoe.kernels import device, network, step
 from fusedmoe.table import Table
 
 from .compiled import target_of
@@ -42,11 +42,7 @@ def arguments_of(
 
     Raises: TypeError where the launch does not give each argument.
     """
-    named = {
-        name: value
-        for name, value in named.items()
-        if name not in launch_triton.OPTIONS and name not in launch_triton.REGISTERS
-    }
+    named = {name: value for name, value in named.items() if name not in step.OPTIONS and name not in step.REGISTERS}
     given = {**dict(zip(kernel.arg_names, values, strict=False)), **named}
     if given.keys() != set(kernel.arg_names):
         raise TypeError(
@@ -59,16 +55,16 @@ def arguments_of(
 
 @contextmanager
 def standing_in(stand_in: Callable[[object], object]) -> Iterator[dict[str, object]]:
-    """Let `launch_triton` launch stand_in(kernel) in place of each kernel; yields these by name."""
-    jitted = {name: getattr(launch_triton, name) for name in KERNELS}
+    """Let `step` launch stand_in(kernel) in place of each kernel; yields these by name."""
+    jitted = {name: getattr(step, name) for name in KERNELS}
     standing = {name: stand_in(kernel) for name, kernel in jitted.items()}
     try:
         for name, kernel in standing.items():
-            setattr(launch_triton, name, kernel)
+            setattr(step, name, kernel)
         yield standing
     finally:
         for name, kernel in jitted.items():
-            setattr(launch_triton, name, kernel)
+            setattr(step, name, kernel)
 
 
 class _Recorder:
@@ -111,4 +107,4 @@ def variants(table: Table, dtype: torch.dtype, rows: int, training: bool, arch: 
 
 def kernel_of(variant: Variant):
     """The jitted kernel of a variant."""
-    return next(kernel for name in KERNELS if (kernel := getattr(launch_triton, name)).__name__ == variant.kernel)
+    return next(kernel for name in KERNELS if (kernel := getattr(step, name)).__name__ == variant.kernel)

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="gpu_free: expected the package triton, whi
 import triton
 
 from fusedmoe.kernels import tiles
-from fusedmoe.kernels.program import inline_hidden, lower
+from fusedmoe.kernels.lowering import inline_hidden, lower
 
 from . import budgets
 from .compiled import ARCHS, LIMITS

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton", reason="gpu_free: expected the package triton, which compiles without a device, got none")
 
-from fusedmoe.kernels import launch_triton
+from fusedmoe.kernels import launch_triton, step
 
 ROOT = Path(__file__).parents[2]
 STUB = ROOT / "tests" / "cuda_stub" / "build.py"
@@ -26,13 +26,13 @@ import os
 import torch
 from fusedmoe.op import fusion_network
 from fusedmoe.testing import build
-from fusedmoe.kernels import launch_triton
+from fusedmoe.kernels import step
 
 table = build("adatt_sp", 16, [[16], [16]], 2, 2, towers=(16, 1))
 params = [torch.zeros(p.shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for p in table.parameters]
 wide = torch.zeros(ROWS * 32 + 8, device="cuda", dtype=torch.bfloat16)
-results, by_triton, plain = [], [], launch_triton.Step.launch
-launch_triton.Step.launch = lambda *arguments: (by_triton.append(turn), plain(*arguments))[1]
+results, by_triton, plain = [], [], step.Step.launch
+step.Step.launch = lambda *arguments: (by_triton.append(turn), plain(*arguments))[1]
 for turn, first in enumerate((0, 0, 1)):
     x = wide[first : first + ROWS * 32].view(ROWS, 2, 16).requires_grad_()
     with torch.no_grad():
@@ -114,11 +114,11 @@ def compiled(**changed: object) -> SimpleNamespace:
 
 @pytest.fixture
 def known(monkeypatch):
-    monkeypatch.setattr(launch_triton, "VERSION", launch_triton.DIRECT[0])
+    monkeypatch.setattr(step, "VERSION", step.DIRECT[0])
 
 
 def test_a_plain_kernel_is_launched_directly(known):
-    assert launch_triton.function_of(compiled()) == (1 << 40, 128, 1024)
+    assert step.function_of(compiled()) == (1 << 40, 128, 1024)
 
 
 ODD = {
@@ -135,12 +135,12 @@ ODD = {
 
 @pytest.mark.parametrize("what", ODD)
 def test_others_are_left_to_triton(what, known):
-    assert launch_triton.function_of(compiled(**ODD[what])) is None
+    assert step.function_of(compiled(**ODD[what])) is None
 
 
 def test_an_unknown_version_is_left_to_triton(monkeypatch):
-    monkeypatch.setattr(launch_triton, "VERSION", (99, 0))
-    assert launch_triton.function_of(compiled()) is None
+    monkeypatch.setattr(step, "VERSION", (99, 0))
+    assert step.function_of(compiled()) is None
 
 
 def test_whoever_watches_launches_sees_them(monkeypatch):

@@ -14,7 +14,7 @@ from fusedmoe.speed.subjects import MAIN, SUBJECTS, build
 pytest.importorskip("triton", reason="gpu_free: expected the package triton, which compiles without a device, got none")
 
 from fusedmoe.kernels import network, tiles
-from fusedmoe.kernels.program import inline_hidden, lower
+from fusedmoe.kernels.lowering import inline_hidden, lower
 
 from .executed import executed
 from .launches import KERNELS

@@ -11,7 +11,7 @@ from fusedmoe.speed.subjects import SUBJECTS, build
 pytest.importorskip("triton", reason="gpu_free: expected the package triton, which compiles without a device, got none")
 
 from fusedmoe.kernels import network, tiles
-from fusedmoe.kernels.program import inline_hidden, of_one_slot
+from fusedmoe.kernels.lowering import inline_hidden, of_one_slot
 
 from .executed import executed
 from .ptx import Counts

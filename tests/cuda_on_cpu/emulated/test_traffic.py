@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fusedmoe.kernels import network, tiles
-from fusedmoe.kernels.program import inline_hidden
+from fusedmoe.kernels.lowering import inline_hidden
 from fusedmoe.speed.subjects import SUBJECTS, build
 
 from ..watched import watched

@@ -11,8 +11,8 @@ from torch import nn
 from fusedmoe.casting import lowered
 from fusedmoe.families import mmoe
 from fusedmoe.kernels import device, self_test
+from fusedmoe.kernels.lowering import lower
 from fusedmoe.kernels.plan import plan_of
-from fusedmoe.kernels.program import lower
 from fusedmoe.nn import AdaTTSp
 from fusedmoe.op import fusion_network
 from fusedmoe.swap import fuse

@@ -13,8 +13,8 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fusedmoe.kernels import device, launch_triton, tiles, tuning
-from fusedmoe.kernels.program import lower
+from fusedmoe.kernels import device, step, tiles, tuning
+from fusedmoe.kernels.lowering import lower
 from fusedmoe.op import fusion_network
 from fusedmoe.table import Table
 from fusedmoe.testing import Case, assert_close, build, evaluate, expectation, problem
@@ -271,7 +271,7 @@ ERRORS = [OutOfResources(300_000, 232_448, "shared memory"), RuntimeError("PassM
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_what_does_not_fit_the_device_is_left_out(error, clock, monkeypatch):
-    monkeypatch.setattr(launch_triton, "forward_kernel", _Refusing(launch_triton.forward_kernel, error))
+    monkeypatch.setattr(step, "forward_kernel", _Refusing(step.forward_kernel, error))
     several = candidates_of(TABLE, torch.float32, ROWS, False)
     clock.calls = True
     out = infer(given_of())
@@ -281,7 +281,7 @@ def test_what_does_not_fit_the_device_is_left_out(error, clock, monkeypatch):
 
 
 def test_shipped_tiles_that_do_not_fit_raise(clock, monkeypatch):
-    monkeypatch.setattr(launch_triton, "forward_kernel", _Refusing(launch_triton.forward_kernel, ERRORS[0]))
+    monkeypatch.setattr(step, "forward_kernel", _Refusing(step.forward_kernel, ERRORS[0]))
     several = [one for one in candidates_of(TABLE, torch.float32, ROWS, False) if one.rows == 32]
     monkeypatch.setattr(tuning, "candidates", lambda *_: several)
     clock.calls = True
