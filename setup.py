@@ -373,7 +373,12 @@ if int(__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
 
 # Packages that do not lie in fusedmoe/, and their folders: the kernels, the benchmark and the
 # demonstration.
-ELSEWHERE = {"fusedmoe.kernels": "kernels", "fusedmoe.speed": "bench/speed", "fusedmoe.demo": "examples/census"}
+ELSEWHERE = {
+    "fusedmoe.kernels": "kernels",
+    "fusedmoe.kernels.triton": "kernels/triton",
+    "fusedmoe.speed": "bench/speed",
+    "fusedmoe.demo": "examples/census",
+}
 
 setup(
     package_dir={"fusedmoe": "fusedmoe", **ELSEWHERE},

@@ -102,7 +102,7 @@ def from_python(call: Callable[[], object]) -> float:
 
     with (
         patch.object(CompiledKernel, "run", property(noting)),
-        patch("fusedmoe.kernels.launch_triton.watched", lambda: True),
+        patch("fusedmoe.kernels.triton.launch.watched", lambda: True),
     ):
         call()
     return microseconds(lambda: [launch(*arguments) for launch, arguments in launched])

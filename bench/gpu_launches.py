@@ -19,11 +19,11 @@ from roofline import traffic
 
 from fusedmoe.kernels import layout
 from fusedmoe.kernels.backward_plan import BackwardPlan, backward_plan_of
-from fusedmoe.kernels.launch_triton import ADD_BLOCK
 from fusedmoe.kernels.layout import EXPERT_KIND, FROM_X, MATRIX_KIND
 from fusedmoe.kernels.plan import plan_of
 from fusedmoe.kernels.program import COLUMN, NOTHING, Linear, Program, X, rounded_up
 from fusedmoe.kernels.tiles import CHUNK, Tiles
+from fusedmoe.kernels.triton.launch import ADD_BLOCK
 
 FLOAT = 4  # bytes of float32
 

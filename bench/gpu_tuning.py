@@ -15,7 +15,7 @@ from pathlib import Path
 from gpu_arms import Cell, Subject, medians, proven
 from gpu_cases import Case, Skipped, few
 
-from fusedmoe.kernels import tuning
+from fusedmoe.kernels.triton import tuning
 from fusedmoe.speed.calls import MODES
 from fusedmoe.speed.subjects import MAIN
 

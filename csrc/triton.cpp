@@ -1,9 +1,9 @@
 // A whole call with kernels that Triton has compiled, as an operator of PyTorch's:
-// kernels/launch_triton.py says which, and what they were compiled for.
+// kernels/triton/launch.py says which, and what they were compiled for.
 //
 // A compiled kernel takes its arguments in order, tensors by address, those that were constant left
 // out, and two addresses of scratch behind them, which none of ours has. That is private to Triton:
-// launch_triton.py comes here for the versions that it was tried with alone.
+// kernels/triton/launch.py comes here for the versions that it was tried with alone.
 #include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     # Not at run time: `import fusedmoe` asks this module for names alone.
     from fusedmoe.kernels.bound import Backward, Forward
 
-LAUNCHERS = {"triton": "fusedmoe.kernels.launch_triton", "cuda": "fusedmoe.kernels.launch_cuda"}
+LAUNCHERS = {"triton": "fusedmoe.kernels.triton.launch", "cuda": "fusedmoe.kernels.cuda"}
 # How many launches the gradients of the parameters are. Triton: their parts, and the parts' sum;
 # CUDA: in each tile the last block adds its parts.
 GRADIENT_LAUNCHES = {"triton": 2, "cuda": 1}

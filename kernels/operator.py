@@ -50,7 +50,7 @@ def _tuning(backend: str) -> ModuleType | None:
     if backend != "triton":
         return None
     # Here, because it imports Triton, which the cuda backend can do without.
-    from fusedmoe.kernels import tuning
+    from fusedmoe.kernels.triton import tuning
 
     return tuning if tuning.enabled() else None
 

@@ -58,6 +58,7 @@ LONGEST_BODY_OF_CPP = 60
 PACKAGES = {
     "fusedmoe": "fusedmoe",
     "kernels": "fusedmoe.kernels",
+    "kernels/triton": "fusedmoe.kernels.triton",
     "bench/speed": "fusedmoe.speed",
     "examples/census": "fusedmoe.demo",
 }

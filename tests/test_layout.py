@@ -17,7 +17,7 @@ def test_the_cuda_header_is_what_the_layout_writes():
 
 def test_triton_reads_the_offsets_of_the_layout():
     pytest.importorskip("triton")
-    from fusedmoe.kernels import backward, forward, records
+    from fusedmoe.kernels.triton import backward, forward, records
 
     found = {
         name
@@ -66,7 +66,7 @@ def test_no_kernel_names_a_field_by_its_number():
 
 def test_arguments_stand_in_the_order_of_the_kernels():
     pytest.importorskip("triton")
-    from fusedmoe.kernels import arguments, backward, forward
+    from fusedmoe.kernels.triton import arguments, backward, forward
 
     kinds = {
         forward.forward: arguments.ForwardArguments,

@@ -1,5 +1,5 @@
 // The activations on the device: a(z) and a'(z) in float. The formulas are those of
-// kernels/activation.py.
+// kernels/triton/activation.py.
 #pragma once
 #include "device.h"
 

@@ -1,5 +1,5 @@
 // The row-local backward of any stages in one launch. Formulas: fusedmoe/reference/operator.py; its
-// twin in Triton, which reads the same plans: kernels/backward.py.
+// twin in Triton, which reads the same plans: kernels/triton/backward.py.
 //
 // Grid: (row blocks, programs of a block). Each program runs a list of tiles, of two kinds:
 //

@@ -1,5 +1,5 @@
 // The gradients of all parameters in one launch; its twin in Triton, which reads the same plans:
-// kernels/backward.py.
+// kernels/triton/backward.py.
 //
 // Grid: (tasks, chunks of rows). A task is a tile of dW = dz^T h, with db = sum of dz where its
 // columns are W's first; or one element of a learned static weight. Each block adds up its rows;

@@ -128,7 +128,7 @@ def test_a_cuda_graph(backend, autocast):
 
 def test_tuned_tiles(monkeypatch, tmp_path):
     """Every candidate compiles or is left out, and the fastest is right."""
-    from fusedmoe.kernels import tuning
+    from fusedmoe.kernels.triton import tuning
 
     monkeypatch.setenv("FUSEDMOE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tuning, "enabled", lambda: True)

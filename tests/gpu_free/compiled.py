@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from fusedmoe.kernels.step import OPTIONS, REGISTERS
+from fusedmoe.kernels.triton.step import OPTIONS, REGISTERS
 
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")

@@ -1,5 +1,5 @@
 """The network's kernels as compiled PTX, executed on CPU tensors: stand-ins for the jitted kernels
-that `kernels/step.py` launches.
+that `kernels/triton/step.py` launches.
 
 Must run where TRITON_INTERPRET is not set.
 """

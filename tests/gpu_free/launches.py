@@ -1,5 +1,5 @@
 """What the network's launches compile: stand-ins for the jitted kernels that
-`kernels/step.py` launches, and Triton's own specialization.
+`kernels/triton/step.py` launches, and Triton's own specialization.
 
 Must run where TRITON_INTERPRET is not set.
 """
@@ -16,7 +16,8 @@ import torch
 from triton._C.libtriton import native_specialize_impl
 from triton.compiler import make_backend
 
-from fusedmoe.kernels import device, network, step
+from fusedmoe.kernels import device, network
+from fusedmoe.kernels.triton import step
 from fusedmoe.table import Table
 
 from .compiled import target_of

@@ -59,25 +59,25 @@ _CHUNKS = f"{_SIZES}::test_several_chunks[narrow]"
 
 MEMORY = {
     "a row mask lost on a load": Mutant(
-        "records.py",
+        "triton/records.py",
         "$rows[:, None] * $stride + $k[None, :], mask=$block.$live[:, None] & $inside[None, :],",
         "$rows[:, None] * $stride + $k[None, :], mask=$inside[None, :],",
         INTERPRETED, _WATCHED, OUTSIDE,
     ),
     "a row mask lost on a store": Mutant(
-        "forward.py", "element_ty), mask=$block.$live[:, None] & $live[None, :])", "element_ty), mask=$live[None, :])", INTERPRETED, _WATCHED, OUTSIDE
+        "triton/forward.py", "element_ty), mask=$block.$live[:, None] & $live[None, :])", "element_ty), mask=$live[None, :])", INTERPRETED, _WATCHED, OUTSIDE
     ),
     "a column mask lost on a load": Mutant(
-        "records.py",
+        "triton/records.py",
         "(column + $k)[:, None], mask=$inside[:, None] & $live[None, :],",
         "(column + $k)[:, None], mask=$inside[:, None],",
         INTERPRETED, _WATCHED, OUTSIDE,
     ),
     "a column mask lost on a store": Mutant(
-        "backward.py", "$d, mask=($n < $outputs)[:, None] & $live_k[None, :])", "$d, mask=$live_k[None, :])", INTERPRETED, _CHUNKS, SHARED
+        "triton/backward.py", "$d, mask=($n < $outputs)[:, None] & $live_k[None, :])", "$d, mask=$live_k[None, :])", INTERPRETED, _CHUNKS, SHARED
     ),
     "an offset cut to 32 bits": Mutant(
-        "records.py",
+        "triton/records.py",
         "($before + $block.$row * $distance) * $size",
         "($before + ($block.$row * $distance).to(tl.int32)) * $size",
         INTERPRETED, f"{_ACCESSES}::test_rows_beyond_32_bits", WILD,
@@ -106,27 +106,27 @@ MEMORY = {
 
 FORWARD = {
     "an expert's rows of W from the first on": Mutant(
-        "records.py",
+        "triton/records.py",
         "$weight + tl.cast($first, tl.int64) * $reduction, $shape.$BYTES)\n    $hidden = -1",
         "$weight, $shape.$BYTES)\n    $hidden = -1",
         INTERPRETED, _of_width(47), WRONG,
     ),
     "a hidden layer's rows of W from the first on": Mutant(
-        "records.py",
+        "triton/records.py",
         "$weight + tl.cast($first, tl.int64) * $reduction, $shape.$BYTES)\n    $z = $product(",
         "$weight, $shape.$BYTES)\n    $z = $product(",
         INTERPRETED, f"{_SIZES}::test_inference[wide-0]", WRONG,
     ),
     "the bias of other columns": Mutant(
-        "records.py", "$pointer($block, $bias) + $first + $outputs", "$pointer($block, $bias) + $outputs",
+        "triton/records.py", "$pointer($block, $bias) + $first + $outputs", "$pointer($block, $bias) + $outputs",
         INTERPRETED, _of_width(47), WRONG,
     ),
     "rows of W at the width of one source": Mutant(
-        "records.py", "$weight + $outputs[None, :] * $reduction + (column + $k)", "$weight + $outputs[None, :] * width + (column + $k)",
+        "triton/records.py", "$weight + $outputs[None, :] * $reduction + (column + $k)", "$weight + $outputs[None, :] * width + (column + $k)",
         INTERPRETED, _parity("customized_sharing-odd"), WRONG,
     ),
     "a softmax over experts that are not seen": Mutant(
-        "forward.py", "tl.where($seen[None, :] >= 0, $z, $NEVER)", "tl.where($seen[None, :] >= 0, $z, 0.0)", INTERPRETED, _parity("ml_mmoe-one_row"), WRONG
+        "triton/forward.py", "tl.where($seen[None, :] >= 0, $z, $NEVER)", "tl.where($seen[None, :] >= 0, $z, 0.0)", INTERPRETED, _parity("ml_mmoe-one_row"), WRONG
     ),
     "all slots taken for one": Mutant(
         "bound.py", "$found if $key.$apart or $found.$table.$slots == 1 else $program.$of_one_slot($found)", "$program.$of_one_slot($found)",
@@ -137,17 +137,17 @@ FORWARD = {
         EXECUTED, _executed("ple-torch.bfloat16-one launch"), WRONG,
     ),
     "experts that all read the first piece of a source": Mutant(
-        "records.py", "tl.dot($h[$piece], $w, $z,", "tl.dot($h[0], $w, $z,", EXECUTED, _executed("adatt_sp, whole vectors-torch.bfloat16-one launch"), WRONG
+        "triton/records.py", "tl.dot($h[$piece], $w, $z,", "tl.dot($h[0], $w, $z,", EXECUTED, _executed("adatt_sp, whole vectors-torch.bfloat16-one launch"), WRONG
     ),
     "static weights left out": Mutant(
-        "forward.py", "+ $static_weight($block, tl.load($block.plan + $units + $u), $read)", "", INTERPRETED, _parity("cross_stitch-tiny"), WRONG
+        "triton/forward.py", "+ $static_weight($block, tl.load($block.plan + $units + $u), $read)", "", INTERPRETED, _parity("cross_stitch-tiny"), WRONG
     ),
     "the softmax of another unit": Mutant(
-        "forward.py", "(tl.load($block.plan + $units + $UNITS + $u) + $read)", "(tl.load($block.plan + $units + $UNITS) + $read)",
+        "triton/forward.py", "(tl.load($block.plan + $units + $UNITS + $u) + $read)", "(tl.load($block.plan + $units + $UNITS) + $read)",
         INTERPRETED, _parity("mmoe-odd"), WRONG,
     ),
     "what stands beyond a hidden layer": Mutant(
-        "records.py", "tl.where($inside[None, :], $activated($block, $shape, $hidden, $y), 0.0)", "$activated($block, $shape, $hidden, $y)",
+        "triton/records.py", "tl.where($inside[None, :], $activated($block, $shape, $hidden, $y), 0.0)", "$activated($block, $shape, $hidden, $y)",
         INTERPRETED, f"{_SIZES}::test_an_infinite_input[tanh]", NOT_FINITE,
     ),
     "one product of tf32 instead of three": Mutant(
@@ -162,29 +162,29 @@ FORWARD = {
 
 BACKWARD = {
     "terms of the softmax's gradient exchanged": Mutant(
-        "backward.py", "$soft * ($d - $rest)", "$soft * ($rest - $d)", INTERPRETED, _parity("adatt-empty_gate"), WRONG
+        "triton/backward.py", "$soft * ($d - $rest)", "$soft * ($rest - $d)", INTERPRETED, _parity("adatt-empty_gate"), WRONG
     ),
     "a sum computed again in another layout": Mutant(
-        "backward.py", "while $times < 1:", "if $times < 1:", EXECUTED,
+        "triton/backward.py", "while $times < 1:", "if $times < 1:", EXECUTED,
         "tests/gpu_free/test_executed.py::test_split_numbers_are_those_of_one_sum", WRONG,
     ),
-    "a derivative left out": Mutant("backward.py", "0.0, $dy * $slope)", "0.0, $dy)", INTERPRETED, _of_width(17), WRONG),
+    "a derivative left out": Mutant("triton/backward.py", "0.0, $dy * $slope)", "0.0, $dy)", INTERPRETED, _of_width(17), WRONG),
     "a static weight left out of dy": Mutant(
-        "backward.py", "$w += $static_weight($block, tl.load($block.plan + $reader + $r.$unit), tl.load($block.plan + $reader + $r.$read))", "",
+        "triton/backward.py", "$w += $static_weight($block, tl.load($block.plan + $reader + $r.$unit), tl.load($block.plan + $reader + $r.$read))", "",
         INTERPRETED, _parity("cross_stitch-tiny"), WRONG,
     ),
     "dz without zeros behind it": Mutant(
-        "backward.py", "($columns < $padded($width) - $column)[None, :]", "inside[None, :]", INTERPRETED, _of_width(17), WRONG
+        "triton/backward.py", "($columns < $padded($width) - $column)[None, :]", "inside[None, :]", INTERPRETED, _of_width(17), WRONG
     ),
     "gradients of the mixing weights left out": Mutant(
-        "backward.py", "$d += tl.load(given, mask=$live, other=0.0).to(tl.float32)", "", INTERPRETED, _parity("mmoe-odd"), WRONG
+        "triton/backward.py", "$d += tl.load(given, mask=$live, other=0.0).to(tl.float32)", "", INTERPRETED, _parity("mmoe-odd"), WRONG
     ),
     "a source's gradient not added to what is there": Mutant(
         "backward_plan.py", "int($source in $self.$written)", "0", INTERPRETED, _parity("mmoe-odd"), WRONG
     ),
-    "the last chunk not added": Mutant("backward.py", "for $chunk in range(chunks):", "for $chunk in range(chunks - 1):", INTERPRETED, _CHUNKS, WRONG),
+    "the last chunk not added": Mutant("triton/backward.py", "for $chunk in range(chunks):", "for $chunk in range(chunks - 1):", INTERPRETED, _CHUNKS, WRONG),
     "what stands beyond an expert": Mutant(
-        "backward.py", "tl.where($inside[None, :], $expert($block, $shape, $one, $column, $columns, $inside), 0.0)",
+        "triton/backward.py", "tl.where($inside[None, :], $expert($block, $shape, $one, $column, $columns, $inside), 0.0)",
         "$expert($block, $shape, $one, $column, $columns, $inside)", INTERPRETED, f"{_SIZES}::test_an_infinite_input[tanh]", NOT_FINITE,
     ),
 }  # fmt: skip

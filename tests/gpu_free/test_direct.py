@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton", reason="gpu_free: expected the package triton, which compiles without a device, got none")
 
-from fusedmoe.kernels import launch_triton, step
+from fusedmoe.kernels.triton import launch, step
 
 ROOT = Path(__file__).parents[2]
 STUB = ROOT / "tests" / "cuda_stub" / "build.py"
@@ -26,7 +26,7 @@ import os
 import torch
 from fusedmoe.op import fusion_network
 from fusedmoe.testing import build
-from fusedmoe.kernels import step
+from fusedmoe.kernels.triton import step
 
 table = build("adatt_sp", 16, [[16], [16]], 2, 2, towers=(16, 1))
 params = [torch.zeros(p.shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for p in table.parameters]
@@ -145,11 +145,11 @@ def test_an_unknown_version_is_left_to_triton(monkeypatch):
 
 def test_whoever_watches_launches_sees_them(monkeypatch):
     """Triton tells its profiler's hooks of its own launches alone."""
-    assert not launch_triton.watched()
+    assert not launch.watched()
     hook = lambda metadata: None  # noqa: E731
-    launch_triton.knobs.runtime.launch_enter_hook.add(hook)
+    launch.knobs.runtime.launch_enter_hook.add(hook)
     try:
-        assert launch_triton.watched()
+        assert launch.watched()
     finally:
-        launch_triton.knobs.runtime.launch_enter_hook.remove(hook)
-    assert not launch_triton.watched()
+        launch.knobs.runtime.launch_enter_hook.remove(hook)
+    assert not launch.watched()

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedmoe.casting import lowered
 from fusedmoe.codec import encode
-from fusedmoe.kernels import device, launch_cuda, registered, self_test, tiles
+from fusedmoe.kernels import cuda, device, registered, self_test, tiles
 from fusedmoe.kernels.launchers import GRADIENT_LAUNCHES
 from fusedmoe.nn import AdaTTSp
 from fusedmoe.op import fusion_network
@@ -91,7 +91,7 @@ def test_launches(levels, towers, monkeypatch):
 def test_more_parameters_than_travel_with_a_launch():
     table = build("mmoe", 4, [[4]], 2, 230)
     given = problem(Case(table, 3), torch.float32)
-    assert len(given.params) > launch_cuda._extension().MOST_PARAMETERS
+    assert len(given.params) > cuda._extension().MOST_PARAMETERS
     out, weights = NETWORK(given.x, given.params, table)
     wanted = expectation(given)
     assert_close({"out": out, "weights.0": weights[0]}, {name: wanted[name] for name in ("out", "weights.0")})
@@ -101,9 +101,9 @@ def test_a_table_that_a_graph_writes_stays_as_long_as_the_call(monkeypatch):
     """It is kept by nobody else: of a captured call what it leaves would be the next buffer's."""
     params = [torch.randn(4) for _ in range(500)]
     first, second = (lowered(params, torch.bfloat16) for _ in range(2))
-    launch_cuda._reachable(first, torch.device("cpu"))
+    cuda._reachable(first, torch.device("cpu"))
     monkeypatch.setattr(device, "capturing", lambda _: True)
-    _, table = launch_cuda._reachable(second, torch.device("cpu"))
+    _, table = cuda._reachable(second, torch.device("cpu"))
     assert table.tolist() == [one.data_ptr() for one in second]
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fusedmoe.kernels import device, step, tiles, tuning
+from fusedmoe.kernels import device, tiles
 from fusedmoe.kernels.lowering import lower
+from fusedmoe.kernels.triton import step, tuning
 from fusedmoe.op import fusion_network
 from fusedmoe.table import Table
 from fusedmoe.testing import Case, assert_close, build, evaluate, expectation, problem

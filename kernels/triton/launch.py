@@ -17,9 +17,9 @@ from torch import Tensor
 from triton import knobs
 
 from fusedmoe.kernels import device
-from fusedmoe.kernels.arguments import ForwardArguments, GradientsArguments, RowsArguments, SumArguments
 from fusedmoe.kernels.bound import Backward, Bound, Forward, alignment, check, chunk_of, common, split, store
-from fusedmoe.kernels.step import CURED, OPTIONS, VERSION, Step, constants, function_of
+from fusedmoe.kernels.triton.arguments import ForwardArguments, GradientsArguments, RowsArguments, SumArguments
+from fusedmoe.kernels.triton.step import CURED, OPTIONS, VERSION, Step, constants, function_of
 from fusedmoe.storage import require_memory
 
 ADD_BLOCK = 1024

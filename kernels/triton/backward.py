@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels import layout
-from fusedmoe.kernels.activation import RELU, derivative
-from fusedmoe.kernels.records import (
+from fusedmoe.kernels.triton.activation import RELU, derivative
+from fusedmoe.kernels.triton.records import (
     COLUMN,
     LINEAR,
     SOURCE,

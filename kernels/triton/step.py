@@ -7,12 +7,12 @@ import functools
 import triton
 from triton.runtime.jit import JITFunction
 
-from fusedmoe.kernels.arguments import Arguments
-from fusedmoe.kernels.backward import add_chunks
-from fusedmoe.kernels.backward import backward_rows as backward_rows_kernel
-from fusedmoe.kernels.backward import gradients as gradients_kernel
-from fusedmoe.kernels.forward import forward as forward_kernel
 from fusedmoe.kernels.tiles import Tiles
+from fusedmoe.kernels.triton.arguments import Arguments
+from fusedmoe.kernels.triton.backward import add_chunks
+from fusedmoe.kernels.triton.backward import backward_rows as backward_rows_kernel
+from fusedmoe.kernels.triton.backward import gradients as gradients_kernel
+from fusedmoe.kernels.triton.forward import forward as forward_kernel
 
 # By name: Triton 3.9 warns where a launch does not say whether to fuse multiplications and
 # additions, and 3.10 will not fuse then.

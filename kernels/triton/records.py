@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels import layout, program
-from fusedmoe.kernels.activation import apply
+from fusedmoe.kernels.triton.activation import apply
 
 
 class Offsets(tl.constexpr):

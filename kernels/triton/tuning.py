@@ -175,7 +175,7 @@ def _device(device: torch.device) -> str:
 
 @functools.cache
 def _sources() -> str:
-    return _digest("".join(path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    return _digest("".join(path.read_text() for path in sorted(Path(__file__).parent.parent.rglob("*.py"))))
 
 
 def _chosen(key: Key, program: Program, x: Tensor, run: Callable[[Tiles], object]) -> Tiles | None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fusedmoe.kernels import layout
-from fusedmoe.kernels.records import (
+from fusedmoe.kernels.triton.records import (
     COLUMN,
     NEVER,
     UNIT,
