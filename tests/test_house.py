@@ -28,6 +28,7 @@ FLOORS = {
     "fusedmoe.codec": 2,
     "fusedmoe.drafts": 2,
     "fusedmoe.checks": 2,
+    "fusedmoe.level_arguments": 2,
     "fusedmoe.reference": 2,
     "fusedmoe.families": 3,
     "fusedmoe.outputs": 3,
