@@ -1,4 +1,4 @@
-"""The arguments of `functional.fusion_level`, one by one: each is read in all its forms, and checked.
+"""The arguments of `functional.fusion_level`, read in all their forms, and checked.
 
 What does not fit raises TypeError or ValueError, which name the argument, what was expected and
 what came.
