@@ -17,12 +17,24 @@ draft together, which `family` turns into a table when it is complete.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TypeVar
 
-from fusedmoe.activation import IDENTITY, Activation
+from fusedmoe.activation import Activation
 from fusedmoe.activation import activation as activation_of
-from fusedmoe.table import Draft, Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit, draft_of, family
+from fusedmoe.drafts import (
+    counts_of,
+    draft_of,
+    experts_on,
+    family,
+    finish,
+    ones,
+    owned,
+    owners,
+    same_unit,
+    see_all,
+    share_input,
+    without_shared_unit,
+)
+from fusedmoe.table import Draft, Gate, Layer, Level, Selector, Static, Table, Task, Unit
 from fusedmoe.validation import (
     MOST_SLOTS,
     Widths,
@@ -35,8 +47,6 @@ from fusedmoe.validation import (
 )
 
 ROOT = Selector("root")
-# A draft, or a table, which is checked.
-Network = TypeVar("Network", bound=Draft)
 
 
 @family
@@ -54,10 +64,10 @@ def single_task(
     """
     tasks = range(require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS))
     level = Level(
-        _experts([0] * len(tasks), require_one_level(expert_widths), activation),
-        tuple(Unit(static=_ones((t,))) for t in tasks),
+        experts_on([0] * len(tasks), require_one_level(expert_widths), activation),
+        tuple(Unit(static=ones((t,))) for t in tasks),
     )
-    return _finish(Draft(1, input_width, (level,)), activation, towers)
+    return finish(Draft(1, input_width, (level,)), activation, towers)
 
 
 @family
@@ -73,8 +83,8 @@ def shared_bottom(
     Returns: a table over x [B, 1, D] with one unit that all tasks read.
     Source: MMoE, equation 1.
     """
-    level = Level(_experts([0], require_one_level(expert_widths), activation), (Unit(static=_ones((0,))),))
-    return _finish(Draft(1, input_width, (level,), _same_unit(num_tasks)), activation, towers)
+    level = Level(experts_on([0], require_one_level(expert_widths), activation), (Unit(static=ones((0,))),))
+    return finish(Draft(1, input_width, (level,), same_unit(num_tasks)), activation, towers)
 
 
 @family
@@ -98,7 +108,7 @@ def omoe(
     draft = draft_of(ml_mmoe)(
         input_width, [require_one_level(expert_widths)], 1, num_experts, [gate_widths], activation
     )
-    return _finish(draft, activation, towers, _same_unit(num_tasks))
+    return finish(draft, activation, towers, same_unit(num_tasks))
 
 
 @family
@@ -152,14 +162,10 @@ def ml_mmoe(
     stack = []
     for number, widths in enumerate(levels):
         gate = Gate(ROOT, tuple(range(count)), tuple(Layer(width, kind) for width in hidden[number]))
-        units = num_tasks if number == len(levels) - 1 else count
+        units = require_integer(num_tasks if number == len(levels) - 1 else count, "num_tasks", 1, MOST_SLOTS)
         slots = range(count) if number else [0] * count
-        stack.append(
-            Level(
-                _experts(slots, widths, activation), (Unit(gate),) * require_integer(units, "num_tasks", 1, MOST_SLOTS)
-            )
-        )
-    return _finish(Draft(1, input_width, tuple(stack)), activation, towers)
+        stack.append(Level(experts_on(slots, widths, activation), (Unit(gate),) * units))
+    return finish(Draft(1, input_width, tuple(stack)), activation, towers)
 
 
 @family
@@ -178,17 +184,9 @@ def cgc(
     Returns: a table over x [B, 1, D] with output [B, T, H].
     Source: PLE, equations 2 to 5.
     """
-    return share_input(
-        draft_of(ple)(
-            input_width,
-            [require_one_level(expert_widths)],
-            num_tasks,
-            num_task_experts,
-            num_shared_experts,
-            activation,
-            towers,
-        )
-    )
+    levels = [require_one_level(expert_widths)]
+    draft = draft_of(ple)(input_width, levels, num_tasks, num_task_experts, num_shared_experts, activation, towers)
+    return share_input(draft)
 
 
 @family
@@ -210,16 +208,11 @@ def ple(
     Source: PLE, equations 6 and 7.
     """
     levels = require_level_widths(expert_widths)
-    own = _owned(
-        [
-            *require_count_per_task(num_tasks, num_task_experts),
-            require_integer(num_shared_experts, "num_shared_experts", 0, MOST_SLOTS),
-        ]
-    )
+    own = owned(counts_of(num_tasks, num_task_experts, num_shared_experts))
     sees = [*(mine + own[-1] for mine in own[:-1]), tuple(range(sum(map(len, own))))]
     units = tuple(Unit(Gate(Selector("slot", u), seen)) for u, seen in enumerate(sees))
-    stack = tuple(Level(_experts(_owners(own), widths, activation), units) for widths in levels)
-    return _finish(Draft(num_tasks + 1, input_width, _without_shared_unit(stack, num_tasks)), activation, towers)
+    stack = tuple(Level(experts_on(owners(own), widths, activation), units) for widths in levels)
+    return finish(Draft(num_tasks + 1, input_width, without_shared_unit(stack, num_tasks)), activation, towers)
 
 
 @family
@@ -242,17 +235,17 @@ def adatt_sp(
     """
     levels = require_level_widths(expert_widths)
     counts = require_count_per_task(num_tasks, num_task_experts)
-    own = _owned(counts)
+    own = owned(counts)
     shape = (num_tasks, counts[0]) if len(set(counts)) == 1 else (sum(counts),)
 
     def static(level: int, u: int) -> Static | None:
         if not static_weights:
             return None
-        return _ones(own[u]) if set(counts) == {1} else Static(own[u], tensor=level, offset=sum(counts[:u]))
+        return ones(own[u]) if set(counts) == {1} else Static(own[u], tensor=level, offset=sum(counts[:u]))
 
-    stack = tuple(_see_all(own, level, widths, static, activation) for level, widths in enumerate(levels))
+    stack = tuple(see_all(own, level, widths, static, activation) for level, widths in enumerate(levels))
     statics = (shape,) * len(levels) if static_weights and set(counts) != {1} else ()
-    return _finish(Draft(num_tasks, input_width, stack, statics=statics), activation, towers)
+    return finish(Draft(num_tasks, input_width, stack, statics=statics), activation, towers)
 
 
 @family
@@ -277,23 +270,20 @@ def adatt(
     Source: AdaTT, section 3.2.
     """
     levels = require_level_widths(expert_widths)
-    counts = [
-        *require_count_per_task(num_tasks, num_task_experts),
-        require_integer(num_shared_experts, "num_shared_experts", 0, MOST_SLOTS),
-    ]
-    own = _owned(counts)
+    counts = counts_of(num_tasks, num_task_experts, num_shared_experts)
+    own = owned(counts)
 
     def static(level: int, u: int) -> Static | None:
         # The shared unit has static weights for the levels where it exists: below the last.
         if not static_weights or (u == num_tasks and level == len(levels) - 1):
             return None
-        return _ones(own[u]) if set(counts) == {1} else Static(own[u], tensor=u, offset=level * counts[u])
+        return ones(own[u]) if set(counts) == {1} else Static(own[u], tensor=u, offset=level * counts[u])
 
-    stack = tuple(_see_all(own, level, widths, static, activation) for level, widths in enumerate(levels))
+    stack = tuple(see_all(own, level, widths, static, activation) for level, widths in enumerate(levels))
     shapes = (*((len(levels), m) for m in counts[:-1]), (len(levels) - 1, counts[-1]))
     statics = shapes if static_weights and set(counts) != {1} else ()
-    return _finish(
-        Draft(num_tasks + 1, input_width, _without_shared_unit(stack, num_tasks), statics=statics), activation, towers
+    return finish(
+        Draft(num_tasks + 1, input_width, without_shared_unit(stack, num_tasks), statics=statics), activation, towers
     )
 
 
@@ -314,12 +304,12 @@ def cross_stitch(
     tasks = tuple(range(require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)))
     stack = tuple(
         Level(
-            _experts(tasks, widths, activation),
+            experts_on(tasks, widths, activation),
             tuple(Unit(static=Static(tasks, tensor=level, offset=u * num_tasks)) for u in tasks),
         )
         for level, widths in enumerate(levels)
     )
-    return _finish(
+    return finish(
         Draft(num_tasks, input_width, stack, statics=((num_tasks, num_tasks),) * len(levels)), activation, towers
     )
 
@@ -350,15 +340,15 @@ def asymmetric_sharing(
         require_indices(tasks, num_tasks, f"borrows, task {t}", "tasks", 1)
     if combine == "concat":
         draft = draft_of(single_task)(input_width, expert_widths, num_tasks, activation)
-        return _finish(draft, activation, towers, tuple(Task(tasks) for tasks in sources))
+        return finish(draft, activation, towers, tuple(Task(tasks) for tasks in sources))
     if combine not in ("sum", "mean"):
         raise ValueError(f"combine: expected one of sum, mean, concat, got {combine!r}")
     units = tuple(
         Unit(static=Static(tasks, values=(1.0 if combine == "sum" else 1.0 / len(tasks),) * len(tasks)))
         for tasks in sources
     )
-    level = Level(_experts([0] * num_tasks, require_one_level(expert_widths), activation), units)
-    return _finish(Draft(1, input_width, (level,)), activation, towers)
+    level = Level(experts_on([0] * num_tasks, require_one_level(expert_widths), activation), units)
+    return finish(Draft(1, input_width, (level,)), activation, towers)
 
 
 @family
@@ -376,7 +366,7 @@ def customized_sharing(
     """
     shared = require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)
     draft = draft_of(single_task)(input_width, expert_widths, shared + 1, activation)
-    return _finish(draft, activation, towers, tuple(Task((t, shared)) for t in range(shared)))
+    return finish(draft, activation, towers, tuple(Task((t, shared)) for t in range(shared)))
 
 
 FAMILIES: dict[str, Callable[..., Table]] = {
@@ -396,80 +386,3 @@ FAMILIES: dict[str, Callable[..., Table]] = {
         customized_sharing,
     )
 }
-
-
-def with_towers(table: Network, layers: tuple[Layer, ...], tasks: tuple[Task, ...] = ()) -> Network:
-    """Put one tower of these layers on each of `tasks`, the table's tasks, or one task per unit.
-
-    Returns: a table with output [B, T, width of the last layer].
-    Raises: ValueError for no layers.
-    """
-    if not layers:
-        raise ValueError("layers: expected at least one layer, got none")
-    tasks = tasks or table.tasks or tuple(Task((u,)) for u in range(len(table.levels[-1].units)))
-    return replace(table, tasks=tuple(replace(task, tower=tuple(layers)) for task in tasks))
-
-
-def share_input(table: Network) -> Network:
-    """Return a table over x [B, 1, D] with the output of this one if all its slots hold that x."""
-
-    def unit_on_slot_0(unit: Unit) -> Unit:
-        if unit.gate is None or unit.gate.selector.kind != "slot":
-            return unit
-        return replace(unit, gate=replace(unit.gate, selector=Selector("slot", 0)))
-
-    first = table.levels[0]
-    experts = tuple(replace(expert, slot=0) for expert in first.experts)
-    level = Level(experts, tuple(map(unit_on_slot_0, first.units)))
-    return replace(table, slots=1, root=0, levels=(level, *table.levels[1:]))
-
-
-def _finish(draft: Draft, kind: str | Activation, towers: Sequence[int], tasks: tuple[Task, ...] = ()) -> Draft:
-    """Hand the units to these tasks or the draft's, under towers whose last layer is linear."""
-    layers = [Layer(width, activation_of(kind)) for width in require_sequence(towers, "towers")]
-    if not layers:
-        return replace(draft, tasks=tasks or draft.tasks)
-    return with_towers(draft, (*layers[:-1], replace(layers[-1], activation=IDENTITY)), tasks)
-
-
-def _experts(slots: Sequence[int], widths: Sequence[int], kind: str | Activation) -> tuple[Expert, ...]:
-    """One expert per entry of `slots`, all with layers of these widths."""
-    layers = tuple(Layer(width, activation_of(kind)) for width in widths)
-    return tuple(Expert(slot, layers) for slot in slots)
-
-
-def _see_all(
-    own: Sequence[tuple[int, ...]],
-    level: int,
-    widths: Sequence[int],
-    static: Callable[[int, int], Static | None],
-    kind: str | Activation,
-) -> Level:
-    """One unit per owner of experts, gated on its own slot over all experts."""
-    every = tuple(range(sum(map(len, own))))
-    units = tuple(Unit(Gate(Selector("slot", u), every), static(level, u)) for u in range(len(own)))
-    return Level(_experts(_owners(own), widths, kind), units)
-
-
-def _without_shared_unit(levels: tuple[Level, ...], num_tasks: int) -> tuple[Level, ...]:
-    """Drop the shared unit of the last level, which no task reads."""
-    return (*levels[:-1], replace(levels[-1], units=levels[-1].units[:num_tasks]))
-
-
-def _ones(experts: tuple[int, ...]) -> Static:
-    return Static(experts, values=(1.0,) * len(experts))
-
-
-def _same_unit(num_tasks: int) -> tuple[Task, ...]:
-    return (Task((0,)),) * require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)
-
-
-def _owned(counts: Sequence[int]) -> list[tuple[int, ...]]:
-    """The expert indices of each owner, owners in order: [2, 1] gives [(0, 1), (2,)]."""
-    indices = iter(range(require_integer(sum(counts), "num_task_experts and num_shared_experts, all", 0, MOST_SLOTS)))
-    return [tuple(next(indices) for _ in range(count)) for count in counts]
-
-
-def _owners(own: Sequence[tuple[int, ...]]) -> list[int]:
-    """The owner of each expert, which is the slot it reads: [(0, 1), (2,)] gives [0, 0, 1]."""
-    return [owner for owner, mine in enumerate(own) for _ in mine]

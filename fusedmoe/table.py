@@ -14,20 +14,16 @@ returns a `Table`; every backend takes one.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ParamSpec
 
 from fusedmoe.activation import RELU, Activation
 from fusedmoe.encoding import write
 from fusedmoe.validation import MOST_SLOTS, require_indices, require_instance, require_integer, require_tuple
 
 SELECTORS = ("slot", "root", "expert")
-Arguments = ParamSpec("Arguments")
 
 
 @dataclass(frozen=True)
@@ -371,28 +367,6 @@ class Table(Draft):
             for u in self.live[i][0]
         )
         return maps + mixes
-
-
-def table_of(draft: Draft) -> Table:
-    """Return the table that a draft has become. Raises: as `Table`."""
-    return Table(draft.slots, draft.width, draft.levels, draft.tasks, draft.statics, draft.root)
-
-
-def family(draft: Callable[Arguments, Draft]) -> Callable[Arguments, Table]:
-    """Make a function that returns a table of one that returns its draft."""
-
-    @functools.wraps(draft)
-    def build(*arguments: Arguments.args, **named: Arguments.kwargs) -> Table:
-        return table_of(draft(*arguments, **named))
-
-    build.__signature__ = inspect.signature(draft).replace(return_annotation="Table")  # type: ignore[attr-defined]
-    return build
-
-
-def draft_of(family: Callable[..., Table]) -> Callable[..., Draft]:
-    """Return the function that a family was made of: who puts other layers into the draft has it
-    checked once, at the end."""
-    return inspect.unwrap(family)
 
 
 def product(sizes: Iterable[int]) -> int:

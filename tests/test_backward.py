@@ -55,7 +55,7 @@ def gradients(network, table: Table, loss: Loss, dtype: torch.dtype = DTYPE) -> 
 
 
 def expectation(table: Table, loss: Loss) -> dict[str, tuple[Tensor | None, float]]:
-    """Truth and bound of every gradient, by the rule of fusedmoe/testing.py."""
+    """Truth and bound of every gradient, by the rule of fusedmoe/testing/."""
     narrow = {name: None if d is None else d.double() for name, d in gradients(plain, table, loss).items()}
     # Of the same numbers: those that were drawn in the dtype of the test.
     x, params = (

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fusedmoe.activation import IDENTITY, RELU, activation
+from fusedmoe.drafts import share_input, with_towers
 from fusedmoe.families import (
     FAMILIES,
     adatt,
@@ -17,10 +18,8 @@ from fusedmoe.families import (
     mmoe,
     omoe,
     ple,
-    share_input,
     shared_bottom,
     single_task,
-    with_towers,
 )
 from fusedmoe.reference import operator
 from fusedmoe.table import Layer, Level, Static, Table, Task

@@ -1,4 +1,4 @@
-"""The operator as PyTorch sees it: schema, compilation, double backward, threads, bad input."""
+"""The operator as PyTorch sees it: schema, compilation, double backward, threads."""
 
 from dataclasses import replace
 from functools import partial
@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, library
 
-from fusedmoe import available_backends
 from fusedmoe.activation import IDENTITY
 from fusedmoe.codec import encode
 from fusedmoe.families import mmoe, ple
@@ -127,99 +126,6 @@ def test_compiled_under_autocast(dtype):
     compiled = torch.compile(under_autocast, fullgraph=True, dynamic=True, backend="aot_eager")
     ours, plain = evaluate(compiled, given), evaluate(under_autocast, given)
     assert all((a is None and plain[name] is None) or torch.equal(a, plain[name]) for name, a in ours.items())
-
-
-GOOD = ple(4, [[3]], 2, 1, 1)
-
-
-def call(backend="cpu", table=GOOD, **changes):
-    """Call the operator with one thing changed."""
-    given = problem(Case(GOOD, 2), torch.float32)
-    arguments = {"x": given.x, "params": list(given.params), **changes}
-    return fusion_network(arguments["x"], arguments["params"], table, backend=backend)
-
-
-def with_param(index: int, value) -> list:
-    params = list(problem(Case(GOOD, 2), torch.float32).params)
-    params[index] = value
-    return params
-
-
-BAD = {
-    "x has a slot too few": ({"x": torch.zeros(2, 2, 4)}, ValueError, r"x: expected \[B, 3, 4\], got \[2, 2, 4\]"),
-    "x is too wide": ({"x": torch.zeros(2, 3, 5)}, ValueError, r"x: expected \[B, 3, 4\], got \[2, 3, 5\]"),
-    "x is a vector": ({"x": torch.zeros(4)}, ValueError, r"x: expected \[B, 3, 4\], got \[4\]"),
-    "x has four axes": ({"x": torch.zeros(1, 2, 3, 4)}, ValueError, r"x: expected \[B, 3, 4\], got \[1, 2, 3, 4\]"),
-    "x is a list": ({"x": [[1.0]]}, TypeError, "x: expected a tensor, got list"),
-    "x is None": ({"x": None}, TypeError, "x: expected a tensor, got NoneType"),
-    "a parameter is None": (
-        {"params": with_param(1, None)},
-        TypeError,
-        r"params, levels\.0\.experts\.0\.0\.bias: expected a tensor, got NoneType",
-    ),
-    "a parameter is transposed": (
-        {"params": with_param(0, torch.zeros(4, 3))},
-        ValueError,
-        r"levels\.0\.experts\.0\.0\.weight: expected \[3, 4\], got \[4, 3\]",
-    ),
-    "a parameter has another dtype": (
-        {"params": with_param(2, torch.zeros(3, 4).double())},
-        TypeError,
-        r"experts\.1\.0\.weight: expected torch.float32, .*, got torch.float64",
-    ),
-    "a parameter is elsewhere": (
-        {"params": with_param(2, torch.zeros(3, 4, device="meta"))},
-        ValueError,
-        r"experts\.1\.0\.weight: expected a tensor on cpu, .*, got one on meta",
-    ),
-    "a parameter too few": (
-        {"params": with_param(0, torch.zeros(3, 4))[:-1]},
-        ValueError,
-        "params: expected 10 tensors, got 9",
-    ),
-    "no parameters": ({"params": []}, ValueError, "params: expected 10 tensors, got 0"),
-    "the table is a string": ({"table": "ple"}, TypeError, "table: expected a fusedmoe.Table, got str"),
-    "an unknown backend": ({"backend": "gpu"}, ValueError, "backend: expected auto, .*, got 'gpu'"),
-}
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference", "auto"])
-@pytest.mark.parametrize("fault", BAD)
-def test_bad_input_says_what_where_expected_and_got(fault, backend):
-    changes, kind, message = BAD[fault]
-    with pytest.raises(kind, match=message):
-        call(**{"backend": backend, **changes})
-
-
-@pytest.mark.parametrize(
-    ("x", "message"),
-    [
-        (
-            torch.zeros(2, 3, 4, dtype=torch.int64),
-            "backend cpu: expected float32 or float64 or bfloat16 or float16, got int64",
-        ),
-        (torch.zeros(2, 3, 4, device="meta"), "backend cpu: expected a tensor on cpu, got one on meta"),
-    ],
-)
-def test_a_backend_that_cannot_run_says_why(x, message):
-    with pytest.raises(RuntimeError, match=message):
-        call(x=x)
-
-
-def test_the_cpu_backend_is_built():
-    """Without it every test of the cpu backend would fail with a reason; here is the reason."""
-    found = available_backends()
-    assert list(found) == ["cpu", "triton", "cuda", "reference"] and found["cpu"] is found["reference"] is None
-
-
-def test_triton_without_a_gpu_says_so():
-    if torch.cuda.is_available():
-        pytest.skip("gpu: expected a machine without a device, got one with")
-    given = start("ple-tiny", torch.float32)
-    with pytest.raises(
-        RuntimeError, match=r"backend triton: expected a GPU, got a machine .* without one; TRITON_INTERPRET=1"
-    ):
-        fusion_network(given.x, given.params, given.table, "triton")
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

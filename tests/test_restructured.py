@@ -10,7 +10,8 @@ from torch.func import functional_call
 
 from fusedmoe import testing
 from fusedmoe.activation import Activation
-from fusedmoe.families import FAMILIES, share_input
+from fusedmoe.drafts import share_input
+from fusedmoe.families import FAMILIES
 from fusedmoe.speed.restructured import Restructured, arrange, runs_of
 from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Unit
 

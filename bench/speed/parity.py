@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from fusedmoe import dtype as dtypes
 from fusedmoe import testing
-from fusedmoe.families import share_input
+from fusedmoe.drafts import share_input
 from fusedmoe.speed.grids import Cell
 from fusedmoe.speed.restructured import Restructured, arrange
 from fusedmoe.speed.subjects import Layer, Sizes, Work, build, rows_for

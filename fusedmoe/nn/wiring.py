@@ -16,8 +16,9 @@ from torch import nn
 
 from fusedmoe import families
 from fusedmoe.activation import IDENTITY, Activation
+from fusedmoe.drafts import draft_of, share_input, table_of
 from fusedmoe.nn.counts import Unfusable, require_counts
-from fusedmoe.table import Draft, Expert, Gate, Layer, Level, Table, Task, draft_of, table_of
+from fusedmoe.table import Draft, Expert, Gate, Layer, Level, Table, Task
 
 Network = TypeVar("Network", bound=Draft)
 
@@ -154,7 +155,7 @@ def central(module: nn.Module) -> Wiring:
     except Unfusable as error:
         raise Unfusable(f"mtl_arch: {error}") from None
     towers = _each(module.get_submodule("task_modules"), "task_modules", _mlp)
-    draft = families.share_input(backbone.draft)
+    draft = share_input(backbone.draft)
     tasks = draft.tasks or tuple(Task((u,)) for u in range(len(draft.levels[-1].units)))
     if len(tasks) != len(towers):
         raise Unfusable(f"task_modules: expected one tower for each of {len(tasks)} tasks, got {len(towers)}")

@@ -1,5 +1,4 @@
-// Inputs of a case, and how near to the truth a result must come: the rule at the top of
-// fusedmoe/testing.py,
+// Inputs of a case, and how near to the truth a result must come: the rule of fusedmoe/testing/,
 //   error(ours, truth) <= 2 error(plain loop in that type, truth) + 8 roundoff max |truth|,
 // with the largest absolute difference as error, a plain loop in double as truth, and the plain
 // loop's error as the largest of seventeen runs, on the problem and on neighbours a rounding or two

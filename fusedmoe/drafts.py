@@ -1,0 +1,132 @@
+"""What the families put their drafts together from, and what makes a table of a draft.
+
+A family in `families.py` is a function that returns a `Draft`, under the decorator `family`, which
+has it checked once, when it is complete. own[i] are the experts of owner i, a task or what the
+tasks share.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import ParamSpec, TypeVar
+
+from fusedmoe.activation import IDENTITY, Activation
+from fusedmoe.activation import activation as activation_of
+from fusedmoe.table import Draft, Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit
+from fusedmoe.validation import MOST_SLOTS, require_count_per_task, require_integer, require_sequence
+
+Arguments = ParamSpec("Arguments")
+# A draft, or a table, which is checked.
+Network = TypeVar("Network", bound=Draft)
+
+
+def table_of(draft: Draft) -> Table:
+    """Return the table that a draft has become. Raises: as `Table`."""
+    return Table(draft.slots, draft.width, draft.levels, draft.tasks, draft.statics, draft.root)
+
+
+def family(draft: Callable[Arguments, Draft]) -> Callable[Arguments, Table]:
+    """Make a function that returns a table of one that returns its draft."""
+
+    @functools.wraps(draft)
+    def build(*arguments: Arguments.args, **named: Arguments.kwargs) -> Table:
+        return table_of(draft(*arguments, **named))
+
+    build.__signature__ = inspect.signature(draft).replace(return_annotation="Table")  # type: ignore[attr-defined]
+    return build
+
+
+def draft_of(family: Callable[..., Table]) -> Callable[..., Draft]:
+    """Return the function that a family was made of: who puts other layers into the draft has it
+    checked once, at the end."""
+    return inspect.unwrap(family)
+
+
+def with_towers(table: Network, layers: tuple[Layer, ...], tasks: tuple[Task, ...] = ()) -> Network:
+    """Put one tower of these layers on each of `tasks`, the table's tasks, or one task per unit.
+
+    Returns: a table with output [B, T, width of the last layer].
+    Raises: ValueError for no layers.
+    """
+    if not layers:
+        raise ValueError("layers: expected at least one layer, got none")
+    tasks = tasks or table.tasks or tuple(Task((u,)) for u in range(len(table.levels[-1].units)))
+    return replace(table, tasks=tuple(replace(task, tower=tuple(layers)) for task in tasks))
+
+
+def share_input(table: Network) -> Network:
+    """Return a table over x [B, 1, D] with the output of this one if all its slots hold that x."""
+
+    def unit_on_slot_0(unit: Unit) -> Unit:
+        if unit.gate is None or unit.gate.selector.kind != "slot":
+            return unit
+        return replace(unit, gate=replace(unit.gate, selector=Selector("slot", 0)))
+
+    first = table.levels[0]
+    experts = tuple(replace(expert, slot=0) for expert in first.experts)
+    level = Level(experts, tuple(map(unit_on_slot_0, first.units)))
+    return replace(table, slots=1, root=0, levels=(level, *table.levels[1:]))
+
+
+def finish(draft: Draft, kind: str | Activation, towers: Sequence[int], tasks: tuple[Task, ...] = ()) -> Draft:
+    """Hand the units to these tasks or the draft's, under towers whose last layer is linear."""
+    layers = [Layer(width, activation_of(kind)) for width in require_sequence(towers, "towers")]
+    if not layers:
+        return replace(draft, tasks=tasks or draft.tasks)
+    return with_towers(draft, (*layers[:-1], replace(layers[-1], activation=IDENTITY)), tasks)
+
+
+def experts_on(slots: Sequence[int], widths: Sequence[int], kind: str | Activation) -> tuple[Expert, ...]:
+    """One expert per entry of `slots`, all with layers of these widths."""
+    layers = tuple(Layer(width, activation_of(kind)) for width in widths)
+    return tuple(Expert(slot, layers) for slot in slots)
+
+
+def see_all(
+    own: Sequence[tuple[int, ...]],
+    level: int,
+    widths: Sequence[int],
+    static: Callable[[int, int], Static | None],
+    kind: str | Activation,
+) -> Level:
+    """One unit per owner of experts, gated on its own slot over all experts."""
+    every = tuple(range(sum(map(len, own))))
+    units = tuple(Unit(Gate(Selector("slot", u), every), static(level, u)) for u in range(len(own)))
+    return Level(experts_on(owners(own), widths, kind), units)
+
+
+def without_shared_unit(levels: tuple[Level, ...], num_tasks: int) -> tuple[Level, ...]:
+    """Drop the shared unit of the last level, which no task reads."""
+    return (*levels[:-1], replace(levels[-1], units=levels[-1].units[:num_tasks]))
+
+
+def ones(experts: tuple[int, ...]) -> Static:
+    """Static weights of 1."""
+    return Static(experts, values=(1.0,) * len(experts))
+
+
+def same_unit(num_tasks: int) -> tuple[Task, ...]:
+    """Tasks that all read unit 0."""
+    return (Task((0,)),) * require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)
+
+
+def counts_of(num_tasks: int, num_task_experts: int | Sequence[int], num_shared_experts: int) -> list[int]:
+    """The number of experts of each owner: of every task, and last the shared ones."""
+    return [
+        *require_count_per_task(num_tasks, num_task_experts),
+        require_integer(num_shared_experts, "num_shared_experts", 0, MOST_SLOTS),
+    ]
+
+
+def owned(counts: Sequence[int]) -> list[tuple[int, ...]]:
+    """The expert indices of each owner, owners in order: [2, 1] gives [(0, 1), (2,)]."""
+    indices = iter(range(require_integer(sum(counts), "num_task_experts and num_shared_experts, all", 0, MOST_SLOTS)))
+    return [tuple(next(indices) for _ in range(count)) for count in counts]
+
+
+def owners(own: Sequence[tuple[int, ...]]) -> list[int]:
+    """The owner of each expert, which is the slot it reads: [(0, 1), (2,)] gives [0, 0, 1]."""
+    return [owner for owner, mine in enumerate(own) for _ in mine]
