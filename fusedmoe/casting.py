@@ -21,7 +21,7 @@ from fusedmoe.tracing import constant
 NUMBERS = 8
 
 
-def lowered(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def cast(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Return the parameters in another dtype; their gradients come back in their own.
 
     Args:

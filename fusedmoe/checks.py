@@ -12,12 +12,12 @@ from fusedmoe.storage import require_memory
 from fusedmoe.table import Table
 
 
-def check(x: Any, params: Any, table: Any, lowered: bool = False) -> None:
+def check(x: Any, params: Any, table: Any, cast: bool = False) -> None:
     """Check that x, the parameters and the table fit together.
 
     Args:
         x, params, table: as `fusion_network` takes them.
-        lowered: whether autocast made x bfloat16, so that the parameters may be float32.
+        cast: whether autocast made x bfloat16, so that the parameters may be float32.
     Raises: TypeError or ValueError, saying what, where, expected and got.
     """
     if not isinstance(table, Table):
@@ -44,7 +44,7 @@ def check(x: Any, params: Any, table: Any, lowered: bool = False) -> None:
             raise TypeError(f"params, {expect.name}: expected a tensor, got {type(tensor).__name__}")
         if tuple(tensor.shape) != expect.shape:
             raise ValueError(f"params, {expect.name}: expected {list(expect.shape)}, got {list(tensor.shape)}")
-        if tensor.dtype != x.dtype and not (lowered and tensor.dtype == torch.float32):
+        if tensor.dtype != x.dtype and not (cast and tensor.dtype == torch.float32):
             raise TypeError(f"params, {expect.name}: expected {x.dtype}, the dtype of x, got {tensor.dtype}")
         if tensor.layout != torch.strided:
             raise TypeError(f"params, {expect.name}: expected a dense tensor, got layout {tensor.layout}")

@@ -80,7 +80,7 @@ def _fake_forward(x, params, table_text, save, mixing):
     from fusedmoe import _C
 
     table = codec.decode(table_text)
-    check(x, params, table, lowered=x.dtype == torch.bfloat16)
+    check(x, params, table, cast=x.dtype == torch.bfloat16)
     rows = x.shape[0]
     # Whole vectors of rows (`padded` in csrc/cpu/plan.h), and a header of 16 numbers.
     padded = -(-rows // _C.LANE_MULTIPLE) * _C.LANE_MULTIPLE

@@ -75,49 +75,40 @@ def fusion_network(
 
     Source: MMoE eq. 6-8, PLE eq. 2-7, AdaTT eq. 2-10.
     """
-    if (
-        not isinstance(x, Tensor)
-        or not isinstance(table, Table)
-        or x.dim() not in (2, 3)
-        or not isinstance(params, Iterable)
-    ):
+    if not (isinstance(x, Tensor) and isinstance(table, Table) and x.dim() in (2, 3) and isinstance(params, Iterable)):
         check(x, params, table)
-    params = list(params)
+    params, options = list(params), Options(backend, return_mixing_weights, recompute, tasks_apart)
+    return _run_under_autocast(x, params, table, options) if _autocast_on(x) else _run(x, params, table, options)
+
+
+def _autocast_on(x: Tensor) -> bool:
     # Short for the device that has least time to lose.
-    if (
-        torch.is_autocast_enabled("cpu")
-        if x.is_cpu
-        else autocasts(x.device.type) and torch.is_autocast_enabled(x.device.type)
-    ):
-        dtype = _lower_dtype(x, params, backend)
-        with without_autocast(x):
-            if dtype is None:
-                raised = [at_least_float32(p) for p in params]
-                return _run(
-                    at_least_float32(x), raised, table, Options(backend, return_mixing_weights, recompute, tasks_apart)
-                )
-            # The C++ kernels round parameters in float32 as they read them.
-            if choose(backend, x.device, dtype) != "cpu":
-                check(x, params, table, lowered=True)
-                params = casting.lowered(params, dtype)
-            return _run(
-                _lowered(x, dtype),
-                params,
-                table,
-                Options(backend, return_mixing_weights, recompute, tasks_apart),
-                lowered=True,
-            )
-    return _run(x, params, table, Options(backend, return_mixing_weights, recompute, tasks_apart))
+    if x.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    return autocasts(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
-def _run(x: Tensor, params: list[Tensor], table: Table, options: Options, lowered: bool = False) -> Any:
-    """Run the backend that serves the call, outside of autocast; `lowered` as in `check`."""
+def _run_under_autocast(x: Tensor, params: list[Tensor], table: Table, options: Options) -> Any:
+    """Run in autocast's dtype what its own linear layers would, all else in float32 at least."""
+    dtype = _autocast_dtype(x, params, options.backend)
+    with without_autocast(x):
+        if dtype is None:
+            return _run(at_least_float32(x), [at_least_float32(p) for p in params], table, options)
+        # The C++ kernels round parameters in float32 as they read them.
+        if choose(options.backend, x.device, dtype) != "cpu":
+            check(x, params, table, cast=True)
+            params = casting.cast(params, dtype)
+        return _run(_cast(x, dtype), params, table, options, cast=True)
+
+
+def _run(x: Tensor, params: list[Tensor], table: Table, options: Options, cast: bool = False) -> Any:
+    """Run the backend that serves the call, outside of autocast; `cast` as in `check`."""
     slots = x if x.dim() == 3 else x.unsqueeze(1)
     run = RUN[choose(options.backend, x.device, x.dtype)]
     # Towers' outputs leave the operator one by one; those that may share units are taken apart
     # behind it.
     inside = options._replace(tasks_apart=options.tasks_apart and table.has_towers)
-    if x.dtype == torch.bfloat16 and not lowered and params and getattr(params[0], "dtype", None) != x.dtype:
+    if x.dtype == torch.bfloat16 and not cast and params and getattr(params[0], "dtype", None) != x.dtype:
         # The kernels would take float32 parameters, all alike, too.
         check(x, params, table)
     if torch.compiler.is_compiling():
@@ -126,7 +117,7 @@ def _run(x: Tensor, params: list[Tensor], table: Table, options: Options, lowere
         try:
             outs, weights = run(slots, params, table, inside)
         except (RuntimeError, TypeError, ValueError, AttributeError):
-            check(x, params, table, lowered)
+            check(x, params, table, cast)
             raise
     if not inside.tasks_apart:
         out = for_tasks(outs[0], table)
@@ -135,21 +126,20 @@ def _run(x: Tensor, params: list[Tensor], table: Table, options: Options, lowere
     return (result, weights) if options.mixing else result
 
 
-def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x in a lower dtype. An expanded x stays expanded; `to` would write out every slot."""
     expanded = x.dim() == 3 and x.shape[1] > 1 and x.stride(1) == 0
     return x[:, :1].to(dtype).expand_as(x) if expanded else x.to(dtype)
 
 
-def _lower_dtype(x: Tensor, params: list[Tensor], backend: str) -> torch.dtype | None:
-    """The dtype to which the autocast that is on lowers a call with float32 parameters, or None."""
+def _autocast_dtype(x: Tensor, params: list[Tensor], backend: str) -> torch.dtype | None:
+    """The dtype to which autocast casts a call with float32 parameters, or None."""
     dtype = torch.get_autocast_dtype(x.device.type)
     if x.dtype not in (torch.float32, dtype) or not params or any(p.dtype != torch.float32 for p in params):
         return None
     # A dtype that nothing narrows is none to lower to, and no backend need serve it.
-    return (
-        dtype if dtype in (torch.bfloat16, torch.float16) and lowers(choose(backend, x.device, dtype), dtype) else None
-    )
+    narrow = dtype in (torch.bfloat16, torch.float16) and lowers(choose(backend, x.device, dtype), dtype)
+    return dtype if narrow else None
 
 
 @functools.cache

@@ -265,7 +265,7 @@ def test_the_library_imports_neither_the_benchmark_nor_the_demonstration():
 def test_every_package_has_its_folder():
     """What setup.py maps, and nothing else, is what the floors number."""
     text = (ROOT / "setup.py").read_text()
-    mapped = dict(re.findall(r'"(fusedmoe\.\w+)": "([\w/]+)"', text))
+    mapped = dict(re.findall(r'"(fusedmoe\.[\w.]+)": "([\w/]+)"', text))
     assert {"fusedmoe": "fusedmoe"} | mapped == {package: folder for folder, package in PACKAGES.items()}
 
 

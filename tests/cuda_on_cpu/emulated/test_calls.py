@@ -9,7 +9,7 @@ import torch
 from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedmoe.casting import lowered
+from fusedmoe.casting import cast as cast_params
 from fusedmoe.codec import encode
 from fusedmoe.kernels import cuda, device, registered, self_test, tiles
 from fusedmoe.kernels.launchers import GRADIENT_LAUNCHES
@@ -100,7 +100,7 @@ def test_more_parameters_than_travel_with_a_launch():
 def test_a_table_that_a_graph_writes_stays_as_long_as_the_call(monkeypatch):
     """It is kept by nobody else: of a captured call what it leaves would be the next buffer's."""
     params = [torch.randn(4) for _ in range(500)]
-    first, second = (lowered(params, torch.bfloat16) for _ in range(2))
+    first, second = (cast_params(params, torch.bfloat16) for _ in range(2))
     cuda._reachable(first, torch.device("cpu"))
     monkeypatch.setattr(device, "capturing", lambda _: True)
     _, table = cuda._reachable(second, torch.device("cpu"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fusedmoe.casting import lowered
+from fusedmoe.casting import cast as cast_params
 from fusedmoe.families import mmoe
 from fusedmoe.kernels import device, self_test
 from fusedmoe.kernels.lowering import lower
@@ -93,7 +93,7 @@ def test_parameters_are_cast_in_one_piece(dtype):
     are."""
     params = [torch.randn(shape, requires_grad=True) for shape in ((3, 5), (3,), (), (2, 4, 1), (1, 7))]
     with Operators() as operators:
-        cast = lowered(params, dtype)
+        cast = cast_params(params, dtype)
     assert operators.names == ["_foreach_copy_"]
     assert all(
         torch.equal(a, b.to(dtype)) and a.is_contiguous() and a.data_ptr() % 16 == 0
@@ -119,7 +119,7 @@ def test_new_memory_of_a_known_layout_is_not_uploaded(no_tables):
     """What a CUDA graph may not: the addresses of cast parameters are computed from the distances
     between them, which stay. What comes again is."""
     params = [torch.randn(3, 5), torch.randn(3)]
-    casts = [lowered(params, torch.bfloat16) for _ in range(2)]
+    casts = [cast_params(params, torch.bfloat16) for _ in range(2)]
     said = []
     for cast in (casts[0], *[casts[1]] * 3):
         with Operators() as operators:
@@ -132,7 +132,7 @@ def test_new_memory_of_a_known_layout_is_not_uploaded(no_tables):
 
 def test_a_table_that_a_graph_will_write_is_not_kept(no_tables, monkeypatch):
     params = [torch.randn(3, 5), torch.randn(3)]
-    first, second = (lowered(params, torch.bfloat16) for _ in range(2))
+    first, second = (cast_params(params, torch.bfloat16) for _ in range(2))
     device.addresses(first, params[0].device)
     monkeypatch.setattr(device, "capturing", lambda _: True)
     for _ in range(2):
