@@ -33,10 +33,10 @@ help:
 	@echo "make picture the same, and put the picture into README (docs/demo.png)"
 	@echo "make drawings  draw docs/levels.png: one level, and who reads what in MMoE, PLE and AdaTT"
 	@echo "make test    run the tests"
-	@echo "make test-cpp            run the kernels' own C++ test alone; make test has it too"
+	@echo "make test-cpp            run the kernels' own C++ test"
 	@echo "make test-cpp-sanitized  the same under the address and undefined-behaviour sanitizers"
 	@echo "make test-cpp-neon       the same built for AArch64 and run by qemu-user"
-	@echo "make test-cpp-all        both of these, as tests of pytest, and the accuracy of many random networks"
+	@echo "make test-cpp-all        all of these, as tests of pytest, and the accuracy of many random networks"
 	@echo "make test-gpu-free       the GPU kernels' slow tests that need no device: compiled for every architecture, executed, mutants"
 	@echo "make test-interpreted    every case in Triton's interpreter, of which make test has some"
 	@echo "make test-cuda           the CUDA kernels on the tests' emulator of a device: the parity tests, modules, swap"
@@ -87,15 +87,14 @@ test-cpp-neon: $(STAMPS)/requirements
 	@$(PYTHON) tests/cpp/run.py neon
 
 test-cpp-all: build
-	$(call say,testing the kernels in C++ under the sanitizers and for AArch64)
+	$(call say,testing the kernels in C++: as they are built, under the sanitizers, for AArch64)
 	@$(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_cpp_kernels.py
 	$(call say,holding gradients of many random networks against float64)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_accuracy.py
 
 test-gpu-free: build
 	$(call say,compiling the Triton kernels for every architecture and executing what was compiled)
-	@# Of executed networks those in float32, which the interpreter computes without tf32, and in bfloat16, in which it is weakest.
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow -k "(not every_case or not float16) and not cuda" tests/gpu_free
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow -k "not cuda" tests/gpu_free
 
 test-interpreted: build
 	$(call say,running the Triton kernels on every case in the interpreter)

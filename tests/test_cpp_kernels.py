@@ -1,8 +1,8 @@
 """The kernels' own C++ test, tests/cpp: against plain loops on guarded memory, without Python or
 PyTorch, under every ISA.
 
-Under the sanitizers and the emulator it takes a minute or two, so `make test` leaves those to `make
-test-cpp-all` and to .ci/run.
+Each kind takes a minute or two, so `make test` leaves them to `make test-cpp-all` and to .ci/run;
+tests/test_parity.py has the same kernels through PyTorch.
 """
 
 import pytest
@@ -10,9 +10,8 @@ import pytest
 from .cpp import run
 
 
-@pytest.mark.parametrize(
-    "kind", ["plain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in run.KINDS if kind != "plain")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", run.KINDS)
 def test_kernels(kind):
     if reason := run.missing(kind):
         pytest.skip(reason)
