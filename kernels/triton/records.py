@@ -2,6 +2,9 @@
 
 `Block` is what a program knows of its rows, `Shape` what it was compiled for; both pass through
 every function below.
+
+Fields are loaded where they are used: a function for `tl.load(block.plan + ...)` changes the order in
+which Triton inlines, and took up to 34 registers more (MMoE T3e8, training, 4,096 rows, sm_90).
 """
 
 from typing import NamedTuple
