@@ -4,8 +4,7 @@
 csrc/cpu/isa.cpp is compiled once per instruction set and every other file once; the library picks
 among them at run time, so a wheel runs on any CPU of its architecture. Objects are rebuilt when a
 file that they include, or their command, has changed. The CUDA kernels are an extension of their
-own: without them a wheel is what it always was, and where one of the two does not load the other
-does.
+own: a build without them is unchanged, and if one extension does not load, the other still does.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ struct Arguments {
                     table.width, "], got ", shape_of(x.sizes()));
     const size_t count = tensors.size();
     STD_TORCH_CHECK(count == table.shapes.size(), "params: expected ", table.shapes.size(), " tensors, got ", count);
-    // Under autocast the input is lowered, and the parameters stay in float32.
+    // Under autocast the input is cast, and the parameters stay in float32.
     if (bf16 && count && tensors[0].scalar_type() == ScalarType::Float) stored = ScalarType::Float;
     pointers.resize(count);
     bf16_weights.resize(bf16 ? count : 0);
@@ -146,7 +146,7 @@ std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d
   return results;
 }
 
-// Half of the bits are stored, never computed in.
+// 16-bit dtypes are only stored; the kernels compute in float.
 template <class F>
 auto in_kernel_type(const Tensor& x, F f) {
   switch (x.scalar_type()) {
@@ -154,7 +154,9 @@ auto in_kernel_type(const Tensor& x, F f) {
     case ScalarType::Float:
     case ScalarType::BFloat16:
     case ScalarType::Half: return f(float());
-    default: STD_TORCH_CHECK(false, "x: the cpu backend expects float32, float64, bfloat16 or float16");
+    default:
+      STD_TORCH_CHECK(false, "x: the cpu backend expects float32, float64, bfloat16 or float16, got ",
+                      x.scalar_type());
   }
 }
 

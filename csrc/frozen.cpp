@@ -15,7 +15,7 @@ using fusedmoe::Tensor;
 void check_dtype(const Tensor& t, const char* what) {
   const ScalarType dtype = t.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, what,
-                  ": a frozen network expects float32 or float64");
+                  ": a frozen network expects float32 or float64, got ", dtype);
 }
 
 // Through the dispatcher, as `new_empty` goes, this would take as long as a small network.
@@ -68,7 +68,8 @@ Tensor run(const Tensor& input, const Tensor& packed, const std::string& text) {
   const cpu::Packing& packing = planned->packing;
   STD_TORCH_CHECK(slots == table.slots && width == table.width, "x: expected [B, ", table.slots, ", ", table.width,
                   "], got ", shape_of(x.sizes()));
-  STD_TORCH_CHECK(packed.scalar_type() == x.scalar_type(), "x: expected the dtype of the frozen parameters");
+  STD_TORCH_CHECK(packed.scalar_type() == x.scalar_type(), "x: expected dtype ", packed.scalar_type(),
+                  " of the frozen parameters, got ", x.scalar_type());
   STD_TORCH_CHECK(packed.is_cpu() && packed.is_contiguous() && packed.numel() == packing.size,
                   "packed: expected what freeze_cpu returned, [", packing.size, "], got ", shape_of(packed.sizes()));
   fusedmoe::check_memory(packed, "packed");

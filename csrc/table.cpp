@@ -242,10 +242,7 @@ bool consistent(const Table& t, const std::vector<std::vector<int64_t>>& statics
         if (repeated(f.experts)) return false;
         if ((f.parameter >= 0) != f.values.empty() && !f.experts.empty()) return false;
         if (f.parameter < 0 && f.values.size() != f.experts.size()) return false;
-        int64_t size = 1;
-        if (f.parameter >= 0)
-          for (int64_t n : statics.at(f.parameter)) size *= n;
-        if (f.parameter >= 0 && f.offset + int64_t(f.experts.size()) > size) return false;
+        if (f.parameter >= 0 && f.offset + int64_t(f.experts.size()) > count_of(statics.at(f.parameter))) return false;
       }
       for (int e : reads)
         if (level.experts.at(e).layers.back().width != level.experts.at(reads[0]).layers.back().width) return false;

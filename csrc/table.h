@@ -8,6 +8,13 @@
 
 namespace fusedmoe {
 
+// The elements of a tensor of these sizes.
+inline int64_t count_of(const std::vector<int64_t>& sizes) {
+  int64_t count = 1;
+  for (int64_t size : sizes) count *= size;
+  return count;
+}
+
 // The names and their order are those of fusedmoe/activation.py.
 enum class Act { identity, relu, sigmoid, tanh, silu, gelu, gelu_tanh, leaky_relu, elu, softplus };
 

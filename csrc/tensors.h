@@ -12,6 +12,7 @@
 
 #include "checks.h"
 #include "caching_allocator.h"
+#include "table.h"
 
 // PyTorch has it since 2.11, this binary loads in 2.10 too: null there.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
@@ -32,12 +33,6 @@ inline Tensor checked(const Tensor& t, const std::vector<int64_t>& sizes, Scalar
                       int64_t index = -1) {
   check(t, sizes, dtype, what, index);
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-inline int64_t count_of(const std::vector<int64_t>& sizes) {
-  int64_t count = 1;
-  for (int64_t size : sizes) count *= size;
-  return count;
 }
 
 template <class T>
@@ -115,7 +110,7 @@ class Results {
                                         aoti_torch_layout_strided(), nullptr, 0, release, slab);
     if (failed) drop_slab(slab);
     STD_TORCH_CHECK(!failed, "cpu backend: expected a tensor ", shape_of(sizes),
-                    " in recycled memory, got an error of torch");
+                    " in cached memory, got an error of torch");
     return Tensor(handle);
   }
 

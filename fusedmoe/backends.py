@@ -151,7 +151,7 @@ class Backend:
         devices: the kinds of device that it takes; None for all.
         dtypes: the dtypes that it takes.
         transforms: whether it runs under the transforms of torch.func.
-        lowers: the dtypes to which autocast lowers a call in float32.
+        autocasts_to: the dtypes to which autocast casts a call in float32.
         lacking: returns why it cannot run on a device of these kinds, or None.
     """
 
@@ -160,7 +160,7 @@ class Backend:
     devices: tuple[str, ...] | None
     dtypes: tuple[str, ...]
     transforms: bool = False
-    lowers: tuple[str, ...] = ()
+    autocasts_to: tuple[str, ...] = ()
     lacking: Callable[[torch.device], str | None] | None = None
 
     def declines(self, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -182,13 +182,15 @@ class Backend:
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cpu", lambda: _UNAVAILABLE, ("cpu",), ("float32", "float64", "bfloat16", "float16"), lowers=("bfloat16",)),
+    Backend(
+        "cpu", lambda: _UNAVAILABLE, ("cpu",), ("float32", "float64", "bfloat16", "float16"), autocasts_to=("bfloat16",)
+    ),
     Backend(
         "triton",
         _no_triton,
         ("cuda", "cpu") if INTERPRETED else ("cuda",),
         ("float32", "bfloat16", "float16"),
-        lowers=("bfloat16", "float16"),
+        autocasts_to=("bfloat16", "float16"),
         lacking=_no_kernels_for,
     ),
     Backend(
@@ -196,7 +198,7 @@ BACKENDS: tuple[Backend, ...] = (
         _no_cuda,
         ("cuda",),
         ("float32", "bfloat16", "float16"),
-        lowers=("bfloat16", "float16"),
+        autocasts_to=("bfloat16", "float16"),
         lacking=_no_kernels_for,
     ),
     Backend("reference", lambda: None, None, tuple(dtypes.DTYPES), transforms=True),
@@ -235,9 +237,9 @@ def require(name: str) -> None:
         raise RuntimeError(f"backend {name}: {reason}")
 
 
-def lowers(name: str, dtype: torch.dtype) -> bool:
-    """Whether autocast lowers a call in float32 that the backend `name` serves to this dtype."""
-    return str(dtype).removeprefix("torch.") in _row(name).lowers
+def autocasts_to(name: str, dtype: torch.dtype) -> bool:
+    """Whether autocast casts a call in float32 that the backend `name` serves to this dtype."""
+    return str(dtype).removeprefix("torch.") in _row(name).autocasts_to
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -10,8 +10,7 @@ Arguments that mean the same in every family:
     towers         the widths of each task's tower; its last layer is linear. Empty: no towers.
 
 T tasks, L levels, m_t experts of task t, m_s shared experts, own(t) and sh their indices, U units.
-All functions raise ValueError, naming the argument, what was expected and what came. Each puts a
-draft together, which `family` turns into a table when it is complete.
+All functions raise ValueError, naming the argument, what was expected and what came.
 """
 
 from __future__ import annotations
@@ -229,7 +228,8 @@ def adatt_sp(
 
     Args:
         num_task_experts: m_t, one number for all tasks or a list of T.
-        static_weights: whether v exists: learned, [T, m] or flat per level; ones if all m_t are 1.
+        static_weights: add static weights v: learned ([T, m] per level; flat if the m_t differ), or
+            all ones if every m_t is 1.
     Returns: a table over x [B, T, D] with output [B, T, H].
     Source: AdaTT, equations 2 to 10.
     """
@@ -264,8 +264,8 @@ def adatt(
     Args:
         num_task_experts: m_t, one number for all tasks or a list of T.
         num_shared_experts: m_s, 0 or more; they read slot T.
-        static_weights: whether v exists: learned, [L, m_t] per task and [L - 1, m_s] for the shared
-            unit; ones if all m_t and m_s are 1.
+        static_weights: add static weights v: learned ([L, m_t] per task and [L - 1, m_s] for the
+            shared unit), or all ones if every m_t and m_s is 1.
     Returns: a table over x [B, T + 1, D], the shared slot last, with output [B, T, H].
     Source: AdaTT, section 3.2.
     """

@@ -44,17 +44,18 @@ def freeze(model: nn.Module) -> FreezeReport:
             its parameters.
 
     A frozen layer takes as much memory again as its parameters. It raises RuntimeError where it is
-    called in training mode, with gradients wanted, or under autocast. Any change of a parameter (in
-    place, by an optimizer, `load_state_dict`, `to`, `half`, another Parameter in its place) thaws
-    it at its next call that is not refused, with a warning, before anything is computed. A write
-    that PyTorch does not count (through `.data`, a NumPy view or from another process) is seen
-    where it changes the middle element of a parameter; after one that spares those, call `freeze`
-    again. Copies and pickles are not frozen. Code that torch.compile makes of a layer, before or
-    after it is frozen, refuses the same calls with the same words and reads the parameters
-    themselves in all others: it is never outdated, and thaws nothing. (torch 2.11 does not see that
-    a parameter asks for gradients only since it was compiled; so for every module.) torch.export
-    refuses as the call does that it traces; the program that it gives knows nothing of `freeze`.
-    Threads may call a model while another freezes or thaws it.
+    called in training mode, with gradients wanted, or under autocast.
+
+    A changed parameter (in place, by an optimizer, `load_state_dict`, `to`, `half`, a replaced
+    `Parameter`) unfreezes the layer at its next accepted call, with a warning, before anything is
+    computed. Writes that PyTorch does not count (through `.data`, a NumPy view, from another
+    process) are noticed only if they change the middle element of a parameter; after others call
+    `freeze` again.
+
+    Code compiled by torch.compile refuses the same calls and otherwise reads the live parameters,
+    so it is never outdated. (torch 2.11 does not notice that a parameter requires gradients only
+    since it was compiled; that holds for every module.) An exported program is not frozen, nor are
+    copies and pickles. Threads may call a model while another freezes or unfreezes it.
 
     Returns: the report. What could not be frozen runs as before, and stands in `declined` with the
         reason.

@@ -40,7 +40,7 @@ Statics = Tensor | Sequence[tuple[Sequence[int], Tensor | Sequence[float]] | Non
 
 @dataclass(frozen=True)
 class LevelShape:
-    """What the tensors of a level do not tell.
+    """The structure of a level that its tensors' shapes do not determine.
 
     Args:
         slots: the slot that each expert reads. Default: the first E / S experts read slot 0, the
@@ -102,8 +102,8 @@ def fusion_level(
         backend: as in `fusion_network`.
 
     Returns: [B, U, H], of x's dtype.
-    Raises: TypeError, ValueError for arguments that do not fit together; they name a wrong tensor
-        as `Table.parameters` does. RuntimeError for a backend that cannot run.
+    Raises: TypeError, ValueError for arguments that do not fit together; messages use the names of
+        `Table.parameters`. RuntimeError for a backend that cannot run.
     Source: MMoE eq. 6-8, PLE eq. 2-5, AdaTT eq. 2-10.
     """
     params, table = _read(x, weights, biases, gates, level, sees, static)
@@ -122,7 +122,8 @@ def mixing_weights(
 ) -> Tensor:
     """Return the mixing weights w = p + v [B, U, E] that `fusion_level` would use, differentiable.
 
-    It takes and raises the same. It runs the experts too, because a gate may read them.
+    It has the same arguments and errors as `fusion_level`. It runs the experts too, because a gate
+    may read them.
     """
     params, table = _read(x, weights, biases, gates, level, sees, static)
     _, (mixing,) = fusion_network(x, params, table, backend, return_mixing_weights=True)
@@ -206,8 +207,8 @@ def _build(key: _Key) -> Table:
     if reads is None:
         if count % key.slots:
             raise ValueError(
-                f"level.slots: expected the slot of each expert, because {count} experts do not deal out "
-                f"evenly to {key.slots} slots, got None"
+                f"level.slots: expected the slot of each expert, because {count} experts cannot be "
+                f"divided evenly among {key.slots} slots, got None"
             )
         reads = tuple(e * key.slots // count for e in range(count))
     if len(reads) != count:

@@ -3,16 +3,15 @@
 Each backend has its autograd beside its kernels: `cpu.py`, `reference/autograd.py`,
 `kernels/operator.py`. The formulas stand in `reference/operator.py`.
 
-Gradients: a tensor on which no output with a gradient depends gets the gradient None, not zeros.
-Backward sees which outputs have one. The mixing weights of each level count as one output; so does
-the output of each task with `tasks_apart`, and otherwise the output as a whole. The units that
-towers read count as one tensor.
+Gradients: a tensor gets None, not zeros, if no output that received a gradient depends on it.
+Outputs are tracked separately: the mixing weights of each level, and each task with `tasks_apart`,
+otherwise the output as a whole. The units that towers read count as one tensor.
 
 Dtypes: on `cpu`, bfloat16 means that the inputs and weights of every linear map are rounded to
 bfloat16, and everything else, sums included, is float32; float16 is computed in float32.
 
 Autocast: `cpu` follows autocast to bfloat16, `triton` and `cuda` to bfloat16 and float16. A call in
-float32 then lowers x to that dtype, and returns `out` in it. On `cpu` the parameters stay float32.
+float32 then casts x to that dtype, and returns `out` in it. On `cpu` the parameters stay float32.
 `triton` and `cuda` cast them, and round their gradients once before they return them in float32.
 Under autocast to any other dtype the call computes at least in float32.
 """
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fusedmoe import casting, codec, cpu
-from fusedmoe.backends import choose, lowers
+from fusedmoe.backends import autocasts_to, choose
 from fusedmoe.casting import at_least_float32, autocasts, without_autocast
 from fusedmoe.checks import check
 from fusedmoe.outputs import Options, apart, by_level, for_tasks, needs_gradient, per_task, without_graph
@@ -60,8 +59,8 @@ def fusion_network(
         recompute: keep for backward only x and the outputs of softmaxes and levels, and run
             experts, hidden layers of gates and towers once more there. The results are the same
             bits. (The reference always keeps its inputs alone.)
-        tasks_apart: return a list of T outputs [B, O] instead of one tensor. Then the tower of a
-            task whose output has no gradient gets none either.
+        tasks_apart: return a list of T tensors [B, O]; the tower of a task that is left out of the
+            loss then gets the gradient None.
 
     Returns: out, of x's dtype: [B, T, O] with towers; [B, U, H] if the table has no tasks;
         otherwise [B, T, H'], the concatenation of the units that each task reads. (A single unit
@@ -138,7 +137,7 @@ def _autocast_dtype(x: Tensor, params: list[Tensor], backend: str) -> torch.dtyp
     if x.dtype not in (torch.float32, dtype) or not params or any(p.dtype != torch.float32 for p in params):
         return None
     # A dtype that nothing narrows is none to lower to, and no backend need serve it.
-    narrow = dtype in (torch.bfloat16, torch.float16) and lowers(choose(backend, x.device, dtype), dtype)
+    narrow = dtype in (torch.bfloat16, torch.float16) and autocasts_to(choose(backend, x.device, dtype), dtype)
     return dtype if narrow else None
 
 

@@ -2,9 +2,9 @@
 
 `fuse` sets one attribute, `forward`, on the instance of a layer; `nn.Module.__call__` finds it
 before the method of the class. Class, module tree, parameters, buffers, hooks and `state_dict` stay
-what they were, and `unfuse` deletes the attribute. Where another library has set a forward of its
-own around that one since, a layer counts as fused all the same, and is left as it is; `unfuse` then
-has ours run the class's under it.
+what they were, and `unfuse` deletes the attribute. If another library has wrapped that
+forward since, the layer still counts as fused and is left as it is; `unfuse` then makes our forward
+call the class's.
 """
 
 from __future__ import annotations
@@ -104,10 +104,10 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
     Args:
         model: any module; it may be a layer itself. Layers are found by their structure, outermost
             first, and each is probed numerically on a copy before it is trusted. A layer whose
-            inside was changed after it was fused is looked at anew.
-        backend: "auto" chooses at every call, and leaves a layer alone that only the reference
-            could run, slower than the layer itself; a name runs that backend or raises.
-        recompute: keep for backward only what levels hand on and what each softmax gave
+            inside was changed after it was fused is examined again.
+        backend: "auto" chooses at every call, and does not fuse a layer that only the reference
+            could run, which is slower than the layer itself; a name runs that backend or raises.
+        recompute: keep for backward only the outputs of levels and of softmaxes
             (docs/speed.md has the bytes), and run experts and towers once more in backward. The
             results are the same bits. Layers that are fused already keep what they have: `unfuse`
             them before.
@@ -144,7 +144,7 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every layer of `model` that `fuse` fused the forward of its class back; the model is bit
+    """Restore the class's forward on every layer of `model` that `fuse` fused; the model is then bit
     for bit what it was.
 
     Modules of `fusedmoe.nn` have no other forward and stay. A model without fused layers is left
@@ -159,10 +159,12 @@ def unfuse(model: nn.Module) -> None:
 
 
 def describe(model: nn.Module) -> str:
-    """Return the wiring of every layer found in `model`, fused or not: experts, slots, units, what
-    they see, gates, static weights, widths, parameters and FLOPs; and the backend of those that are
-    fused, and whether they are frozen. Where that is triton or cuda, or would be, what it launches,
-    and whether its kernels have ever run on the device's architecture. The model is not changed.
+    """Describe every layer found in `model`, fused or not, in text.
+
+    For each layer: experts, slots, units and what they see, gates, static weights, widths,
+    parameters and FLOPs. For a fused layer also its backend, and whether it is frozen. For a layer
+    on triton or cuda also how many launches it is, and whether these kernels have ever run on the
+    device's architecture. The model is not changed.
 
     Raises: TypeError if `model` is no module.
     """

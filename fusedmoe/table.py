@@ -73,7 +73,8 @@ class Gate:
 
 @dataclass(frozen=True)
 class Static:
-    """Static weights v on `experts`: fixed `values`, or elements `offset`.. of tensor `tensor`."""
+    """Static weights v on `experts`: fixed `values`, or consecutive elements of the static tensor
+    number `tensor`, from `offset` on."""
 
     experts: tuple[int, ...]
     values: tuple[float, ...] | None = None

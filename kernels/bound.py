@@ -3,7 +3,7 @@ do not change, worked out once and kept.
 
 A call makes a `Key`, a few cheap words about its tensors, and finds its `Forward` or `Backward` by
 it: no table is read, no plan hashed, no tile chosen a second time. What a call allocates besides
-its results is one piece of memory, cut as `Forward.saved` and `Backward.scratch` say.
+its results is one allocation, cut as `Forward.saved` and `Backward.scratch` say.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fusedmoe.table import Table
 
 # Of chunks in the second dimension of a grid.
 MOST_CHUNKS = 65535
-# Pieces of one allocation begin at multiples of so many bytes: a line of the L2 cache, and more
+# Regions of one allocation begin at multiples of so many bytes: a line of the L2 cache, and more
 # than any vector load.
 LINE = 128
 
@@ -79,7 +79,7 @@ def chunk_of(rows: int) -> int:
 
 
 def lines(size: int) -> int:
-    """The bytes of a piece, up to the next one."""
+    """A number of bytes, rounded up to a whole LINE."""
     return -(-size // LINE) * LINE
 
 
@@ -91,7 +91,7 @@ def reached(program: Program, lanes: int) -> bool:
 
 def alignment(x: Tensor, aligned16: bool, program: Program) -> int:
     """The numbers whose multiples every row of every operand begins at: those of a vector load of
-    16 bytes, or 1. even: whether parameters' addresses do."""
+    16 bytes, or 1. aligned16: whether parameters' addresses do."""
     lanes = 16 // x.element_size()
     whole = (
         aligned16
@@ -185,7 +185,7 @@ def saved_bytes(softmax: int, buffer_width: int, rows: int, size: int) -> tuple[
 
 
 class Scratch(NamedTuple):
-    """Where the pieces of a backward's scratch begin behind dw, in bytes: the parts of the
+    """Where the regions of a backward's scratch begin behind dw, in bytes: the parts of the
     gradients, dz, the buffers' gradients; and how many all are."""
 
     parts: int

@@ -20,10 +20,10 @@ Key = tuple[torch.device, tuple[int, ...]]
 
 # Tables that stay on each device: of the models of a process that take turns, and of one model's
 # replicas. By the parameters' addresses, where None stands for what was seen once; and by their
-# distances from the first one.
+# offsets from the first one.
 TABLES = 256
 _ADDRESSES: OrderedDict[Key, tuple[Tensor, bool] | None] = OrderedDict()
-_DISTANCES: OrderedDict[Key, Tensor] = OrderedDict()
+_OFFSETS: OrderedDict[Key, Tensor] = OrderedDict()
 
 
 @functools.cache
@@ -103,7 +103,7 @@ def addresses(params: Sequence[Tensor], device: torch.device) -> tuple[Tensor, b
     others out, in the order of the caller's stream, and the table is the caller's alone. Addresses
     that come again are uploaded, and stay.
 
-    Raises: RuntimeError, as `before_capture`, for distances that are new.
+    Raises: RuntimeError, as `before_capture`, for offsets that are new.
     """
     numbers = tuple(map(Tensor.data_ptr, params)) or (0,)
     key = device, numbers
@@ -112,11 +112,11 @@ def addresses(params: Sequence[Tensor], device: torch.device) -> tuple[Tensor, b
         seen = key in _ADDRESSES
         aligned16 = not any(address % 16 for address in numbers)
         between = device, tuple(address - numbers[0] for address in numbers)
-        distances = _DISTANCES.get(between)
-        if distances is not None and (not seen or capturing(device)):
+        offsets = _OFFSETS.get(between)
+        if offsets is not None and (not seen or capturing(device)):
             _remember(_ADDRESSES, key, None)
-            return distances + numbers[0], aligned16
-        _remember(_DISTANCES, between, _uploaded(*between) if distances is None else distances)
+            return offsets + numbers[0], aligned16
+        _remember(_OFFSETS, between, _uploaded(*between) if offsets is None else offsets)
         found = _uploaded(*key), aligned16
     return _remember(_ADDRESSES, key, found)
 

@@ -28,18 +28,18 @@ from fusedmoe.table import Unit as TableUnit
 def lower(table: Table) -> Program:
     """Return the segments of a table; only what some output depends on.
 
-    Raises: ValueError, naming the map, for one of more columns than MOST_COLUMNS.
+    Raises: ValueError, naming the linear, for one of more columns than MOST_COLUMNS.
     """
     return _lowered(table.text)
 
 
 def of_text(text: str, training: bool) -> Program:
-    """`lower` of a table by its text, or `fused`."""
+    """`lower` of a table by its text, or `inline_hidden`."""
     return _lowered(text) if training else _inline_hidden(text)
 
 
 def inline_hidden(table: Table) -> Program:
-    """Return the segments of a table with hidden layers computed inside the maps above them, where
+    """Return the segments of a table with hidden layers computed inside the linears above them, where
     a level has one segment in front of it.
 
     For the forward alone: its launches then are of one segment each, and hidden layers never leave
@@ -85,15 +85,15 @@ def of_one_slot(program: Program) -> Program:
         sources = tuple(source._replace(column=0) if source.segment == X else source for source in linear.sources)
         return replace(linear, sources=sources, hidden=linear.hidden and read(linear.hidden))
 
-    def stage_of(segment: Segment) -> Segment:
+    def segment_of(segment: Segment) -> Segment:
         units = tuple(replace(unit, gate=unit.gate and read(unit.gate)) for unit in segment.units)
         return replace(segment, experts=tuple(read(linear) for linear in segment.experts), units=units)
 
-    return Program(program.table, tuple(stage_of(segment) for segment in program.segments))
+    return Program(program.table, tuple(segment_of(segment) for segment in program.segments))
 
 
 def _inlined(linear: Linear, linears: dict[Source, Linear]) -> Linear:
-    """The map over what it reads in the segment in front, computed inside of it."""
+    """The linear over what it reads in the segment in front, computed inside of it."""
     below = linears.get(linear.sources[0])
     if below is None:
         return linear
@@ -114,7 +114,7 @@ def _lowered(text: str) -> Program:
 
 
 class _Front:
-    """The segments in front of a level's own: hidden maps by their depth, each handed on by a unit
+    """The segments in front of a level's own: hidden linears by their depth, each handed on by a unit
     that reads it alone."""
 
     def __init__(self, first: int):
@@ -122,7 +122,7 @@ class _Front:
         self.linears: list[list[Linear]] = []
 
     def place(self, depth: int, new: Linear) -> Source:
-        """Put a map into the front segment of this depth; return where its output stands."""
+        """Put a linear into the front segment of this depth; return where its output stands."""
         while len(self.linears) <= depth:
             self.linears.append([])
         column = sum(rounded_up(old.width, COLUMN) for old in self.linears[depth])
@@ -134,7 +134,7 @@ class _Front:
 
 
 def _handing_on(name: str, level: int, linears: list[Linear]) -> Segment:
-    """A segment whose units are its maps."""
+    """A segment whose units are its linears."""
     units, column = [], 0
     for e, linear in enumerate(linears):
         units.append(Unit((Read(e, value=1.0),), linear.width, column))
@@ -167,7 +167,7 @@ class _Lowering:
 
     def level(self, number: int, level: Level) -> None:
         live_units, live_experts = self.table.live[number]
-        chains = [self.parameters(expert.layers) for expert in level.experts]
+        mlps = [self.parameters(expert.layers) for expert in level.experts]
         gates = [
             self.parameters((*u.gate.hidden, Layer(len(u.gate.sees), IDENTITY, u.gate.bias))) if u.gate else []
             for u in level.units
@@ -180,7 +180,7 @@ class _Lowering:
         front = _Front(len(self.done))
         linears, outputs = {}, {}
         for e in sorted(live_experts):
-            depth, last = self.chain(front, 0, chains[e], (self.slots[level.experts[e].slot],))
+            depth, last = self.mlp(front, 0, mlps[e], (self.slots[level.experts[e].slot],))
             if e in selected:
                 outputs[e] = depth + 1, front.place(depth, last)
                 last = Linear((outputs[e][1],), last.width)
@@ -197,7 +197,7 @@ class _Lowering:
                     if unit.gate.selector.kind == "expert"
                     else (0, self.selected(unit))
                 )
-                gate = self.chain(front, depth, gates[u], (source,))[1]
+                gate = self.mlp(front, depth, gates[u], (source,))[1]
             width = self.table.widths[number + 1][u]
             units.append(self.unit(unit, gate, width, column, places, u * len(level.experts)))
             slots[u] = Source(NOTHING, column, width)
@@ -207,10 +207,10 @@ class _Lowering:
         self.done.append(Segment(f"level {number}", number, tuple(linears.values()), tuple(units), column))
         self.mixing += len(level.units) * len(level.experts)
 
-    def chain(
+    def mlp(
         self, front: _Front, depth: int, layers: list[tuple[Layer, int, int]], sources: tuple[Source, ...]
     ) -> tuple[int, Linear]:
-        """Place all layers but the last in front; return the depth of the last one, and that map."""
+        """Place all layers but the last in front; return the depth of the last one, and that linear."""
         for layer, weight, bias in layers[:-1]:
             sources = (front.place(depth, Linear(sources, layer.width, weight, bias, layer.activation)),)
             depth += 1
@@ -240,7 +240,7 @@ class _Lowering:
         front, linears = _Front(len(self.done)), []
         for task in self.table.tasks:
             sources = tuple(self.slots[u] for u in task.units)
-            linears.append(self.chain(front, 0, self.parameters(task.tower), sources)[1])
+            linears.append(self.mlp(front, 0, self.parameters(task.tower), sources)[1])
         level = len(self.table.levels)
         self.done += front.segments("towers", level)
         width = linears[0].width

@@ -16,7 +16,7 @@ from fusedmoe.table import Table
 
 class Saved(NamedTuple):
     """What the forward leaves for the backward: the softmax of every unit [rows, B] in float32 and
-    the segments' buffers [B x kept] in one piece of bytes (`bound.saved_bytes`), and the tiles that
+    the segments' buffers [B x buffer_width] in one tensor of bytes (`bound.saved_bytes`), and the tiles that
     say which row is whose; None: the shipped ones.
     """
 

@@ -1,13 +1,13 @@
-"""A table as GPU launches see it: segments of linear maps and units. Plain data, no tensors and no
+"""A table as GPU launches see it: segments of linears and units. Plain data, no tensors and no
 Triton.
 
-A *segment* is what every program of a launch can do without waiting for another row: maps over what
+A *segment* is what every program of a launch can do without waiting for another row: linears over what
 stands below, and units that mix their outputs. A level is one segment. What lies below its last
-maps (the hidden layers of its experts and gates) makes segments of its own in front of it, whose
-units hand on one map each; the towers are one more level. So one kernel runs everything.
+linears (the hidden layers of its experts and gates) makes segments of its own in front of it, whose
+units hand on one linear each; the towers are one more level. So one kernel runs everything.
 
 An expert that gates select is computed in such a segment in front, and its level then only copies
-it: its gradients, from the mix and from the gates, meet where all gradients of a source meet.
+it: its gradient is accumulated like that of any source.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Source(NamedTuple):
 @dataclass(frozen=True)
 class Linear:
     """act(W h + b); a copy of its one source where `weight` is NOTHING. h is the concatenation of
-    the sources, or the output of `inner`."""
+    the sources, or the output of `hidden`."""
 
     sources: tuple[Source, ...]
     width: int
@@ -67,7 +67,7 @@ class Linear:
 
 
 class Read(NamedTuple):
-    """One expert that a unit reads: its map in the segment, its row of the gate, its fixed static
+    """One expert that a unit reads: its linear in the segment, its row of the gate, its fixed static
     weight, its element of the learned ones."""
 
     expert: int
@@ -91,7 +91,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Segment:
-    """Maps over earlier segments, and the units that mix them; `width` is the distance between the
+    """Linears over earlier segments, and the units that mix them; `width` is the stride of the
     rows of its buffer."""
 
     name: str
@@ -132,7 +132,7 @@ class Program:
 
     @functools.cached_property
     def linears(self) -> tuple[Linear, ...]:
-        """Every map of the experts and the gates."""
+        """Every linear of the experts and the gates."""
         return tuple(
             linear
             for segment in self.segments
@@ -141,7 +141,7 @@ class Program:
 
     @functools.cached_property
     def hidden(self) -> bool:
-        """Whether some map has one inside."""
+        """Whether some linear has a hidden layer inside."""
         return any(linear.hidden for linear in self.linears)
 
     @functools.cached_property

@@ -10,15 +10,15 @@ import torch
 
 from fusedmoe.kernels.program import Program
 
-# Up to so many rows all segments are one launch. A program of 16 rows then streams all weights
+# Up to this many rows all segments are one launch. A program of 16 rows then streams all weights
 # alone: about 100 GB/s an SM (modelled, never measured), 12 us for AdaTT T3m2's 1.2 MB in bfloat16,
 # against 2 to 3 us for each launch that is saved.
 WHOLE_ROWS = 256
 # Rows of one part of a parameter's gradient: a function of nothing, so that no sum depends on the
 # device.
 CHUNK = 1024
-# From so many rows on a tile has 128 of them: on 132 multiprocessors 128 programs of a level with
-# 256 columns, each streaming all weights for twice the rows.
+# From this many rows on, tiles have BLOCK_B = 128. With fewer they would not fill the SMs: an H100
+# has 132, and 4,096 rows of a level with 256 columns are 128 programs.
 MANY_ROWS = 4096
 # The architectures that do so: on the others three units' accumulators and the pipeline's addresses
 # do not fit into a program's registers.
@@ -42,8 +42,8 @@ class Tiles(NamedTuple):
 
     whole: one launch for all segments. rows, columns, reduction: BLOCK_B, BLOCK_H and BLOCK_K.
     outputs: rows of the tile of a dW. warps and pipeline stages of a program. units: mixed at a
-    time. reads: columns of a softmax. keep: columns of a source that are kept for all that read it,
-    or 0; ahead: pipeline stages over the experts that share it.
+    time. reads: columns of a softmax. resident: columns of a source that stay on the
+    chip for all that read it, or 0; ahead: pipeline stages over the experts that share it.
     """
 
     whole: bool

@@ -29,7 +29,7 @@ template <class T, class F>
 inline void elementwise(const T* z, T* out, int64_t n, F f) {
   for (int64_t i = 0; i < n; i += Lanes<T>::count) store<T>(out + i, f(load<T>(z + i)));
 }
-// d[i] *= act'(s[i]), where s is what forward kept: the output of relu, sigmoid and tanh, the
+// d[i] *= act'(s[i]), where s is what forward saved: the output of relu, sigmoid and tanh, the
 // pre-activation of the others.
 template <class T, class F>
 inline void chain_rule(const T* s, T* d, int64_t n, F f) {

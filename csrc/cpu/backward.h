@@ -17,7 +17,7 @@ struct BackwardBlock : Block<T> {
   void clear(int64_t offset, int64_t width) const { memset(d(offset), 0, width * this->ld * sizeof(T)); }
 };
 
-// From the gradient of the chain's output, which stands in the dz of its last step, down to that of
+// From the gradient of the MLP's output, which stands in the dz of its last linear, down to that of
 // its input, which is added.
 template <class Operands, class T>
 void backward_mlp(const BackwardBlock<T>& b, const Mlp& mlp) {

@@ -106,7 +106,7 @@ struct Bf16Product {
 };
 
 template <int M, int V>
-__attribute__((noinline)) void half_tile(const Bf16Product& p) {
+__attribute__((noinline)) void bf16_tile(const Bf16Product& p) {
   constexpr int lanes = Lanes<float>::count;
   const uint32_t* b = p.b;
   floats_of c[M][V] = {};
@@ -136,31 +136,31 @@ __attribute__((noinline)) void half_tile(const Bf16Product& p) {
 }
 
 template <int V, int M>
-inline void half_rows(Bf16Product p, int64_t rows) {
+inline void bf16_rows(Bf16Product p, int64_t rows) {
   for (; rows >= M; rows -= M) {
-    half_tile<M, V>(p);
+    bf16_tile<M, V>(p);
     p.a += M * p.lda;
     p.c += M * p.ldc;
     if (p.bias) p.bias += M;
   }
   if constexpr (M > 1)
-    if (rows) half_rows<V, M / 2>(p, rows);
+    if (rows) bf16_rows<V, M / 2>(p, rows);
 }
 
 // The words of a chain: as many bytes of B as in float32 (gemm.h), so that they stay in L1 for all
 // rows.
 constexpr int64_t bf16_k_block = 2 * k_block;
 
-inline void half_columns(const Bf16Product& whole, int64_t rows, int64_t columns) {
+inline void bf16_columns(const Bf16Product& whole, int64_t rows, int64_t columns) {
   constexpr int lanes = Lanes<float>::count;
   Bf16Product p = whole;
   while (columns > 0) {
     const int64_t width = columns > lanes ? 2 * lanes : lanes;
     p.columns = columns < width ? columns : 0;
     if (width > lanes)
-      half_rows<2, 8>(p, rows);
+      bf16_rows<2, 8>(p, rows);
     else
-      half_rows<1, 8>(p, rows);
+      bf16_rows<1, 8>(p, rows);
     p.b += width;
     p.c += width;
     columns -= width;
@@ -189,7 +189,7 @@ inline void multiply(const Bf16Product& whole, int64_t rows, int64_t columns) {
     p.b += k / 2 * p.ldb;
     p.add = whole.add || k > 0;
     if (!last) p.bias = nullptr, p.relu = false;
-    half_columns(p, rows, columns);
+    bf16_columns(p, rows, columns);
   }
 }
 

@@ -144,7 +144,7 @@ void read_inputs(const Block<T>& b) {
 }
 
 template <class T, class Layout>
-void run_stage(const Block<T>& b, const Segment& segment) {
+void run_segment(const Block<T>& b, const Segment& segment) {
   run_experts<Layout>(b, segment);
   for (const UnitPlan& unit : segment.units) {
     if (unit.reads.count < 0) {
@@ -164,7 +164,7 @@ void forward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, T
   T* saved = plan.training ? call.saved_of(plan, row) : scratch;
   Block<T> b{plan, call, row, rows, ld, saved, scratch, scratch + plan.scratch * ld};
   read_inputs<Layout>(b);
-  for (const Segment& segment : plan.segments) run_stage<T, Layout>(b, segment);
+  for (const Segment& segment : plan.segments) run_segment<T, Layout>(b, segment);
   const Span<UnitPlan>& last = plan.segments[plan.segments.count - 1].units;
   if (plan.towers.count == 0) {
     const int64_t width = last[0].out.width, stride = last.count * width;

@@ -2,7 +2,7 @@
 // stale.
 //
 // Activations of a block of rows stand transposed, X[k * ld + row]: the rows are the vector lanes,
-// a weight is broadcast. Every output is a sum, in order, of chains fma(a, b, acc) of `chain`
+// a weight is broadcast. Every output is a sum, in order, of chains fma(a, b, acc) of `k_block`
 // products each, the reduction index ascending; then comes the bias. So its bits depend neither on
 // the batch a row came in nor on the kernel. (Needs a * b + c to be contracted: the default of GCC,
 // -ffp-contract=fast for Clang.)

@@ -8,16 +8,16 @@
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
 double multiply_adds(int64_t count) {
-  // Sixteen chains cover latency x ports of every ISA here; the factor keeps them finite.
-  constexpr int mlps = 16;
-  vec<float> sum[mlps] = {};
+  // Sixteen accumulators cover latency x ports of every ISA here; the factor keeps them finite.
+  constexpr int accumulators = 16;
+  vec<float> sum[accumulators] = {};
   vec<float> a = splat(0.999f), b = splat(1e-4f);
   for (int64_t i = 0; i < count; i++) {
     asm volatile("" : "+m"(a), "+m"(b));
-    for (int j = 0; j < 64; j++) FUSEDMOE_UNROLL for (int c = 0; c < mlps; c++) sum[c] = sum[c] * a + b;
+    for (int j = 0; j < 64; j++) FUSEDMOE_UNROLL for (int c = 0; c < accumulators; c++) sum[c] = sum[c] * a + b;
   }
-  for (int c = 0; c < mlps; c++) asm volatile("" : "+m"(sum[c]));
-  return 2.0 * count * 64 * mlps * Lanes<float>::count;
+  for (int c = 0; c < accumulators; c++) asm volatile("" : "+m"(sum[c]));
+  return 2.0 * count * 64 * accumulators * Lanes<float>::count;
 }
 
 #define FUSEDMOE_NAME(name) #name

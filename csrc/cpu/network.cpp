@@ -185,11 +185,9 @@ void backward(const Plan& plan, Call<T> call, const ForEach& each) {
   bool statics = false;
   for (size_t i = 0; i < plan.table.shapes.size(); i++) {
     if (!wanted(int(i))) continue;
-    int64_t size = 1;
-    for (int64_t s : plan.table.shapes[i]) size *= s;
     const bool is_static = i >= plan.table.first_static;
     statics = statics || is_static;
-    if (is_static || call.rows == 0) std::fill_n(call.grads[i], size, T(0));
+    if (is_static || call.rows == 0) std::fill_n(call.grads[i], count_of(plan.table.shapes[i]), T(0));
   }
   call.transposed_rows = std::min(chunk_rows, call.rows);
   call.chunk = leading(call.transposed_rows);

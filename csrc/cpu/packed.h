@@ -1,5 +1,5 @@
-// Linear linears from packed weights (packing.h): the same sums as gemm.h's, so the same bits,
-// without turning blocks of W.
+// Linear maps of packed weights (packing.h): the same sums as gemm.h's, so the same bits, without
+// transposing blocks of W.
 #pragma once
 #include "forward.h"
 #include "packing.h"

@@ -4,16 +4,6 @@
 
 namespace fusedmoe::cpu {
 
-namespace {
-
-int64_t size_of(const std::vector<int64_t>& shape) {
-  int64_t size = 1;
-  for (int64_t s : shape) size *= s;
-  return size;
-}
-
-}  // namespace
-
 Packing make_packing(const Plan& plan) {
   const Table& table = plan.table;
   Packing packing{std::vector<int64_t>(table.shapes.size(), -1)};
@@ -25,7 +15,7 @@ Packing make_packing(const Plan& plan) {
     if (linear->bias >= 0) place(linear->bias, padded(linear->n));
     place(linear->weight, padded(linear->n) * linear->k);
   }
-  for (size_t i = table.first_static; i < table.shapes.size(); i++) place(int(i), padded(size_of(table.shapes[i])));
+  for (size_t i = table.first_static; i < table.shapes.size(); i++) place(int(i), padded(count_of(table.shapes[i])));
   return packing;
 }
 
@@ -42,7 +32,7 @@ void pack(const Plan& plan, const Packing& packing, const T* const* params, T* t
     }
   }
   for (size_t i = plan.table.first_static; i < plan.table.shapes.size(); i++)
-    std::copy_n(params[i], size_of(plan.table.shapes[i]), to + packing.offset[i]);
+    std::copy_n(params[i], count_of(plan.table.shapes[i]), to + packing.offset[i]);
 }
 
 template void pack(const Plan&, const Packing&, const float* const*, float*);

@@ -117,7 +117,7 @@ class Builder {
   // takes their space.
   Mlp mlp(const std::vector<Layer>& layers, const Panel& in, int64_t d_in, bool out_saved) {
     std::vector<Linear> linears(layers.size());
-    // Later chains read the operand of `in` too, so it stands before the space that they may take.
+    // Later MLPs read the operand of `in` too, so it stands before the space that they may take.
     const bool makes = plan_.bf16 && operand(in).second;
     place(layers.back(), linears.back(), out_saved);
     int64_t top = top_;

@@ -1,4 +1,4 @@
-// What a row block does, step by step: the table with every buffer placed. Plain data, so that code
+// What a row block does, one linear after another: the table with every buffer placed. Plain data, so that code
 // built for one ISA can read it without instantiating anything of the standard library (the linker
 // would keep one copy of it for all ISAs).
 #pragma once
@@ -15,7 +15,7 @@ namespace fusedmoe::cpu {
 // drive the block's panels, 10 KB a row, out of an L2 of 1 MB. (128 rows: no faster in inference, 3
 // to 9 % slower in a training step, B = 1024, of the three main layers of bench/ on a Zen 5.)
 constexpr int64_t block_rows = 64;
-// Rows that backward keeps before it adds them to the parameters' gradients: two chains of dW
+// Rows that backward keeps before it adds them to the parameters' gradients: two k_blocks of dW
 // (gemm.h), whose buffers, 13.5 KB a row for AdaTT T3m2 (2,352 numbers of dz and 1,024 of
 // transposed inputs), stay in the last-level cache.
 constexpr int64_t chunk_rows = 4 * block_rows;
@@ -62,7 +62,7 @@ struct Linear {
   // Backward: its dz among the thread's, that of the whole chunk [n, chunk], and the input
   // transposed to [chunk, leading(k)].
   int64_t d = -1, d_z = -1, transposed = -1;
-  // bfloat16: the operand of `in` among the thread's panels, whether this step is to make it, and
+  // bfloat16: the operand of `in` among the thread's panels, whether this linear is to make it, and
   // the transposed weight.
   int64_t operand = -1, transposed_weight = -1;
   bool convert = false;
@@ -80,7 +80,7 @@ struct Mlp {
 struct TransposedInput {
   Panel from;
   int slot = -1;               // >= 0: input slot of the network, read from x itself
-  const Linear* linear = nullptr;  // the step whose activation must be applied to `from` first
+  const Linear* linear = nullptr;  // the linear whose activation must be applied to `from` first
   int64_t to = 0;
 };
 
@@ -95,7 +95,7 @@ struct Read {
 };
 
 struct UnitPlan {
-  Mlp gate;           // no steps: no gate
+  Mlp gate;           // no linears: no gate
   Panel p, w, out;      // softmax over what the gate sees; the mixing weights of `reads`; the unit's output
   Span<Read> reads;     // ascending experts
   int64_t weights;      // column of the mixing weights [B, mixing]
@@ -115,7 +115,7 @@ struct Use {
 };
 
 struct Segment {
-  Span<Mlp> experts;          // dead ones have no steps
+  Span<Mlp> experts;          // dead ones have no linears
   Span<int> order;              // the live experts
   Span<UnitPlan> units;              // dead ones have reads.count = -1
   Span<UnitGroup> unit_groups;           // of the live units
@@ -144,7 +144,7 @@ struct Plan {
   Span<const Linear*> linears;        // every live linear
   int64_t saved = 0, scratch = 0;      // rows of a block's two buffers
   int64_t d_scratch = 0;              // rows of backward's own buffer of a thread: gradients of panels,
-  int64_t d_linears = 0;                // and the dz of one chain
+  int64_t d_linears = 0;                // and the dz of one MLP
   Span<int64_t> d_inputs;             // panels of the input slots' gradients
   int64_t d_z = 0, transposed = 0;        // rows (dz) and columns (transposed inputs) of the chunk's buffers
   int64_t widest = 0;                 // the widest panel

@@ -60,7 +60,7 @@ struct Normal {
 };
 // The tail Phi(-a) of a = |x| is exp(-a^2 / 2) times a function that falls like 1 / a; times a +
 // centre it lies between 0.4 and centre / 2 and is smooth in q = (a - centre) / (a + centre), which
-// linears all a >= 0 to a bounded interval. Nothing cancels: the tail's relative error is a few
+// maps all a >= 0 to a bounded interval. Nothing cancels: the tail's relative error is a few
 // roundoffs and that of a^2 / 2, where 1 + erf would leave no digit of it. NaN passes.
 template <class T>
 inline Normal<T> normal(vec<T> x) {

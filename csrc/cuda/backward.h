@@ -1,4 +1,4 @@
-// The row-local backward of any stages in one launch. Formulas: fusedmoe/reference/operator.py; its
+// The row-local backward of any segments in one launch. Formulas: fusedmoe/reference/operator.py; its
 // twin in Triton, which reads the same plans: kernels/triton/backward.py.
 //
 // Grid: (row blocks, programs of a block). Each program runs a list of tiles, of two kinds:

@@ -1,4 +1,4 @@
-// The forward of any stages in one launch. Formulas: fusedmoe/reference/operator.py; its twin in
+// The forward of any segments in one launch. Formulas: fusedmoe/reference/operator.py; its twin in
 // Triton, which reads the same plans: kernels/triton/forward.py.
 //
 // Grid: (row blocks, programs of a block). Each program runs a list of tiles; a tile is some

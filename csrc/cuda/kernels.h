@@ -17,7 +17,7 @@ struct Addresses {
   const void* const* more;
 };
 
-// Where sources and outputs lie: x [B, S, D] at distances x_row and x_slot, the stages' buffers one
+// Where sources and outputs lie: x [B, S, D] with strides x_row and x_slot, the segments' buffers one
 // behind another, and out [B, width].
 struct Places {
   void *x, *buffers, *out;
@@ -39,8 +39,8 @@ struct Network {
 };
 
 // How a launch runs, as kernels/tiles.py chose it for the plan. rows, columns: of a tile; units:
-// mixed at a time; keep: columns of a source that are kept for all that read it, or 0; aligned: all
-// that is read begins at multiples of 16 bytes, row by row; stored: so does what is written;
+// mixed at a time; resident: columns of a source that stay on the chip for all that read it, or 0; aligned: all
+// that is read begins at multiples of 16 bytes, row by row; store_aligned: so does what is written;
 // hidden: some linear has a hidden layer inside; allow_tf32: products of float32 by 11 bits of each
 // number instead of all.
 struct Tiles {

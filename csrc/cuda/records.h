@@ -6,7 +6,7 @@
 
 namespace fusedmoe::cuda {
 
-// Columns of what stages hand on begin at multiples of so many.
+// Columns of what segments hand on begin at multiples of so many.
 constexpr int column_step = 16;
 // A width rounded up to a multiple of `column_step`.
 __host__ __device__ __forceinline__ int padded(int width) {

@@ -167,7 +167,7 @@ struct Product {
         for (int j = 0; j < N; j++) f(row(i, half), column(j), c.at[i][j][2 * half], c.at[i][j][2 * half + 1]);
   }
 
-  // C += A B. `once`: products of float with 11 bits of each, else with all; of 16-bit types it
+  // C += A B. `allow_tf32`: products of float with 11 bits of each, else with all; of 16-bit types it
   // means nothing. Of columns from `live` on what C gets is not said: a warp leaves out what it has
   // of them, in halves.
   static __device__ __forceinline__ void multiply(const char* a, const char* b, Sums& c, bool allow_tf32 = false,

@@ -85,7 +85,7 @@ struct Bound {
 // Pieces of one allocation begin at multiples of a line.
 inline int64_t lines(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
-// What the forward leaves for the backward: the softmax in float32, and the stages' buffers behind
+// What the forward leaves for the backward: the softmax in float32, and the segments' buffers behind
 // it.
 struct Saved {
   int64_t buffers, bytes;

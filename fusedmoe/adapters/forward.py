@@ -43,8 +43,8 @@ class Match(NamedTuple):
     """What an adapter found in a module.
 
     `rank` is that of the module's input, 2 for [B, D] and 3 for [B, S, D]. `returns` gives the
-    network's output [B, T, H] the module's own structure; it is a function of a module, so that a
-    fused model can be pickled.
+    network's output [B, T, H] the module's own structure; it must be a module-level function, so
+    that a fused model can be pickled.
     """
 
     family: str

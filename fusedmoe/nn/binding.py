@@ -115,12 +115,12 @@ class Binding:
         Raises: RuntimeError if the module's inside was changed since it was bound; as
         `require_serving` if it is frozen.
 
-        A frozen module runs from its packed parameters, and is thawed, with a warning, where they
+        A frozen module runs from its packed parameters, and is unfrozen, with a warning, where they
         are no longer the module's. Code that torch.compile made reads the module's parameters
         themselves, under the same conditions; so do calls for the mixing weights, under none.
         """
         module = self.unchanged()
-        # Once: another thread may freeze or thaw the module meanwhile.
+        # Once: another thread may freeze or unfreeze the module meanwhile.
         frozen = self.frozen
         if frozen is not None and not return_mixing_weights:
             require_serving(module, x, self.tensors)
@@ -147,20 +147,20 @@ class Binding:
             self.frozen = frozen
 
     def _run_frozen(self, frozen: Frozen, x: Tensor, backend: str) -> Tensor | None:
-        """Return the output of packed parameters, or None; thaw the module if it is outdated."""
+        """Return the output of packed parameters, or None; unfreeze the module if it is outdated."""
         # Asked here: after a graph break torch.compile may begin with this very function.
         if torch.compiler.is_compiling():
             return None
         if backend == frozen.backend and frozen.holds():
             return frozen.run(x)
         with _FREEZING:
-            # Of threads that find it outdated one thaws it and warns. What another packed stays.
-            thawed = self.frozen is frozen
-            if thawed:
+            # Of threads that find it outdated one unfreezes it and warns. What another packed stays.
+            unfrozen = self.frozen is frozen
+            if unfrozen:
                 self.frozen = None
         if change := self.changed():
             raise self._error(change)
-        if thawed:
+        if unfrozen:
             what = frozen.changed() if backend == frozen.backend else "its backend"
             name, cure = type(self.module).__name__, "fusedmoe.freeze(model) packs it again"
             warnings.warn(f"{name} is no longer frozen: {what} was changed; {cure}", stacklevel=4)

@@ -84,7 +84,7 @@ class Frozen:
 
     A parameter is the same if it is the same object, of the same version, at the same address, with
     the same number in its middle, and no optimizer stepped over it. Its memory is kept until the
-    layer is thawed, because another tensor at that address would look the same. A write that
+    layer is unfrozen, because another tensor at that address would look the same. A write that
     PyTorch does not count (through `.data`, a NumPy view, from another process) and that spares the
     middle of every parameter cannot be seen.
     """

@@ -24,8 +24,8 @@ class Fused:
 
     The result is the same, from the same parameters under the same keys.
     A subclass puts this class before the layer's and names `make_wiring`, the function that reads
-    the layer's wiring off it: `class MMoE(Fused, layers.MMoE, make_wiring=wiring.mmoe)`. What its
-    arguments are and what it raises is put into its docstring.
+    the layer's wiring off it: `class MMoE(Fused, layers.MMoE, make_wiring=wiring.mmoe)`. `__init_subclass__`
+    completes its docstring with arguments and errors.
 
     Args:
         backend: a name out of `fusedmoe.available_backends()`, or "auto"; keyword only.

@@ -33,11 +33,12 @@ mixing weights, else 0):
                                          dh = W^T dz        db = sum over b of dz
 - a slot sums what the experts and gates that read it send: it is g of the unit below, or d_x[:, s]
 
-Digits of the softmax. Where one expert i has nearly all the weight, the difference in dz[i] is far
-smaller than its two terms: with roundoff r and m = sum of p dw, its error is up to r |m|, against a
-true dz[i] of about 1 - p[i] times differences of dw. But p sums to 1, so any number c may come off
-every dw first: dz[e] = p[e] (dw[e] - c - sum over e' of p[e'] (dw[e'] - c)). With c = m as
-computed:
+Digits of the softmax. Subtract the mean c = sum of p dw from dw before the softmax's backward:
+otherwise the rounding of two large terms swamps dz where one expert has nearly all the weight.
+There the difference in dz[i] is far smaller than its two terms: with roundoff r and m = sum of p
+dw, its error is up to r |m|, against a true dz[i] of about 1 - p[i] times differences of dw. But p
+sums to 1, so any number c may come off every dw first: dz[e] = p[e] (dw[e] - c - sum over e' of
+p[e'] (dw[e'] - c)). With c = m as computed:
 
     c = sum over e of p[e] dw[e]        t[e] = dw[e] - c
     rest = sum over e of p[e] t[e]      dz[e] = p[e] (t[e] - rest)

@@ -93,7 +93,7 @@ def _table(bound: Bound, params: Sequence[Tensor], quick: Quick | None) -> tuple
     return table, aligned16
 
 
-def piece(memory: Tensor, first: int, size: int, dtype: torch.dtype) -> Tensor:
+def region(memory: Tensor, first: int, size: int, dtype: torch.dtype) -> Tensor:
     """So many numbers of a piece of memory, from a byte on."""
     return memory[first : first + size * dtype.itemsize].view(dtype)
 
@@ -170,17 +170,15 @@ def _launched(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """As `forward`, by Triton's launches."""
     rows, (x_row, x_slot, _) = x.shape[0], x.stride()
-    buffers, size = bound.saved(rows)
+    first_buffer, size = bound.saved(rows)
     out, memory = x.new_empty((rows, *bound.output)), x.new_empty(size, dtype=torch.uint8)
     weights = x.new_zeros(rows, bound.mixing) if mixing else None
-    p, buffer_width = (
-        piece(memory, 0, bound.plan.softmax * rows, torch.float32),
-        piece(memory, buffers, bound.program.buffer_width * rows, x.dtype),
-    )
+    p = region(memory, 0, bound.plan.softmax * rows, torch.float32)
+    buffers = region(memory, first_buffer, bound.program.buffer_width * rows, x.dtype)
     for step in steps if rows else ():
         arguments = ForwardArguments(
             x=x,
-            buffers=buffer_width,
+            buffers=buffers,
             out=out,
             p=p,
             weights=x if weights is None else weights,
@@ -296,19 +294,13 @@ def _launched_backward(bound: Backward, tensors: tuple, steps: _BackwardSteps, c
     flat, chunks = x.new_empty(total), -(-rows // chunk)
     places = bound.scratch(rows, chunks)
     scratch = x.new_empty(places.size, dtype=torch.uint8)
-    buffer_width, weights = bound.program.buffer_width * rows, d_out if d_weights is None else d_weights
-    p, buffers = (
-        piece(memory, 0, bound.forward.softmax * rows, torch.float32),
-        piece(memory, bound.saved(rows)[0], buffer_width, x.dtype),
-    )
-    dw, parts = (
-        piece(scratch, 0, bound.plan.rows * rows, torch.float32),
-        piece(scratch, places.parts, chunks * total, torch.float32),
-    )
-    dz, below = (
-        piece(scratch, places.dz, rows * bound.plan.columns, x.dtype),
-        piece(scratch, places.buffers, buffer_width, x.dtype),
-    )
+    buffer_size, weights = bound.program.buffer_width * rows, d_out if d_weights is None else d_weights
+    p = region(memory, 0, bound.forward.softmax * rows, torch.float32)
+    buffers = region(memory, bound.saved(rows)[0], buffer_size, x.dtype)
+    dw = region(scratch, 0, bound.plan.rows * rows, torch.float32)
+    parts = region(scratch, places.parts, chunks * total, torch.float32)
+    dz = region(scratch, places.dz, rows * bound.plan.columns, x.dtype)
+    d_buffers = region(scratch, places.buffers, buffer_size, x.dtype)
     common = {
         **{"x": x, "buffers": buffers, "out": d_out, "dw": dw, "d_weights": weights, "dz": dz, "plan": bound.ints},
         **{"B": rows, "x_row": x_row, "x_slot": x_slot, "dz_row": bound.plan.columns, "mixing": bound.mixing},
@@ -317,7 +309,7 @@ def _launched_backward(bound: Backward, tensors: tuple, steps: _BackwardSteps, c
         arguments = RowsArguments(
             p=p,
             d_x=d_x,
-            d_buffers=below,
+            d_buffers=d_buffers,
             d_out=d_out,
             addresses=table,
             floats=bound.floats,
