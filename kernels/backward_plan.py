@@ -102,7 +102,7 @@ class _BackwardWriter:
         segment = self.program.segments[number]
         tiles = []
         for e, linear in enumerate(segment.experts):
-            record = self.writer.map(linear)
+            record = self.writer.linear(linear)
             for tile, column in enumerate(range(0, linear.width, self.block)):
                 readers = [
                     self.reader(number, u, place, tile)

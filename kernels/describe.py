@@ -32,7 +32,7 @@ def describe_launches(table: Table, dtype: torch.dtype, device: torch.device, ba
 
 def launches(program: Program, dtype: torch.dtype, rows: int, arch: str, backend: str) -> tuple[int, int]:
     """How many launches the forward and the backward of a call of so many rows are."""
-    chosen = tiles.choose(program, dtype, rows, arch)
+    chosen = tiles.choose(program, dtype, rows, arch, tiles.BESIDE_HIDDEN[backend])
     forward = plan_of(program, chosen.whole, chosen.units, chosen.columns)
     chosen = chosen.backward
     backward = backward_plan_of(forward, chosen.whole, chosen.columns, chosen.outputs)

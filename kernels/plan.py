@@ -111,7 +111,7 @@ class Writer:
         """A source that is multiplied by the columns of W from `first` on."""
         return layout.SOURCE.pack(place=self.place(source.segment, source.column), width=source.width, first=first)
 
-    def map(self, linear: Linear) -> int:
+    def linear(self, linear: Linear) -> int:
         if linear not in self.known:
             head = layout.LINEAR.pack(
                 weight=linear.weight,
@@ -120,7 +120,7 @@ class Writer:
                 reduction=linear.reduction,
                 activation=CODES[linear.activation.name],
                 parameter=self.put_floats([linear.activation.parameter]),
-                hidden=self.map(linear.hidden) if linear.hidden else NOTHING,
+                hidden=self.linear(linear.hidden) if linear.hidden else NOTHING,
                 sources=len(linear.sources),
             )
             firsts = itertools.accumulate((source.width for source in linear.sources), initial=0)
@@ -136,7 +136,7 @@ class Writer:
         if (segment, number) not in self.known:
             unit: Unit = self.program.segments[segment].units[number]
             values = layout.UNIT.pack(
-                gate=self.map(unit.gate) if unit.gate else NOTHING,
+                gate=self.linear(unit.gate) if unit.gate else NOTHING,
                 reads=len(unit.reads),
                 seen=self.put(read.seen for read in unit.reads),
                 statics=unit.static,
@@ -154,7 +154,7 @@ class Writer:
         rows = [sum(len(unit.reads) for unit in units[:i]) for i in range(len(units))]
         padding = [NOTHING] * (most - len(units))
         records = [self.unit(segment, u) for u in group.units]
-        linears = [self.map(level.experts[e]) for e in group.experts]
+        linears = [self.linear(level.experts[e]) for e in group.experts]
         places = [{read.expert: i for i, read in enumerate(unit.reads)} for unit in units]
         experts = {
             e: [*layout.EXPERT_READ.pack(linear=linear), *(place.get(e, NOTHING) for place in places), *padding]

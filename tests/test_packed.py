@@ -70,7 +70,7 @@ def test_the_operator_checks_what_it_is_given():
     x = draw(3, table, torch.float32)
     for wrong, message in (
         (lambda: run(x, packed[:-1]), r"packed: expected what freeze_cpu returned, \[\d+\], got \[\d+\]"),
-        (lambda: run(x.double(), packed), "x: expected the dtype of the frozen parameters"),
+        (lambda: run(x.double(), packed), "x: expected dtype Float of the frozen parameters, got Double"),
         (lambda: run(x[..., :-1], packed), r"x: expected \[B, 4, 37\], got \[3, 4, 36\]"),
         (lambda: run(x, packed.half()), "packed: a frozen network expects float32 or float64"),
         (lambda: pack(params[:-1], table), "params: expected"),

@@ -167,7 +167,7 @@ __attribute__((noinline)) void few_tile(const Product<float>& p, int64_t n) {
 // A = W [n, k] with lda = k, B = X [R, k] row-major, C = Y [R, n] row-major.
 template <int R>
 inline void few(Product<float> p, int64_t n) {
-  // Case "AdaTT T3m2, inference, B = 1" of bench/: with 32-byte vectors, which a Zen 4 turns as
+  // Case "AdaTT T3m2, inference, B = 1" of bench/: with 32-byte vectors, which a Zen 4 transposes as
   // fast, a Zen 5 takes 49 us and not 34; with the next tile fetched into L2 instead of L1, 50.
   constexpr int native = Lanes<float>::count, LANES = native;
   auto advance = [&](int64_t by) {

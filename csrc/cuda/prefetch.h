@@ -39,7 +39,7 @@ struct PrefetchIterator {
   Columns outputs;
   // Linears left in the run; the linear whose sources are read, and which of these; the columns
   // left of that one.
-  int maps, map, source, left;
+  int left_linears, current, source, left;
   // The place of the next panel of a source.
   int to;
   // The first column of the hidden outputs that are read, or -1.
@@ -55,14 +55,14 @@ struct PrefetchIterator {
   }
 
   __device__ __forceinline__ void next(const Block<T>& block, CopyDescriptor<T>& to_copy) {
-    to_copy.here = maps > 0;
-    if (maps == 0) return;
-    const bool inside = HIDDEN && hidden_column >= 0 && map != outer(block);
+    to_copy.here = left_linears > 0;
+    if (left_linears == 0) return;
+    const bool inside = HIDDEN && hidden_column >= 0 && current != named_linear(block);
     to_copy.a = a, to_copy.b = b, to_copy.a_stride = a_stride, to_copy.b_stride = b_stride;
     to_copy.to = brings ? to : -1;
     to_copy.columns = left;
     to_copy.list = inside ? -1 : outputs.list;
-    to_copy.live = inside ? block.plan(map + LinearRecord::width) - hidden_column : outputs.live;
+    to_copy.live = inside ? block.plan(current + LinearRecord::width) - hidden_column : outputs.live;
     if (brings) to = to + 1 < panels ? to + 1 : 0;
     a += k_tile<T>;
     b += k_tile<T>;
@@ -72,7 +72,7 @@ struct PrefetchIterator {
 
  private:
   // The linear that the list names.
-  __device__ __forceinline__ int outer(const Block<T>& block) const {
+  __device__ __forceinline__ int named_linear(const Block<T>& block) const {
     const int named = block.plan(list.record + (list.gates ? GateReadRecord::unit : ExpertReadRecord::linear));
     return list.gates ? block.plan(named + UnitRecord::gate) : named;
   }
@@ -81,15 +81,15 @@ struct PrefetchIterator {
   // gate.
   __device__ __forceinline__ void begin_run(const Block<T>& block) {
     for (; list.runs > 0; list.runs--) {
-      maps = block.plan(list.record + RunRecord::count);
+      left_linears = block.plan(list.record + RunRecord::count);
       list.record += RunRecord::size;
       first = true;
-      if (begin_map(block)) return;
+      if (begin_linear(block)) return;
     }
   }
-  __device__ __forceinline__ bool begin_map(const Block<T>& block) {
-    for (; maps > 0; maps--, list.record += list.stride) {
-      const int linear = outer(block);
+  __device__ __forceinline__ bool begin_linear(const Block<T>& block) {
+    for (; left_linears > 0; left_linears--, list.record += list.stride) {
+      const int linear = named_linear(block);
       if (linear < 0) continue;
       if (list.gates) {
         const int unit = block.plan(list.record + GateReadRecord::unit);
@@ -103,7 +103,7 @@ struct PrefetchIterator {
   __device__ __forceinline__ void begin_sources(const Block<T>& block, int linear) {
     const int hidden = HIDDEN ? block.plan(linear + LinearRecord::hidden) : -1;
     hidden_column = hidden >= 0 ? 0 : -1;
-    map = hidden >= 0 ? hidden : linear;
+    current = hidden >= 0 ? hidden : linear;
     source = 0;
     brings = !resident || first;
     first = false;
@@ -111,12 +111,12 @@ struct PrefetchIterator {
   }
   // Point at the linear's source and at the weight's columns for it.
   __device__ __forceinline__ void open(const Block<T>& block) {
-    const int record = map + LinearRecord::size + source * SourceRecord::size;
+    const int record = current + LinearRecord::size + source * SourceRecord::size;
     const Row<T> h = block.rows_of(record);
     a = h.first;
     a_stride = h.stride;
     left = block.plan(record + SourceRecord::width);
-    point(block, map, hidden_column >= 0 ? hidden_column : outputs.first, block.plan(record + SourceRecord::first));
+    point(block, current, hidden_column >= 0 ? hidden_column : outputs.first, block.plan(record + SourceRecord::first));
   }
   __device__ __forceinline__ void point(const Block<T>& block, int linear, int row, int column) {
     b_stride = block.plan(linear + LinearRecord::reduction);
@@ -125,12 +125,12 @@ struct PrefetchIterator {
 
   // Go on behind the last k-tile of a source.
   __device__ __forceinline__ void advance(const Block<T>& block) {
-    const bool outside = HIDDEN && hidden_column >= 0 && map == outer(block);
-    if (!outside && ++source < block.plan(map + LinearRecord::sources)) return open(block);
-    if (!HIDDEN || hidden_column < 0) return end_map(block);
-    const int linear = outer(block);
+    const bool outside = HIDDEN && hidden_column >= 0 && current == named_linear(block);
+    if (!outside && ++source < block.plan(current + LinearRecord::sources)) return open(block);
+    if (!HIDDEN || hidden_column < 0) return end_linear(block);
+    const int linear = named_linear(block);
     if (!outside) {
-      map = linear;
+      current = linear;
       brings = false;
       point(block, linear, outputs.first, hidden_column);
       left = block.plan(linear + LinearRecord::reduction) - hidden_column;
@@ -138,21 +138,21 @@ struct PrefetchIterator {
       return;
     }
     hidden_column += COLUMNS;
-    if (hidden_column >= block.plan(linear + LinearRecord::reduction)) return end_map(block);
-    map = block.plan(linear + LinearRecord::hidden);
+    if (hidden_column >= block.plan(linear + LinearRecord::reduction)) return end_linear(block);
+    current = block.plan(linear + LinearRecord::hidden);
     source = 0;
     brings = !resident;
     open(block);
   }
-  __device__ __forceinline__ void end_map(const Block<T>& block) {
+  __device__ __forceinline__ void end_linear(const Block<T>& block) {
     if (list.gates) {
       outputs.list += COLUMNS;
       outputs.live -= COLUMNS;
-      if (outputs.live > 0) return begin_sources(block, outer(block));
+      if (outputs.live > 0) return begin_sources(block, named_linear(block));
     }
-    maps--;
+    left_linears--;
     list.record += list.stride;
-    if (begin_map(block)) return;
+    if (begin_linear(block)) return;
     list.runs--;
     begin_run(block);
   }

@@ -143,8 +143,8 @@ def preactivations(x: Tensor, params: Sequence[Tensor], table: Table) -> Iterato
         for u, trace in state.gates.items()
     ]
     mlps += zip(run.layout.towers, run.towers, strict=True)
-    for maps, trace in mlps:
-        for m, (h, z) in zip(maps, trace, strict=True):
+    for linears, trace in mlps:
+        for m, (h, z) in zip(linears, trace, strict=True):
             yield (
                 m.activation,
                 z,
@@ -152,7 +152,7 @@ def preactivations(x: Tensor, params: Sequence[Tensor], table: Table) -> Iterato
             )
 
 
-class _Map(NamedTuple):
+class _Linear(NamedTuple):
     """A linear map and its activation: where its weight and bias stand among the parameters."""
 
     weight: int
@@ -160,7 +160,7 @@ class _Map(NamedTuple):
     activation: Activation
 
 
-_MLP = tuple[_Map, ...]
+_MLP = tuple[_Linear, ...]
 # (input, pre-activation) of each linear map of one MLP.
 _Trace = list[tuple[Tensor, Tensor]]
 
@@ -197,7 +197,7 @@ def _layout(table: Table) -> _Layout:
     index = itertools.count()
 
     def mlp(layers: tuple[Layer, ...]) -> _MLP:
-        return tuple(_Map(next(index), next(index) if layer.bias else None, layer.activation) for layer in layers)
+        return tuple(_Linear(next(index), next(index) if layer.bias else None, layer.activation) for layer in layers)
 
     experts, gates = [], []
     for level in table.levels:
@@ -240,10 +240,10 @@ def _run(x: Tensor, params: Sequence[Tensor], table: Table, softmax: Softmax = l
     return _Run(layout, torch.stack([h for h, _ in towers], 1), states, [trace for _, trace in towers])
 
 
-def _mlp(maps: _MLP, h: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, _Trace]:
+def _mlp(linears: _MLP, h: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, _Trace]:
     """Run an MLP on h [B, K]; return its output and its trace."""
     trace = []
-    for m in maps:
+    for m in linears:
         z = F.linear(h, params[m.weight], None if m.bias is None else params[m.bias])
         trace.append((h, z))
         h = apply(m.activation, z)
@@ -305,9 +305,11 @@ def _or_zero(d: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if d is None else d
 
 
-def _backward_mlp(maps: _MLP, trace: _Trace, d: Tensor, params: Sequence[Tensor], grads: list[Tensor | None]) -> Tensor:
+def _backward_mlp(
+    linears: _MLP, trace: _Trace, d: Tensor, params: Sequence[Tensor], grads: list[Tensor | None]
+) -> Tensor:
     """Turn the gradient of an MLP's output into that of its input; fill `grads`."""
-    for m, (h, z) in zip(reversed(maps), reversed(trace), strict=True):
+    for m, (h, z) in zip(reversed(linears), reversed(trace), strict=True):
         d_z = pullback(m.activation, z, d)
         grads[m.weight] = d_z.T @ h
         if m.bias is not None:
