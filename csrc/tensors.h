@@ -88,7 +88,7 @@ class Results {
   }
 
  private:
-  // Takes half as long as `new_empty`, which goes through the dispatcher.
+  // Not `new_empty`, which goes through the dispatcher.
   Tensor nothing(const std::vector<int64_t>& sizes) {
     const std::vector<int64_t> strides = strides_of(sizes);
     AtenTensorHandle handle;

@@ -35,21 +35,25 @@ FLOORS = {
     "fusedmoe.testing": 4,
     "fusedmoe.cpu": 4,
     "fusedmoe.reference.autograd": 4,
-    "fusedmoe.kernels": 4,
     "fusedmoe.packed": 4,
-    "fusedmoe.op": 5,
-    "fusedmoe.functional": 6,
-    "fusedmoe.nn": 6,
-    "fusedmoe.adapters": 7,
-    "fusedmoe.swap": 8,
-    "fusedmoe.freezing": 9,
+    # The planner that both GPU backends share, Triton's kernels, and the operator over them.
+    "fusedmoe.kernels": 4,
+    "fusedmoe.kernels.triton": 5,
+    "fusedmoe.kernels.operator": 6,
+    "fusedmoe.kernels.registered": 7,
+    "fusedmoe.op": 8,
+    "fusedmoe.functional": 9,
+    "fusedmoe.nn": 9,
+    "fusedmoe.adapters": 10,
+    "fusedmoe.swap": 11,
+    "fusedmoe.freezing": 12,
     # The package itself gathers the public names of the floors below; only what stands above may
     # import it.
-    "fusedmoe": 10,
-    "fusedmoe.doctor": 11,
-    "fusedmoe.demo": 11,
-    "fusedmoe.speed": 12,
-    "fusedmoe.__main__": 13,
+    "fusedmoe": 13,
+    "fusedmoe.doctor": 14,
+    "fusedmoe.demo": 14,
+    "fusedmoe.speed": 15,
+    "fusedmoe.__main__": 16,
 }
 LONGEST_FILE, LONGEST_FUNCTION, MOST_ARGUMENTS = 400, 60, 8
 LONGEST_LINE = 120

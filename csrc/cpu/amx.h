@@ -106,11 +106,9 @@ __attribute__((noinline)) void tile_block(const Bf16Product& p, int64_t rows) {
 }
 
 inline void multiply_tiles(const Bf16Product& whole, int64_t rows, int64_t columns) {
-  const auto band = [&](Bf16Product p, int64_t band_rows) {
-    const TileShapes shapes(band_rows < tile_side ? band_rows : tile_side,
-                            band_rows > tile_side ? band_rows - tile_side : 1);
+  const auto load_shapes = [](int64_t count) {
+    const TileShapes shapes(count < tile_side ? count : tile_side, count > tile_side ? count - tile_side : 1);
     _tile_loadconfig(&shapes);
-    return p;
   };
   for (int64_t v = 0; v < columns; v += 2 * tile_side) {
     int64_t shaped = 0;
@@ -122,7 +120,7 @@ inline void multiply_tiles(const Bf16Product& whole, int64_t rows, int64_t colum
       p.c += m * p.ldc + v;
       if (p.bias) p.bias += m;
       p.columns = columns - v < 2 * tile_side && columns % tile_side ? columns - v : 0;
-      if (shaped != count) p = band(p, shaped = count);
+      if (shaped != count) load_shapes(shaped = count);
       const bool right = columns - v > tile_side;
       if (count > tile_side)
         right ? tile_block<true, true>(p, count) : tile_block<true, false>(p, count);

@@ -169,7 +169,7 @@ template <int R>
 inline void few(Product<float> p, int64_t n) {
   // Case "AdaTT T3m2, inference, B = 1" of bench/: with 32-byte vectors, which a Zen 4 transposes as
   // fast, a Zen 5 takes 49 us and not 34; with the next tile fetched into L2 instead of L1, 50.
-  constexpr int native = Lanes<float>::count, LANES = native;
+  constexpr int LANES = Lanes<float>::count;
   auto advance = [&](int64_t by) {
     p.a += by * p.lda;
     p.c += by;
