@@ -94,7 +94,7 @@ def worked_out(step: Step, recompute: bool) -> Counter[str]:
             *((bound, name) for name in WORKED_OUT),
             (bound.tiles, "chosen"),
             (bound.device, "written"),
-            (bound.program, "of_text"),
+            (bound.lowering, "of_text"),
         ]:
             patches.enter_context(patch.object(owner, name, counting(name, getattr(owner, name))))
         step(recompute)

@@ -112,7 +112,7 @@ def test_parameters_are_cast_in_one_piece(dtype):
 def no_tables(monkeypatch):
     """As in a new process."""
     monkeypatch.setattr(device, "_ADDRESSES", OrderedDict())
-    monkeypatch.setattr(device, "_DISTANCES", OrderedDict())
+    monkeypatch.setattr(device, "_OFFSETS", OrderedDict())
 
 
 def test_new_memory_of_a_known_layout_is_not_uploaded(no_tables):
