@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.metadata
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -247,6 +248,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
     It is `name` itself, or the first that can if `name` is "auto".
 
+    "auto" warns where it takes the reference only because the C++ extension is not there.
+
     Raises: ValueError for an unknown backend, RuntimeError with the reason where none can.
     """
     if name != "auto":
@@ -259,6 +262,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     for row in candidates(device):
         reason = row.declines(device, dtype)
         if reason is None:
+            if row.name == "reference" and device.type == "cpu" and _UNAVAILABLE is not None:
+                warnings.warn(f"backend auto: the reference runs, much slower than cpu; {_UNAVAILABLE}", stacklevel=2)
             return row.name
         reasons.append(f"{row.name}: {reason}")
     raise RuntimeError(

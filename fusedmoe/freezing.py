@@ -53,8 +53,8 @@ def freeze(model: nn.Module) -> FreezeReport:
     `freeze` again.
 
     Code compiled by torch.compile refuses the same calls and otherwise reads the live parameters,
-    so it is never outdated. (torch 2.11 does not notice that a parameter requires gradients only
-    since it was compiled; that holds for every module.) An exported program is not frozen, nor are
+    so it is never outdated. (torch 2.11 does not notice if `requires_grad` of a
+    parameter is set after compiling; this holds for every module.) An exported program is not frozen, nor are
     copies and pickles. Threads may call a model while another freezes or unfreezes it.
 
     Returns: the report. What could not be frozen runs as before, and stands in `declined` with the

@@ -4,8 +4,8 @@ Each backend has its autograd beside its kernels: `cpu.py`, `reference/autograd.
 `kernels/operator.py`. The formulas stand in `reference/operator.py`.
 
 Gradients: a tensor gets None, not zeros, if no output that received a gradient depends on it.
-Outputs are tracked separately: the mixing weights of each level, and each task with `tasks_apart`,
-otherwise the output as a whole. The units that towers read count as one tensor.
+The mixing weights of each level count as one output. With `tasks_apart` the output of each task
+counts by itself; without it, `out` counts as one. The units that towers read count as one tensor.
 
 Dtypes: on `cpu`, bfloat16 means that the inputs and weights of every linear map are rounded to
 bfloat16, and everything else, sums included, is float32; float16 is computed in float32.
@@ -58,7 +58,7 @@ def fusion_network(
         return_mixing_weights: return the mixing weights w too; they are differentiable.
         recompute: keep for backward only x and the outputs of softmaxes and levels, and run
             experts, hidden layers of gates and towers once more there. The results are the same
-            bits. (The reference always keeps its inputs alone.)
+            bits. (The reference always keeps only its inputs.)
         tasks_apart: return a list of T tensors [B, O]; the tower of a task that is left out of the
             loss then gets the gradient None.
 

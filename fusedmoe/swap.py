@@ -105,8 +105,9 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
         model: any module; it may be a layer itself. Layers are found by their structure, outermost
             first, and each is probed numerically on a copy before it is trusted. A layer whose
             inside was changed after it was fused is examined again.
-        backend: "auto" chooses at every call, and does not fuse a layer that only the reference
-            could run, which is slower than the layer itself; a name runs that backend or raises.
+        backend: "auto" chooses a backend at every call. A layer that only the reference could run
+            is not fused, because that is slower than the layer itself. A name runs that backend or
+            raises.
         recompute: keep for backward only the outputs of levels and of softmaxes
             (docs/speed.md has the bytes), and run experts and towers once more in backward. The
             results are the same bits. Layers that are fused already keep what they have: `unfuse`

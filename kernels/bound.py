@@ -224,7 +224,7 @@ class Backward(Bound):
         return self.scratch(rows, -(-rows // chunk)).size + size * (self.total + rows * table.slots * table.width)
 
 
-def common(bound: Bound) -> dict[str, object]:
+def call_fields(bound: Bound) -> dict[str, object]:
     """What the operators in C++ want to know of every call, by their names (csrc/gpu/bound.h)."""
     table = bound.program.table
     ints, floats = bound.written

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusedmoe.kernels import device
-from fusedmoe.kernels.bound import Backward, Bound, Forward, chunk_of, common
+from fusedmoe.kernels.bound import Backward, Bound, Forward, call_fields, chunk_of
 from fusedmoe.kernels.plan import Launch
 
 
@@ -45,7 +45,7 @@ def _filled(bound: Bound, name: str, launches: Sequence[Launch], **values: objec
     which the operators take."""
     found = _extension().Bound()
     steps = [_step(place=launch.place, programs=launch.programs, stores=bound.stores(launch)) for launch in launches]
-    for field, value in {**common(bound), "steps": steps, **values}.items():
+    for field, value in {**call_fields(bound), "steps": steps, **values}.items():
         setattr(found, field, value)
     bound.made["record"], bound.made[name] = found, found.address
     return found.address

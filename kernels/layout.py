@@ -2,10 +2,9 @@
 
 A plan is one array of 32-bit integers (`plan.py` writes that of a forward, `backward_plan.py` that
 of a backward). A record is some integers of it, one after another, and is named by the place of its
-first one. Here each kind has its
-fields, once: Python writes them by name, Triton's kernels take their offsets as constants
-(`records.py`), and the CUDA kernels from csrc/cuda/layout.h, which this module writes: `python -m
-fusedmoe.kernels.layout csrc/cuda/layout.h`.
+first one. Here each kind has its fields, once: Python writes them by name, Triton's kernels take
+their offsets as constants (`triton/records.py`), and the CUDA kernels from csrc/cuda/layout.h, which
+this module writes: `python -m fusedmoe.kernels.layout csrc/cuda/layout.h`.
 """
 
 from __future__ import annotations
@@ -122,7 +121,9 @@ GROUP = Record(
     copies="experts that are copies",
     selectors="place of the number of selectors, and the runs of gates behind it",
 )
-RUN = Record("run", "those that read the source", source=SOURCE, count="experts (`expert`), or gates (`gate`)")
+RUN = Record(
+    "run", "those that read the source", source=SOURCE, count="experts (`expert_read`), or gates (`gate_read`)"
+)
 # Of a run of experts, and of a run of gates. An expert's is followed by its place among the reads
 # of each of UNITS units, or -1.
 EXPERT_READ = Record("expert_read", "UNITS places among the units' reads", linear="the expert")

@@ -65,8 +65,7 @@ def _forward(
 
 
 def recomputed(table: Table) -> bool:
-    """Whether a forward that is to keep as little as it can keeps x alone: between two levels of
-    this network there are segments of their own."""
+    """Whether a forward with `recompute` saves x alone: where some level has more than one segment."""
     return any(len(segments) > 1 for segments in lower(table).levels)
 
 

@@ -20,7 +20,7 @@ CHUNK = 1024
 # From this many rows on, tiles have BLOCK_B = 128. With fewer they would not fill the SMs: an H100
 # has 132, and 4,096 rows of a level with 256 columns are 128 programs.
 MANY_ROWS = 4096
-# The architectures that do so: on the others three units' accumulators and the pipeline's addresses
+# The architectures that use tiles of 128 rows: on the others three units' accumulators and the pipeline's addresses
 # do not fit into a program's registers.
 LARGE = ("sm_80", "sm_90", "sm_100", "cpu")
 # The most columns of a source that a program keeps for all that read it, by whether it runs all
@@ -118,7 +118,7 @@ def chosen(program: Program, dtype: torch.dtype, whole: bool, many: bool, arch: 
 
 
 def _resident_columns(program: Program, most: int) -> int:
-    """Columns of a source that are kept, if there are maps, each reads one source, and the widest
+    """Columns of a source that are kept, if there are linears, each reads one source, and the widest
     fits."""
     if not program.linears or any(len(linear.read) != 1 for linear in program.linears):
         return 0

@@ -202,3 +202,16 @@ def test_the_cuda_kernels_refuse_the_cpu(built):
         RuntimeError, match=r'backend cuda: expected a tensor on cuda, got one on cpu; backend="auto" would take cpu'
     ):
         choose("cuda", CPU, torch.float32)
+
+
+def test_auto_says_that_the_extension_is_not_there():
+    program = (
+        "import sys, warnings; sys.modules['fusedmoe._C'] = None; import torch; from fusedmoe.backends import choose\n"
+        "with warnings.catch_warnings(record=True) as said:\n"
+        "    warnings.simplefilter('always')\n"
+        "    print(choose('auto', torch.device('cpu'), torch.float32), *(one.message for one in said))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith(
+        "reference backend auto: the reference runs, much slower than cpu; the C++ extension fusedmoe._C cannot"
+    )

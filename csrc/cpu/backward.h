@@ -1,5 +1,5 @@
 // The backward: row blocks bring the gradients of every pre-activation and of x; then the
-// parameters' gradients are summed, map by map and tile by tile, over a chunk of rows. Both orders
+// parameters' gradients are summed, linear by linear and tile by tile, over a chunk of rows. Both orders
 // are functions of the batch size alone, not of the threads.
 #pragma once
 #include "forward.h"

@@ -130,7 +130,7 @@ uint16_t* weight_scratch(int64_t count) {
   return scratch.get(count);
 }
 
-// The gradients' tasks of every map: rows of dW in pieces of this many, so that the threads end
+// The gradients' tasks of every linear: this many rows of dW each, so that the threads end
 // together; a multiple of every tile.
 constexpr int64_t task_rows = 48;
 

@@ -28,7 +28,7 @@ inline void gather_rows(const float* panel, int64_t ld, int64_t n, int64_t rows,
 }
 
 // z = W in + bias for at most few_rows rows of a training step: W is streamed once, in the order of
-// memory (gemm.h, `few`), where one vector of rows would be lanes that idle. The same sums, so the
+// memory (few.h), where one vector of rows would be lanes that idle. The same sums, so the
 // same bits.
 inline void linear_few(const Block<float>& b, const Linear& linear) {
   float *x = b.workspace, *y = x + b.plan.widest * b.ld, *z = b.at(linear.z);

@@ -42,7 +42,7 @@ struct Span {
   __attribute__((always_inline)) T& operator[](int64_t i) const { return first[i]; }
 };
 
-// `width` rows of a transposed activation, at `offset` rows of a block's buffer: the kept one, or
+// `width` rows of a transposed activation, at `offset` rows of a block's buffer: the saved one, or
 // the thread's own.
 struct Panel {
   int64_t offset = -1, width = 0;
@@ -50,7 +50,7 @@ struct Panel {
   int id = -1;  // of its own: another panel may take the same place later
 };
 
-// One linear map with its activation: in -> z -> out. `z` is what is kept for backward: the
+// One linear map with its activation: in -> z -> out. `z` is what is saved for backward: the
 // pre-activation, or where the derivative can be told from the output (relu, sigmoid, tanh,
 // identity) the output itself, and then z is out.
 struct Linear {

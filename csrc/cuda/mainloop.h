@@ -121,7 +121,7 @@ struct Mainloop {
       for (;;) {
         const int place = step();
         if (asked < stages) continue;
-        // Panels of a source that does not stay come in the same turn as those of weights.
+        // Panels of a source that does not stay arrive in the same step as those of weights.
         P::multiply(layout.a(call.resident > 0 ? layout.next(base, k_tiles) : place), layout.b(place), z,
                     call.allow_tf32, live);
         k_tiles++;

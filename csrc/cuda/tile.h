@@ -89,7 +89,7 @@ struct Rows {
   }
 };
 
-// Whose turn it is among STAGES places of panels.
+// The current slot in a ring of STAGES panels.
 template <int STAGES>
 struct Ring {
   int at = 0;

@@ -82,7 +82,7 @@ struct Bound {
   Tables tables;
 };
 
-// Pieces of one allocation begin at multiples of a line.
+// Regions of one allocation begin at multiples of a line.
 inline int64_t lines(int64_t bytes) { return (bytes + 127) / 128 * 128; }
 
 // What the forward leaves for the backward: the softmax in float32, and the segments' buffers behind

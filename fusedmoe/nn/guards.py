@@ -105,7 +105,7 @@ def interceptions(module: nn.Module) -> Iterator[str]:
 class Interceptions:
     """Hooks on submodules, forwards set on them, and parametrizations.
 
-    Every call sees of the latter the submodule that they add.
+    A parametrization is noticed at every call by the submodule it adds.
     """
 
     def __init__(self, inner: Sequence[nn.Module]):

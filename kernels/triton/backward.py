@@ -101,7 +101,7 @@ def expert_tile(block, below, shape: tl.constexpr, grads, record):
     slope = derivative(z, code, activation_parameter(block, linear), shape.ACTS)
     # Chosen, not multiplied: an infinite dy must not turn into NaN where a ReLU is off.
     dy = tl.where((code == RELU) & (z <= 0.0), 0.0, dy * slope)
-    # Zeros up to the next map's column, so that products over dz need not stop within a vector.
+    # Zeros up to the next linear's column, so that products over dz need not stop within a vector.
     pointers = (
         grads.dz
         + block.row * grads.dz_row
@@ -169,7 +169,7 @@ def logits_gradient(block, grads, selection, WEIGHTS: tl.constexpr, READS: tl.co
 
 @triton.jit
 def used(block, shape: tl.constexpr, grads, use, column, columns, live, d):
-    """d + W^T dz of one map that reads the source, or d + dz of one that copies it."""
+    """d + W^T dz of one linear that reads the source, or d + dz of one that copies it."""
     number = tl.load(block.plan + use + USE.weight)
     dz = grads.dz + block.row * grads.dz_row + load_aligned(block, use + USE.dz, COLUMN)
     if number >= 0:
@@ -270,7 +270,7 @@ def matrix_tile(block, shape: tl.constexpr, record, dz, dz_row, parts, count, BL
     """dW = dz^T h and db = sum of dz, over `count` rows of the block."""
     n = load_aligned(block, record + MATRIX_TASK.row, COLUMN) + tl.arange(0, BLOCK_N)
     k = load_aligned(block, record + MATRIX_TASK.column, shape.ALIGN) + tl.arange(0, shape.BLOCK_H)
-    # What stands between a map's dz and the next one's goes into sums that are not stored.
+    # What stands between a linear's dz and the next one's goes into sums that are not stored.
     outputs = tl.load(block.plan + record + MATRIX_TASK.outputs)
     inside = n < padded(outputs)
     source = record + MATRIX_TASK.source

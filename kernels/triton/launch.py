@@ -17,7 +17,7 @@ from torch import Tensor
 from triton import knobs
 
 from fusedmoe.kernels import device
-from fusedmoe.kernels.bound import Backward, Bound, Forward, alignment, check, chunk_of, common, split, store
+from fusedmoe.kernels.bound import Backward, Bound, Forward, alignment, call_fields, check, chunk_of, split, store
 from fusedmoe.kernels.triton.arguments import ForwardArguments, GradientsArguments, RowsArguments, SumArguments
 from fusedmoe.kernels.triton.step import CURED, OPTIONS, VERSION, Step, constants, function_of
 from fusedmoe.storage import require_memory
@@ -73,7 +73,7 @@ def _keep(bound: Bound, key: object, steps: Sequence[Step], **values: object) ->
     named = {name: _step(value) if isinstance(value, Step) else value for name, value in values.items()}
     named["steps"] = [_step(step) for step in steps]
     if None not in named["steps"] and None not in named.values():
-        for name, value in {**common(bound), **named}.items():
+        for name, value in {**call_fields(bound), **named}.items():
             setattr(found, name, value)
         bound.made[key] = Quick(found, found.address)
 
@@ -108,7 +108,7 @@ def _shared(bound: Bound, align: int) -> dict[str, object]:
 
 def _ahead(bound: Forward) -> int:
     """Pipeline stages over experts that share a source. Triton 3.6 crashes on sm_90 where such a
-    loop computes one product a turn, of a source that is kept as one tile (`PassManager::run
+    loop computes one product an iteration, of a source that is kept as one tile (`PassManager::run
     failed`; 3.9 does not): there the loop is not pipelined.
     """
     one_tile = 0 < bound.tiles.resident <= bound.tiles.reduction
@@ -301,7 +301,7 @@ def _launched_backward(bound: Backward, tensors: tuple, steps: _BackwardSteps, c
     parts = region(scratch, places.parts, chunks * total, torch.float32)
     dz = region(scratch, places.dz, rows * bound.plan.columns, x.dtype)
     d_buffers = region(scratch, places.buffers, buffer_size, x.dtype)
-    common = {
+    shared = {
         **{"x": x, "buffers": buffers, "out": d_out, "dw": dw, "d_weights": weights, "dz": dz, "plan": bound.ints},
         **{"B": rows, "x_row": x_row, "x_slot": x_slot, "dz_row": bound.plan.columns, "mixing": bound.mixing},
     }
@@ -316,11 +316,11 @@ def _launched_backward(bound: Backward, tensors: tuple, steps: _BackwardSteps, c
             place=step.place,
             d_row=d_x.stride(0),
             d_slot=d_x.stride(1),
-            **common,
+            **shared,
         )
         step.launch(bound.blocks(rows), step.programs, arguments)
     if steps.gradients:
-        arguments = GradientsArguments(parts=parts, place=steps.gradients.place, total=total, **common)
+        arguments = GradientsArguments(parts=parts, place=steps.gradients.place, total=total, **shared)
         steps.gradients.launch(steps.gradients.programs, chunks, arguments)
         steps.add.launch(steps.add.programs, 1, SumArguments(parts, flat, total, chunks))
     return d_x, flat

@@ -23,7 +23,7 @@ REGISTERS = {"maxnreg": 255}
 # The versions whose compiled kernels csrc/triton.cpp has been tried with.
 DIRECT = ((3, 6), (3, 9))
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-# The first version that was seen to pipeline a loop of one product a turn (`_ahead`).
+# The first version that was seen to pipeline a loop of one product an iteration (`_ahead`).
 CURED = (3, 9)
 
 
