@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo picture drawings test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda test-cuda-all test-oldest test-rehearsal gpu gpu-report lint docs bench bench-all report model build wheel clean
+.PHONY: help demo picture drawings test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda test-cuda-all test-mutants test-oldest test-rehearsal gpu gpu-report lint docs bench bench-all report model build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -37,10 +37,11 @@ help:
 	@echo "make test-cpp-sanitized  the same under the address and undefined-behaviour sanitizers"
 	@echo "make test-cpp-neon       the same built for AArch64 and run by qemu-user"
 	@echo "make test-cpp-all        all of these, as tests of pytest, and the accuracy of many random networks"
-	@echo "make test-gpu-free       the GPU kernels' slow tests that need no device: compiled for every architecture, executed, mutants"
+	@echo "make test-gpu-free       the GPU kernels' slow tests that need no device: compiled for every architecture, executed"
 	@echo "make test-interpreted    every case in Triton's interpreter, of which make test has some"
 	@echo "make test-cuda           the CUDA kernels on the tests' emulator of a device: the parity tests, modules, swap"
-	@echo "make test-cuda-all       the same under every schedule and the sanitizers, with mutants; and the emulator's own slow tests"
+	@echo "make test-cuda-all       the same under every schedule and the sanitizers; and the emulator's own slow tests"
+	@echo "make test-mutants        the tests of the GPU kernels on mutants, of which make test has some; after a change of the tests"
 	@echo "make test-oldest         the core of the tests with the versions of requirements-oldest.txt, and every torch's headers; downloads 3 GB once"
 	@echo "make test-rehearsal      make gpu on a stub of CUDA's driver, with the versions of make test-oldest: all but the kernels runs"
 	@echo "make gpu     on a machine with a device: parity, times, counters, in ten minutes; PART=b runs one part, RESUME=1 what is still missing"
@@ -94,7 +95,7 @@ test-cpp-all: build
 
 test-gpu-free: build
 	$(call say,compiling the Triton kernels for every architecture and executing what was compiled)
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow -k "not cuda" tests/gpu_free
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow -k "not cuda and not mutant_is_found and not without_a_mutant" tests/gpu_free
 
 test-interpreted: build
 	$(call say,running the Triton kernels on every case in the interpreter)
@@ -107,10 +108,15 @@ test-cuda: build
 test-cuda-all: build
 	$(call say,running the CUDA kernels under every schedule of the emulated device)
 	@OMP_NUM_THREADS=1 FUSEDMOE_CUDA_ON_CPU=plain $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow $(EMULATED)
-	$(call say,running the CUDA kernels and the emulator under the sanitizers and with mutants)
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/test_cuda_on_cpu.py tests/test_cuda_kernels.py
+	$(call say,running the CUDA kernels and the emulator under the sanitizers)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow -k "not mutant_is_found" tests/test_cuda_on_cpu.py tests/test_cuda_kernels.py
 	$(call say,building the CUDA kernels for every architecture)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow tests/gpu_free/test_cuda_budgets.py tests/gpu_free/test_cuda_extension.py
+
+# One change of a kernel at a time, and the test that must fail with it: run it after a change of the tests. Of each way to find one make test has one.
+test-mutants: build
+	$(call say,running the tests on mutants of the kernels)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -p no:benchmark -m slow -k "mutant" tests/gpu_free/test_mutants.py tests/test_cuda_on_cpu.py tests/test_cuda_kernels.py
 
 test-oldest: build
 	$(call say,compiling what knows PyTorch against the headers of every version since the oldest)
