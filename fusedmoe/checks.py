@@ -39,6 +39,10 @@ def check(x: Any, params: Any, table: Any, cast: bool = False) -> None:
     params = list(params)
     if len(params) != len(table.parameters):
         raise ValueError(f"params: expected {len(table.parameters)} tensors, got {len(params)}")
+    # Where the parameters agree with one another, x is the one to change.
+    found = {getattr(tensor, "dtype", None) for tensor in params}
+    if len(found) == 1 and not found & {None, x.dtype} and not (cast and found == {torch.float32}):
+        raise TypeError(f"x: expected {found.pop()}, the parameters' dtype, got {x.dtype}")
     for expect, tensor in zip(table.parameters, params, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"params, {expect.name}: expected a tensor, got {type(tensor).__name__}")

@@ -74,7 +74,8 @@ def fusion_network(
 
     Source: MMoE eq. 6-8, PLE eq. 2-7, AdaTT eq. 2-10.
     """
-    if not (isinstance(x, Tensor) and isinstance(table, Table) and x.dim() in (2, 3) and isinstance(params, Iterable)):
+    fit = isinstance(x, Tensor) and x.dim() in (2, 3) and x.is_floating_point()
+    if not (fit and isinstance(table, Table) and isinstance(params, Iterable)):
         check(x, params, table)
     params, options = list(params), Options(backend, return_mixing_weights, recompute, tasks_apart)
     return _run_under_autocast(x, params, table, options) if _autocast_on(x) else _run(x, params, table, options)

@@ -126,7 +126,7 @@ def test_a_layer_trains_under_autocast():
 
 def test_float32_parameters_without_autocast_are_refused():
     given = problem(Case(smoothed(CASES["ple-odd"].table), 5), BF16)
-    with pytest.raises(TypeError, match=r"params, .*: expected torch.bfloat16, the dtype of x, got torch.float32"):
+    with pytest.raises(TypeError, match=r"x: expected torch\.float32, the parameters' dtype, got torch\.bfloat16"):
         fusion_network(given.x, [p.float() for p in given.params], given.table, "cpu")
 
 

@@ -31,6 +31,16 @@ BAD = {
     "x is a vector": ({"x": torch.zeros(4)}, ValueError, r"x: expected \[B, 3, 4\], got \[4\]"),
     "x has four axes": ({"x": torch.zeros(1, 2, 3, 4)}, ValueError, r"x: expected \[B, 3, 4\], got \[1, 2, 3, 4\]"),
     "x is a list": ({"x": [[1.0]]}, TypeError, "x: expected a tensor, got list"),
+    "x holds integers": (
+        {"x": torch.zeros(2, 3, 4, dtype=torch.int64)},
+        TypeError,
+        "x: expected a floating-point tensor, got torch.int64",
+    ),
+    "x has another dtype than all parameters": (
+        {"x": torch.zeros(2, 3, 4).double()},
+        TypeError,
+        "x: expected torch.float32, the parameters' dtype, got torch.float64",
+    ),
     "x is None": ({"x": None}, TypeError, "x: expected a tensor, got NoneType"),
     "a parameter is None": (
         {"params": with_param(1, None)},
@@ -75,8 +85,8 @@ def test_bad_input_says_what_where_expected_and_got(fault, backend):
     ("x", "message"),
     [
         (
-            torch.zeros(2, 3, 4, dtype=torch.int64),
-            "backend cpu: expected float32 or float64 or bfloat16 or float16, got int64",
+            torch.zeros(2, 3, 4, dtype=torch.float8_e4m3fn),
+            "backend cpu: expected float32 or float64 or bfloat16 or float16, got float8_e4m3fn",
         ),
         (torch.zeros(2, 3, 4, device="meta"), "backend cpu: expected a tensor on cpu, got one on meta"),
     ],

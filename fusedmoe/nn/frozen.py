@@ -127,9 +127,8 @@ class Frozen:
         try:
             return self._run(x, self.packed)
         except (RuntimeError, TypeError, ValueError, AttributeError):
-            if isinstance(x, Tensor):
-                choose(self.backend, x.device, x.dtype)
             check(x, self._bound, self.table)
+            choose(self.backend, x.device, x.dtype)
             raise
 
 
