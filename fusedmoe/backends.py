@@ -181,6 +181,10 @@ class Backend:
             return "expected a call outside the transforms of torch.func, got one inside"
         return None
 
+    def missing(self, device: torch.device) -> str | None:
+        """Return what this backend lacks on this machine or device, whatever the call, or None."""
+        return self.unavailable() or (self.lacking(device) if self.lacking else None)
+
 
 BACKENDS: tuple[Backend, ...] = (
     Backend(
@@ -243,12 +247,24 @@ def autocasts_to(name: str, dtype: torch.dtype) -> bool:
     return str(dtype).removeprefix("torch.") in _row(name).autocasts_to
 
 
+@constant
+def _warn_of_reference(device: torch.device, dtype: torch.dtype) -> None:
+    """Warn if the reference runs only because every faster backend lacks something on this device."""
+    name = str(dtype).removeprefix("torch.")
+    faster = [row for row in candidates(device) if row.name != "reference" and name in row.dtypes]
+    reasons = {row.name: row.missing(device) for row in faster}
+    if reasons and None not in reasons.values():
+        lacks = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        text = f"backend auto: the reference runs, much slower than {' or '.join(reasons)} ({lacks})"
+        warnings.warn(text, stacklevel=3)
+
+
 def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Return the backend that serves tensors of this device and dtype.
 
     It is `name` itself, or the first that can if `name` is "auto".
 
-    "auto" warns where it takes the reference only because the C++ extension is not there.
+    "auto" warns where it takes the reference only because no faster backend can run on the device.
 
     Raises: ValueError for an unknown backend, RuntimeError with the reason where none can.
     """
@@ -262,8 +278,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     for row in candidates(device):
         reason = row.declines(device, dtype)
         if reason is None:
-            if row.name == "reference" and device.type == "cpu" and _UNAVAILABLE is not None:
-                warnings.warn(f"backend auto: the reference runs, much slower than cpu; {_UNAVAILABLE}", stacklevel=2)
+            if row.name == "reference":
+                _warn_of_reference(device, dtype)
             return row.name
         reasons.append(f"{row.name}: {reason}")
     raise RuntimeError(

@@ -86,7 +86,11 @@ def test_a_tensor_on_cuda_without(name, dtype, machine):
     assert str(caught.value).startswith(f"backend triton: {reason}") and str(caught.value).endswith(
         '; backend="auto" would take reference'
     )
-    assert choose("auto", CUDA, dtype) == "reference"
+    with pytest.warns(UserWarning) as said:
+        assert choose("auto", CUDA, dtype) == "reference"
+    text = str(said[0].message)
+    assert text.startswith("backend auto: the reference runs, much slower than triton or cuda (triton: ")
+    assert reason in text and "; cuda: expected the extension fusedmoe._cuda, got none" in text
 
 
 def test_a_machine_that_has_everything(machine):
@@ -184,7 +188,15 @@ def test_a_tensor_on_cuda_without_what_the_cuda_kernels_need(name, built):
     with pytest.raises(RuntimeError) as caught:
         choose("cuda", CUDA, torch.bfloat16)
     assert str(caught.value) == f'backend cuda: {reason}; backend="auto" would take reference'
-    assert choose("auto", CUDA, torch.bfloat16) == "reference"
+    with pytest.warns(UserWarning) as said:
+        assert choose("auto", CUDA, torch.bfloat16) == "reference"
+    assert f"; cuda: {reason})" in str(said[0].message)
+
+
+def test_auto_is_silent_where_nothing_that_is_missing_would_serve_the_call(machine):
+    """No GPU backend computes float64: to install one would not help."""
+    machine.setattr(importlib.metadata, "version", no_package)
+    assert choose("auto", CUDA, torch.float64) == "reference"
 
 
 def test_auto_takes_triton_then_cuda_then_the_reference(machine):
@@ -213,5 +225,5 @@ def test_auto_says_that_the_extension_is_not_there():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.startswith(
-        "reference backend auto: the reference runs, much slower than cpu; the C++ extension fusedmoe._C cannot"
+        "reference backend auto: the reference runs, much slower than cpu (cpu: the C++ extension fusedmoe._C cannot"
     )
