@@ -33,6 +33,7 @@ from fusedmoe.checks import check
 from fusedmoe.outputs import Options, apart, by_level, for_tasks, needs_gradient, per_task, without_graph
 from fusedmoe.reference import autograd
 from fusedmoe.table import Table
+from fusedmoe.validation import require_flag
 
 
 def fusion_network(
@@ -67,8 +68,8 @@ def fusion_network(
         that all tasks read is expanded, not copied.) With `return_mixing_weights`: (out, a tuple
         with [B, U, E] for each level), zero where a unit does not read an expert.
     Raises: TypeError, ValueError if x, the parameters and the table do not fit together; says
-        which, expected and got. RuntimeError if the backend cannot run here, or not with these
-        tensors; says why.
+        which, expected and got. TypeError for an option that is neither True nor False.
+        RuntimeError if the backend cannot run here, or not with these tensors; says why.
 
     The module's docstring says what holds for gradients, dtypes and autocast.
 
@@ -77,6 +78,11 @@ def fusion_network(
     fit = isinstance(x, Tensor) and x.dim() in (2, 3) and x.is_floating_point()
     if not (fit and isinstance(table, Table) and isinstance(params, Iterable)):
         check(x, params, table)
+    # One comparison where all are right, for every call passes here.
+    if not type(return_mixing_weights) is type(recompute) is type(tasks_apart) is bool:
+        require_flag(return_mixing_weights, "return_mixing_weights")
+        require_flag(recompute, "recompute")
+        require_flag(tasks_apart, "tasks_apart")
     params, options = list(params), Options(backend, return_mixing_weights, recompute, tasks_apart)
     return _run_under_autocast(x, params, table, options) if _autocast_on(x) else _run(x, params, table, options)
 

@@ -31,6 +31,7 @@ from fusedmoe.nn.binding import Binding
 from fusedmoe.nn.describe import describe_table
 from fusedmoe.nn.fused import Fused
 from fusedmoe.table import Table
+from fusedmoe.validation import require_flag
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,13 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
     Returns: the report. What could not be fused exactly runs as before, and stands in `declined`
     with the reason.
 
-    Raises: TypeError if `model` is no module, ValueError for an unknown backend, RuntimeError with
-        the reason for one that cannot run here, or not with the dtype and device of a layer. The
-        model is then as it was.
+    Raises: TypeError if `model` is no module or `recompute` no bool, ValueError for an unknown
+        backend, RuntimeError with the reason for one that cannot run here, or not with the dtype
+        and device of a layer. The model is then as it was.
     """
     require_module(model, "fuse")
     require(backend)
+    require_flag(recompute, "recompute")
     before = [(module, module.__dict__["forward"], forward, forward.retired) for module, forward in _ours(model)]
     try:
         for module, _, forward, _ in before:

@@ -49,6 +49,12 @@ def require_instance(value: object, kind: type, where: str) -> None:
         raise ValueError(f"{where}: expected a {kind.__name__}, got {value!r}")
 
 
+def require_flag(value: object, where: str) -> None:
+    """Raise TypeError, naming the place, unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}: expected True or False, got {value!r}")
+
+
 def require_sequence(value: object, what: str, form: str = "a list of layer widths") -> tuple:
     """`value` as a tuple; text is no list."""
     if isinstance(value, str) or not isinstance(value, Sequence):

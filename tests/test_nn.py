@@ -132,6 +132,11 @@ def test_an_unknown_backend_is_refused():
         fused.MMoE(D, [4], [], 2, 2, backend="abacus")
 
 
+def test_a_recompute_that_is_no_bool_is_refused():
+    with pytest.raises(TypeError, match=r"^recompute: expected True or False, got 'yes'$"):
+        fused.MMoE(D, [4], [], 2, 2, recompute="yes")
+
+
 WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no experts": (lambda: fused.MMoE(D, [4], [], 2, 0), "num_experts: expected an integer of at least 1, got 0"),
     "no tasks": (lambda: fused.AdaTTSp(D, ARCHS, 0, 1), "num_tasks: expected an integer of at least 1, got 0"),

@@ -15,8 +15,7 @@ GOOD = ple(4, [[3]], 2, 1, 1)
 def call(backend="cpu", table=GOOD, **changes):
     """Call the operator with one thing changed."""
     given = problem(Case(GOOD, 2), torch.float32)
-    arguments = {"x": given.x, "params": list(given.params), **changes}
-    return fusion_network(arguments["x"], arguments["params"], table, backend=backend)
+    return fusion_network(**{"x": given.x, "params": list(given.params), "table": table, "backend": backend, **changes})
 
 
 def with_param(index: int, value) -> list:
@@ -69,6 +68,13 @@ BAD = {
     ),
     "no parameters": ({"params": []}, ValueError, "params: expected 10 tensors, got 0"),
     "the table is a string": ({"table": "ple"}, TypeError, "table: expected a fusedmoe.Table, got str"),
+    "recompute is text": ({"recompute": "yes"}, TypeError, "recompute: expected True or False, got 'yes'"),
+    "tasks_apart is a number": ({"tasks_apart": 1}, TypeError, "tasks_apart: expected True or False, got 1"),
+    "return_mixing_weights is None": (
+        {"return_mixing_weights": None},
+        TypeError,
+        "return_mixing_weights: expected True or False, got None",
+    ),
     "an unknown backend": ({"backend": "gpu"}, ValueError, "backend: expected auto, .*, got 'gpu'"),
 }
 

@@ -359,3 +359,10 @@ def test_fusing_needs_no_grad_mode(layer):
 def test_the_probe_serves_every_dtype(layer, dtype):
     layer.to(dtype)
     assert fuse(layer, backend="reference")
+
+
+def test_a_recompute_that_is_no_bool_is_refused():
+    model = layers.SharedBottom(4, [3], 2)
+    with pytest.raises(TypeError, match=r"^recompute: expected True or False, got 'yes'$"):
+        fuse(model, recompute="yes")
+    assert "forward" not in vars(model)

@@ -12,6 +12,7 @@ from fusedmoe.backends import require
 from fusedmoe.nn.binding import Binding, require_plain
 from fusedmoe.nn.parameters import Parameters
 from fusedmoe.nn.wiring import Unfusable, Wiring
+from fusedmoe.validation import require_flag
 
 # What the docstring of every module says, before its source.
 PROMISE = """    Args: those of `fusedmoe.reference.layers.{layer}`, `backend` and `recompute` (keyword only).
@@ -47,6 +48,7 @@ class Fused:
 
     def __init__(self, *args, backend: str = "auto", recompute: bool = False, **kwargs) -> None:
         require(backend)
+        require_flag(recompute, "recompute")
         super().__init__(*args, **kwargs)
         self.backend = backend
         self.recompute = recompute
