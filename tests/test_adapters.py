@@ -154,3 +154,20 @@ def test_a_wrong_adapter_is_an_error(adapter):
     with pytest.raises(TypeError, match="expected a Wiring, a Match or None, got int"):
         fuse(model)
     assert everything(model) == before
+
+
+class TextbookMMoE(nn.Module):
+    """One list of experts and one of gates, not one of levels."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_tasks = self.num_experts = 2
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(D, 4), nn.ReLU()) for _ in range(2))
+        self.gates = nn.ModuleList(nn.Sequential(nn.Linear(D, 2), nn.Softmax(-1)) for _ in range(2))
+
+
+def test_one_reason_stands_once_with_every_family_and_the_cure():
+    assert fuse(TextbookMMoE()).declined[0].reason == (
+        "mmoe, omoe, ml_mmoe: gates.0: expected an nn.ModuleList, got Sequential; "
+        "fusedmoe.register_adapter can teach its wiring"
+    )

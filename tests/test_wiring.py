@@ -65,11 +65,11 @@ STRANGE = {
     ),
     "an activation first": (
         nn.Sequential(nn.ReLU(), nn.Linear(5, 4)),
-        "0: expected an nn.Linear before ReLU(), got none since the activation before it",
+        "0: expected an nn.Linear before ReLU, got none since the activation before it",
     ),
     "two activations": (
         nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Tanh()),
-        "2: expected an nn.Linear before Tanh(), got none",
+        "2: expected an nn.Linear before Tanh, got none",
     ),
     "a kind of Linear": (
         nn.Sequential(nn.Bilinear(5, 5, 4)),
@@ -138,12 +138,12 @@ REFUSED = {
     "no softmax": (
         wiring.adatt_sp,
         changed(adatt_sp(), lambda m: m.gate_weights[0][1].__setitem__(1, nn.Sigmoid())),
-        "gate_weights.0.1: expected an nn.Sequential that ends with nn.Softmax(dim=-1), got Sequential()",
+        "gate_weights.0.1: expected an nn.Sequential that ends with nn.Softmax(dim=-1), got Sequential",
     ),
     "softmax over rows": (
         wiring.adatt_sp,
         changed(adatt_sp(), lambda m: m.gate_weights[0][1].__setitem__(1, nn.Softmax(dim=0))),
-        "gate_weights.0.1: expected an nn.Sequential that ends with nn.Softmax(dim=-1), got Sequential()",
+        "gate_weights.0.1: expected an nn.Sequential that ends with nn.Softmax(dim=-1), got Sequential",
     ),
     "an activation before the softmax": (
         wiring.ml_mmoe,
@@ -151,7 +151,7 @@ REFUSED = {
             layers.MLMMoE(D, ARCHS, [[], []], 3, 2),
             lambda m: m.gates[0][0].__setitem__(1, nn.Sequential(nn.Linear(D, 2), nn.ReLU())),
         ),
-        "gates.0.0: expected an nn.Linear before the softmax, got ReLU()",
+        "gates.0.0: expected an nn.Linear before the softmax, got ReLU",
     ),
     "experts of other widths": (
         wiring.single_task,
@@ -176,7 +176,7 @@ REFUSED = {
     "experts in no list": (
         wiring.mmoe,
         changed(layers.MMoE(D, [4], [], 2, 2), lambda m: m.experts.__setitem__(0, layers.MLP(D, [4]))),
-        "experts.0: expected an nn.ModuleList, got MLP()",
+        "experts.0: expected an nn.ModuleList, got MLP",
     ),
     "a backbone that is refused": (
         wiring.central,

@@ -101,8 +101,9 @@ def _recognise_library(module: nn.Module) -> Recognised | None:
         adatt_library.require_no_experts(module)
         return None
     require_fusable(module)
-    unlike: list[str] = []
-    differing: list[str] = []
+    # Each reason with the families that it keeps the module from.
+    unlike: dict[str, list[str]] = {}
+    differing: dict[str, list[str]] = {}
     for layer in layers:
         reasons = unlike
         try:
@@ -110,9 +111,10 @@ def _recognise_library(module: nn.Module) -> Recognised | None:
             reasons = differing
             return _probed(module, match)
         except Unfusable as error:
-            reasons.append(f"{layer.family}: {error}")
+            reasons.setdefault(str(error), []).append(layer.family)
     # What came as far as the probe says more than what failed before.
-    raise Unfusable("; ".join(differing or unlike))
+    found = "; ".join(f"{', '.join(families)}: {reason}" for reason, families in (differing or unlike).items())
+    raise Unfusable(found if differing else f"{found}; {adatt_library.TEACH}")
 
 
 def _probed(module: nn.Module, match: Match) -> Recognised:

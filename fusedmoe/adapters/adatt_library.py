@@ -25,6 +25,8 @@ class Layer(NamedTuple):
     returns: Callable[[Tensor], object] = whole
 
 
+TEACH = "fusedmoe.register_adapter can teach its wiring"
+
 GATED = frozenset({"experts", "gate_weights"})
 ROOT_GATED = frozenset({"experts", "gates"})
 BOTTOMS = frozenset({"bottoms"})
@@ -61,7 +63,7 @@ def match(module: nn.Module, layer: Layer) -> Match:
         return Match(layer.family, layer.wiring(module), layer.rank, layer.returns)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         # Same names, another structure: a flat list of experts instead of one for each level, say.
-        raise Unfusable(f"not laid out as {layer.family} ({type(error).__name__}: {error})") from error
+        raise Unfusable(f"laid out otherwise ({type(error).__name__}: {error})") from error
 
 
 def require_no_experts(module: nn.Module) -> None:
@@ -70,5 +72,4 @@ def require_no_experts(module: nn.Module) -> None:
         if "expert" in name.lower() and isinstance(child, nn.ModuleList):
             marks = {mark for layer in LAYERS if "experts" in layer.marks for mark in layer.marks}
             known = ", ".join(sorted(marks - {"experts"}))
-            cure = "fusedmoe.register_adapter can teach its wiring"
-            raise Unfusable(f"it has {name}, but beside it none of {known}; {cure}")
+            raise Unfusable(f"it has {name}, but beside it none of {known}; {TEACH}")

@@ -361,4 +361,6 @@ def _check_children(module: nn.Module, *names: str) -> None:
 
 
 def _name(module: nn.Module) -> str:
-    return f"{type(module).__name__}({module.extra_repr()})"
+    """The type of a module, and what it was made with where that says something."""
+    details = module.extra_repr()
+    return f"{type(module).__name__}({details})" if details else type(module).__name__
