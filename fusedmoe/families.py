@@ -386,3 +386,8 @@ FAMILIES: dict[str, Callable[..., Table]] = {
         customized_sharing,
     )
 }
+
+
+def one_unit_serves_all(family: Callable[..., Table]) -> bool:
+    """Whether the last level of a family has one unit, whatever the number of tasks."""
+    return family in (shared_bottom, omoe)

@@ -221,28 +221,38 @@ def test_counts_that_lie_are_declined_at_once():
     assert len(result.stdout.splitlines()) > 200
 
 
+# What a family takes behind the number of tasks.
+REST = {
+    "omoe": (2,),
+    "mmoe": (2,),
+    "ml_mmoe": (2,),
+    "cgc": (1, 1),
+    "ple": (1, 1),
+    "adatt_sp": (2,),
+    "adatt": (1, 1),
+    "asymmetric_sharing": ([[0]],),
+}
+
+
 @pytest.mark.parametrize("family", families.FAMILIES.values(), ids=list(families.FAMILIES))
 def test_families_refuse_absurd_counts_at_once(family):
-    rest = {
-        "omoe": (2,),
-        "mmoe": (2,),
-        "ml_mmoe": (2,),
-        "cgc": (1, 1),
-        "ple": (1, 1),
-        "adatt_sp": (2,),
-        "adatt": (1, 1),
-        "asymmetric_sharing": ([[0]],),
-    }
+    rest = REST.get(family.__name__, ())
     given = (*(), 4, [[3]])
     began = time.process_time()
     with pytest.raises(ValueError, match="expected at most 1048576, got 1000000000"):
-        family(*given, 10**9, *rest.get(family.__name__, ()))
-    for place, count in enumerate(rest.get(family.__name__, ())):
+        family(*given, 10**9, *rest)
+    for place, count in enumerate(rest):
         if isinstance(count, int):
-            arguments = [10**9 if i == place else other for i, other in enumerate(rest[family.__name__])]
+            arguments = [10**9 if i == place else other for i, other in enumerate(rest)]
             with pytest.raises(ValueError, match="expected at most 1048576, got"):
                 family(*given, 3, *arguments)
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("family", families.FAMILIES.values(), ids=list(families.FAMILIES))
+def test_which_families_have_one_unit_for_all_tasks(family):
+    rest = {**REST, "asymmetric_sharing": ([[0], [1]],)}.get(family.__name__, ())
+    assert families.one_unit_serves_all(family) == (len(family(4, [[3]], 2, *rest).levels[-1].units) == 1)
 
 
 def test_tasks_that_share_one_unit_may_be_many_but_not_any_number():

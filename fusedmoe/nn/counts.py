@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 
 from fusedmoe import families
@@ -9,10 +10,8 @@ from fusedmoe.table import Table
 
 # So much may a count exceed what is there: small mistakes are told better by the table's own words.
 MORE = 64
-# Families of one unit for all tasks: nothing in a module shows how many those are.
-SHARING, MOST_SHARING = (families.shared_bottom, families.omoe), 4096
-# Families whose first count may be one number for every task.
-OWNING = (families.ple, families.cgc, families.adatt_sp)
+# Where one unit serves all tasks nothing in a module shows how many those are.
+MOST_SHARING = 4096
 
 
 class Unfusable(RuntimeError):
@@ -27,7 +26,9 @@ def require_counts(family: Callable[..., Table], tasks, arguments: Sequence, exp
             for it to refuse.
         experts, gates: how many of them there are on a level.
     """
-    most = MOST_SHARING if family in SHARING else max(experts, gates) + MORE
+    most = MOST_SHARING if families.one_unit_serves_all(family) else max(experts, gates) + MORE
+    # Then the first count may be one number for every task.
+    owning = "num_task_experts" in inspect.signature(family).parameters
     _require_at_most(most, tasks, "num_tasks")
     for place, argument in enumerate(arguments):
         count = argument
@@ -36,7 +37,7 @@ def require_counts(family: Callable[..., Table], tasks, arguments: Sequence, exp
             for item in argument:
                 _require_at_most(most, len(item) if _is_list(item) else 0, "a list of tasks")
             count = sum(item for item in argument if isinstance(item, int))
-        elif place == 0 and family in OWNING and isinstance(argument, int) and isinstance(tasks, int):
+        elif place == 0 and owning and isinstance(argument, int) and isinstance(tasks, int):
             count = argument * tasks
         _require_at_most(experts + MORE, count, "experts of a level")
 
