@@ -20,6 +20,13 @@ std::string shape_of(const Sizes& sizes) {
   return text + "]";
 }
 
+// The strides of a contiguous tensor.
+inline std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  return strides;
+}
+
 // The size of a number, and its dtype as the stable ABI counts them.
 inline std::pair<size_t, int32_t> stored_as(ScalarType dtype) {
   switch (dtype) {

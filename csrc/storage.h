@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "cpu/network.h"
 #include "tensors.h"
 
 namespace fusedmoe {

@@ -38,13 +38,6 @@ inline Tensor checked(const Tensor& t, const std::vector<int64_t>& sizes, Scalar
 template <class T>
 constexpr ScalarType dtype_of = sizeof(T) == 4 ? ScalarType::Float : ScalarType::Double;
 
-// The strides of a contiguous tensor.
-inline std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  return strides;
-}
-
 // Whether torch.use_deterministic_algorithms asks for NaN in memory that nothing was written to.
 // The stable ABI does not tell; what torch put into a fresh tensor of its own does, and a NaN that
 // stands there by chance only costs a needless fill.

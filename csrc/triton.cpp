@@ -46,43 +46,45 @@ class Launches {
  public:
   using Of = Bound;
 
-  // table: the parameters' addresses on the device; where it is not given, they may have been seen
+  // addresses: of the parameters, on the device; where they are not given, they may have been seen
   // before.
-  Launches(const Of& bound, const Given& given, const std::optional<Tensor>& table)
-      : bound_(bound), given_(given), table_(table ? table : const_cast<Bound&>(bound).tables.find(given.parameters)) {}
+  Launches(const Of& bound, const Given& given, const std::optional<Tensor>& addresses)
+      : bound_(bound),
+        given_(given),
+        addresses_(addresses ? addresses : const_cast<Bound&>(bound).addresses.find(given.parameters)) {}
 
   // Whether the kernels were compiled for tensors like these: their alignment, and that of every
   // tensor to 16 bytes; numbers of 32 bits.
-  bool can(std::initializer_list<const Tensor*> tensors, bool weights) {
+  bool supports(std::initializer_list<const Tensor*> tensors, bool weights) {
     constexpr int64_t most = int64_t(1) << 31;
-    bool usual = table_ && given_.aligned == bound_.aligned && weights == bound_.weights;
-    usual = usual && given_.rows < most && given_.x_row < most && given_.x_slot < most && bound_.total < most;
+    bool matches_compiled = addresses_ && given_.aligned == bound_.aligned && weights == bound_.weights &&
+                            given_.rows < most && given_.x_row < most && given_.x_slot < most && bound_.total < most;
     for (const Tensor* tensor : tensors)
-      usual = usual && reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0;
-    if (!usual || !driver().ready()) return false;
+      matches_compiled = matches_compiled && reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0;
+    if (!matches_compiled || !driver().ready()) return false;
     stream_ = current_stream(given_.x.get_device_index());
     return true;
   }
 
-  void forward(const Step& step, const Places& of) {
+  void forward(const Step& step, const Pointers& of) {
     const Words words[]{of.x,         of.buffers,    of.out,        of.p,       of.weights ? of.weights : of.x,
-                        table(),      bound_.ints,   bound_.floats, step.place, given_.rows,
+                        addresses(),  bound_.ints,   bound_.floats, step.place, given_.rows,
                         given_.x_row, given_.x_slot, bound_.mixing};
     launch("forward", step, blocks(), step.programs, words);
   }
 
-  void backward_rows(const Step& step, const Places& of, const Below& below) {
+  void backward_rows(const Step& step, const Pointers& of, const GradientPointers& to) {
     const Words words[]{of.x,
                         of.buffers,
                         of.out,
                         of.p,
-                        below.dw,
-                        below.d_x,
-                        below.d_buffers,
+                        to.dw,
+                        to.d_x,
+                        to.d_buffers,
                         of.out,
                         weights(of),
-                        below.dz,
-                        table(),
+                        to.dz,
+                        addresses(),
                         bound_.ints,
                         bound_.floats,
                         step.place,
@@ -96,13 +98,13 @@ class Launches {
     launch("backward_rows", step, blocks(), step.programs, words);
   }
 
-  void gradients(const Places& of, const Below& below, int64_t, int64_t chunks) {
+  void gradients(const Pointers& of, const GradientPointers& to, int64_t, int64_t chunks) {
     const Step &step = bound_.gradients, &add = bound_.add;
-    const Words words[]{of.x,         of.buffers,    of.out,         below.dw,      weights(of),
-                        below.dz,     below.parts,   bound_.ints,    step.place,    given_.rows,
+    const Words words[]{of.x,         of.buffers,    of.out,         to.dw,         weights(of),
+                        to.dz,        to.parts,      bound_.ints,    step.place,    given_.rows,
                         given_.x_row, given_.x_slot, bound_.columns, bound_.mixing, bound_.total};
     launch("gradients", step, step.programs, chunks, words);
-    const Words sums[]{below.parts, below.flat, bound_.total, chunks};
+    const Words sums[]{to.parts, to.flat, bound_.total, chunks};
     launch("add_chunks", add, add.programs, 1, sums);
   }
 
@@ -117,8 +119,8 @@ class Launches {
     Words(int64_t value) : number(int32_t(value)) {}
   };
 
-  const void* table() const { return table_->const_data_ptr(); }
-  const void* weights(const Places& of) const { return of.weights ? of.weights : of.out; }
+  const void* addresses() const { return addresses_->const_data_ptr(); }
+  const void* weights(const Pointers& of) const { return of.weights ? of.weights : of.out; }
   int64_t blocks() const { return (given_.rows + bound_.tile - 1) / bound_.tile; }
 
   template <size_t N>
@@ -138,7 +140,7 @@ class Launches {
 
   const Bound& bound_;
   const Given& given_;
-  std::optional<Tensor> table_;
+  std::optional<Tensor> addresses_;
   void* stream_ = nullptr;
 };
 
@@ -147,22 +149,22 @@ const Bound& at(int64_t address) { return *reinterpret_cast<const Bound*>(addres
 // bound: the address of a Bound, which the caller keeps. Nothing where Triton has to launch by
 // itself.
 std::vector<Tensor> network_triton(const Tensor& x, const std::vector<Tensor>& params, int64_t bound, bool mixing,
-                                   const std::optional<Tensor>& table) {
-  return forward<Launches>(x, params, at(bound), mixing, table);
+                                   const std::optional<Tensor>& addresses) {
+  return forward<Launches>(x, params, at(bound), mixing, addresses);
 }
 
 std::vector<Tensor> network_triton_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights,
                                             const Tensor& x, const std::vector<Tensor>& params, const Tensor& saved,
                                             int64_t bound, int64_t chunk, bool apart,
-                                            const std::optional<Tensor>& table) {
-  return backward<Launches>(d_out, d_weights, x, params, saved, at(bound), chunk, apart, table);
+                                            const std::optional<Tensor>& addresses) {
+  return backward<Launches>({d_out, d_weights, saved}, x, params, at(bound), chunk, apart, addresses);
 }
 
-// Keep a table of the parameters' addresses for the calls to come.
-bool network_triton_table(const Tensor& table, const std::vector<Tensor>& params, int64_t bound) {
-  std::vector<const void*> addresses;
-  for (const Tensor& parameter : params) addresses.push_back(parameter.const_data_ptr());
-  reinterpret_cast<Bound*>(bound)->tables.remember(addresses, table);
+// Keep the array of the parameters' addresses for the calls to come.
+bool network_triton_addresses(const Tensor& addresses, const std::vector<Tensor>& params, int64_t bound) {
+  std::vector<const void*> parameters;
+  for (const Tensor& parameter : params) parameters.push_back(parameter.const_data_ptr());
+  reinterpret_cast<Bound*>(bound)->addresses.remember(parameters, addresses);
   return true;
 }
 
@@ -170,19 +172,19 @@ bool network_triton_table(const Tensor& table, const std::vector<Tensor>& params
 }  // namespace fusedmoe::gpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedmoe, m) {
-  m.def("network_triton(Tensor x, Tensor[] params, int bound, bool mixing, Tensor? table) -> Tensor[]");
+  m.def("network_triton(Tensor x, Tensor[] params, int bound, bool mixing, Tensor? addresses) -> Tensor[]");
   m.def(
       "network_triton_backward(Tensor d_out, Tensor? d_weights, Tensor x, Tensor[] params, "
-      "Tensor saved, int bound, int chunk, bool apart, Tensor? table)"
+      "Tensor saved, int bound, int chunk, bool apart, Tensor? addresses)"
       " -> Tensor[]");
-  m.def("network_triton_table(Tensor table, Tensor[] params, int bound) -> bool");
+  m.def("network_triton_addresses(Tensor addresses, Tensor[] params, int bound) -> bool");
 }
 
 // Implicit: autograd is the caller's, and nothing need look for it here.
 STABLE_TORCH_LIBRARY_IMPL(fusedmoe, CompositeImplicitAutograd, m) {
   m.impl("network_triton", TORCH_BOX(&fusedmoe::gpu::network_triton));
   m.impl("network_triton_backward", TORCH_BOX(&fusedmoe::gpu::network_triton_backward));
-  m.impl("network_triton_table", TORCH_BOX(&fusedmoe::gpu::network_triton_table));
+  m.impl("network_triton_addresses", TORCH_BOX(&fusedmoe::gpu::network_triton_addresses));
 }
 
 void bind_triton(pybind11::module_& m) { fusedmoe::gpu::bind_bound<fusedmoe::gpu::Bound>(m); }

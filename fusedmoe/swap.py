@@ -129,7 +129,7 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
         for module, _, forward, _ in before:
             if runs_the_class(module) or forward.binding.changed():
                 _take_out(module, forward)
-        findings = [_with_choice(finding, backend) for finding in walk(model, "", set())]
+        findings = [_with_backend(finding, backend) for finding in walk(model, "", set())]
         fusable = [(finding.module, finding.fusable) for finding in findings if finding.fusable]
         planned = [(module, _forward(module, recognised, backend, recompute)) for module, recognised in fusable]
     except BaseException:
@@ -178,7 +178,7 @@ def describe(model: nn.Module) -> str:
         table = binding.table if binding else None
         lines = [*describe_table(table).splitlines(), *_launches(finding, table)] if table else []
         state = ", frozen" if finding.frozen and not finding.entry.reason else ""
-        entry = _with_choice(finding, finding.entry.backend).entry
+        entry = _with_backend(finding, finding.entry.backend).entry
         texts.append("\n".join([f"{entry}{state}", *(f"  {line}" for line in lines)]))
     nothing = "no layer of this model was recognised; fusedmoe.register_adapter can teach one"
     return "\n".join(texts) or nothing
@@ -204,7 +204,7 @@ def _launches(finding: Finding, table: Table) -> list[str]:
         return [str(error)]
 
 
-def _with_choice(finding: Finding, backend: str) -> Finding:
+def _with_backend(finding: Finding, backend: str) -> Finding:
     """Say in the entry which backend runs the module: the one that it has, or `backend` for one
     that is to be fused.
     """

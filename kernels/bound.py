@@ -84,7 +84,7 @@ def lines(size: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def reached(program: Program, lanes: int) -> bool:
+def vectorizable(program: Program, lanes: int) -> bool:
     """Whether the weights' rows, and where sources begin and end, are multiples of a vector load."""
     return aligned(program.strides, lanes)
 
@@ -98,7 +98,7 @@ def alignment(x: Tensor, aligned16: bool, program: Program) -> int:
         and x.data_ptr() % 16 == 0
         and x.stride(0) % lanes == 0
         and x.stride(1) % lanes == 0
-        and reached(program, lanes)
+        and vectorizable(program, lanes)
     )
     return lanes if whole else 1
 
@@ -236,7 +236,7 @@ def call_fields(bound: Bound) -> dict[str, object]:
         "mixing": table.mixing,
         "size": bound.key.dtype.itemsize,
         "lanes": bound.lanes,
-        "reached": reached(bound.program, bound.lanes),
+        "vectorizable": vectorizable(bound.program, bound.lanes),
         "ints": ints,
         "floats": floats,
         "plan_bytes": bound.ints.nbytes,

@@ -86,10 +86,10 @@ def _operator(name: str):
 
 def forward(bound: Forward, x: Tensor, params: Sequence[Tensor], mixing: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """Run a bound forward: out, the mixing weights or None, and what it leaves for the backward."""
-    params, table = _reachable(params, bound.key.device)
+    params, addresses = _reachable(params, bound.key.device)
     try:
         out, memory, *weights = _operator("network_cuda")(
-            x, params, bound.made.get("forward") or _forward(bound), mixing, table
+            x, params, bound.made.get("forward") or _forward(bound), mixing, addresses
         )
     except RuntimeError:
         device.room(x, bound.needs(x.shape[0]))
@@ -108,11 +108,11 @@ def backward(
 ) -> list[Tensor]:
     """Run a bound backward: d_x, and the gradients of all live parameters, apart or one after
     another in one tensor."""
-    params, table = _reachable(params, bound.key.device)
+    params, addresses = _reachable(params, bound.key.device)
     chunk = chunk_of(x.shape[0])
     try:
         made = bound.made.get("backward") or _backward(bound)
-        return _operator("network_cuda_backward")(d_out, d_weights, x, params, memory, made, chunk, apart, table)
+        return _operator("network_cuda_backward")(d_out, d_weights, x, params, memory, made, chunk, apart, addresses)
     except RuntimeError:
         device.room(x, bound.needs(x.shape[0], chunk))
         raise

@@ -75,7 +75,7 @@ def check_kept(name: str, backend: str, dtype: torch.dtype, compiled: bool = Fal
 
 
 # What works out a call's launches from its table.
-WORKED_OUT = ("plan_of", "backward_plan_of", "program_of", "reached", "store")
+WORKED_OUT = ("plan_of", "backward_plan_of", "program_of", "vectorizable", "store")
 
 
 def worked_out(step: Step, recompute: bool) -> Counter[str]:

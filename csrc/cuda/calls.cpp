@@ -9,9 +9,9 @@
 namespace fusedmoe::cuda {
 namespace {
 
-using gpu::Below;
 using gpu::Given;
-using gpu::Places;
+using gpu::GradientPointers;
+using gpu::Pointers;
 using gpu::Step;
 using torch::stable::Tensor;
 
@@ -19,14 +19,14 @@ class Launches {
  public:
   using Of = Bound;
 
-  // table: the addresses of more parameters than travel with a launch, on the device.
-  Launches(const Of& bound, const Given& given, const std::optional<Tensor>& table)
+  // addresses: of more parameters than travel with a launch, on the device.
+  Launches(const Of& bound, const Given& given, const std::optional<Tensor>& addresses)
       : bound_(bound), given_(given), tiles_(bound.tiles), device_(given.x.get_device_index()) {
     const size_t count = given.parameters.size();
     std::copy_n(given.parameters.begin(), std::min<size_t>(count, Addresses::count), network_.parameters.at);
-    here_ = count <= Addresses::count || table;
-    if (count > Addresses::count && table)
-      network_.parameters.more = static_cast<const void* const*>(table->const_data_ptr()) + Addresses::count;
+    here_ = count <= Addresses::count || addresses;
+    if (count > Addresses::count && addresses)
+      network_.parameters.more = static_cast<const void* const*>(addresses->const_data_ptr()) + Addresses::count;
     tiles_.aligned = given.aligned;
     network_.plan = reinterpret_cast<const int32_t*>(bound.ints);
     network_.floats = reinterpret_cast<const float*>(bound.floats);
@@ -35,7 +35,7 @@ class Launches {
   }
 
   // Unless addresses are not here.
-  bool can(std::initializer_list<const Tensor*>, bool) {
+  bool supports(std::initializer_list<const Tensor*>, bool) {
     if (!here_) return false;
     // Of this library's own runtime; that of PyTorch has it already.
     use_device(device_);
@@ -43,43 +43,43 @@ class Launches {
     return true;
   }
 
-  void forward(const Step& step, const Places& places) {
-    put(places);
-    if (watching()) tell("forward", around(places, true));
+  void forward(const Step& step, const Pointers& pointers) {
+    put(pointers);
+    if (watching()) tell("forward", around(pointers, true));
     cuda::forward(network_, tiles_for(step), int(step.place), int(step.programs), stream_);
   }
 
-  void backward_rows(const Step& step, const Places& places, const Below& below) {
+  void backward_rows(const Step& step, const Pointers& pointers, const GradientPointers& to) {
     if (watching()) {
-      std::vector<Reach> reaches = around(places, false), more = around(below);
+      std::vector<Reach> reaches = around(pointers, false), more = around(to);
       reaches.insert(reaches.end(), more.begin(), more.end());
       tell("backward_rows", reaches);
     }
-    cuda::backward_rows(backward(places, below), tiles_for(step), int(step.place), int(step.programs), stream_);
+    cuda::backward_rows(backward(pointers, to), tiles_for(step), int(step.place), int(step.programs), stream_);
   }
 
-  void gradients(const Places& places, const Below& below, int64_t chunk, int64_t chunks) {
+  void gradients(const Pointers& pointers, const GradientPointers& to, int64_t chunk, int64_t chunks) {
     if (watching()) {
-      std::vector<Reach> reaches = around(places, false), more = around(below);
+      std::vector<Reach> reaches = around(pointers, false), more = around(to);
       reaches.insert(reaches.end(), more.begin(), more.end());
-      reaches.push_back({"parts", below.parts, uint64_t(4 * chunks * bound_.total), true});
-      reaches.push_back({"flat", below.flat, uint64_t(bound_.size * bound_.total), true});
+      reaches.push_back({"parts", to.parts, uint64_t(4 * chunks * bound_.total), true});
+      reaches.push_back({"flat", to.flat, uint64_t(bound_.size * bound_.total), true});
       tell("gradients", reaches);
     }
-    const Gradients of{below.parts, below.flat, bound_.total, chunk};
-    cuda::gradients(backward(places, below), of, tiles_, int(bound_.gradients.place), stream_);
+    const Gradients of{to.parts, to.flat, bound_.total, chunk};
+    cuda::gradients(backward(pointers, to), of, tiles_, int(bound_.gradients.place), stream_);
   }
 
  private:
-  void put(const Places& places) {
-    network_.places = {places.x, places.buffers, places.out, given_.x_row, given_.x_slot};
-    network_.p = static_cast<float*>(places.p);
-    network_.weights = places.weights;
+  void put(const Pointers& pointers) {
+    network_.places = {pointers.x, pointers.buffers, pointers.out, given_.x_row, given_.x_slot};
+    network_.p = static_cast<float*>(pointers.p);
+    network_.weights = pointers.weights;
   }
-  Backward backward(const Places& places, const Below& below) {
-    put(places);
-    const cuda::Places under{below.d_x, below.d_buffers, below.d_out, bound_.slots * bound_.width, bound_.width};
-    return {network_, under, below.dw, below.dz, below.arrived, int(bound_.columns), int(bound_.gradients.programs)};
+  Backward backward(const Pointers& pointers, const GradientPointers& to) {
+    put(pointers);
+    const cuda::Places under{to.d_x, to.d_buffers, to.d_out, bound_.slots * bound_.width, bound_.width};
+    return {network_, under, to.dw, to.dz, to.arrived, int(bound_.columns), int(bound_.gradients.programs)};
   }
   Tiles tiles_for(const Step& step) const {
     Tiles tiles = tiles_;
@@ -89,27 +89,27 @@ class Launches {
 
   // What a launch may touch. `out` is the upstream gradient in the backward, which only reads it,
   // and so the softmax and the buffers.
-  std::vector<Reach> around(const Places& places, bool forward) const {
+  std::vector<Reach> around(const Pointers& pointers, bool forward) const {
     const int64_t rows = given_.rows, size = bound_.size;
     const int64_t x = 1 + (rows - 1) * given_.x_row + (bound_.slots - 1) * given_.x_slot + bound_.width - 1,
                   top = bound_.output[0] * bound_.output[1];
-    return {{"x", places.x, uint64_t(size * x), false},
-            {"buffers", places.buffers, uint64_t(size * bound_.buffer_width * rows), forward},
-            {"out", places.out, uint64_t(size * rows * top), forward},
-            {"p", places.p, uint64_t(4 * bound_.softmax * rows), forward},
-            {"weights", places.weights, places.weights ? uint64_t(size * rows * bound_.mixing) : 0, forward},
+    return {{"x", pointers.x, uint64_t(size * x), false},
+            {"buffers", pointers.buffers, uint64_t(size * bound_.buffer_width * rows), forward},
+            {"out", pointers.out, uint64_t(size * rows * top), forward},
+            {"p", pointers.p, uint64_t(4 * bound_.softmax * rows), forward},
+            {"weights", pointers.weights, pointers.weights ? uint64_t(size * rows * bound_.mixing) : 0, forward},
             {"plan", network_.plan, bound_.plan_bytes, false},
             {"floats", network_.floats, bound_.floats_bytes, false},
             {"addresses", network_.parameters.more,
              network_.parameters.more ? 8 * (given_.parameters.size() - Addresses::count) : 0, false}};
   }
-  std::vector<Reach> around(const Below& below) const {
+  std::vector<Reach> around(const GradientPointers& to) const {
     const int64_t rows = given_.rows, size = bound_.size;
-    return {{"d_x", below.d_x, uint64_t(size * rows * bound_.slots * bound_.width), true},
-            {"d_buffers", below.d_buffers, uint64_t(size * bound_.buffer_width * rows), true},
-            {"dw", below.dw, uint64_t(4 * bound_.sums * rows), true},
-            {"dz", below.dz, uint64_t(size * rows * bound_.columns), true},
-            {"arrived", below.arrived, uint64_t(4 * bound_.gradients.programs), true}};
+    return {{"d_x", to.d_x, uint64_t(size * rows * bound_.slots * bound_.width), true},
+            {"d_buffers", to.d_buffers, uint64_t(size * bound_.buffer_width * rows), true},
+            {"dw", to.dw, uint64_t(4 * bound_.sums * rows), true},
+            {"dz", to.dz, uint64_t(size * rows * bound_.columns), true},
+            {"arrived", to.arrived, uint64_t(4 * bound_.gradients.programs), true}};
   }
 
   const Bound& bound_;
@@ -125,24 +125,24 @@ const Bound& at(int64_t address) { return *reinterpret_cast<const Bound*>(addres
 
 // bound: the address of a Bound, which the caller keeps.
 std::vector<Tensor> network_cuda(const Tensor& x, const std::vector<Tensor>& params, int64_t bound, bool mixing,
-                                 const std::optional<Tensor>& table) {
-  return gpu::forward<Launches>(x, params, at(bound), mixing, table);
+                                 const std::optional<Tensor>& addresses) {
+  return gpu::forward<Launches>(x, params, at(bound), mixing, addresses);
 }
 
 std::vector<Tensor> network_cuda_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& x,
                                           const std::vector<Tensor>& params, const Tensor& saved, int64_t bound,
-                                          int64_t chunk, bool apart, const std::optional<Tensor>& table) {
-  return gpu::backward<Launches>(d_out, d_weights, x, params, saved, at(bound), chunk, apart, table);
+                                          int64_t chunk, bool apart, const std::optional<Tensor>& addresses) {
+  return gpu::backward<Launches>({d_out, d_weights, saved}, x, params, at(bound), chunk, apart, addresses);
 }
 
 }  // namespace
 }  // namespace fusedmoe::cuda
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedmoe, m) {
-  m.def("network_cuda(Tensor x, Tensor[] params, int bound, bool mixing, Tensor? table) -> Tensor[]");
+  m.def("network_cuda(Tensor x, Tensor[] params, int bound, bool mixing, Tensor? addresses) -> Tensor[]");
   m.def(
       "network_cuda_backward(Tensor d_out, Tensor? d_weights, Tensor x, Tensor[] params, "
-      "Tensor saved, int bound, int chunk, bool apart, Tensor? table)"
+      "Tensor saved, int bound, int chunk, bool apart, Tensor? addresses)"
       " -> Tensor[]");
 }
 

@@ -49,8 +49,8 @@ template <class... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), const Shape& shape, Stream stream,
             std::type_identity_t<Parameters>... arguments) {
   // More than this a kernel must ask for.
-  constexpr size_t without_asking = 48 * 1024;
-  if (shape.shared_bytes > without_asking)
+  constexpr size_t default_shared_bytes = 48 * 1024;
+  if (shape.shared_bytes > default_shared_bytes)
     ask_for(reinterpret_cast<const void*>(kernel), int(shape.shared_bytes), name);
   kernel<<<dim3(shape.blocks_x, shape.blocks_y), dim3(unsigned(shape.threads)), shape.shared_bytes, stream>>>(
       arguments...);

@@ -40,8 +40,7 @@ struct PrefetchIterator {
   // Linears left in the run; the linear whose sources are read, and which of these; the columns
   // left of that one.
   int left_linears, current, source, left;
-  // The place of the next panel of a source.
-  int to;
+  int next_panel;
   // The first column of the hidden outputs that are read, or -1.
   int hidden_column;
   bool brings, first;
@@ -49,7 +48,7 @@ struct PrefetchIterator {
   int a_stride, b_stride;
 
   __device__ __forceinline__ void begin(const Block<T>& block) {
-    to = 0;
+    next_panel = 0;
     hidden_column = -1;
     begin_run(block);
   }
@@ -59,11 +58,11 @@ struct PrefetchIterator {
     if (left_linears == 0) return;
     const bool inside = HIDDEN && hidden_column >= 0 && current != named_linear(block);
     to_copy.a = a, to_copy.b = b, to_copy.a_stride = a_stride, to_copy.b_stride = b_stride;
-    to_copy.to = brings ? to : -1;
+    to_copy.to = brings ? next_panel : -1;
     to_copy.columns = left;
     to_copy.list = inside ? -1 : outputs.list;
     to_copy.live = inside ? block.plan(current + LinearRecord::width) - hidden_column : outputs.live;
-    if (brings) to = to + 1 < panels ? to + 1 : 0;
+    if (brings) next_panel = next_panel + 1 < panels ? next_panel + 1 : 0;
     a += k_tile<T>;
     b += k_tile<T>;
     left -= k_tile<T>;

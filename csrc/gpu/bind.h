@@ -30,7 +30,7 @@ pybind11::class_<Of> bind_bound(pybind11::module_& m) {
       .def_readwrite("mixing", &Of::mixing)
       .def_readwrite("size", &Of::size)
       .def_readwrite("lanes", &Of::lanes)
-      .def_readwrite("reached", &Of::reached)
+      .def_readwrite("vectorizable", &Of::vectorizable)
       .def_readwrite("ints", &Of::ints)
       .def_readwrite("floats", &Of::floats)
       .def_readwrite("plan_bytes", &Of::plan_bytes)

@@ -23,31 +23,31 @@ struct Step {
   int64_t threads = 0, shared_bytes = 0;
 };
 
-// The addresses of parameters that have been seen with the table of them on the device. It holds no
-// values, so it cannot go stale.
-class Tables {
+// The arrays of parameters' addresses that lie on the device, for parameters that have been seen. They
+// hold no values, so they cannot go stale.
+class AddressCache {
  public:
-  // The table, or none. It lives as long as the tensor that is returned.
-  std::optional<Tensor> find(const std::vector<const void*>& addresses) {
+  // The array on the device, or none. It lives as long as the tensor that is returned.
+  std::optional<Tensor> find(const std::vector<const void*>& parameters) {
     std::lock_guard lock(mutex_);
     for (const Known& known : known_)
-      if (known.addresses == addresses) return known.table;
+      if (known.parameters == parameters) return known.addresses;
     return std::nullopt;
   }
-  void remember(const std::vector<const void*>& addresses, const Tensor& table) {
+  void remember(const std::vector<const void*>& parameters, const Tensor& addresses) {
     std::lock_guard lock(mutex_);
     for (const Known& known : known_)
-      if (known.addresses == addresses) return;
+      if (known.parameters == parameters) return;
     if (known_.size() == most) known_.erase(known_.begin());
-    known_.push_back({addresses, table});
+    known_.push_back({parameters, addresses});
   }
 
  private:
   // A model's replicas and its averaged weights are few; the caller keeps many more.
   static constexpr size_t most = 16;
   struct Known {
-    std::vector<const void*> addresses;
-    Tensor table;
+    std::vector<const void*> parameters;
+    Tensor addresses;
   };
   std::mutex mutex_;
   std::vector<Known> known_;
@@ -60,9 +60,9 @@ struct Bound {
   std::vector<Sizes> shapes;
   Sizes output;
   int64_t slots = 0, width = 0, mixing = 0, size = 0;
-  // Numbers of a vector load, and whether the table's sizes are multiples of them.
+  // Numbers of a vector load, and whether the sizes of the network's table are multiples of them.
   int64_t lanes = 1;
-  bool reached = false;
+  bool vectorizable = false;
   // The plan on the device. softmax: rows of the softmax; buffer_width: elements of the buffers a
   // row; tile: rows of a tile.
   uintptr_t ints = 0, floats = 0;
@@ -79,7 +79,7 @@ struct Bound {
   // How often every kernel is launched: more than once for who wants to know what the launches
   // alone take (bench/gpu_host.py).
   int64_t times = 1;
-  Tables tables;
+  AddressCache addresses;
 };
 
 // Regions of one allocation begin at multiples of a line.

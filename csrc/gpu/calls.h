@@ -6,7 +6,6 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <string>
 
 #include "../checks.h"
@@ -22,7 +21,7 @@ inline void check(const Tensor& t, const Sizes& sizes, const Tensor& x, const ch
 
 // Contiguous, and from a multiple of 16 bytes on: rows are read in vectors where their distance
 // allows it.
-inline Tensor at_sixteen(const Tensor& t) {
+inline Tensor contiguous_aligned(const Tensor& t) {
   Tensor here = t.is_contiguous() ? t : torch::stable::contiguous(t);
   return reinterpret_cast<uintptr_t>(here.const_data_ptr()) % 16 ? torch::stable::clone(here) : here;
 }
@@ -31,8 +30,7 @@ inline Tensor at_sixteen(const Tensor& t) {
 inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType dtype) {
   if (!like.is_cuda()) return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
   // The shorter way, on a GPU with what new_empty does.
-  Sizes strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  const Sizes strides = strides_of(sizes);
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
                                                   stored_as(dtype).second, aoti_torch_device_type_cuda(),
@@ -70,17 +68,18 @@ struct Given {
       parameters.push_back(parameter.const_data_ptr());
       even = even && reinterpret_cast<uintptr_t>(parameters.back()) % 16 == 0;
     }
-    aligned = even && bound.reached && x_row % bound.lanes == 0 && x_slot % bound.lanes == 0;
+    aligned = even && bound.vectorizable && x_row % bound.lanes == 0 && x_slot % bound.lanes == 0;
   }
 };
 
 // What both directions read and write. weights: mixing weights, or the gradients that they were
 // given; null: none.
-struct Places {
+struct Pointers {
   void *x, *buffers, *out, *p, *weights;
 };
 
-struct Below {
+// What a backward writes besides.
+struct GradientPointers {
   void *d_x, *d_buffers, *d_out;
   float* dw;
   void* dz;
@@ -95,10 +94,10 @@ inline void* read(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()
 // {out, what backward takes, mixing weights if they are asked for}.
 template <class Launches>
 std::vector<Tensor> forward(const Tensor& x, const std::vector<Tensor>& params, const typename Launches::Of& bound,
-                            bool mixing, const std::optional<Tensor>& table) {
+                            bool mixing, const std::optional<Tensor>& addresses) {
   const Given given(bound, x, params);
-  Launches launches(bound, given, table);
-  if (given.rows && !launches.can({&x}, mixing)) return {};
+  Launches launches(bound, given, addresses);
+  if (given.rows && !launches.supports({&x}, mixing)) return {};
   const Saved saved(bound, given.rows);
   Sizes sizes = bound.output;
   sizes.insert(sizes.begin(), given.rows);
@@ -109,10 +108,10 @@ std::vector<Tensor> forward(const Tensor& x, const std::vector<Tensor>& params, 
   }
   if (!given.rows) return results;
   const Tensor& memory = results[1];
-  const Places places{read(x), at(memory, saved.buffers), results[0].data_ptr(), at(memory, 0),
-                      mixing ? results[2].data_ptr() : nullptr};
+  const Pointers pointers{read(x), at(memory, saved.buffers), results[0].data_ptr(), at(memory, 0),
+                          mixing ? results[2].data_ptr() : nullptr};
   for (const Step& step : bound.steps)
-    for (int64_t again = 0; again < bound.times; again++) launches.forward(step, places);
+    for (int64_t again = 0; again < bound.times; again++) launches.forward(step, pointers);
   return results;
 }
 
@@ -121,8 +120,7 @@ inline void split(const Tensor& flat, const Bound& bound, std::vector<Tensor>& t
   for (size_t i = 0; i < bound.grads.size(); i++) {
     if (bound.grads[i] < 0) continue;
     const Sizes& sizes = bound.shapes[i];
-    Sizes strides(sizes.size(), 1);
-    for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+    const Sizes strides = strides_of(sizes);
     AtenTensorHandle handle;
     TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(flat.get(), int64_t(sizes.size()), sizes.data(),
                                                           strides.data(), bound.grads[i], &handle));
@@ -130,42 +128,52 @@ inline void split(const Tensor& flat, const Bound& bound, std::vector<Tensor>& t
   }
 }
 
+// What a backward is given: the gradients of `out` and, maybe, of the mixing weights, and what the
+// forward left.
+struct Upstream {
+  const Tensor& d_out;
+  const std::optional<Tensor>& d_weights;
+  const Tensor& saved;
+};
+
 // {d_x, the gradients of all live parameters one after another}, or these apart (`apart`). chunk:
 // rows of one part of a gradient.
 template <class Launches>
-std::vector<Tensor> backward(const Tensor& upstream, const std::optional<Tensor>& upstream_weights, const Tensor& x,
-                             const std::vector<Tensor>& params, const Tensor& left, const typename Launches::Of& bound,
-                             int64_t chunk, bool apart, const std::optional<Tensor>& table) {
+std::vector<Tensor> backward(const Upstream& upstream, const Tensor& x, const std::vector<Tensor>& params,
+                             const typename Launches::Of& bound, int64_t chunk, bool apart,
+                             const std::optional<Tensor>& addresses) {
   const Given given(bound, x, params);
   const int64_t rows = given.rows, chunks = (rows + chunk - 1) / chunk;
   const Saved saved(bound, rows);
   Sizes sizes = bound.output;
   sizes.insert(sizes.begin(), rows);
-  check(upstream, sizes, x, "d_out", x.scalar_type());
-  check(left, {saved.bytes}, x, "saved", ScalarType::Byte);
-  const Tensor d_out = at_sixteen(upstream), memory = at_sixteen(left);
+  check(upstream.d_out, sizes, x, "d_out", x.scalar_type());
+  check(upstream.saved, {saved.bytes}, x, "saved", ScalarType::Byte);
+  const Tensor d_out = contiguous_aligned(upstream.d_out), memory = contiguous_aligned(upstream.saved);
   std::optional<Tensor> d_weights;
-  if (upstream_weights && upstream_weights->numel()) {
-    check(*upstream_weights, {rows, bound.mixing}, x, "d_weights", x.scalar_type());
-    d_weights = at_sixteen(*upstream_weights);
+  if (upstream.d_weights && upstream.d_weights->numel()) {
+    check(*upstream.d_weights, {rows, bound.mixing}, x, "d_weights", x.scalar_type());
+    d_weights = contiguous_aligned(*upstream.d_weights);
   }
-  Launches launches(bound, given, table);
-  if (rows && !launches.can({&x, &d_out, &memory, d_weights ? &*d_weights : &x}, d_weights.has_value())) return {};
+  Launches launches(bound, given, addresses);
+  if (rows && !launches.supports({&x, &d_out, &memory, d_weights ? &*d_weights : &x}, d_weights.has_value())) return {};
   const Sizes total{bound.total};
   std::vector<Tensor> results{empty(x, {rows, bound.slots, bound.width})};
   const Tensor flat = rows ? empty(x, total) : torch::stable::new_zeros(x, {total.data(), total.size()});
   if (rows) {
     const Scratch scratch(bound, rows, chunks);
     const Tensor own = bytes(x, scratch.bytes);
-    const Places places{read(x), at(memory, saved.buffers), read(d_out), at(memory, 0),
-                        d_weights ? read(*d_weights) : nullptr};
+    const Pointers pointers{read(x), at(memory, saved.buffers), read(d_out), at(memory, 0),
+                            d_weights ? read(*d_weights) : nullptr};
     const auto floats = [&](int64_t first) { return reinterpret_cast<float*>(at(own, first)); };
-    const Below below{results[0].data_ptr(), at(own, scratch.buffers), places.out, floats(0), at(own, scratch.dz),
-                      reinterpret_cast<int32_t*>(at(own, scratch.arrived)), floats(scratch.parts), flat.data_ptr()};
+    const GradientPointers gradients{results[0].data_ptr(),   at(own, scratch.buffers),
+                                     pointers.out,            floats(0),
+                                     at(own, scratch.dz),     reinterpret_cast<int32_t*>(at(own, scratch.arrived)),
+                                     floats(scratch.parts),   flat.data_ptr()};
     for (const Step& step : bound.steps)
-      for (int64_t again = 0; again < bound.times; again++) launches.backward_rows(step, places, below);
+      for (int64_t again = 0; again < bound.times; again++) launches.backward_rows(step, pointers, gradients);
     for (int64_t again = 0; again < (bound.total ? bound.times : 0); again++)
-      launches.gradients(places, below, chunk, chunks);
+      launches.gradients(pointers, gradients, chunk, chunks);
   }
   if (apart) split(flat, bound, results);
   else results.push_back(flat);

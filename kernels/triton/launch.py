@@ -84,13 +84,13 @@ def _known(bound: Bound, key: object) -> Quick | None:
     return None if found is None or watched() else found
 
 
-def _table(bound: Bound, params: Sequence[Tensor], quick: Quick | None) -> tuple[Tensor, bool]:
-    """The parameters' addresses on the device, as `device.addresses`; the operator is told of a
-    table that stays."""
-    table, aligned16 = device.addresses(params, bound.key.device)
+def _addresses(bound: Bound, params: Sequence[Tensor], quick: Quick | None) -> tuple[Tensor, bool]:
+    """The parameters' addresses on the device, as `device.addresses`; the operator is told of
+    those that stay."""
+    addresses, aligned16 = device.addresses(params, bound.key.device)
     if quick is not None and device.stays(params, bound.key.device):
-        _operator("network_triton_table")(table, params, quick.address)
-    return table, aligned16
+        _operator("network_triton_addresses")(addresses, params, quick.address)
+    return addresses, aligned16
 
 
 def region(memory: Tensor, first: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -143,22 +143,22 @@ def forward(bound: Forward, x: Tensor, params: Sequence[Tensor], mixing: bool) -
         if found:
             return found
     params = [p.contiguous() for p in params]
-    table, aligned16 = _table(bound, params, quick)
-    found = _run(bound, x, params, quick, mixing, table) if quick is not None else None
+    addresses, aligned16 = _addresses(bound, params, quick)
+    found = _run(bound, x, params, quick, mixing, addresses) if quick is not None else None
     if found:
         return found
     align = alignment(x, aligned16, bound.program)
     steps, rows = _forward_steps(bound, align, mixing), x.shape[0]
-    out, weights, memory = _launched(bound, x, steps, mixing, table)
+    out, weights, memory = _launched(bound, x, steps, mixing, addresses)
     if rows:
         _keep(bound, mixing, steps, softmax=bound.plan.softmax, aligned=align > 1, weights=mixing)
     return out, weights, memory
 
 
-def _run(bound: Forward, x: Tensor, params: Sequence[Tensor], quick: Quick, mixing: bool, table: Tensor | None):
+def _run(bound: Forward, x: Tensor, params: Sequence[Tensor], quick: Quick, mixing: bool, addresses: Tensor | None):
     """As `forward`, in C++; None where that is not for these tensors."""
     try:
-        found = _operator("network_triton")(x, params, quick.address, mixing, table)
+        found = _operator("network_triton")(x, params, quick.address, mixing, addresses)
     except RuntimeError:
         device.room(x, bound.needs(x.shape[0]))
         raise
@@ -166,7 +166,7 @@ def _run(bound: Forward, x: Tensor, params: Sequence[Tensor], quick: Quick, mixi
 
 
 def _launched(
-    bound: Forward, x: Tensor, steps: list[Step], mixing: bool, table: Tensor
+    bound: Forward, x: Tensor, steps: list[Step], mixing: bool, addresses: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """As `forward`, by Triton's launches."""
     rows, (x_row, x_slot, _) = x.shape[0], x.stride()
@@ -182,7 +182,7 @@ def _launched(
             out=out,
             p=p,
             weights=x if weights is None else weights,
-            addresses=table,
+            addresses=addresses,
             plan=bound.ints,
             floats=bound.floats,
             place=step.place,
@@ -245,8 +245,8 @@ def backward(
         if tensor is not None:
             require_memory(tensor, name)
     params = [p.contiguous() for p in params]
-    table, aligned16 = _table(bound, params, quick)
-    found = quick and _run_backward(bound, (d_out, d_weights, x, params, memory), quick, chunk, apart, table)
+    addresses, aligned16 = _addresses(bound, params, quick)
+    found = quick and _run_backward(bound, (d_out, d_weights, x, params, memory), quick, chunk, apart, addresses)
     if found:
         return found
     align = alignment(x, aligned16, bound.program)
@@ -259,7 +259,7 @@ def backward(
         else t.clone(memory_format=torch.contiguous_format)
         for t in (d_out, d_weights, memory)
     )
-    d_x, flat = _launched_backward(bound, (d_out, d_weights, x, memory, table), steps, chunk)
+    d_x, flat = _launched_backward(bound, (d_out, d_weights, x, memory, addresses), steps, chunk)
     if x.shape[0] and steps.gradients:
         more = {
             "columns": bound.plan.columns,
@@ -273,11 +273,11 @@ def backward(
 
 
 def _run_backward(
-    bound: Backward, tensors: tuple, quick: Quick, chunk: int, apart: bool, table: Tensor | None
+    bound: Backward, tensors: tuple, quick: Quick, chunk: int, apart: bool, addresses: Tensor | None
 ) -> list[Tensor]:
     """As `backward`, in C++; nothing where that is not for these tensors."""
     try:
-        return _operator("network_triton_backward")(*tensors, quick.address, chunk, apart, table)
+        return _operator("network_triton_backward")(*tensors, quick.address, chunk, apart, addresses)
     except RuntimeError:
         x = tensors[2]
         device.room(x, bound.needs(x.shape[0], chunk))
@@ -286,7 +286,7 @@ def _run_backward(
 
 def _launched_backward(bound: Backward, tensors: tuple, steps: _BackwardSteps, chunk: int) -> tuple[Tensor, Tensor]:
     """d_x and the gradients one after another, by Triton's launches."""
-    d_out, d_weights, x, memory, table = tensors
+    d_out, d_weights, x, memory, addresses = tensors
     rows, (x_row, x_slot, _), total = x.shape[0], x.stride(), bound.total
     d_x = x.new_empty(x.shape)
     if not rows:
@@ -311,7 +311,7 @@ def _launched_backward(bound: Backward, tensors: tuple, steps: _BackwardSteps, c
             d_x=d_x,
             d_buffers=d_buffers,
             d_out=d_out,
-            addresses=table,
+            addresses=addresses,
             floats=bound.floats,
             place=step.place,
             d_row=d_x.stride(0),
