@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
-# name -> value of its one parameter (negative slope, or alpha) where PyTorch has one; 0.0 where it
-# has none.
-DEFAULT_PARAMETER = {
-    "identity": 0.0,
-    "relu": 0.0,
-    "sigmoid": 0.0,
-    "tanh": 0.0,
-    "silu": 0.0,
-    "gelu": 0.0,
-    "gelu_tanh": 0.0,
-    "leaky_relu": 0.01,
-    "elu": 1.0,
-    "softplus": 0.0,
+
+class Row(NamedTuple):
+    """What is known of an activation by its name: its parameter's default (negative slope, or
+    alpha) where it has one, and whether its derivative jumps at 0.
+    """
+
+    parameter: float | None = None
+    kinked: bool = False
+
+
+ROWS = {
+    "identity": Row(),
+    "relu": Row(kinked=True),
+    "sigmoid": Row(),
+    "tanh": Row(),
+    "silu": Row(),
+    "gelu": Row(),
+    "gelu_tanh": Row(),
+    "leaky_relu": Row(0.01, kinked=True),
+    "elu": Row(1.0, kinked=True),
+    "softplus": Row(),
 }
-PARAMETRIC = ("leaky_relu", "elu")
+# name -> value of its one parameter; 0.0 where it has none.
+DEFAULT_PARAMETER = {name: row.parameter or 0.0 for name, row in ROWS.items()}
+PARAMETRIC = tuple(name for name, row in ROWS.items() if row.parameter is not None)
 
 
 @dataclass(frozen=True)

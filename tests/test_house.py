@@ -304,6 +304,18 @@ def test_contributing_names_every_place_of_an_activation():
     assert {place for place in places if f"`{place}`" not in text} == set()
 
 
+def test_contributing_names_every_place_of_a_family():
+    """The one with the longest name stands for all of them."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*.rst")]
+    code = [path for path in SOURCES if not path.is_relative_to(ROOT / "tests")]
+    name = re.compile("customized.?sharing", re.IGNORECASE)
+    places = {str(path.relative_to(ROOT)) for path in [*code, *pages] if name.search(path.read_text())}
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    # A layer's own file is that of its relatives, or a new one.
+    places -= {"fusedmoe/reference/layers/sharing.py"}
+    assert {place for place in places if f"`{place}`" not in text} == set()
+
+
 def test_no_numbered_or_vague_names():
     vague = re.compile(r"(^|_)(utils?|common|helpers?|misc|new|old|v\d+|fast)$")
     assert [str(path.relative_to(ROOT)) for path in SOURCES if vague.search(path.stem)] == []

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from fusedmoe import dtype as dtypes
+from fusedmoe.activation import ROWS as ACTIVATIONS
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
-KINKED = ("relu", "leaky_relu", "elu")
+KINKED = tuple(name for name, row in ACTIVATIONS.items() if row.kinked)
 # A z nearer to the kink than this many roundoffs of its terms may fall on the other side in another
 # order of summation.
 KINK_ROUNDOFFS = 8
