@@ -141,10 +141,10 @@ def times_of(given: Given) -> dict[str, dict[str, float]]:
         with torch.no_grad():
             return call()
 
-    forward = partial(network.forward, x, params, table, False, False, None, backend)
+    forward = partial(network.forward, x, params, table, False, False, backend=backend)
     with torch.no_grad():
-        _, _, saved = network.forward(x, params, table, False, True, None, backend)
-    backward = partial(network.backward, d_out, None, x, params, saved, table, None, backend)
+        _, _, saved = network.forward(x, params, table, False, True, backend=backend)
+    backward = partial(network.backward, d_out, None, x, params, saved, table, backend=backend)
     found = {
         "forward": {"call": microseconds(inference)},
         "backward": {

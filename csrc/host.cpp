@@ -28,8 +28,8 @@ std::shared_ptr<const Planned> planned(const std::string& table, cpu::PlanKind k
     std::string table;
     std::shared_ptr<const Planned> planned;
   };
-  // A thread often runs one network again and again: to compare a text is cheaper than to hash it
-  // under a lock.
+  // A thread often runs one network again and again: to compare its text avoids the lock and the
+  // hash.
   static thread_local Last lasts[kinds];
   const int which = kind.training | kind.expanded << 1 | kind.recompute << 2 | kind.bf16 << 3;
   Last& last = lasts[which];

@@ -17,7 +17,7 @@ struct Planned {
   cpu::Packing packing;
 };
 
-// The plan of a table; decoding costs more than a small network, so plans are kept.
+// The plan of a table; kept, so that a table is decoded once.
 std::shared_ptr<const Planned> planned(const std::string& table, cpu::PlanKind kind);
 
 inline std::shared_ptr<const cpu::Plan> plan_of(const std::string& table, cpu::PlanKind kind) {

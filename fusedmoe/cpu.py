@@ -28,8 +28,8 @@ SAVE_NOTHING, SAVE_ALL, SAVE_LEAST = 0, 1, 2
 class _Network(torch.autograd.Function):
     """The operator's autograd, as it is registered below.
 
-    It avoids the dispatcher's detour through Python, which costs more than a small network. It
-    returns what `outputs.split` does: autograd tells which of the tensors have a gradient.
+    It avoids one dispatch through Python. It returns what `outputs.split` does: autograd tells which
+    of the tensors have a gradient.
     """
 
     @staticmethod

@@ -31,7 +31,8 @@ def forward(
     mixing: bool,
     training: bool,
     tiles: Tiles | None = None,
-    backend: str = "triton",
+    *,
+    backend: str,
 ) -> tuple[Tensor, Tensor | None, Saved]:
     """Run the network: `fusion_network`'s mathematics.
 
@@ -60,7 +61,8 @@ def backward(
     saved: Saved,
     table: Table,
     tiles: Tiles | None = None,
-    backend: str = "triton",
+    *,
+    backend: str,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return d_x [B, S, D], and one gradient a parameter: None for those on which no output
     depends, for the others views of one tensor.
@@ -94,7 +96,8 @@ def flat_backward(
     saved: Saved,
     table: Table,
     tiles: Tiles | None = None,
-    backend: str = "triton",
+    *,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Return d_x, and the gradients of the live parameters, one after another. The arguments are
     those of `backward`."""

@@ -61,7 +61,7 @@ def _forward(
     x, search = last_dim_contiguous(x), _tuning(backend)
     with launching(x, backend):
         tiles = search.of_forward(x, params, table, mixing, training) if search else None
-        return network.forward(x, params, table, mixing, training, tiles, backend)
+        return network.forward(x, params, table, mixing, training, tiles, backend=backend)
 
 
 def recomputed(table: Table) -> bool:
@@ -113,10 +113,10 @@ def _gradients(
     x = last_dim_contiguous(x)
     with device_guard(x):
         if saved.memory is None:
-            _, _, saved = network.forward(x, params, table, False, True, saved.tiles, backend)
+            _, _, saved = network.forward(x, params, table, False, True, saved.tiles, backend=backend)
         search = _tuning(backend)
         tiles = search.of_backward(d_out, d_weights, x, params, saved, table) if search else None
-        d_x, d_params = network.backward(d_out, d_weights, x, params, saved, table, tiles, backend)
+        d_x, d_params = network.backward(d_out, d_weights, x, params, saved, table, tiles, backend=backend)
     return [d_x, *d_params]
 
 

@@ -85,7 +85,7 @@ const Isa& choose() {
   throw std::runtime_error("FUSEDMOE_ISA: expected one of " + names + ", got '" + wanted + "'");
 }
 
-// Memory of one thread, kept from call to call: fresh pages would cost more than a small network.
+// Memory of one thread, kept from call to call: it asks the system for no pages.
 // Zeroed once, because the lanes that pad a panel are computed with, and what stands in fresh
 // memory could be denormal and slow.
 template <class T>

@@ -30,8 +30,8 @@ inline void check(cudaError_t status, const char* name) {
                            " (" + cudaGetErrorString(status) + ")");
 }
 
-// Ask for shared memory unless the kernel has asked for as much on this device before: asking takes
-// as long as a good part of a launch. Under the lock, so that no smaller number comes after a
+// Ask for shared memory unless the kernel has asked for as much on this device before, which avoids
+// a call of the runtime in every launch. Under the lock, so that no smaller number comes after a
 // larger one.
 inline void ask_for(const void* kernel, int bytes, const char* name) {
   static std::mutex mutex;

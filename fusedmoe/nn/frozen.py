@@ -63,7 +63,7 @@ class Writes:
         self.tensors = tuple(tensors)
         self.stamps = tuple(map(_C.stamp, self.tensors))
         self._stamp = _C.stamp
-        # No method: a call of a small network takes as long as a hundred of Python's.
+        # No method, which would add a frame of Python to every call.
         self.differs = functools.partial(_C.any_written, self.tensors, self.stamps)
 
     def place(self, tensors: Sequence[Tensor]) -> int | None:

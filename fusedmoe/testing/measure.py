@@ -166,8 +166,7 @@ def eager(x: Tensor, params: Sequence[Tensor], table: Table) -> tuple[Tensor, tu
 
     Tasks without towers get the concatenation of their units.
 
-    Float64 is the truth, or what others are measured by; there the gradient of a softmax must not
-    lose what kernels keep.
+    In float64 this is the truth, so it uses a softmax whose gradient keeps its digits.
     """
     out, weights = reference.forward(
         x, params, table, softmax_by_pairs if x.dtype == torch.float64 else reference.last_softmax
@@ -223,8 +222,7 @@ def expectation(
 
     Plain torch's error is the largest of a few runs, on the problem and on `neighbours` of it, each
     against its own truth. In float64, where plain torch is the truth itself, it is measured in
-    float32 and scaled by the ratio of the roundoffs; it enters once more there, because the truth
-    errs as much.
+    float32 and scaled by the ratio of the roundoffs; the truth's own error is added once more.
     """
     dtype = given.x.dtype
     measured = torch.float32 if dtype == torch.float64 else dtype
@@ -247,8 +245,7 @@ def expectation(
 def assert_parity(network: Network, given: Problem, names: Iterable[str] | None = None) -> None:
     """Raise AssertionError unless a network is as near to the truth on a problem as the rule asks.
 
-    Neighbours, which can only raise what is allowed, are run where the problem alone does not allow
-    enough: that takes a tenth of the time.
+    Neighbours, which can only raise what is allowed, are run only if the first comparison fails.
 
     Args:
         names: what to compare, of the names that `evaluate` returns; None for all.

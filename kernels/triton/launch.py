@@ -1,9 +1,8 @@
 """Launches of Triton's kernels; the names are those of `launchers.py`.
 
 Triton launches the first call of each kind: it looks at every argument and option for the kernel
-that it compiled for their like, which takes it several times as long as the launch itself. The
-calls that follow are one operator in C++ (csrc/triton.cpp), which launches the compiled kernels as
-Triton does.
+that it compiled for their like. The calls that follow are one operator in C++ (csrc/triton.cpp),
+which launches the compiled kernels as Triton does; `bench/gpu_host.py` times both.
 """
 
 from __future__ import annotations

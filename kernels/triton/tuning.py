@@ -104,7 +104,9 @@ def of_forward(x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, 
         return None
     program = bound.program_of(bound.key_of(x, table, training, None, BACKEND))
     key = _key("training" if training else "inference", program, mixing, x, params)
-    return _chosen(key, program, x, lambda tiles: network.forward(x, params, table, mixing, training, tiles))
+    return _chosen(
+        key, program, x, lambda tiles: network.forward(x, params, table, mixing, training, tiles, backend="triton")
+    )
 
 
 def of_backward(
@@ -116,7 +118,10 @@ def of_backward(
     program = lower(table)
     key = _key("backward", program, d_weights is not None and d_weights.numel() > 0, x, params)
     return _chosen(
-        key, program, x, lambda tiles: network.flat_backward(d_out, d_weights, x, params, saved, table, tiles)
+        key,
+        program,
+        x,
+        lambda tiles: network.flat_backward(d_out, d_weights, x, params, saved, table, tiles, backend="triton"),
     )
 
 

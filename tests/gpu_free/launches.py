@@ -100,9 +100,9 @@ def variants(table: Table, dtype: torch.dtype, rows: int, training: bool, arch: 
     params = [torch.empty(p.shape, dtype=dtype, device="meta") for p in table.parameters]
     x = torch.empty(rows, table.slots, table.width, dtype=dtype, device="meta")
     with patch.object(device, "architecture", lambda _: arch), standing_in(partial(_Recorder, arch, found)):
-        out, _, saved = network.forward(x, params, table, False, training)
+        out, _, saved = network.forward(x, params, table, False, training, backend="triton")
         if training:
-            network.backward(torch.empty_like(out), None, x, params, saved, table)
+            network.backward(torch.empty_like(out), None, x, params, saved, table, backend="triton")
     return list(found)
 
 

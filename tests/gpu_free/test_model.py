@@ -100,8 +100,8 @@ def test_a_training_step_moves_the_bytes_of_its_plan(monkeypatch, most, rows):
     lent = [(parameter.name, tensor.detach()) for parameter, tensor in zip(table.parameters, layer.params, strict=True)]
     params = [tensor for _, tensor in lent]
     with executed(lent) as kernels:
-        out, _, saved = network.forward(x, params, table, False, True)
-        network.backward(torch.ones_like(out), None, x, params, saved, table)
+        out, _, saved = network.forward(x, params, table, False, True, backend="triton")
+        network.backward(torch.ones_like(out), None, x, params, saved, table, backend="triton")
     got: list[Counts] = [counts for name in KERNELS for counts in kernels[name].launches]
     chosen = tiles.choose(program, BF16, rows, "sm_80")
     expected = gpu_launches.forward(program, chosen, rows, 2) + gpu_launches.backward(program, chosen.backward, rows, 2)

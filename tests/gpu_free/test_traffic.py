@@ -51,7 +51,14 @@ def test_the_forward_moves_the_bytes_of_its_plan(call, rows, monkeypatch):
     )
     lent = [(parameter.name, tensor.detach()) for parameter, tensor in zip(table.parameters, layer.params, strict=True)]
     with executed(lent) as kernels:
-        network.forward(x.expand(batch, table.slots, table.width), [tensor for _, tensor in lent], table, False, False)
+        network.forward(
+            x.expand(batch, table.slots, table.width),
+            [tensor for _, tensor in lent],
+            table,
+            False,
+            False,
+            backend="triton",
+        )
     got = sum(kernels["forward_kernel"].launches, Counts())
     expected = roofline.traffic(program, tiles.choose(program, torch.bfloat16, batch, "sm_80"), batch, 2)
     assert got.written == expected.written

@@ -38,10 +38,14 @@ def run(problem, mixing: bool = True):
         (parameter.name, tensor) for parameter, tensor in zip(problem.table.parameters, problem.params, strict=True)
     ]
     with watched(lent) as watch:
-        out, weights, saved = network.forward(problem.x, problem.params, problem.table, mixing, training=True)
-        network.forward(problem.x, problem.params, problem.table, mixing, training=False)
+        out, weights, saved = network.forward(
+            problem.x, problem.params, problem.table, mixing, training=True, backend="triton"
+        )
+        network.forward(problem.x, problem.params, problem.table, mixing, training=False, backend="triton")
         d_weights = torch.ones_like(weights) if mixing else None
-        network.backward(torch.ones_like(out), d_weights, problem.x, problem.params, saved, problem.table)
+        network.backward(
+            torch.ones_like(out), d_weights, problem.x, problem.params, saved, problem.table, backend="triton"
+        )
     return watch.launches
 
 
