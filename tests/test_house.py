@@ -379,6 +379,17 @@ def test_readme_examples_run():
     assert names["out"].shape == (32, 3, 1) and [w.shape for w in names["weights"]] == [(32, 4, 7), (32, 3, 7)]
 
 
+def test_the_guides_example_runs():
+    """Without its adapter the layer is declined, and with it fused."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guide.md").read_text(), flags=re.DOTALL)
+    program = f"{block}\nprint(report.fused[0].family, len(report.declined))"
+    lines = block.splitlines()
+    without = "\n".join(line for line in lines if not line.startswith("fusedmoe.register_adapter"))
+    for text, said in ((program, "textbook 0\n"), (f"{without}\nprint(bool(report))", "False\n")):
+        result = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+        assert result.stdout == said, result.stderr
+
+
 def test_nothing_names_the_place_where_it_was_written():
     pages = [path for ending in ("*.md", "*.toml", "*.txt", "Makefile") for path in ROOT.glob(ending)]
     place = re.compile("/" + r"work/|/" + r"tmp/|\.\./" + "shared")
