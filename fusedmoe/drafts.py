@@ -29,7 +29,7 @@ def table_of(draft: Draft) -> Table:
 
 
 def family(draft: Callable[Arguments, Draft]) -> Callable[Arguments, Table]:
-    """Make a function that returns a table of one that returns its draft."""
+    """Wrap a function that returns a Draft so that it returns a checked Table."""
 
     @functools.wraps(draft)
     def build(*arguments: Arguments.args, **named: Arguments.kwargs) -> Table:
@@ -40,8 +40,8 @@ def family(draft: Callable[Arguments, Draft]) -> Callable[Arguments, Table]:
 
 
 def draft_of(family: Callable[..., Table]) -> Callable[..., Draft]:
-    """Return the function that a family was made of: who puts other layers into the draft has it
-    checked once, at the end."""
+    """Return the function that a family was made of: a caller that edits the draft validates it
+    once, at the end."""
     return inspect.unwrap(family)
 
 
@@ -58,7 +58,8 @@ def with_towers(table: Network, layers: tuple[Layer, ...], tasks: tuple[Task, ..
 
 
 def share_input(table: Network) -> Network:
-    """Return a table over x [B, 1, D] with the output of this one if all its slots hold that x."""
+    """Return a table over x [B, 1, D] that computes what this one does when every slot holds the
+    same x."""
 
     def unit_on_slot_0(unit: Unit) -> Unit:
         if unit.gate is None or unit.gate.selector.kind != "slot":

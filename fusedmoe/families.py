@@ -298,7 +298,7 @@ def cross_stitch(
     """Mix one expert per task with learned weights: out[u] = sum over e of v[u, e] * y[e].
 
     Returns: a table over x [B, T, D] with output [B, T, H]; v is a static tensor for each level.
-    Source: MMoE, section 6.1; Misra et al., CVPR 2016, equation 1.
+    Source: Misra et al., CVPR 2016, equation 1.
     """
     levels = require_level_widths(expert_widths)
     tasks = tuple(range(require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)))

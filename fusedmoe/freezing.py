@@ -34,7 +34,7 @@ class FreezeReport:
 
 
 def freeze(model: nn.Module) -> FreezeReport:
-    """Pack the parameters of every fused layer of `model` once: calls with few rows cost less.
+    """Pack the parameters of every fused layer of `model` once, which speeds up small batches.
 
     The results stay the same bits.
 
@@ -47,10 +47,10 @@ def freeze(model: nn.Module) -> FreezeReport:
     called in training mode, with gradients wanted, or under autocast.
 
     A changed parameter (in place, by an optimizer, `load_state_dict`, `to`, `half`, a replaced
-    `Parameter`) unfreezes the layer at its next accepted call, with a warning, before anything is
-    computed. Writes that PyTorch does not count (through `.data`, a NumPy view, from another
-    process) are noticed only if they change the middle element of a parameter; after others call
-    `freeze` again.
+    `Parameter`) unfreezes the layer at the next call that it does not refuse, with a warning, before
+    anything is computed. Writes that PyTorch does not count (through `.data`, a NumPy view, from
+    another process) are noticed only if they change the middle element of a parameter; after others
+    call `freeze` again.
 
     Code compiled by torch.compile refuses the same calls and otherwise reads the live parameters,
     so it is never outdated. (torch 2.11 does not notice if `requires_grad` of a

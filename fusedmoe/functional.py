@@ -45,8 +45,8 @@ class LevelShape:
     Args:
         slots: the slot that each expert reads. Default: the first E / S experts read slot 0, the
             next slot 1 and so on, as in AdaTT; E must be a multiple of S.
-        selectors: the vector that the gate of each unit reads. None, for one unit or for all, is
-            slot 0 if x has one slot, otherwise slot u. Units without a gate take None only.
+        selectors: the vector that the gate of each unit reads. Default (`None`, for one unit or for
+            all): slot 0 if x has one slot, otherwise slot u. Units without a gate take None only.
         activation: after every layer of every expert.
 
     Raises: TypeError, ValueError for anything else. Lists become tuples.
@@ -91,8 +91,8 @@ def fusion_level(
         weights: of the experts: stacked [E, H, D], or a list of E matrices [H_e, D]. For deeper
             experts a list of either, one item per layer.
         biases: in either form, [E, H] or E vectors per layer; or None.
-        gates: one item per unit: None (no gate), G [n, K] or (G, c [n]), for n experts that it sees
-            and a selector of width K. Or stacked: G [U, n, K] or (G, c [U, n]). Or None for no
+        gates: one item per unit: None (no gate), G [n, K] or (G, c [n]); n experts seen, selector
+            width K. Or stacked: G [U, n, K] or (G, c [U, n]). Or None for no
             gates.
         level: slots, selectors and activation that differ from the default.
         sees: one tuple of experts per unit, in the order of the rows of its G. None, for one unit

@@ -5,7 +5,7 @@ Each backend has its autograd beside its kernels: `cpu.py`, `reference/autograd.
 
 Gradients: a tensor gets None, not zeros, if no output that received a gradient depends on it.
 The mixing weights of each level count as one output. With `tasks_apart` the output of each task
-counts by itself; without it, `out` counts as one. The units that towers read count as one tensor.
+counts by itself; without it, `out` counts as one. All units read by towers count as one output.
 
 Dtypes: on `cpu`, bfloat16 means that the inputs and weights of every linear map are rounded to
 bfloat16, and everything else, sums included, is float32; float16 is computed in float32.
@@ -47,8 +47,12 @@ def fusion_network(
 ) -> Any:
     """Run a network: every level in turn, and its task towers if it has any.
 
-        out[b,u,:] = sum over e in reads(u) of w[b,u,e] * MLP_e(x[b, slot(e)])
-        w[b,u,e]   = softmax_e(G[u] q[b,u] + c[u]) + v[u,e]
+        y[b,e,:]   = MLP_e(x[b, slot(e), :])
+        p[b,u,:]   = softmax over sees(u) of the gate's logits, which read the unit's selector
+        w[b,u,e]   = p[b,u,e] + v[u,e]
+        out[b,u,:] = sum over e in reads(u) of w[b,u,e] * y[b,e,:]
+
+    The slots x of a level above the first are the units of the level below.
 
     Args:
         x: [B, S, D], or [B, D] if the table has one slot; any strides (an expanded x is read once).

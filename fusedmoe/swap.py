@@ -103,16 +103,17 @@ def fuse(model: nn.Module, backend: str = "auto", recompute: bool = False) -> Fu
     """Let every layer of `model` that is recognised run as one call of the operator, in place.
 
     Args:
-        model: any module; it may be a layer itself. Layers are found by their structure, outermost
-            first, and each is probed numerically on a copy before it is trusted. A layer whose
-            inside was changed after it was fused is examined again.
+        model: any module; it may be a layer itself. Layers are found by the names of their
+            attributes and submodules, outermost first, and each is probed numerically on a copy
+            before it is trusted. A layer whose inside was changed after it was fused is examined
+            again.
         backend: "auto" chooses a backend at every call. A layer that only the reference could run
             is not fused, because that is slower than the layer itself. A name runs that backend or
             raises.
         recompute: keep for backward only the outputs of levels and of softmaxes
             (docs/speed.md has the bytes), and run experts and towers once more in backward. The
-            results are the same bits. Layers that are fused already keep what they have: `unfuse`
-            them before.
+            results are the same bits. This does not change layers that are already fused; call
+            `unfuse` first.
 
     Returns: the report. What could not be fused exactly runs as before, and stands in `declined`
     with the reason.

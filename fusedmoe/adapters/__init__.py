@@ -1,4 +1,4 @@
-"""Find what a module computes by its structure, with registered adapters and the built-in one."""
+"""Find what a module computes, by its attributes and submodules: registered adapters, and ours."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def register_adapter(function: Adapter) -> Callable[[], None]:
     Args:
         function: called with every module of a model, outermost first. It returns None for a module
             that it does not know, a `Wiring` (the table, and the module's `state_dict` keys in the
-            order of `table.parameters`), or a `Match` where the module's input has another rank
-            than its table suggests or its output another structure than [B, T, H]. It raises
-            `Unfusable(reason)` for a module that it knows and declines. It only reads the module.
+            order of `table.parameters`), or a `Match` if the input rank or output structure differs
+            from the table's. It raises `Unfusable(reason)` for a module that it knows and declines.
+            It only reads the module.
 
     What it finds is probed numerically before anything is fused, as for the built-in adapter.
 

@@ -33,8 +33,8 @@ def whole(out: Tensor) -> Tensor:
 def one_per_task(out: Tensor) -> list[Tensor]:
     """Return a list of T outputs [B, O] from [B, T, O].
 
-    Named as a match's `returns` it asks the operator itself for them, so that the tower of a task
-    that a loss leaves out has no gradient.
+    As `Match.returns` it makes the operator return one tensor per task, so an unused tower gets
+    gradient None.
     """
     return per_task(out)
 
@@ -42,9 +42,9 @@ def one_per_task(out: Tensor) -> list[Tensor]:
 class Match(NamedTuple):
     """What an adapter found in a module.
 
-    `rank` is that of the module's input, 2 for [B, D] and 3 for [B, S, D]. `returns` gives the
-    network's output [B, T, H] the module's own structure; it must be a module-level function, so
-    that a fused model can be pickled.
+    `rank` is that of the module's input, 2 for [B, D] and 3 for [B, S, D]. `returns`
+    maps [B, T, H] to what the module's forward returns; it must be a module-level function, so that
+    a fused model can be pickled.
     """
 
     family: str

@@ -21,7 +21,7 @@ PROMISE = """    Args: those of `fusedmoe.reference.layers.{layer}`, `backend` a
 
 
 class Fused:
-    """Give a reference layer one call of the operator as its forward.
+    """Replace a reference layer's forward by one operator call.
 
     The result is the same, from the same parameters under the same keys.
     A subclass puts this class before the layer's and names `make_wiring`, the function that reads

@@ -24,7 +24,7 @@ class CrossStitch(nn.Module):
     Returns: forward maps [B, T, D] to [B, T, H].
     Raises: ValueError, TypeError at construction, naming the argument, what was expected and what
         came.
-    Source: Misra et al., CVPR 2016, equation 1; MMoE, section 6.1.
+    Source: Misra et al., CVPR 2016, equation 1.
     """
 
     def __init__(
