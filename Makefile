@@ -51,7 +51,7 @@ help:
 	@echo "make bench   time what the backend's floors name, ten minutes to an hour by machine; save bench/results/cpu.json"
 	@echo "make bench-all  the whole grid, hours; goes on where an earlier run of the same commit stopped"
 	@echo "make report  write README's speeds, docs/speed.md and the pictures from that JSON"
-	@echo "make model   write docs/gpu.md's tables of times modelled from the kernels' plans; no GPU is needed"
+	@echo "make model   write docs/gpu_model.md's tables of times modelled from the kernels' plans; no GPU is needed"
 	@echo "make build   set up and build the extension only; FUSEDMOE_BUILD=cuda adds the CUDA kernels, here and wherever make builds"
 	@echo "make wheel   build a wheel, install it elsewhere and run it there"
 	@echo "make clean   remove what make built, .venv included"

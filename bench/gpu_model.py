@@ -1,4 +1,4 @@
-"""A model of the Triton kernels' times on three GPUs, and its tables in docs/gpu.md: `make model`.
+"""A model of the Triton kernels' times on three GPUs; `make model` writes docs/gpu_model.md.
 **Modelled, never run on a GPU.**
 
     python bench/gpu_model.py [--write] [--dtype float32]
@@ -49,7 +49,7 @@ from fusedmoe.kernels.tiles import WHOLE_ROWS, Tiles, choose
 from fusedmoe.speed.subjects import MAIN, SUBJECTS, Called, build
 from fusedmoe.table import Table
 
-PAGE = Path(__file__).parent.parent / "docs/gpu.md"
+PAGE = Path(__file__).parent.parent / "docs/gpu_model.md"
 BEGIN, END = "<!-- model: written by `make model` -->", "<!-- end of model -->"
 ROWS = (1, 16, 64, 256, 1024, 4096, 16384)
 # Where the forms are compared.
@@ -340,14 +340,14 @@ def page(dtype: torch.dtype) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--write", action="store_true", help="put the tables of bfloat16 into docs/gpu.md; otherwise print them"
+        "--write", action="store_true", help="put the tables of bfloat16 into docs/gpu_model.md; otherwise print them"
     )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="what to print (default: %(default)s)"
     )
     options = parser.parse_args()
     if options.write:
-        PAGE.write_text(replace_between(PAGE.read_text(), page(torch.bfloat16), BEGIN, END, "docs/gpu.md"))
+        PAGE.write_text(replace_between(PAGE.read_text(), page(torch.bfloat16), BEGIN, END, "docs/gpu_model.md"))
     else:
         print(page(getattr(torch, options.dtype)))
 

@@ -186,4 +186,4 @@ def test_more_rows_never_take_less_time(layer):
 def test_the_page_has_the_tables_that_the_model_writes():
     """`make model` writes them."""
     text = gpu_model.PAGE.read_text()
-    assert replace_between(text, gpu_model.page(BF16), gpu_model.BEGIN, gpu_model.END, "docs/gpu.md") == text
+    assert replace_between(text, gpu_model.page(BF16), gpu_model.BEGIN, gpu_model.END, "docs/gpu_model.md") == text
