@@ -20,8 +20,8 @@ CHUNK = 1024
 # From this many rows on, tiles have BLOCK_B = 128. With fewer they would not fill the SMs: an H100
 # has 132, and 4,096 rows of a level with 256 columns are 128 programs.
 MANY_ROWS = 4096
-# The architectures that use tiles of 128 rows: on the others three units' accumulators and the pipeline's addresses
-# do not fit into a program's registers.
+# The architectures that use tiles of 128 rows: on the others three units' accumulators and the
+# pipeline's addresses do not fit into a program's registers.
 LARGE = ("sm_80", "sm_90", "sm_100", "cpu")
 # The most columns of a source that a program keeps for all that read it, by whether it runs all
 # segments. Triton keeps them in registers, and more go to local memory; CUDA's kernels in shared
