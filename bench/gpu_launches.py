@@ -25,7 +25,8 @@ from fusedmoe.kernels.program import COLUMN, NOTHING, Linear, Program, X, rounde
 from fusedmoe.kernels.tiles import CHUNK, Tiles
 from fusedmoe.kernels.triton.launch import ADD_BLOCK
 
-FLOAT = 4  # bytes of float32
+# Bytes of float32.
+FLOAT = 4
 
 
 class Launched(NamedTuple):
@@ -53,7 +54,8 @@ class _Sum:
 
     row: int = 0
     block: int = 0
-    products: int = 0  # FLOPs of one row
+    # FLOPs of one row.
+    products: int = 0
     mixes: int = 0
     tensors: dict[tuple, tuple[int, int]] = field(default_factory=dict)
 

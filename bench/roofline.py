@@ -25,7 +25,8 @@ from fusedmoe.speed.subjects import MAIN, SUBJECTS, Called, build
 
 ROWS = 4096
 MEGA = 1e6
-SOFTMAX = 4  # bytes of float32
+# Bytes of float32.
+SOFTMAX = 4
 ARCH = "sm_90"
 
 

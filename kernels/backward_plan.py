@@ -47,9 +47,11 @@ class _BackwardWriter:
         self.program: Program = plan.program
         self.writer = Writer(self.program)
         self.block, self.block_n = columns, block_n
-        self.dz: dict[tuple[int, str, int], int] = {}  # column of dz of a segment's expert, or of a unit's gate
+        # Column of dz of a segment's expert, or of a unit's gate.
+        self.dz: dict[tuple[int, str, int], int] = {}
         self.columns = 0
-        self.dw: dict[tuple[int, int], tuple[int, int, int]] = {}  # first row, tiles and distance of a unit's dw
+        # First row, tiles and distance of a unit's dw.
+        self.dw: dict[tuple[int, int], tuple[int, int, int]] = {}
         self.rows = 0
         self.written: set[Source] = set()
         for number, segment in enumerate(self.program.segments):

@@ -86,7 +86,8 @@ class Unit:
     column: int
     gate: Linear | None = None
     static: int = NOTHING
-    mixing: tuple[int, ...] = ()  # the column of each read's mixing weight among [B, mixing]; empty: it has none
+    # The column of each read's mixing weight among [B, mixing]; empty: it has none.
+    mixing: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,16 @@ class ForwardArguments(NamedTuple):
     p: Tensor  # [rows of the softmax, B], float32
     weights: Tensor  # [B, mixing], the mixing weights
     addresses: Tensor  # [P], int64, of the parameters
-    plan: Tensor  # int32
-    floats: Tensor  # float32
-    place: int  # of the launch's programs in the plan
+    # The plan: its integers, its floats, and where among the former the launch's programs are.
+    plan: Tensor
+    floats: Tensor
+    place: int
     B: int
-    x_row: int  # strides of x, in elements
+    # Strides of x, in elements.
+    x_row: int
     x_slot: int
-    mixing: int  # columns of the mixing weights
+    # Columns of the mixing weights.
+    mixing: int
 
 
 class RowsArguments(NamedTuple):
@@ -32,7 +35,8 @@ class RowsArguments(NamedTuple):
 
     x: Tensor
     buffers: Tensor
-    out: Tensor  # not read
+    # Not read.
+    out: Tensor
     p: Tensor
     dw: Tensor  # [rows of dw, B], float32: the mixing weights' gradients, in parts
     d_x: Tensor  # [B, S, D]
@@ -47,7 +51,8 @@ class RowsArguments(NamedTuple):
     B: int
     x_row: int
     x_slot: int
-    d_row: int  # strides of d_x
+    # Strides of d_x.
+    d_row: int
     d_slot: int
     dz_row: int
     mixing: int
@@ -58,7 +63,8 @@ class GradientsArguments(NamedTuple):
 
     x: Tensor
     buffers: Tensor
-    out: Tensor  # not read
+    # Not read.
+    out: Tensor
     dw: Tensor
     d_weights: Tensor
     dz: Tensor
@@ -70,7 +76,8 @@ class GradientsArguments(NamedTuple):
     x_slot: int
     dz_row: int
     mixing: int
-    total: int  # elements of all gradients
+    # Elements of all gradients.
+    total: int
 
 
 class SumArguments(NamedTuple):

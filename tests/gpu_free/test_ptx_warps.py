@@ -15,7 +15,8 @@ from .ptx import KernelFault
 from .ptx_matrix import added
 
 U32, F32 = np.uint32, np.float32
-LANE = [divmod(lane, 4) for lane in range(WARP)]  # (g, t) of lane 4 g + t
+# (g, t) of lane 4 g + t.
+LANE = [divmod(lane, 4) for lane in range(WARP)]
 
 
 def filled(values: np.ndarray) -> np.ndarray:
