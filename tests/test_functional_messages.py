@@ -40,7 +40,7 @@ BAD = {
     "x has another dtype": (
         {"x": torch.ones(2, 5).double()},
         TypeError,
-        r"experts\.0\.0\.weight: expected torch.float64, .*, got torch.float32",
+        r"^x: expected torch\.float32, the parameters' dtype, got torch\.float64$",
     ),
     "weights is None": (
         {"weights": None},
