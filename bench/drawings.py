@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from fusedmoe.families import adatt_sp, mmoe, ple
-from fusedmoe.table import Level, Table
+from fusedmoe.parts import Level
+from fusedmoe.table import Table
 
 PATH = Path(__file__).parent.parent / "docs/levels.png"
 DPI = 110
@@ -46,9 +47,9 @@ def box(panel: Axes, x: float, y: float, text: str, color: str) -> None:
 def draw(panel: Axes, table: Table, title: str, explained: bool = False) -> None:
     """Draw the first level of a table: slots below, experts, units above."""
     level: Level = table.levels[0]
-    slots, experts, units = places(table.slots), places(len(level.experts)), places(len(level.units))
+    slots, experts, units = places(table.inputs[0].slots), places(len(level.experts)), places(len(level.units))
     for e, expert in enumerate(level.experts):
-        panel.plot([slots[expert.slot], experts[e]], [SLOTS, EXPERTS], color="0.5", linewidth=1)
+        panel.plot([slots[expert.sources[0].index], experts[e]], [SLOTS, EXPERTS], color="0.5", linewidth=1)
     for u, unit in enumerate(level.units):
         own = unit.static.experts if unit.static else ()
         for e in unit.reads:
@@ -60,10 +61,14 @@ def draw(panel: Axes, table: Table, title: str, explained: bool = False) -> None
             )
         if unit.gate:
             panel.plot(
-                [slots[unit.gate.selector.index], units[u]], [SLOTS, UNITS], color="C2", linewidth=1, linestyle=":"
+                [slots[unit.gate.selectors[0][0].index], units[u]],
+                [SLOTS, UNITS],
+                color="C2",
+                linewidth=1,
+                linestyle=":",
             )
     for s, x in enumerate(slots):
-        box(panel, x, SLOTS, "x" if table.slots == 1 else f"slot {s}", "white")
+        box(panel, x, SLOTS, "x" if table.inputs[0].slots == 1 else f"slot {s}", "white")
     for e, x in enumerate(experts):
         box(panel, x, EXPERTS, f"expert {e}" if len(experts) < 4 else f"e{e}", "#fff2cc")
     for u, x in enumerate(units):

@@ -100,7 +100,7 @@ class Subject:
         self.network = Called(self.layer.module, self.layer.slots).to(DEVICE).train(cell.mode != "inference")
         # Drawn on the host: a capture that failed leaves the device's generator unusable.
         generator = torch.Generator().manual_seed(1)
-        shapes = (cell.rows, self.layer.table.width), (cell.rows, *self.layer.table.output)
+        shapes = (cell.rows, self.layer.table.inputs[0].width), (cell.rows, *self.layer.table.output)
         self.work = Work(*(torch.randn(shape, generator=generator).to(DEVICE, self.dtype) for shape in shapes))
 
     def call(self, network: nn.Module, work: Work | None = None) -> Call:

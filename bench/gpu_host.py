@@ -71,7 +71,7 @@ def given_of(name: str, rows: int, backend: str) -> Given:
     layer = build(SUBJECTS[name], torch.bfloat16)
     table = layer.table
     params = [p.detach().cuda().requires_grad_() for p in layer.params]
-    x = torch.randn(rows, table.slots, table.width).bfloat16().cuda().requires_grad_()
+    x = torch.randn(rows, table.inputs[0].slots, table.inputs[0].width).bfloat16().cuda().requires_grad_()
     return Given(backend, table, x, params, torch.ones(rows, *table.output).bfloat16().cuda())
 
 

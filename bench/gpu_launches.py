@@ -120,7 +120,7 @@ def each_once(program: Program, segments: Sequence[int], rows: int, size: int) -
     part = only(program, segments)
     linears = [linear for outer in part.linears for linear in _chain(outer)]
     sources = {source for linear in linears for source in linear.sources if source.segment not in segments}
-    columns = sum(source.width for source in sources if source.segment != X) + program.table.width * any(
+    columns = sum(source.width for source in sources if source.segment != X) + program.table.inputs[0].width * any(
         source.segment == X for source in sources
     )
     columns += sum(unit.width for segment in segments for unit in program.segments[segment].units)

@@ -176,7 +176,7 @@ def counted(layer: str, mode: str, rows: int, dtype: torch.dtype) -> Operators:
     """Run a layer in eager on the CPU and count, without views."""
     built = build(SUBJECTS[layer], dtype)
     network = Called(built.module, built.slots)
-    x = torch.zeros(rows, built.table.width, dtype=dtype, requires_grad=mode != "inference")
+    x = torch.zeros(rows, built.table.inputs[0].width, dtype=dtype, requires_grad=mode != "inference")
     if mode == "inference":
         with torch.no_grad(), Eager() as eager:
             network(x)

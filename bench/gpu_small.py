@@ -27,7 +27,7 @@ def check(backend: str) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for table in self_test.tables():
             for rows in ROWS:
-                shapes = [(rows, table.slots, table.width), *(p.shape for p in table.parameters)]
+                shapes = [(rows, table.inputs[0].slots, table.inputs[0].width), *(p.shape for p in table.parameters)]
                 x, *params = (
                     torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_() for shape in shapes
                 )

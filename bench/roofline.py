@@ -203,7 +203,7 @@ def case(name: str) -> Case:
     # `Called` expands [B, D] to the slots, as models do.
     program = of_one_slot(inline_hidden(layer.table))
     tiles = choose(program, torch.bfloat16, ROWS, ARCH)
-    x = torch.zeros(ROWS, layer.table.width, dtype=torch.bfloat16)
+    x = torch.zeros(ROWS, layer.table.inputs[0].width, dtype=torch.bfloat16)
     with torch.no_grad(), Eager() as eager:
         Called(layer.module, layer.slots)(x)
     counts = [count(program, tiles, ROWS, 2) for count in (traffic_of_operands, traffic)]

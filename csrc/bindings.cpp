@@ -46,9 +46,10 @@ struct Arguments {
     if (x.numel() > 0 && x.size(2) > 1 && x.stride(2) != 1) x = torch::stable::contiguous(x);
     const bool bf16 = x.scalar_type() == ScalarType::BFloat16;
     plan = plan_of(text, {save != save_nothing, x.stride(1) == 0 && x.size(1) > 1, save == save_least, bf16});
-    const fusedmoe::Table& table = plan->table;
-    STD_TORCH_CHECK(x.size(1) == table.slots && x.size(2) == table.width, "x: expected [B, ", table.slots, ", ",
-                    table.width, "], got ", shape_of(x.sizes()));
+    const fusedmoe::Graph& table = plan->graph;
+    const fusedmoe::graph::Input& given = table.inputs[0];
+    STD_TORCH_CHECK(x.size(1) == given.slots && x.size(2) == given.width, "x: expected [B, ", given.slots, ", ",
+                    given.width, "], got ", shape_of(x.sizes()));
     const size_t count = tensors.size();
     STD_TORCH_CHECK(count == table.shapes.size(), "params: expected ", table.shapes.size(), " tensors, got ", count);
     // Under autocast the input is cast, and the parameters stay in float32.
@@ -57,7 +58,7 @@ struct Arguments {
     bf16_weights.resize(bf16 ? count : 0);
     std::vector<bool> is_weight(bf16_weights.size());
     if (bf16)
-      for (const cpu::Linear* linear : plan->linears) is_weight[linear->weight] = true;
+      for (const cpu::Stage* linear : plan->linears) is_weight[linear->weight] = true;
     for (size_t i = 0; i < count; i++) {
       check(tensors[i], table.shapes[i], stored, "params", int64_t(i));
       const bool here = tensors[i].is_contiguous();
@@ -77,7 +78,7 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vector<Tensor>& params,
                                            const std::string& text, Save save, bool mixing) {
   Arguments<T> a(input, params, text, save);
-  const fusedmoe::Table& table = a.plan->table;
+  const fusedmoe::Graph& table = a.plan->graph;
   const int64_t rows = a.call.rows;
   Tensor out = torch::stable::new_empty(a.x, {rows, table.output[0], table.output[1]});
   const bool poison = save && fusedmoe::poisoning(a.x);
@@ -112,7 +113,7 @@ std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d
   T* state = static_cast<T*>(saved.data_ptr());
   const int64_t block = int64_t(state[block_at]);
   Arguments<T> a(input, params, text, state[recompute_at] != 0 ? save_least : save_all);
-  const fusedmoe::Table& table = a.plan->table;
+  const fusedmoe::Graph& table = a.plan->graph;
   const int64_t rows = a.call.rows;
   STD_TORCH_CHECK(saved.numel() == a.plan->saved * cpu::padded(rows) + header_size && block >= cpu::lane_multiple &&
                       block <= cpu::block_rows && (block & (block - 1)) == 0,
@@ -131,7 +132,7 @@ std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d
   };
   const bool poison = fusedmoe::poisoning(a.x);
   fusedmoe::Results like_x(a.x, a.x.scalar_type(), poison), like_params(a.x, a.stored, poison);
-  if (needs[0] == '1') a.call.d_x = result({rows, table.slots, table.width}, like_x);
+  if (needs[0] == '1') a.call.d_x = result({rows, a.x.size(1), a.x.size(2)}, like_x);
   for (size_t i = 0; i < count; i++) {
     STD_TORCH_CHECK(needs[i + 1] != '1' || table.live[i], "needs: no output depends on parameter ", i);
     if (needs[i + 1] == '1') grads[i] = result(table.shapes[i], like_params);
@@ -227,6 +228,8 @@ PYBIND11_MODULE(_C, m) {
         "Elements a row that forward saves for backward, or the least of them, for a backward that recomputes.");
   m.attr("LANE_MULTIPLE") = int64_t(cpu::lane_multiple);
   m.attr("HEADER_SIZE") = int64_t(header_size);
+  m.def("bind", &fusedmoe::bind,
+        "The handle of a table's text, which the operators of this process take in its place.");
   m.def("packed_size", &packed_size, "Numbers of the packed parameters of a frozen network.");
   m.def("fma_peak", &fma_peak,
         "GFLOP/s of independent fp32 multiply-adds on one core: the best of as many rounds as fit into `seconds`.");

@@ -31,7 +31,7 @@ Tensor empty_like(const Tensor& like, const std::vector<int64_t>& sizes) {
 
 template <class T>
 Tensor freeze(const std::vector<Tensor>& tensors, const Planned& planned) {
-  const auto& shapes = planned.plan->table.shapes;
+  const auto& shapes = planned.plan->graph.shapes;
   std::vector<Tensor> params;
   std::vector<const T*> pointers;
   for (size_t i = 0; i < tensors.size(); i++) {
@@ -45,7 +45,7 @@ Tensor freeze(const std::vector<Tensor>& tensors, const Planned& planned) {
 
 Tensor freeze_cpu(const std::vector<Tensor>& params, const std::string& table) {
   const auto planned = fusedmoe::planned(table, {});
-  const size_t expected = planned->plan->table.shapes.size();
+  const size_t expected = planned->plan->graph.shapes.size();
   STD_TORCH_CHECK(params.size() == expected && expected > 0, "params: expected ", expected, " tensors, got ",
                   params.size());
   check_dtype(params[0], "params");
@@ -63,9 +63,10 @@ Tensor run(const Tensor& input, const Tensor& packed, const std::string& text) {
   if (width > 1 && x.numel() > 0 && x.stride(dims - 1) != 1) x = torch::stable::contiguous(x);
   const int64_t slots = dims == 3 ? x.size(1) : 1, slot_stride = dims == 3 ? x.stride(1) : 0;
   const auto planned = fusedmoe::planned(text, {false, slot_stride == 0 && slots > 1});
-  const fusedmoe::Table& table = planned->plan->table;
+  const fusedmoe::Graph& table = planned->plan->graph;
+  const fusedmoe::graph::Input& given = table.inputs[0];
   const cpu::Packing& packing = planned->packing;
-  STD_TORCH_CHECK(slots == table.slots && width == table.width, "x: expected [B, ", table.slots, ", ", table.width,
+  STD_TORCH_CHECK(slots == given.slots && width == given.width, "x: expected [B, ", given.slots, ", ", given.width,
                   "], got ", shape_of(x.sizes()));
   STD_TORCH_CHECK(packed.scalar_type() == x.scalar_type(), "x: expected dtype ", packed.scalar_type(),
                   " of the frozen parameters, got ", x.scalar_type());

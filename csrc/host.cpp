@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <charconv>
 #include <exception>
 #include <mutex>
+#include <stdexcept>
 #include <unordered_map>
 
 namespace fusedmoe {
@@ -14,14 +16,44 @@ namespace {
 constexpr size_t plan_limit = 1024;
 constexpr int kinds = 16;
 
+// The texts that were bound, by their number, and the numbers by the texts.
+struct Bound {
+  std::mutex mutex;
+  std::vector<std::string> texts;
+  std::unordered_map<std::string, size_t> numbers;
+};
+Bound& bound() {
+  static Bound instance;
+  return instance;
+}
+constexpr char mark = '@';  // no text begins with it
+
+// The text of a handle; a text is its own.
+std::string text_of(const std::string& table) {
+  if (table.empty() || table[0] != mark) return table;
+  size_t number = 0;
+  auto [end, error] = std::from_chars(table.data() + 1, table.data() + table.size(), number);
+  std::lock_guard<std::mutex> lock(bound().mutex);
+  if (error != std::errc() || end != table.data() + table.size() || number >= bound().texts.size())
+    throw std::invalid_argument("table: expected an encoded table, or the handle of one that this process bound");
+  return bound().texts[number];
+}
+
 std::shared_ptr<const Planned> make_planned(const std::string& table, cpu::PlanKind kind) {
   auto result = std::make_shared<Planned>();
-  result->plan = cpu::make_plan(decode(table), kind);
+  result->plan = cpu::make_plan(decode(text_of(table)), kind);
   result->packing = cpu::make_packing(*result->plan);
   return result;
 }
 
 }  // namespace
+
+std::string bind(const std::string& table) {
+  std::lock_guard<std::mutex> lock(bound().mutex);
+  auto [at, fresh] = bound().numbers.try_emplace(table, bound().texts.size());
+  if (fresh) bound().texts.push_back(table);
+  return mark + std::to_string(at->second);
+}
 
 std::shared_ptr<const Planned> planned(const std::string& table, cpu::PlanKind kind) {
   struct Last {

@@ -17,7 +17,11 @@ struct Planned {
   cpu::Packing packing;
 };
 
-// The plan of a table; kept, so that a table is decoded once.
+// A short name for the text of a table, the same for equal texts, under which `planned` knows it in
+// this process from then on.
+std::string bind(const std::string& table);
+
+// The plan of a table, by its text or its handle. Plans are kept: a call decodes nothing.
 std::shared_ptr<const Planned> planned(const std::string& table, cpu::PlanKind kind);
 
 inline std::shared_ptr<const cpu::Plan> plan_of(const std::string& table, cpu::PlanKind kind) {

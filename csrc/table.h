@@ -1,5 +1,5 @@
-// A network as data, as fusedmoe/table.py defines it: what `decode` reads is the token stream that
-// fusedmoe/encoding.py writes.
+// A network as data: a table's graph, as fusedmoe/graph.py defines it and fusedmoe/encoding.py
+// writes it. Every parameter has its number there, and what some output depends on is marked.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -18,48 +18,67 @@ inline int64_t count_of(const std::vector<int64_t>& sizes) {
 // The names and their order are those of fusedmoe/activation.py.
 enum class Act { identity, relu, sigmoid, tanh, silu, gelu, gelu_tanh, leaky_relu, elu, softplus };
 
-// A layer knows the numbers of its parameters in the operator's list; bias -1 is none.
-struct Layer {
-  int64_t width = 0;
+namespace graph {
+
+// Columns first .. first + width of a slot of an input, a unit of a level below (`place`), or an
+// expert of the level that reads.
+enum class VectorKind { input, unit, expert };
+struct Vector {
+  VectorKind kind = VectorKind::input;
+  int place = 0, index = 0;
+  int64_t first = 0, width = 0;
+  bool whole = false, detached = false;
+};
+
+// dropout(act(head)); parameters by number, -1 is none. `slope` is PReLU's.
+enum class StageKind { copy, linear, norm };
+struct Stage {
+  StageKind kind = StageKind::copy;
+  int64_t k = 0, width = 0;
+  int weight = -1, bias = -1;
   Act act = Act::identity;
   double parameter = 0;
-  bool has_bias = false;
-  int64_t k = 0;
-  int weight = -1, bias = -1;
+  int slope = -1;
+  double eps = 0, dropout = 0;
+  int stream = -1;
+};
+
+struct Mlp {
+  std::vector<Vector> sources;
+  std::vector<Stage> stages;
+  int64_t width = 0;
 };
 
 struct Expert {
-  int slot = 0;
-  std::vector<Layer> layers;
-  bool live = false;
+  Mlp mlp;
+  bool computed = false, differentiated = false;
 };
 
-enum class SelectorKind { slot, root, expert };
-
-struct Selector {
-  SelectorKind kind = SelectorKind::slot;
-  int index = 0;
-};
-
-// `hidden` and, after it, the last linear, whose width is the number of experts seen.
+// Logits: of one of `mlps`, the parameter `free`, or query . keys; times `factor`.
 struct Gate {
-  Selector selector;
   std::vector<int> sees;
-  std::vector<Layer> layers;
+  std::vector<Mlp> mlps;
+  int free = -1;
+  std::vector<Vector> query;
+  std::vector<std::vector<Vector>> keys;
+  double factor = 1;
 };
 
+// Fixed weights, or elements of a parameter from `offset` on: one an expert, or one a column of it.
 struct Static {
   std::vector<int> experts;
-  std::vector<double> values;  // fixed weights; empty where they are learned
-  int parameter = -1;          // learned weights: elements offset.. of this parameter
+  std::vector<double> values;
+  int parameter = -1;
   int64_t offset = 0;
+  bool channels = false;
 };
 
 struct Unit {
   std::optional<Gate> gate;
   std::optional<Static> static_weights;
+  std::vector<int> product, reads;
   int64_t width = 0;
-  bool live = false;
+  bool computed = false, differentiated = false;
 };
 
 struct Level {
@@ -67,25 +86,24 @@ struct Level {
   std::vector<Unit> units;
 };
 
-struct Task {
-  std::vector<int> units;
-  std::vector<Layer> tower;
-};
-
-struct Table {
+struct Input {
   int64_t slots = 0, width = 0;
-  std::vector<Level> levels;
-  std::vector<Task> tasks;
-  int root = 0;
-  bool has_towers = false;
-  int64_t mixing = 0;                                                   // mixing weights of a row, all levels
-  std::vector<std::vector<int64_t>> shapes;                             // of the parameters, in the operator's order
-  std::vector<bool> live;                                               // of the parameters: some output depends on it
-  size_t first_static = 0;  // number of the first static tensor among the parameters
-  std::vector<int64_t> output;                                          // {T, width} with towers, {U, H} without
 };
 
-// Read a token stream; throws std::invalid_argument for text that `encode` did not write.
-Table decode(const std::string& text);
+}  // namespace graph
+
+struct Graph {
+  std::vector<graph::Input> inputs;
+  std::vector<graph::Level> levels;
+  std::vector<graph::Mlp> towers;
+  std::vector<std::vector<int64_t>> shapes;  // of the parameters, in the operator's order
+  std::vector<bool> live;                    // of the parameters: some output's gradient reaches it
+  std::vector<int64_t> output;               // {T, width} with towers, {U, H} without
+  int64_t mixing = 0;                        // mixing weights of a row, all levels
+};
+
+// Read the text of a table; throws std::invalid_argument for text that fusedmoe/codec.py did not
+// write.
+Graph decode(const std::string& text);
 
 }  // namespace fusedmoe

@@ -1,31 +1,75 @@
-"""A table as text: the tokens that the operator takes (`encoding.py`). C++ reads the same text."""
+"""A table as text: what the operator takes.
+
+The text is VERSION, the number of the table's tokens, these tokens, and those of its graph
+(`encoding.py`). Python reads the table, csrc/table.cpp the graph, which has every parameter's
+number and all that some output depends on.
+"""
 
 from __future__ import annotations
 
 import functools
 
+from fusedmoe.backends import EXTENSION
 from fusedmoe.encoding import read
-from fusedmoe.table import Table
+from fusedmoe.table import VERSION, Table
 
 
 def encode(table: Table) -> str:
-    """Return the token stream of a table. Raises: TypeError for anything else."""
+    """Return the text of a table. Raises: TypeError for anything else."""
     if not isinstance(table, Table):
         raise TypeError(f"table: expected a fusedmoe.Table, got {type(table).__name__}")
-    return table.text  # type: ignore[attr-defined]  # no field: it would be a token of itself
+    return table.text
+
+
+def handle(table: Table) -> str:
+    """Return a short name of a table, which the `cpu` operators of this process take for its text.
+
+    A call hands text over and compares it, and an encoded table has some kilobytes. Raises:
+    TypeError for anything else.
+    """
+    found = getattr(table, "handle", None)
+    if found is None:
+        found = encode(table) if EXTENSION is None else EXTENSION.bind(encode(table))
+        _BOUND[found] = table
+        object.__setattr__(table, "handle", found)
+    return found
+
+
+def decode(text: str) -> Table:
+    """Return the table that `encode` wrote, or of which `handle` made a name.
+
+    Raises: ValueError for text that is no table.
+    """
+    return _BOUND[text] if text in _BOUND else _decode(text)
+
+
+# Never emptied: a graph of autograd may hold a name alone.
+_BOUND: dict[str, Table] = {}
 
 
 @functools.lru_cache(maxsize=4096)
-def decode(text: str) -> Table:
-    """Return the table that `encode` wrote. Raises: ValueError for text that is no table."""
-    tokens = iter(text.split())
+def _decode(text: str) -> Table:
+    words = text.split()
+    if words[:2] != list(VERSION):
+        raise ValueError(f"table: expected an encoding that begins with {' '.join(VERSION)!r}, {_version_of(text)}")
+    tokens = iter(words[3:])
     try:
         table = read(Table, tokens)
     except (StopIteration, ValueError, TypeError) as error:
         raise ValueError(f"table: expected the words of an encoded table, got {text[:60]!r} ({error})") from None
-    if next(tokens, None) is not None:
-        raise ValueError(f"table: expected the words of an encoded table, got extra words after it in {text[:60]!r}")
+    if table.text != text:
+        raise ValueError(f"table: expected the words that encode this table, got others in {text[:60]!r}")
     return table
 
 
-__all__ = ["decode", "encode"]
+def _version_of(text: str) -> str:
+    """What a text of another format is."""
+    words = text.split()
+    if words[:1] == list(VERSION[:1]):
+        return f"got version {words[1] if len(words) > 1 else 'none'}"
+    if text.lstrip()[:1] == "{" or (words and all(word.lstrip("-").isdigit() for word in words[:2])):
+        return f"got a table of the first edition: {text[:60]!r}"
+    return f"got {text[:60]!r}"
+
+
+__all__ = ["decode", "encode", "handle"]

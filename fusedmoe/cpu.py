@@ -35,7 +35,7 @@ class _Network(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table: Table, save: int, mixing: bool, tasks_apart: bool, x: Tensor, *params: Tensor):
         with torch._C._AutoDispatchBelowAutograd():
-            out, weights, saved = torch.ops.fusedmoe.network_cpu(x, params, codec.encode(table), save, mixing)
+            out, weights, saved = torch.ops.fusedmoe.network_cpu(x, params, codec.handle(table), save, mixing)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, saved, *params)
         ctx.table, ctx.tasks_apart = table, tasks_apart
@@ -45,15 +45,16 @@ class _Network(torch.autograd.Function):
     def backward(ctx, *d_outputs):
         x, *_ = ctx.saved_tensors
         upstream = outputs.join(d_outputs, x, ctx.table, ctx.tasks_apart)
-        d_x, d_params = _gradients(ctx.saved_tensors, upstream, codec.encode(ctx.table), ctx.needs_input_grad[4:])
+        d_x, d_params = _gradients(ctx.saved_tensors, upstream, codec.handle(ctx.table), ctx.needs_input_grad[4:])
         return None, None, None, None, d_x, *d_params
 
 
 def run(x: Tensor, params: list[Tensor], table: Table, options: Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
     """Return the outputs, one or one a task, and each level's mixing weights."""
-    text, mixing = codec.encode(table), options.mixing
+    compiling, mixing = torch.compiler.is_compiling(), options.mixing
+    text = codec.encode(table) if compiling else codec.handle(table)
     save = SAVE_LEAST if options.recompute else SAVE_ALL
-    if torch.compiler.is_compiling():
+    if compiling:
         out, weights, _ = torch.ops.fusedmoe.network_cpu(
             x, params, text, save if needs_gradient(x, params) else SAVE_NOTHING, mixing
         )

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
-from fusedmoe.activation import IDENTITY, Activation
+from fusedmoe.activation import Activation
 from fusedmoe.activation import activation as activation_of
-from fusedmoe.table import Draft, Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit
+from fusedmoe.parts import Draft, Expert, Gate, Input, Level, Linear, Op, Source, Static, Task, Unit, from_slots, mlp
+from fusedmoe.table import Table
 from fusedmoe.validation import MOST_SLOTS, require_count_per_task, require_integer, require_sequence
 
 Arguments = ParamSpec("Arguments")
@@ -25,7 +26,7 @@ Network = TypeVar("Network", bound=Draft)
 
 def table_of(draft: Draft) -> Table:
     """Return the table that a draft has become. Raises: as `Table`."""
-    return Table(draft.slots, draft.width, draft.levels, draft.tasks, draft.statics, draft.root)
+    return Table(draft.inputs, draft.levels, draft.tasks, draft.shared)
 
 
 def family(draft: Callable[Arguments, Draft]) -> Callable[Arguments, Table]:
@@ -45,45 +46,54 @@ def draft_of(family: Callable[..., Table]) -> Callable[..., Draft]:
     return inspect.unwrap(family)
 
 
-def with_towers(table: Network, layers: tuple[Layer, ...], tasks: tuple[Task, ...] = ()) -> Network:
-    """Put one tower of these layers on each of `tasks`, the table's tasks, or one task per unit.
+def with_towers(table: Network, ops: tuple[Op, ...], tasks: tuple[Task, ...] = ()) -> Network:
+    """Put one tower of these ops on each of `tasks`, the table's tasks, or one task per unit.
 
-    Returns: a table with output [B, T, width of the last layer].
-    Raises: ValueError for no layers.
+    Returns: a table with output [B, T, width of the last op].
+    Raises: ValueError for no ops.
     """
-    if not layers:
-        raise ValueError("layers: expected at least one layer, got none")
-    tasks = tasks or table.tasks or tuple(Task((u,)) for u in range(len(table.levels[-1].units)))
-    return replace(table, tasks=tuple(replace(task, tower=tuple(layers)) for task in tasks))
+    if not ops:
+        raise ValueError("ops: expected at least one op, got none")
+    tasks = tasks or table.tasks or unit_tasks(table.levels[-1])
+    return replace(table, tasks=tuple(replace(task, tower=tuple(ops)) for task in tasks))
+
+
+def unit_tasks(level: Level) -> tuple[Task, ...]:
+    """One task for each unit of the last level."""
+    return tuple(Task(from_slots(u)) for u in range(len(level.units)))
 
 
 def share_input(table: Network) -> Network:
     """Return a table over x [B, 1, D] that computes what this one does when every slot holds the
     same x."""
 
+    def on_slot_0(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        return tuple(replace(source, index=0) if source.kind == "slot" else source for source in sources)
+
     def unit_on_slot_0(unit: Unit) -> Unit:
-        if unit.gate is None or unit.gate.selector.kind != "slot":
+        if not isinstance(unit.gate, Gate):
             return unit
-        return replace(unit, gate=replace(unit.gate, selector=Selector("slot", 0)))
+        return replace(unit, gate=replace(unit.gate, selectors=tuple(map(on_slot_0, unit.gate.selectors))))
 
     first = table.levels[0]
-    experts = tuple(replace(expert, slot=0) for expert in first.experts)
+    experts = tuple(replace(expert, sources=on_slot_0(expert.sources)) for expert in first.experts)
     level = Level(experts, tuple(map(unit_on_slot_0, first.units)))
-    return replace(table, slots=1, root=0, levels=(level, *table.levels[1:]))
+    inputs = (Input(1, table.inputs[0].width), *table.inputs[1:])
+    return replace(table, inputs=inputs, levels=(level, *table.levels[1:]))
 
 
 def finish(draft: Draft, kind: str | Activation, towers: Sequence[int], tasks: tuple[Task, ...] = ()) -> Draft:
     """Hand the units to these tasks or the draft's, under towers whose last layer is linear."""
-    layers = [Layer(width, activation_of(kind)) for width in require_sequence(towers, "towers")]
-    if not layers:
+    widths = require_sequence(towers, "towers")
+    if not widths:
         return replace(draft, tasks=tasks or draft.tasks)
-    return with_towers(draft, (*layers[:-1], replace(layers[-1], activation=IDENTITY)), tasks)
+    return with_towers(draft, (*mlp(widths[:-1], activation_of(kind)), Linear(widths[-1])), tasks)
 
 
 def experts_on(slots: Sequence[int], widths: Sequence[int], kind: str | Activation) -> tuple[Expert, ...]:
     """One expert per entry of `slots`, all with layers of these widths."""
-    layers = tuple(Layer(width, activation_of(kind)) for width in widths)
-    return tuple(Expert(slot, layers) for slot in slots)
+    ops = mlp(tuple(widths), activation_of(kind))
+    return tuple(Expert(from_slots(index), ops) for index in slots)
 
 
 def see_all(
@@ -95,7 +105,7 @@ def see_all(
 ) -> Level:
     """One unit per owner of experts, gated on its own slot over all experts."""
     every = tuple(range(sum(map(len, own))))
-    units = tuple(Unit(Gate(Selector("slot", u), every), static(level, u)) for u in range(len(own)))
+    units = tuple(Unit(Gate((from_slots(u),), every), static(level, u)) for u in range(len(own)))
     return Level(experts_on(owners(own), widths, kind), units)
 
 
@@ -111,7 +121,7 @@ def ones(experts: tuple[int, ...]) -> Static:
 
 def same_unit(num_tasks: int) -> tuple[Task, ...]:
     """Tasks that all read unit 0."""
-    return (Task((0,)),) * require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)
+    return (Task(from_slots(0)),) * require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)
 
 
 def counts_of(num_tasks: int, num_task_experts: int | Sequence[int], num_shared_experts: int) -> list[int]:

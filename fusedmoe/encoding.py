@@ -1,8 +1,9 @@
 """Dataclasses as text, tokens between spaces: the fields in order, depth first, by their types.
 
-A tuple is its length and its items. An optional value is 0, or 1 and the value. A boolean is 0 or
-1. A float is written so that it comes back exactly. `table.py` writes a table so; `codec.py` and
-`csrc/table.cpp` read it.
+The fields are those that the dataclass is made with. A tuple is its length and its items. What may
+be of several types is the name of its type, and then the value. A boolean is 0 or 1. A
+float is written so that it comes back exactly. `table.py` writes a table so; `codec.py` and
+csrc/table.cpp read it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 
 @functools.cache
 def fields(cls: Any) -> tuple[tuple[str, Any], ...]:
-    """(name, type) of each field."""
+    """(name, type) of each field that the dataclass is made with."""
     hints = typing.get_type_hints(cls)
-    return tuple((field.name, hints[field.name]) for field in dataclasses.fields(cls))
+    return tuple((field.name, hints[field.name]) for field in dataclasses.fields(cls) if field.init)
 
 
 def is_record(kind: Any) -> bool:
@@ -27,11 +28,10 @@ def is_record(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind)
 
 
-def inside_optional(kind: Any) -> Any:
-    """The type inside `kind | None`, or None if `kind` is not optional."""
-    if isinstance(kind, types.UnionType):
-        return next(arg for arg in typing.get_args(kind) if arg is not type(None))
-    return None
+def members(kind: Any) -> dict[str, Any]:
+    """The types of a union, by their names (`NoneType`, `tuple`); {} if `kind` is no union."""
+    found = typing.get_args(kind) if isinstance(kind, types.UnionType) else ()
+    return {(typing.get_origin(member) or member).__name__: member for member in found}
 
 
 def item_of(kind: Any) -> Any:
@@ -41,10 +41,11 @@ def item_of(kind: Any) -> Any:
 
 def write(value: Any, kind: Any, tokens: list[str]) -> None:
     """Append the tokens of `value`, which is of type `kind`."""
-    if inside_optional(kind) is not None:
-        tokens.append("0" if value is None else "1")
-        if value is not None:
-            write(value, inside_optional(kind), tokens)
+    if members(kind):
+        tokens.append(type(value).__name__)
+        write(value, members(kind)[type(value).__name__], tokens)
+    elif kind is type(None):
+        return
     elif item_of(kind) is not None:
         tokens.append(str(len(value)))
         for item in value:
@@ -55,13 +56,18 @@ def write(value: Any, kind: Any, tokens: list[str]) -> None:
     elif kind is bool:
         tokens.append(str(int(value)))
     else:
-        tokens.append(repr(value) if kind is float else str(value))
+        tokens.append(repr(float(value)) if kind is float else str(value))
 
 
 def read(kind: Any, tokens: Iterator[str]) -> Any:
     """Return the value of type `kind` at the head of `tokens`. Raises: ValueError for others."""
-    if inside_optional(kind) is not None:
-        return read(inside_optional(kind), tokens) if _flag(tokens) else None
+    if members(kind):
+        name = _token(tokens)
+        if name not in members(kind):
+            raise ValueError(f"expected one of {', '.join(members(kind))}, got {name!r}")
+        return read(members(kind)[name], tokens)
+    if kind is type(None):
+        return None
     if item_of(kind) is not None:
         return tuple(read(item_of(kind), tokens) for _ in range(_count(tokens)))
     if is_record(kind):

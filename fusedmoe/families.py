@@ -33,7 +33,8 @@ from fusedmoe.drafts import (
     share_input,
     without_shared_unit,
 )
-from fusedmoe.table import Draft, Gate, Layer, Level, Selector, Static, Table, Task, Unit
+from fusedmoe.parts import Draft, Gate, Input, Level, Source, Static, Task, Unit, from_slots, mlp
+from fusedmoe.table import Table
 from fusedmoe.validation import (
     MOST_SLOTS,
     Widths,
@@ -45,7 +46,7 @@ from fusedmoe.validation import (
     require_sequence,
 )
 
-ROOT = Selector("root")
+ROOT = ((Source("input"),),)
 
 
 @family
@@ -66,7 +67,7 @@ def single_task(
         experts_on([0] * len(tasks), require_one_level(expert_widths), activation),
         tuple(Unit(static=ones((t,))) for t in tasks),
     )
-    return finish(Draft(1, input_width, (level,)), activation, towers)
+    return finish(Draft((Input(1, input_width),), (level,)), activation, towers)
 
 
 @family
@@ -83,7 +84,7 @@ def shared_bottom(
     Source: MMoE, equation 1.
     """
     level = Level(experts_on([0], require_one_level(expert_widths), activation), (Unit(static=ones((0,))),))
-    return finish(Draft(1, input_width, (level,), same_unit(num_tasks)), activation, towers)
+    return finish(Draft((Input(1, input_width),), (level,), same_unit(num_tasks)), activation, towers)
 
 
 @family
@@ -160,11 +161,11 @@ def ml_mmoe(
     kind = activation_of(activation)
     stack = []
     for number, widths in enumerate(levels):
-        gate = Gate(ROOT, tuple(range(count)), tuple(Layer(width, kind) for width in hidden[number]))
+        gate = Gate(ROOT, tuple(range(count)), mlp(hidden[number], kind))
         units = require_integer(num_tasks if number == len(levels) - 1 else count, "num_tasks", 1, MOST_SLOTS)
         slots = range(count) if number else [0] * count
         stack.append(Level(experts_on(slots, widths, activation), (Unit(gate),) * units))
-    return finish(Draft(1, input_width, tuple(stack)), activation, towers)
+    return finish(Draft((Input(1, input_width),), tuple(stack)), activation, towers)
 
 
 @family
@@ -209,9 +210,11 @@ def ple(
     levels = require_level_widths(expert_widths)
     own = owned(counts_of(num_tasks, num_task_experts, num_shared_experts))
     sees = [*(mine + own[-1] for mine in own[:-1]), tuple(range(sum(map(len, own))))]
-    units = tuple(Unit(Gate(Selector("slot", u), seen)) for u, seen in enumerate(sees))
+    units = tuple(Unit(Gate((from_slots(u),), seen)) for u, seen in enumerate(sees))
     stack = tuple(Level(experts_on(owners(own), widths, activation), units) for widths in levels)
-    return finish(Draft(num_tasks + 1, input_width, without_shared_unit(stack, num_tasks)), activation, towers)
+    return finish(
+        Draft((Input(num_tasks + 1, input_width),), without_shared_unit(stack, num_tasks)), activation, towers
+    )
 
 
 @family
@@ -245,7 +248,7 @@ def adatt_sp(
 
     stack = tuple(see_all(own, level, widths, static, activation) for level, widths in enumerate(levels))
     statics = (shape,) * len(levels) if static_weights and set(counts) != {1} else ()
-    return finish(Draft(num_tasks, input_width, stack, statics=statics), activation, towers)
+    return finish(Draft((Input(num_tasks, input_width),), stack, shared=statics), activation, towers)
 
 
 @family
@@ -283,7 +286,9 @@ def adatt(
     shapes = (*((len(levels), m) for m in counts[:-1]), (len(levels) - 1, counts[-1]))
     statics = shapes if static_weights and set(counts) != {1} else ()
     return finish(
-        Draft(num_tasks + 1, input_width, without_shared_unit(stack, num_tasks), statics=statics), activation, towers
+        Draft((Input(num_tasks + 1, input_width),), without_shared_unit(stack, num_tasks), shared=statics),
+        activation,
+        towers,
     )
 
 
@@ -310,7 +315,9 @@ def cross_stitch(
         for level, widths in enumerate(levels)
     )
     return finish(
-        Draft(num_tasks, input_width, stack, statics=((num_tasks, num_tasks),) * len(levels)), activation, towers
+        Draft((Input(num_tasks, input_width),), stack, shared=((num_tasks, num_tasks),) * len(levels)),
+        activation,
+        towers,
     )
 
 
@@ -340,7 +347,7 @@ def asymmetric_sharing(
         require_indices(tasks, num_tasks, f"borrows, task {t}", "tasks", 1)
     if combine == "concat":
         draft = draft_of(single_task)(input_width, expert_widths, num_tasks, activation)
-        return finish(draft, activation, towers, tuple(Task(tasks) for tasks in sources))
+        return finish(draft, activation, towers, tuple(Task(from_slots(*tasks)) for tasks in sources))
     if combine not in ("sum", "mean"):
         raise ValueError(f"combine: expected one of sum, mean, concat, got {combine!r}")
     units = tuple(
@@ -348,7 +355,7 @@ def asymmetric_sharing(
         for tasks in sources
     )
     level = Level(experts_on([0] * num_tasks, require_one_level(expert_widths), activation), units)
-    return finish(Draft(1, input_width, (level,)), activation, towers)
+    return finish(Draft((Input(1, input_width),), (level,)), activation, towers)
 
 
 @family
@@ -366,7 +373,7 @@ def customized_sharing(
     """
     shared = require_integer(num_tasks, "num_tasks", 1, MOST_SLOTS)
     draft = draft_of(single_task)(input_width, expert_widths, shared + 1, activation)
-    return finish(draft, activation, towers, tuple(Task((t, shared)) for t in range(shared)))
+    return finish(draft, activation, towers, tuple(Task(from_slots(t, shared)) for t in range(shared)))
 
 
 FAMILIES: dict[str, Callable[..., Table]] = {

@@ -27,7 +27,8 @@ from fusedmoe.level_arguments import (
     static_of,
 )
 from fusedmoe.op import fusion_network
-from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Unit
+from fusedmoe.parts import Expert, Gate, Input, Level, Source, Static, Unit, from_slots, mlp
+from fusedmoe.table import Table
 from fusedmoe.tracing import constant
 
 __all__ = ["LevelShape", "fusion_level", "fusion_network", "mixing_weights"]
@@ -45,15 +46,16 @@ class LevelShape:
     Args:
         slots: the slot that each expert reads. Default: the first E / S experts read slot 0, the
             next slot 1 and so on, as in AdaTT; E must be a multiple of S.
-        selectors: the vector that the gate of each unit reads. Default (`None`, for one unit or for
-            all): slot 0 if x has one slot, otherwise slot u. Units without a gate take None only.
+        selectors: the vector that the gate of each unit reads, a "slot" or an "expert", whole.
+            Default (`None`, for one unit or for all): slot 0 if x has one slot, otherwise slot u.
+            Units without a gate take None only.
         activation: after every layer of every expert.
 
     Raises: TypeError, ValueError for anything else. Lists become tuples.
     """
 
     slots: tuple[int, ...] | None = None
-    selectors: tuple[Selector | None, ...] | None = None
+    selectors: tuple[Source | None, ...] | None = None
     activation: str | Activation = "relu"
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class LevelShape:
             object.__setattr__(self, "slots", indices_of(self.slots, "level.slots"))
         if self.selectors is not None:
             object.__setattr__(
-                self, "selectors", tuple(items_of(self.selectors, "level.selectors", "a tuple of Selector"))
+                self, "selectors", tuple(items_of(self.selectors, "level.selectors", "a tuple of Source"))
             )
             for u, selector in enumerate(self.selectors):
                 check_selector(selector, f"level.selectors, unit {u}")
@@ -82,7 +84,7 @@ def fusion_level(
     static: Statics | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Run one level: out[u] = sum_e (softmax_e(G[u] q[u] + c[u]) + v[u,e]) * MLP_e(x[slot(e)]).
+    """Run one level: out[u] = sum_e (softmax_e(G[u] q[u] + c[u]) + v[u,e]) * MLP_e(x[from_slots(e)]).
 
     A list may also be a tuple or an `nn.ParameterList`.
 
@@ -219,15 +221,10 @@ def _build(key: _Key) -> Table:
     name, parameter = key.activation
     kind = activation(name) if parameter is None else Activation(name, float.fromhex(parameter))
     experts = tuple(
-        Expert(slot, tuple(Layer(width, kind, key.bias) for width in widths))
-        for slot, widths in zip(reads, key.experts, strict=True)
+        Expert(from_slots(index), mlp(widths, kind, key.bias)) for index, widths in zip(reads, key.experts, strict=True)
     )
     units = tuple(Unit(_build_gate(key, u, selectors[u]), _build_static(key.statics[u])) for u in range(len(key.gates)))
-    table = Table(key.slots, key.width, (Level(experts, units),), statics=key.static_shapes)
-    # Dynamo cannot work out a cached property of a constant, only read it: these two work out all
-    # that the backends read.
-    _ = table.parameters, table.output
-    return table
+    return Table((Input(key.slots, key.width),), (Level(experts, units),), shared=key.static_shapes)
 
 
 def _build_gate(key: _Key, u: int, selector: tuple[str, int] | None) -> Gate | None:
@@ -236,15 +233,16 @@ def _build_gate(key: _Key, u: int, selector: tuple[str, int] | None) -> Gate | N
     if fields is None:
         if selector is not None:
             raise ValueError(
-                f"level.selectors, unit {u}: expected None, because the unit has no gate, got {Selector(*selector)}"
+                f"level.selectors, unit {u}: expected None, because the unit has no gate, got {Source(*selector)}"
             )
         return None
     if selector is None and 1 < key.slots <= u:
         raise ValueError(
-            f"level.selectors, unit {u}: expected a Selector, because x has no slot {u} but {key.slots} slots, got None"
+            f"level.selectors, unit {u}: expected a Source, because x has no slot {u} but {key.slots} slots, got None"
         )
     sees, bias = fields
-    return Gate(Selector(*(selector or ("slot", u if key.slots > 1 else 0))), sees, bias=bias)
+    source = Source(*(selector or ("slot", u if key.slots > 1 else 0)))
+    return Gate(((source,),), sees, bias=bias)
 
 
 def _build_static(fields: tuple | None) -> Static | None:

@@ -12,10 +12,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn import ParameterList
 
-from fusedmoe.table import SELECTORS, Selector
+from fusedmoe.parts import Source
 
 # What may stand where the docstrings say list.
 LISTS = (list, tuple, range, ParameterList)
+# What the gates of one level may read.
+SELECTORS = ("slot", "expert")
 # The fields of a `Static`: experts, values, tensor, offset.
 StaticKey = tuple[tuple[int, ...], tuple[str, ...] | None, int | None, int]
 
@@ -46,15 +48,17 @@ def indices_of(value: object, where: str) -> tuple[int, ...]:
 
 
 def check_selector(value: object, where: str) -> None:
-    """Raise TypeError unless `value` is None or a Selector; `Table` checks its index."""
+    """Raise TypeError unless `value` is None or a whole Source; `Table` checks its index."""
     if value is None:
         return
-    if not isinstance(value, Selector):
-        raise TypeError(f"{where}: expected a Selector or None, got {value!r}")
+    if not isinstance(value, Source):
+        raise TypeError(f"{where}: expected a Source or None, got {value!r}")
     if value.kind not in SELECTORS:
         raise ValueError(f"{where}: expected one of {', '.join(SELECTORS)}, got {value.kind!r}")
     if isinstance(value.index, bool) or not isinstance(value.index, int):
         raise TypeError(f"{where}: expected an integer as index, got {value.index!r}")
+    if value != Source(value.kind, value.index):
+        raise ValueError(f"{where}: expected a whole {value.kind} (`fusion_network` takes columns), got {value}")
 
 
 def experts_of(weights: Any, biases: Any) -> tuple[tuple[tuple[int, ...], ...], list[Tensor]]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -114,7 +115,7 @@ def _run_under_autocast(x: Tensor, params: list[Tensor], table: Table, options: 
 def _run(x: Tensor, params: list[Tensor], table: Table, options: Options, cast: bool = False) -> Any:
     """Run the backend that serves the call, outside of autocast; `cast` as in `check`."""
     slots = x if x.dim() == 3 else x.unsqueeze(1)
-    run = RUN[choose(options.backend, x.device, x.dtype)]
+    run = RUN[_serving(options.backend, x, table)]
     # Towers' outputs leave the operator one by one; those that may share units are taken apart
     # behind it.
     inside = options._replace(tasks_apart=options.tasks_apart and table.has_towers)
@@ -134,6 +135,22 @@ def _run(x: Tensor, params: list[Tensor], table: Table, options: Options, cast: 
         outs = per_task(out) if options.tasks_apart else [out]
     result = outs if options.tasks_apart else outs[0]
     return (result, weights) if options.mixing else result
+
+
+def _serving(backend: str, x: Tensor, table: Table) -> str:
+    """The backend that serves x and the table. "auto" passes over one that has no kernels for it."""
+    chosen = choose(backend, x.device, x.dtype)
+    lack = table.lacking[chosen]
+    if lack is None:
+        return chosen
+    if backend == "auto" and table.lacking["reference"] is None:
+        warnings.warn(f"backend auto: takes the reference, because {chosen} has no kernels for {lack}", stacklevel=3)
+        return "reference"
+    able = [name for name, reason in table.lacking.items() if reason is None]
+    raise RuntimeError(
+        f"backend {chosen}: expected a table that its kernels can run, got one with {lack}"
+        + (f"; able: {', '.join(able)}" if able else "")
+    )
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -30,10 +30,11 @@ def for_tasks(out: Tensor, table: Table) -> Tensor:
 
     Returns: `out` itself if the table has towers or no tasks.
     """
-    if table.has_towers or not table.tasks:
+    tasks = table.graph.tasks
+    if not tasks:
         return out
-    first = [task.units[0] for task in table.tasks]
-    shared = all(len(task.units) == 1 for task in table.tasks)
+    first = [read[0] for read in tasks]
+    shared = all(len(read) == 1 for read in tasks)
     if shared and first == list(range(out.shape[1])):
         return out
     if shared and out.shape[1] == 1:
@@ -41,7 +42,7 @@ def for_tasks(out: Tensor, table: Table) -> Tensor:
     # Not by a list of indices: where one comes twice, its backward adds in any order, and the
     # threads decide the last bit.
     units = out.unbind(1)
-    return torch.stack([torch.cat([units[u] for u in task.units], dim=-1) for task in table.tasks], dim=1)
+    return torch.stack([torch.cat([units[u] for u in read], dim=-1) for read in tasks], dim=1)
 
 
 @overload
@@ -155,24 +156,15 @@ def dependencies(table: Table, tasks: tuple[bool, ...], levels: tuple[bool, ...]
             tensor, which layers stack before they hand it out.
         levels: of which levels the mixing weights.
     """
-    reached = {f"towers.{t}" for t, wanted in enumerate(tasks) if wanted} if table.has_towers else set()
-    units = set(table.live[-1][0]) if any(tasks) else set()
-    root = False
-    for number, level in reversed(list(enumerate(table.levels))):
-        experts = {e for u in units for e in level.units[u].reads}
-        slots: set[int] = set()
-        for u in units | (table.live[number][0] if levels[number] else set()):
-            gate, static = level.units[u].gate, level.units[u].static
-            if static and static.tensor is not None and static.experts:
-                reached.add(f"statics.{static.tensor}")
-            if gate and gate.sees:
-                reached.add(f"levels.{number}.gates.{u}")
-                root = root or gate.selector.kind == "root"
-                {"slot": slots, "expert": experts}.get(gate.selector.kind, set()).add(gate.selector.index)
-        reached |= {f"levels.{number}.experts.{e}" for e in experts}
-        units = slots | {level.experts[e].slot for e in experts}
-    owners = (p.name.split(".") for p in table.parameters)
-    return (root or bool(units), *(".".join(words[: 4 if words[0] == "levels" else 2]) in reached for words in owners))
+    network = table.graph
+    starts = [node for node, wanted in zip(network.outputs, tasks, strict=bool(network.towers)) if wanted]
+    if any(tasks):
+        # Without towers one flag stands for all units.
+        starts += network.read_by_towers if network.towers else network.outputs
+    starts += [node for node in network.computed_weights if levels[node.place]]
+    nodes, parameters = network.reached(starts, detached=False)
+    on_x = any(node.kind == "input" for node in nodes)
+    return (on_x, *(i in parameters for i in range(len(table.parameters))))
 
 
 def needs_gradient(x: Tensor, params: Sequence[Tensor]) -> bool:

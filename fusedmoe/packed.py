@@ -49,11 +49,16 @@ def runner(table: Table) -> Callable[[Tensor, Tensor], Tensor]:
     of the dtype of the packed tensor; any strides. The function raises RuntimeError for anything
     else. What depends on the table alone is done here, not at every call.
     """
-    operator, table_text = torch.ops.fusedmoe.network_cpu_frozen.default, codec.encode(table)
-    if table.has_towers or [task.units for task in table.tasks] in ([], [(u,) for u in range(table.output[0])]):
+    operator, text, handle = torch.ops.fusedmoe.network_cpu_frozen.default, codec.encode(table), codec.handle(table)
+
+    def run(x: Tensor, packed: Tensor) -> Tensor:
+        # What is compiled may run in another process, which does not know the handle.
+        return operator(x, packed, text if torch.compiler.is_compiling() else handle)
+
+    if table.graph.tasks in ((), tuple((u,) for u in range(table.output[0]))):
         # What the operator returns is what callers see.
-        return lambda x, packed: operator(x, packed, table_text)
-    return lambda x, packed: for_tasks(operator(x, packed, table_text), table)
+        return run
+    return lambda x, packed: for_tasks(run(x, packed), table)
 
 
 def _fake_pack(params, table_text):

@@ -38,7 +38,8 @@ def require_indices(value: object, count: int, where: str, what: str, least: int
         raise ValueError(f"{where}: expected {form}, got {value!r}")
     for index in value:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < count:
-            raise ValueError(f"{where}: expected one of {count} {what} (0 to {count - 1}), got {index!r}")
+            numbers = f" (0 to {count - 1})" if count else ""
+            raise ValueError(f"{where}: expected one of {count} {what}{numbers}, got {index!r}")
     if len(set(value)) != len(value):
         raise ValueError(f"{where}: expected {form}, got {value!r}")
 
@@ -68,6 +69,9 @@ def require_level_widths(widths: Widths) -> list[tuple[int, ...]]:
     if not lists or not widths or not all(isinstance(level, Sequence) for level in widths):
         form = "one list of layer widths per level, as in [[256], [128]]"
         raise ValueError(f"expert_widths: expected {form}, got {widths!r}")
+    for number, level in enumerate(widths):
+        if not level:
+            raise ValueError(f"expert_widths, level {number}: expected at least one layer width, got none")
     return [tuple(level) for level in widths]
 
 

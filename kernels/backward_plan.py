@@ -7,11 +7,11 @@ import functools
 import itertools
 from dataclasses import dataclass
 
+from fusedmoe.graph import product
 from fusedmoe.kernels import layout
 from fusedmoe.kernels.layout import EXPERT_KIND, MATRIX_KIND, SOURCE_KIND, STATIC_KIND
 from fusedmoe.kernels.plan import Launch, Plan, Writer
 from fusedmoe.kernels.program import COLUMN, NOTHING, Linear, Program, Segment, Source, X, rounded_up
-from fusedmoe.table import product
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +148,9 @@ class _BackwardWriter:
                 selections.setdefault(unit.gate.sources[0], []).append((u, unit.gate))
         everything = [*uses, *(source for source in selections if source not in uses)]
         if number == 0:
-            slots = [Source(X, s, self.program.table.width) for s in range(self.program.table.slots)]
+            slots = [
+                Source(X, s, self.program.table.inputs[0].width) for s in range(self.program.table.inputs[0].slots)
+            ]
             everything += [slot for slot in slots if slot not in everything and slot not in self.written]
         tiles = []
         for source in everything:

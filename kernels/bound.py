@@ -221,7 +221,9 @@ class Backward(Bound):
     def needs(self, rows: int, chunk: int) -> int:
         """Bytes that a backward allocates, or nearly."""
         table, size = self.program.table, self.key.dtype.itemsize
-        return self.scratch(rows, -(-rows // chunk)).size + size * (self.total + rows * table.slots * table.width)
+        return self.scratch(rows, -(-rows // chunk)).size + size * (
+            self.total + rows * table.inputs[0].slots * table.inputs[0].width
+        )
 
 
 def call_fields(bound: Bound) -> dict[str, object]:
@@ -231,8 +233,8 @@ def call_fields(bound: Bound) -> dict[str, object]:
     return {
         "shapes": [p.shape for p in table.parameters],
         "output": table.output,
-        "slots": table.slots,
-        "width": table.width,
+        "slots": table.inputs[0].slots,
+        "width": table.inputs[0].width,
         "mixing": table.mixing,
         "size": bound.key.dtype.itemsize,
         "lanes": bound.lanes,
@@ -250,7 +252,7 @@ def program_of(key: Key) -> Program:
     """The segments that a forward runs: in training what the backward reads, and one slot where x's
     are one."""
     found = lowering.of_text(key.text, key.training)
-    return found if key.apart or found.table.slots == 1 else lowering.of_one_slot(found)
+    return found if key.apart or found.table.inputs[0].slots == 1 else lowering.of_one_slot(found)
 
 
 def _plan(program: Program, chosen: Tiles) -> Plan:
@@ -293,7 +295,11 @@ def check(x: Tensor, params: Sequence[Tensor], table: Table) -> None:
     """Raise ValueError unless the tensors are what the kernels may read: of the table's shapes, one
     dtype and one device. What is wrong says `checks.check`."""
     dtype, place = x.dtype, x.device
-    fits = x.dim() == 3 and tuple(x.shape[1:]) == (table.slots, table.width) and len(params) == len(table.parameters)
+    fits = (
+        x.dim() == 3
+        and tuple(x.shape[1:]) == (table.inputs[0].slots, table.inputs[0].width)
+        and len(params) == len(table.parameters)
+    )
     if not fits or any(
         p.shape != expect.shape or p.dtype is not dtype or p.device != place
         for p, expect in zip(params, table.parameters, strict=True)

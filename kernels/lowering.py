@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import replace
 
 from fusedmoe import codec
-from fusedmoe.activation import IDENTITY
-from fusedmoe.kernels.program import (
-    COLUMN,
-    MOST_COLUMNS,
-    NOTHING,
-    Linear,
-    Program,
-    Read,
-    Segment,
-    Source,
-    Unit,
-    X,
-    rounded_up,
-)
-from fusedmoe.table import Layer, Level, Table
-from fusedmoe.table import Unit as TableUnit
+from fusedmoe.graph import NOTHING, Graph, Level, Mlp, Node, Stage, node_of
+from fusedmoe.graph import Unit as GraphUnit
+from fusedmoe.kernels.program import COLUMN, MOST_COLUMNS, Linear, Program, Read, Segment, Source, Unit, X, rounded_up
+from fusedmoe.table import Table
 
 
 def lower(table: Table) -> Program:
@@ -103,6 +90,8 @@ def _inlined(linear: Linear, linears: dict[Source, Linear]) -> Linear:
 @functools.lru_cache(maxsize=256)
 def _lowered(text: str) -> Program:
     table = codec.decode(text)
+    if table.lacking["triton"]:
+        raise ValueError(f"table: expected one that the GPU backends can run, got one with {table.lacking['triton']}")
     for parameter in table.parameters:
         if max(parameter.shape, default=0) > MOST_COLUMNS and parameter.name.endswith("weight"):
             raise ValueError(
@@ -110,7 +99,7 @@ def _lowered(text: str) -> Program:
                 f"{max(parameter.shape)}; "
                 'use backend="reference" for this network'
             )
-    return Program(table, tuple(_Lowering(table).segments()))
+    return Program(table, tuple(_Lowering(table.graph).segments()))
 
 
 class _Front:
@@ -143,105 +132,83 @@ def _handing_on(name: str, level: int, linears: list[Linear]) -> Segment:
 
 
 class _Lowering:
-    """One walk over a table, numbering parameters as it goes."""
+    """One walk over a graph."""
 
-    def __init__(self, table: Table):
-        self.table = table
-        self.numbers = itertools.count()
-        self.statics = sum(not p.name.startswith("statics.") for p in table.parameters)
+    def __init__(self, graph: Graph):
+        self.graph = graph
         self.done: list[Segment] = []
-        self.slots = [Source(X, s, table.width) for s in range(table.slots)]
-        self.root = self.slots[table.root]
+        # What stands where: of an expert of the level that is lowered, also how many segments in
+        # front of the level's own have to be done before it can be read.
+        self.standing: dict[Node, Source] = {
+            Node("input", 0, s): Source(X, s, graph.inputs[0].width) for s in range(graph.inputs[0].slots)
+        }
+        self.depths: dict[Node, int] = {}
         self.mixing = 0
 
     def segments(self) -> list[Segment]:
-        for number, level in enumerate(self.table.levels):
+        for number, level in enumerate(self.graph.levels):
             self.level(number, level)
-        if self.table.has_towers:
+        if self.graph.towers:
             self.towers()
         return self.done
 
-    def parameters(self, layers: tuple[Layer, ...]) -> list[tuple[Layer, int, int]]:
-        """Each layer with the numbers of its weight and bias."""
-        return [(layer, next(self.numbers), next(self.numbers) if layer.bias else NOTHING) for layer in layers]
-
     def level(self, number: int, level: Level) -> None:
-        live_units, live_experts = self.table.live[number]
-        mlps = [self.parameters(expert.layers) for expert in level.experts]
-        gates = [
-            self.parameters((*u.gate.hidden, Layer(len(u.gate.sees), IDENTITY, u.gate.bias))) if u.gate else []
-            for u in level.units
-        ]
-        selected = {
-            u.gate.selector.index
-            for i, u in enumerate(level.units)
-            if i in live_units and _has_gate(u) and u.gate.selector.kind == "expert"
-        }
         front = _Front(len(self.done))
-        linears, outputs = {}, {}
-        for e in sorted(live_experts):
-            depth, last = self.mlp(front, 0, mlps[e], (self.slots[level.experts[e].slot],))
-            if e in selected:
-                outputs[e] = depth + 1, front.place(depth, last)
-                last = Linear((outputs[e][1],), last.width)
+        read = _read_experts(level)
+        linears = {}
+        for e, expert in enumerate(level.experts):
+            if not expert.computed:
+                continue
+            depth, last = self.mlp(front, number, expert.mlp)
+            if e in read:
+                node = Node("expert", number, e)
+                self.standing[node], self.depths[node] = front.place(depth, last), depth + 1
+                last = Linear((self.standing[node],), last.width)
             linears[e] = last
         places = {e: i for i, e in enumerate(linears)}
-        last_level = number + 1 == len(self.table.levels) and not self.table.has_towers
-        units, slots, column = [], [Source(X, 0, 0)] * len(level.units), 0
-        for u in sorted(live_units):
-            unit = level.units[u]
-            gate = None
-            if _has_gate(unit):
-                depth, source = (
-                    outputs[unit.gate.selector.index]
-                    if unit.gate.selector.kind == "expert"
-                    else (0, self.selected(unit))
-                )
-                gate = self.mlp(front, depth, gates[u], (source,))[1]
-            width = self.table.widths[number + 1][u]
-            units.append(self.unit(unit, gate, width, column, places, u * len(level.experts)))
-            slots[u] = Source(NOTHING, column, width)
-            column += width if last_level else rounded_up(width, COLUMN)
+        last_level = number + 1 == len(self.graph.levels) and not self.graph.towers
+        units, columns, column = [], {}, 0
+        for u, unit in enumerate(level.units):
+            if not unit.computed:
+                continue
+            gate = self.mlp(front, number, unit.gate.mlps[0])[1] if unit.gate and unit.gate.sees else None
+            units.append(self.unit(unit, gate, column, places, u * len(level.experts)))
+            columns[u] = column
+            column += unit.width if last_level else rounded_up(unit.width, COLUMN)
         self.done += front.segments(f"level {number}", number)
-        self.slots = [slot._replace(segment=len(self.done)) for slot in slots]
+        for u, first in columns.items():
+            self.standing[Node("unit", number, u)] = Source(len(self.done), first, level.units[u].width)
         self.done.append(Segment(f"level {number}", number, tuple(linears.values()), tuple(units), column))
         self.mixing += len(level.units) * len(level.experts)
 
-    def mlp(
-        self, front: _Front, depth: int, layers: list[tuple[Layer, int, int]], sources: tuple[Source, ...]
-    ) -> tuple[int, Linear]:
-        """Place all layers but the last in front; return the depth of the last one, and that linear."""
-        for layer, weight, bias in layers[:-1]:
-            sources = (front.place(depth, Linear(sources, layer.width, weight, bias, layer.activation)),)
+    def mlp(self, front: _Front, level: int, mlp: Mlp) -> tuple[int, Linear]:
+        """Place all stages but the last in front; return the depth of the last one, and its linear."""
+        nodes = [node_of(vector, level) for vector in mlp.sources]
+        sources = tuple(self.standing[node] for node in nodes)
+        depth = max(self.depths.get(node, 0) for node in nodes)
+        for stage in mlp.stages[:-1]:
+            sources = (front.place(depth, _linear(sources, stage)),)
             depth += 1
-        layer, weight, bias = layers[-1]
-        return depth, Linear(sources, layer.width, weight, bias, layer.activation)
+        if not mlp.stages:
+            return depth, Linear(sources, mlp.width)
+        return depth, _linear(sources, mlp.stages[-1])
 
-    def selected(self, unit: TableUnit) -> Source:
-        """The slot, or the root, that a gate reads."""
-        return self.root if unit.gate.selector.kind == "root" else self.slots[unit.gate.selector.index]
-
-    def unit(
-        self, unit: TableUnit, gate: Linear | None, width: int, column: int, places: dict[int, int], first: int
-    ) -> Unit:
+    def unit(self, unit: GraphUnit, gate: Linear | None, column: int, places: dict[int, int], first: int) -> Unit:
         static = unit.static
         value = dict(zip(static.experts, static.values, strict=True)) if static and static.values else {}
-        element = (
-            {e: static.offset + j for j, e in enumerate(static.experts)} if static and static.tensor is not None else {}
-        )
-        seen = {e: j for j, e in enumerate(unit.gate.sees)} if gate else {}
+        learned = static is not None and static.parameter != NOTHING
+        element = {e: static.offset + j for j, e in enumerate(static.experts)} if static and learned else {}
+        seen = {e: j for j, e in enumerate(unit.gate.sees)} if gate and unit.gate else {}
         reads = tuple(
             Read(places[e], seen.get(e, NOTHING), value.get(e, 0.0), element.get(e, NOTHING)) for e in unit.reads
         )
-        tensor = self.statics + static.tensor if element else NOTHING
-        return Unit(reads, width, column, gate, tensor, tuple(self.mixing + first + e for e in unit.reads))
+        tensor = static.parameter if static and element else NOTHING
+        return Unit(reads, unit.width, column, gate, tensor, tuple(self.mixing + first + e for e in unit.reads))
 
     def towers(self) -> None:
-        front, linears = _Front(len(self.done)), []
-        for task in self.table.tasks:
-            sources = tuple(self.slots[u] for u in task.units)
-            linears.append(self.mlp(front, 0, self.parameters(task.tower), sources)[1])
-        level = len(self.table.levels)
+        level = len(self.graph.levels)
+        front = _Front(len(self.done))
+        linears = [self.mlp(front, level, tower)[1] for tower in self.graph.towers]
         self.done += front.segments("towers", level)
         width = linears[0].width
         last = _handing_on("towers", level, linears)
@@ -254,5 +221,12 @@ class _Lowering:
         )
 
 
-def _has_gate(unit: TableUnit) -> bool:
-    return unit.gate is not None and bool(unit.gate.sees)
+def _linear(sources: tuple[Source, ...], stage: Stage) -> Linear:
+    return Linear(sources, stage.width, stage.weight, stage.bias, stage.activation)
+
+
+def _read_experts(level: Level) -> set[int]:
+    """The experts that gates and other experts of this level read."""
+    mlps = [unit.gate.mlps[0] for unit in level.units if unit.computed and unit.gate and unit.gate.sees]
+    mlps += [expert.mlp for expert in level.experts if expert.computed]
+    return {vector.index for mlp in mlps for vector in mlp.sources if vector.kind == "expert"}

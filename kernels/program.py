@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fusedmoe.activation import IDENTITY, Activation
-from fusedmoe.table import Table, product
+from fusedmoe.graph import NOTHING, product
+from fusedmoe.table import Table
 
 # Columns of a segment's buffer begin at a multiple of this many numbers: 32 bytes of bfloat16, and
 # any vector load.
@@ -26,7 +27,6 @@ COLUMN = 16
 # What the kernels' 32-bit offsets inside a tile reach.
 MOST_COLUMNS = 65536
 X = -1
-NOTHING = -1
 
 
 def rounded_up(n: int, multiple: int) -> int:
@@ -157,7 +157,7 @@ class Program:
         linears = [*self.linears, *(linear.hidden for linear in self.linears if linear.hidden)]
         return tuple(
             {
-                self.table.width,
+                self.table.inputs[0].width,
                 *(
                     size
                     for linear in linears

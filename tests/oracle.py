@@ -56,63 +56,112 @@ def combine(weights, vectors):
 def network(table, values, row):
     """One row through a table. `values`: parameter name -> nested lists; row [S][D]. Returns (out,
     w per level as [U][E])."""
-    slots = [list(slot) for slot in row]
-    root = slots[table.root]
-    weights = []
+    below, weights = [[list(slot) for slot in row]], []  # the slots of each level
     for number, level in enumerate(table.levels):
-        y = [
-            mlp(_layers(values, f"levels.{number}.experts.{e}", expert.layers), slots[expert.slot])
-            for e, expert in enumerate(level.experts)
-        ]
-        w = [_unit_weights(values, table, number, u, unit, slots, root, y) for u, unit in enumerate(level.units)]
+        y = []
+        for e, expert in enumerate(level.experts):
+            h = _read(expert.sources, below, row, y)
+            y.append(_ops(values, f"levels.{number}.experts.{e}", expert.ops, h))
+        w = [_unit_weights(values, number, u, unit, below, row, y) for u, unit in enumerate(level.units)]
         units = []
         for u, unit in enumerate(level.units):
             reads = sorted(set(unit.gate.sees if unit.gate else ()) | set(unit.static.experts if unit.static else ()))
-            units.append(
-                combine([w[u][e] for e in reads], [y[e] for e in reads])
-                if reads
-                else [0.0] * table.widths[number + 1][u]
-            )
+            out = combine([w[u][e] for e in reads], [y[e] for e in reads]) if reads else [0.0] * len(y[0])
+            if unit.product is not None:
+                a, b = unit.product
+                out = [p * q for p, q in zip(y[a], y[b], strict=True)]
+            units.append(_with_channels(values, unit.static, y, out))
         weights.append(w)
-        slots = units
+        below.append(units)
     if any(task.tower for task in table.tasks):
-        joined = [[value for u in task.units for value in slots[u]] for task in table.tasks]
         return [
-            mlp(_layers(values, f"towers.{t}", task.tower), joined[t]) for t, task in enumerate(table.tasks)
+            _ops(values, f"towers.{t}", task.tower, _read(task.sources, below, row, []))
+            for t, task in enumerate(table.tasks)
         ], weights
-    return slots, weights
+    return below[-1], weights
 
 
-def _layers(values, where, layers):
-    return [
-        (
-            values[f"{where}.{j}.weight"],
-            values[f"{where}.{j}.bias"] if layer.bias else None,
-            layer.activation.name,
-            layer.activation.parameter,
-        )
-        for j, layer in enumerate(layers)
-    ]
+def _read(sources, below, row, y):
+    """The concatenation of sources. `below`: the slots of each level so far, those of this one last."""
+    joined = []
+    for source in sources:
+        if source.kind == "slot":
+            vector = below[-1][source.index]
+        elif source.kind == "input":
+            vector = row[source.index]
+        else:
+            vector = y[source.index] if source.kind == "expert" else below[source.place + 1][source.index]
+        joined += vector[source.first :][: source.width]
+    return joined
 
 
-def _unit_weights(values, table, number, u, unit, slots, root, y):
+def _ops(values, where, ops, h):
+    """Ops one after another; parameters are numbered by the ops that have some."""
+    number = 0
+    for op in ops:
+        kind, name = type(op).__name__, f"{where}.{number}"
+        if kind == "Activation":
+            h = [ACTIVATIONS[op.name](z, op.parameter) for z in h]
+            continue
+        number += 1
+        if kind == "Linear":
+            weight = values[f"{name}.weight" if op.shared is None else f"shared.{op.shared}"]
+            bias = values[f"{name}.bias" if op.shared_bias is None else f"shared.{op.shared_bias}"] if op.bias else None
+            h = linear(weight, bias, h)
+        elif kind == "PReLU":
+            slopes = values[f"{name}.weight"]
+            h = [z if z > 0 else slopes[n if op.channels else 0] * z for n, z in enumerate(h)]
+        else:
+            h = _layer_norm(op, values, name, h)
+    return h
+
+
+def _layer_norm(op, values, name, h):
+    mean = sum(h) / len(h)
+    deviation = math.sqrt(sum((z - mean) ** 2 for z in h) / len(h) + op.eps)
+    h = [(z - mean) / deviation for z in h]
+    if op.affine:
+        h = [gamma * z for gamma, z in zip(values[f"{name}.weight"], h, strict=True)]
+    return [z + beta for beta, z in zip(values[f"{name}.bias"], h, strict=True)] if op.affine and op.bias else h
+
+
+def _with_channels(values, static, y, out):
+    """`out` with the experts that have one static weight a column."""
+    if static is None or not static.channels:
+        return out
+    flat = _flat(values[f"shared.{static.tensor}"])[static.offset :]
+    for i, e in enumerate(static.experts):
+        out = [z + flat[i * len(out) + n] * y[e][n] for n, z in enumerate(out)]
+    return out
+
+
+def _unit_weights(values, number, u, unit, below, row, y):
     """w[u] over all experts of the level: softmax over those seen, plus the static weights."""
     w = [0.0] * len(y)
     if unit.gate is not None and unit.gate.sees:
-        selector = {"slot": slots, "root": [root], "expert": y}[unit.gate.selector.kind][unit.gate.selector.index]
-        where = f"levels.{number}.gates.{u}"
-        hidden = mlp(_layers(values, f"{where}.hidden", unit.gate.hidden), selector)
-        logits = linear(values[f"{where}.weight"], values[f"{where}.bias"] if unit.gate.bias else None, hidden)
+        logits = _logits(values, f"levels.{number}.gates.{u}", unit.gate, below, row, y)
         for e, p in zip(unit.gate.sees, softmax(logits), strict=True):
             w[e] += p
-    if unit.static is not None:
+    if unit.static is not None and not unit.static.channels:
         for i, e in enumerate(unit.static.experts):
             w[e] += (
                 unit.static.values[i]
                 if unit.static.values is not None
-                else _flat(values[f"statics.{unit.static.tensor}"])[unit.static.offset + i]
+                else _flat(values[f"shared.{unit.static.tensor}"])[unit.static.offset + i]
             )
     return w
+
+
+def _logits(values, where, gate, below, row, y):
+    """What a gate's softmax is taken of."""
+    if type(gate).__name__ == "Attention":
+        query = _read(gate.query, below, row, y)
+        return [gate.scale * dot(query, _read(key, below, row, y)) for key in gate.keys]
+    if not gate.selectors:
+        return [z / gate.temperature for z in values[f"{where}.bias"]]
+    hidden = _ops(values, f"{where}.hidden", gate.hidden, _read(gate.selectors[0], below, row, y))
+    logits = linear(values[f"{where}.weight"], values[f"{where}.bias"] if gate.bias else None, hidden)
+    return [z / gate.temperature for z in logits]
 
 
 def _flat(nested):

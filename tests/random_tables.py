@@ -1,12 +1,11 @@
 """Random tables for hypothesis, and random numbers for a table."""
 
-from dataclasses import replace
-
 import hypothesis.strategies as st
 import torch
 
 from fusedmoe.activation import DEFAULT_PARAMETER, activation
-from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit
+from fusedmoe.parts import Expert, Gate, Input, Level, Linear, Source, Static, Task, Unit
+from fusedmoe.table import Table
 from fusedmoe.testing import KINKED, Problem, randomise
 
 NARROW = st.integers(1, 9)
@@ -16,26 +15,29 @@ LEARNED = (3, 4)
 
 @st.composite
 def layers(draw, widths, width=None, most: int = 3):
-    """1 to `most` layers, the last of a given width."""
-    result = draw(
-        st.lists(
-            st.builds(Layer, widths, st.sampled_from(SMOOTH).map(activation), st.booleans()), min_size=1, max_size=most
-        )
-    )
-    return (*result[:-1], replace(result[-1], width=width)) if width else tuple(result)
+    """1 to `most` linear maps, each with an activation or none, the last of a given width."""
+    count = draw(st.integers(1, most))
+    ops = []
+    for j in range(count):
+        ops.append(Linear(width if width and j == count - 1 else draw(widths), draw(st.booleans())))
+        ops.append(activation(draw(st.sampled_from(SMOOTH))))
+    return tuple(ops)
 
 
 def subset(count: int, least: int = 0):
     return st.lists(st.integers(0, count - 1), unique=True, min_size=least, max_size=count).map(tuple)
 
 
+def whole_slots(count: int):
+    return subset(count, 1).map(lambda indices: tuple(Source("slot", index) for index in indices))
+
+
 @st.composite
-def gates(draw, widths, slots: int, experts: int):
-    kind = draw(st.sampled_from(["slot", "root", "expert"]))
-    index = draw(st.integers(0, {"slot": slots, "root": 1, "expert": experts}[kind] - 1))
-    return Gate(
-        Selector(kind, index), draw(subset(experts)), draw(st.just(()) | layers(widths, most=2)), draw(st.booleans())
-    )
+def gates(draw, widths, inputs: int, slots: int, experts: int):
+    kind = draw(st.sampled_from(["slot", "input", "expert"]))
+    index = draw(st.integers(0, {"slot": slots, "input": inputs, "expert": experts}[kind] - 1))
+    selectors = ((Source(kind, index),),)
+    return Gate(selectors, draw(subset(experts)), draw(st.just(()) | layers(widths, most=2)), draw(st.booleans()))
 
 
 @st.composite
@@ -55,23 +57,26 @@ def tables(draw, widths=NARROW, levels: int = 3):
     for _ in range(draw(st.integers(1, levels))):
         width = draw(widths)
         experts = tuple(
-            Expert(slot, draw(layers(widths, width)))
-            for slot in draw(st.lists(st.integers(0, slots - 1), min_size=1, max_size=4))
+            Expert((Source("slot", index),), draw(layers(widths, width)))
+            for index in draw(st.lists(st.integers(0, slots - 1), min_size=1, max_size=4))
         )
-        unit = st.builds(Unit, st.none() | gates(widths, slots, len(experts)), st.none() | statics(len(experts)))
+        unit = st.builds(
+            Unit, st.none() | gates(widths, inputs, slots, len(experts)), st.none() | statics(len(experts))
+        )
         built.append(Level(experts, tuple(draw(st.lists(unit, min_size=1, max_size=3)))))
         slots = len(built[-1].units)
     width = draw(widths)
     tasks = draw(
         st.just(())
-        | st.lists(st.builds(Task, subset(slots, 1), layers(widths, width, 2)), min_size=1, max_size=2).map(tuple)
+        | st.lists(st.builds(Task, whole_slots(slots), layers(widths, width, 2)), min_size=1, max_size=2).map(tuple)
     )
-    return Table(inputs, draw(widths), tuple(built), tasks, (LEARNED,), draw(st.integers(0, inputs - 1)))
+    return Table((Input(inputs, draw(widths)),), tuple(built), tasks, (LEARNED,))
 
 
 def start(table: Table, rows: int = 5, dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:
     """Random numbers for a table, four seeds of them from 4 x `seed` on."""
-    x, d_out = torch.empty(rows, table.slots, table.width, dtype=dtype), torch.empty(rows, *table.output, dtype=dtype)
+    (given,) = table.inputs
+    x, d_out = torch.empty(rows, given.slots, given.width, dtype=dtype), torch.empty(rows, *table.output, dtype=dtype)
     params = tuple(torch.empty(p.shape, dtype=dtype) for p in table.parameters)
     d_weights = tuple(torch.empty(rows, len(level.units), len(level.experts), dtype=dtype) for level in table.levels)
     for offset, tensors in enumerate(([x], params, [d_out], d_weights)):

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from fusedmoe import _C
 from fusedmoe.activation import DEFAULT_PARAMETER, activation
 from fusedmoe.op import fusion_network
-from fusedmoe.table import Expert, Layer, Level, Static, Table, Unit
+from fusedmoe.parts import Expert, Input, Level, Linear, Static, Unit, from_slots, mlp
+from fusedmoe.table import Table
 from fusedmoe.testing import Problem, assert_parity, bound, eager, error, evaluate
 
 from .random_tables import decided, start, tables
@@ -44,8 +45,8 @@ def check(table, dtype, rows, factor, seed) -> None:
 def alone(kind: str, z: torch.Tensor) -> Problem:
     """A network that is one activation, on the numbers z [B]: one expert of width 1 under a static
     weight of 1."""
-    expert = Expert(0, (Layer(1, activation(kind), bias=False),))
-    table = Table(1, 1, (Level((expert,), (Unit(static=Static((0,), (1.0,))),)),), (), (), 0)
+    expert = Expert(from_slots(0), mlp((1,), activation(kind), bias=False))
+    table = Table((Input(1, 1),), (Level((expert,), (Unit(static=Static((0,), (1.0,))),)),))
     z = z[:, None, None]
     return Problem(table, z, (torch.ones(1, 1),), torch.ones_like(z), (torch.zeros_like(z),))
 
@@ -80,14 +81,8 @@ def test_activations_pass_what_is_not_a_number(kind, backend):
 def equal_rows(rows: int, width: int, seed: int) -> Problem:
     """One linear map of an x of one number; every row of x and of the upstream gradient is the
     same, so that no rounding error makes up for another."""
-    table = Table(
-        1,
-        1,
-        (Level((Expert(0, (Layer(width, activation("identity")),)),), (Unit(static=Static((0,), (1.0,))),)),),
-        (),
-        (),
-        0,
-    )
+    level = Level((Expert(from_slots(0), (Linear(width),)),), (Unit(static=Static((0,), (1.0,))),))
+    table = Table((Input(1, 1),), (level,))
     generator = torch.Generator().manual_seed(seed)
     x, d_out = (torch.randn(1, 1, size, generator=generator).repeat(rows, 1, 1) for size in (1, width))
     return Problem(table, x, (torch.ones(width, 1), torch.zeros(width)), d_out, (torch.zeros(rows, 1, 1),))

@@ -130,7 +130,7 @@ def reversed_layout(saved: Tensor) -> Tensor:
 def test_hooks_of_saved_tensors_may_change_the_layout(backend, layout, dtype, expanded, recompute):
     table = TABLES["adatt_sp"]
     x, params = leaves(table, dtype, 37)
-    x = (x[:, :1].expand(-1, table.slots, -1) if expanded else x).detach().requires_grad_()
+    x = (x[:, :1].expand(-1, table.inputs[0].slots, -1) if expanded else x).detach().requires_grad_()
 
     def step() -> tuple[Tensor, ...]:
         out, weights = fusion_network(x, params, table, backend, return_mixing_weights=True, recompute=recompute)

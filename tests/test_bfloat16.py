@@ -63,7 +63,10 @@ def test_a_row_has_its_bits_in_any_batch(dtype):
     table = WIDE.table
     torch.manual_seed(0)
     params = [torch.randn(p.shape).to(dtype) for p in table.parameters]
-    x, d_out = torch.randn(300, table.slots, table.width).to(dtype), torch.randn(300, *table.output).to(dtype)
+    x, d_out = (
+        torch.randn(300, table.inputs[0].slots, table.inputs[0].width).to(dtype),
+        torch.randn(300, *table.output).to(dtype),
+    )
 
     def run(first, count):
         leaf = x[first : first + count].clone().requires_grad_()
@@ -133,7 +136,7 @@ def test_float32_parameters_without_autocast_are_refused():
 def test_nan_and_infinity_pass():
     table = families.single_task(40, [[48]], 2)
     params = [torch.ones(p.shape, dtype=BF16) for p in table.parameters]
-    x = torch.zeros(3, table.slots, 40, dtype=BF16)
+    x = torch.zeros(3, table.inputs[0].slots, 40, dtype=BF16)
     x[1, :, 7], x[2, :, 9] = float("nan"), float("inf")
     out = fusion_network(x, params, table, "cpu")
     assert out[0].isfinite().all() and out[1].isnan().all() and out[2].isinf().all()

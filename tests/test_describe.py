@@ -50,9 +50,9 @@ FORMS = {
         lambda: layers.PLE(6, [[5], [4]], 2, [1, 2], 1),
         r"unit 1: sees experts 1-3, gate on slot 1, no static weights",
     ),
-    "root gates with hidden layers": (
+    "gates on the input with hidden layers": (
         lambda: layers.MMoE(6, [5], [3], 2, 4),
-        r"units 0-1: sees experts 0-3, gate on the root input through 3 relu, no static",
+        r"units 0-1: sees experts 0-3, gate on slot 0 through 3 relu, no static",
     ),
     "order of a gate": (lambda: layers.PLE(6, [[5]], 2, 1, 1), r"unit 0: sees experts 0, 2, gate on slot 0"),
     "fixed static weights": (

@@ -4,7 +4,7 @@ by name."""
 import pytest
 import torch
 
-from fusedmoe.activation import IDENTITY, RELU, activation
+from fusedmoe.activation import RELU, activation
 from fusedmoe.drafts import share_input, with_towers
 from fusedmoe.families import (
     FAMILIES,
@@ -21,15 +21,16 @@ from fusedmoe.families import (
     shared_bottom,
     single_task,
 )
+from fusedmoe.parts import Level, Linear, Static, Task, from_slots, mlp
 from fusedmoe.reference import operator
-from fusedmoe.table import Layer, Level, Static, Table, Task
+from fusedmoe.table import Table
 from fusedmoe.testing import Case, bound, error, problem
 
-ROOT = "root 0"
+ROOT = "input 0"
 
 
 def slots(level: Level) -> list[int]:
-    return [expert.slot for expert in level.experts]
+    return [expert.sources[0].index for expert in level.experts]
 
 
 def sees(level: Level) -> list[tuple[int, ...] | None]:
@@ -37,7 +38,12 @@ def sees(level: Level) -> list[tuple[int, ...] | None]:
 
 
 def selectors(level: Level) -> list[str | None]:
-    return [f"{unit.gate.selector.kind} {unit.gate.selector.index}" if unit.gate else None for unit in level.units]
+    sources = [unit.gate.selectors[0][0] if unit.gate else None for unit in level.units]
+    return [f"{source.kind} {source.index}" if source else None for source in sources]
+
+
+def units_of(task: Task) -> tuple[int, ...]:
+    return tuple(source.index for source in task.sources)
 
 
 def statics(level: Level) -> list[Static | None]:
@@ -59,31 +65,31 @@ def test_every_family_stands_under_its_name():
 def test_single_task_gives_each_task_its_own_bottom():
     table = single_task(5, [[4, 3]], 3)
     (level,) = table.levels
-    assert (table.slots, slots(level), sees(level)) == (1, [0, 0, 0], [None] * 3)
+    assert (table.inputs[0].slots, slots(level), sees(level)) == (1, [0, 0, 0], [None] * 3)
     assert statics(level) == [ones(0), ones(1), ones(2)]
-    assert (table.tasks, table.output, table.statics) == ((), (3, 3), ())
+    assert (table.tasks, table.output, table.shared) == ((), (3, 3), ())
 
 
 def test_shared_bottom_hands_one_unit_to_every_task():
     table = shared_bottom(5, [[4, 3]], 3)
     (level,) = table.levels
-    assert (table.slots, slots(level), statics(level)) == (1, [0], [ones(0)])
-    assert table.tasks == (Task((0,)),) * 3
+    assert (table.inputs[0].slots, slots(level), statics(level)) == (1, [0], [ones(0)])
+    assert table.tasks == (Task(from_slots(0)),) * 3
 
 
 def test_omoe_hands_one_gated_unit_to_every_task():
     table = omoe(5, [[4]], 3, 2)
     (level,) = table.levels
     assert (slots(level), sees(level), selectors(level)) == ([0, 0], [(0, 1)], [ROOT])
-    assert table.tasks == (Task((0,)),) * 3
+    assert table.tasks == (Task(from_slots(0)),) * 3
 
 
 def test_mmoe_gives_each_task_a_gate_over_all_experts():
     table = mmoe(5, [[4]], 3, 2, gate_widths=(6,))
     (level,) = table.levels
-    assert (table.slots, slots(level)) == (1, [0, 0])
+    assert (table.inputs[0].slots, slots(level)) == (1, [0, 0])
     assert (sees(level), selectors(level)) == ([(0, 1)] * 3, [ROOT] * 3)
-    assert [unit.gate.hidden for unit in level.units] == [(Layer(6),)] * 3
+    assert [unit.gate.hidden for unit in level.units] == [mlp((6,), RELU)] * 3
 
 
 def test_ml_mmoe_reads_unit_by_unit_and_gates_on_the_root_at_every_level():
@@ -92,14 +98,14 @@ def test_ml_mmoe_reads_unit_by_unit_and_gates_on_the_root_at_every_level():
     assert (slots(lower), slots(upper)) == ([0, 0, 0], [0, 1, 2])
     assert (sees(lower), sees(upper)) == ([(0, 1, 2)] * 3, [(0, 1, 2)] * 2)
     assert (selectors(lower), selectors(upper)) == ([ROOT] * 3, [ROOT] * 2)
-    assert [level.units[0].gate.hidden for level in table.levels] == [(), (Layer(6),)]
+    assert [level.units[0].gate.hidden for level in table.levels] == [(), mlp((6,), RELU)]
     assert ml_mmoe(5, [[4]], 2, 3) == mmoe(5, [[4]], 2, 3)
 
 
 def test_ple_sees_own_then_shared_and_the_shared_unit_sees_all():
     table = ple(5, [[4], [3]], 2, [2, 1], 1)
     lower, upper = table.levels
-    assert (table.slots, slots(lower), slots(upper)) == (3, [0, 0, 1, 2], [0, 0, 1, 2])
+    assert (table.inputs[0].slots, slots(lower), slots(upper)) == (3, [0, 0, 1, 2], [0, 0, 1, 2])
     assert sees(lower) == [(0, 1, 3), (2, 3), (0, 1, 2, 3)]
     assert sees(upper) == [(0, 1, 3), (2, 3)]
     assert (selectors(lower), selectors(upper)) == (["slot 0", "slot 1", "slot 2"], ["slot 0", "slot 1"])
@@ -109,13 +115,13 @@ def test_ple_sees_own_then_shared_and_the_shared_unit_sees_all():
 def test_cgc_is_ple_of_one_level_on_one_slot():
     table = cgc(5, [[4]], 2, [2, 0], 1)
     (level,) = table.levels
-    assert (table.slots, slots(level), selectors(level)) == (1, [0, 0, 0], ["slot 0", "slot 0"])
+    assert (table.inputs[0].slots, slots(level), selectors(level)) == (1, [0, 0, 0], ["slot 0", "slot 0"])
     assert sees(level) == [(0, 1, 2), (2,)]
 
 
 def test_adatt_sp_adds_learned_weights_of_own_experts():
     table = adatt_sp(5, [[4], [3]], 2, 2)
-    assert (table.slots, table.statics) == (2, ((2, 2), (2, 2)))
+    assert (table.inputs[0].slots, table.shared) == (2, ((2, 2), (2, 2)))
     for number, level in enumerate(table.levels):
         assert (slots(level), sees(level), selectors(level)) == ([0, 0, 1, 1], [(0, 1, 2, 3)] * 2, ["slot 0", "slot 1"])
         assert statics(level) == [Static((0, 1), tensor=number), Static((2, 3), tensor=number, offset=2)]
@@ -123,7 +129,7 @@ def test_adatt_sp_adds_learned_weights_of_own_experts():
 
 def test_adatt_sp_with_ragged_counts_has_flat_static_tensors():
     table = adatt_sp(5, [[4]], 3, [1, 2, 0])
-    assert table.statics == ((3,),)
+    assert table.shared == ((3,),)
     assert statics(table.levels[0]) == [
         Static((0,), tensor=0),
         Static((1, 2), tensor=0, offset=1),
@@ -134,7 +140,7 @@ def test_adatt_sp_with_ragged_counts_has_flat_static_tensors():
 def test_adatt_has_static_tensors_by_unit_and_none_for_the_shared_unit_of_the_last_level():
     table = adatt(5, [[4], [3]], 2, [2, 1], 3)
     lower, upper = table.levels
-    assert (table.slots, table.statics) == (3, ((2, 2), (2, 1), (1, 3)))
+    assert (table.inputs[0].slots, table.shared) == (3, ((2, 2), (2, 1), (1, 3)))
     assert slots(lower) == slots(upper) == [0, 0, 1, 2, 2, 2]
     assert (len(lower.units), len(upper.units)) == (3, 2)
     assert set(sees(lower)) == set(sees(upper)) == {(0, 1, 2, 3, 4, 5)}
@@ -145,18 +151,18 @@ def test_adatt_has_static_tensors_by_unit_and_none_for_the_shared_unit_of_the_la
 def test_adatt_adds_fixed_ones_where_every_unit_has_one_expert():
     assert statics(adatt_sp(5, [[4]], 2, 1).levels[0]) == [ones(0), ones(1)]
     assert statics(adatt(5, [[4], [4]], 2, 1, 1).levels[0]) == [ones(0), ones(1), ones(2)]
-    assert adatt(5, [[4]], 2, 1, 2).statics == ((1, 1), (1, 1), (0, 2))
+    assert adatt(5, [[4]], 2, 1, 2).shared == ((1, 1), (1, 1), (0, 2))
 
 
 def test_adatt_without_static_weights_has_none():
     for table in (adatt_sp(5, [[4]], 2, 2, static_weights=False), adatt(5, [[4], [4]], 2, 1, 1, static_weights=False)):
-        assert table.statics == ()
+        assert table.shared == ()
         assert all(unit.static is None for level in table.levels for unit in level.units)
 
 
 def test_cross_stitch_mixes_by_rows_of_a_learned_matrix():
     table = cross_stitch(5, [[4], [3]], 2)
-    assert (table.slots, table.statics) == (2, ((2, 2), (2, 2)))
+    assert (table.inputs[0].slots, table.shared) == (2, ((2, 2), (2, 2)))
     for number, level in enumerate(table.levels):
         assert (slots(level), sees(level)) == ([0, 1], [None, None])
         assert statics(level) == [Static((0, 1), tensor=number), Static((0, 1), tensor=number, offset=2)]
@@ -169,7 +175,10 @@ def test_asymmetric_sharing_sums_averages_or_concatenates():
         ones(0),
         Static((0, 1), values=(0.5, 0.5)),
     ]
-    assert asymmetric_sharing(5, [[4]], 2, [[0, 1], [1, 0]], "concat").tasks == (Task((0, 1)), Task((1, 0)))
+    assert asymmetric_sharing(5, [[4]], 2, [[0, 1], [1, 0]], "concat").tasks == (
+        Task(from_slots(0, 1)),
+        Task(from_slots(1, 0)),
+    )
 
 
 def test_tasks_of_several_widths_are_a_table_under_towers_alone():
@@ -178,7 +187,7 @@ def test_tasks_of_several_widths_are_a_table_under_towers_alone():
     ):
         asymmetric_sharing(5, [[4]], 2, [[0], [0, 1]], "concat")
     table = asymmetric_sharing(5, [[4]], 2, [[0], [0, 1]], "concat", towers=(1,))
-    assert [task.units for task in table.tasks] == [(0,), (0, 1)]
+    assert list(table.graph.tasks or map(units_of, table.tasks)) == [(0,), (0, 1)]
     assert [p.shape for p in table.parameters if p.name.startswith("towers") and p.name.endswith("weight")] == [
         (1, 4),
         (1, 8),
@@ -188,26 +197,29 @@ def test_tasks_of_several_widths_are_a_table_under_towers_alone():
 def test_customized_sharing_concatenates_a_shared_bottom():
     table = customized_sharing(5, [[4]], 2, towers=(3, 1))
     assert (slots(table.levels[0]), statics(table.levels[0])) == ([0, 0, 0], [ones(0), ones(1), ones(2)])
-    assert [task.units for task in table.tasks] == [(0, 2), (1, 2)]
+    assert list(table.graph.tasks or map(units_of, table.tasks)) == [(0, 2), (1, 2)]
     assert [p.shape for p in table.parameters if p.name == "towers.0.0.weight"] == [(3, 8)]
 
 
 def test_the_activation_follows_every_layer_but_the_last_of_gates_and_towers():
     table = mmoe(5, [[4, 4]], 2, 2, gate_widths=(6,), activation="SiLU", towers=(3, 1))
     silu = activation("silu")
-    assert table.levels[0].experts[0].layers == (Layer(4, silu), Layer(4, silu))
-    assert table.levels[0].units[0].gate.hidden == (Layer(6, silu),)
+    assert table.levels[0].experts[0].ops == (Linear(4), silu, Linear(4), silu)
+    assert table.levels[0].units[0].gate.hidden == (Linear(6), silu)
     assert table.tasks == (
-        Task((0,), (Layer(3, silu), Layer(1, IDENTITY))),
-        Task((1,), (Layer(3, silu), Layer(1, IDENTITY))),
+        Task(from_slots(0), (Linear(3), silu, Linear(1))),
+        Task(from_slots(1), (Linear(3), silu, Linear(1))),
     )
     assert table.output == (2, 1)
 
 
 def test_with_towers_keeps_what_the_tasks_read():
-    layers = (Layer(2, RELU, bias=False),)
-    assert with_towers(single_task(5, [[4]], 2), layers).tasks == (Task((0,), layers), Task((1,), layers))
-    assert with_towers(shared_bottom(5, [[4]], 2), layers).tasks == (Task((0,), layers),) * 2
+    layers = mlp((2,), RELU, bias=False)
+    assert with_towers(single_task(5, [[4]], 2), layers).tasks == (
+        Task(from_slots(0), layers),
+        Task(from_slots(1), layers),
+    )
+    assert with_towers(shared_bottom(5, [[4]], 2), layers).tasks == (Task(from_slots(0), layers),) * 2
 
 
 SHARED = {
@@ -223,8 +235,8 @@ SHARED = {
 def test_share_input_gives_the_output_of_equal_slots(table: Table):
     given = problem(Case(share_input(table), 6))
     shared, _ = operator.forward(given.x, given.params, given.table)
-    spread, _ = operator.forward(given.x.expand(-1, table.slots, -1), given.params, table)
-    assert given.table.slots == 1
+    spread, _ = operator.forward(given.x.expand(-1, table.inputs[0].slots, -1), given.params, table)
+    assert given.table.inputs[0].slots == 1
     assert [p.shape for p in given.table.parameters] == [p.shape for p in table.parameters]
     assert error(shared, spread) <= bound(0.0, spread, torch.float64)
 
@@ -236,10 +248,10 @@ def dead(table: Table) -> list[str]:
 def test_parameters_that_no_output_needs():
     assert dead(adatt(5, [[4], [3]], 2, 2, 1)) == []
     # Without shared experts nobody reads the shared unit.
-    assert dead(adatt(5, [[4], [3]], 1, 2, 0)) == ["levels.0.gates.1.weight", "levels.0.gates.1.bias", "statics.1"]
+    assert dead(adatt(5, [[4], [3]], 1, 2, 0)) == ["levels.0.gates.1.weight", "levels.0.gates.1.bias", "shared.1"]
     assert dead(ple(5, [[4], [3]], 1, 2, 0)) == ["levels.0.gates.1.weight", "levels.0.gates.1.bias"]
     # One level has no shared unit, but a static tensor for it.
-    assert dead(adatt(5, [[4]], 2, 2, 1)) == ["statics.2"]
+    assert dead(adatt(5, [[4]], 2, 2, 1)) == ["shared.2"]
     # Nobody borrows from task 1.
     assert dead(asymmetric_sharing(5, [[4]], 2, [[0], [0]])) == [
         "levels.0.experts.1.0.weight",
@@ -255,7 +267,7 @@ WRONG = {
     "no levels": (lambda: adatt_sp(5, [], 2, 1), "expert_widths: expected one list of layer widths per level"),
     "an expert without layers": (
         lambda: cross_stitch(5, [[4], []], 2),
-        "level 1, expert 0: expected at least 1 layer, got none",
+        "expert_widths, level 1: expected at least one layer width, got none",
     ),
     "two levels": (
         lambda: mmoe(5, [[4], [3]], 2, 2),
@@ -332,10 +344,7 @@ WRONG = {
         lambda: mmoe(5, [[4]], 2, 2, activation="swish"),
         "activation: expected one of identity, relu",
     ),
-    "no layers for a tower": (
-        lambda: with_towers(mmoe(5, [[4]], 2, 2), ()),
-        "layers: expected at least one layer, got none",
-    ),
+    "no layers for a tower": (lambda: with_towers(mmoe(5, [[4]], 2, 2), ()), "ops: expected at least one op, got none"),
 }
 
 

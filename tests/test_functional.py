@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from fusedmoe import functional
 from fusedmoe.activation import Activation
 from fusedmoe.functional import LevelShape, fusion_level, mixing_weights
-from fusedmoe.table import Parameter, Selector
+from fusedmoe.graph import Parameter
+from fusedmoe.parts import Source
 from fusedmoe.testing import Problem, assert_close, evaluate, expectation, randomise
 
 ROWS = 9
-SLOT, EXPERT, ROOT = partial(Selector, "slot"), partial(Selector, "expert"), Selector("root")
+SLOT, EXPERT = partial(Source, "slot"), partial(Source, "expert")
 
 
 class Form(NamedTuple):
@@ -212,13 +213,13 @@ FORMS = {
             "weights": t["w"],
             "biases": t["b"],
             "gates": [t["g0"], t["g1"], t["g2"], (t["g3"], t["c3"])],
-            "level": LevelShape(slots=[2, 0, 2], selectors=[ROOT, None, EXPERT(1), SLOT(2)], activation="silu"),
+            "level": LevelShape(slots=[2, 0, 2], selectors=[SLOT(0), None, EXPERT(1), SLOT(2)], activation="silu"),
             "sees": [None, (2, 0), None, (1,)],
         },
         lambda t: (
             one_layer(t, [2, 0, 2]),
             [
-                ((ROOT, t["g0"], None, range(3)), {}),
+                ((SLOT(0), t["g0"], None, range(3)), {}),
                 ((SLOT(1), t["g1"], None, (2, 0)), {}),
                 ((EXPERT(1), t["g2"], None, range(3)), {}),
                 ((SLOT(2), t["g3"], t["c3"], (1,)), {}),
@@ -265,7 +266,7 @@ def start(form: Form, by_equations, dtype: torch.dtype) -> Problem:
     tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in form.shapes.items()}
     randomise(tensors.values(), 5)
     x = tensors.pop("x") * 2
-    named = Named(tuple(Parameter(name, tuple(t.shape), True) for name, t in tensors.items()))
+    named = Named(tuple(Parameter(name, tuple(t.shape), True, True) for name, t in tensors.items()))
     out, weights = by_equations(x, tuple(tensors.values()), named)
     upstream = [torch.empty_like(t) for t in (out, *weights)]
     randomise(upstream, 6)
@@ -310,7 +311,7 @@ class Mixture(nn.Module):
             "static": self.static,
             "level": self.level,
         }
-        level = LevelShape(slots=[1, 0], selectors=[Selector("root"), Selector("expert", 1), None], activation="tanh")
+        level = LevelShape(slots=[1, 0], selectors=[Source("slot"), Source("expert", 1), None], activation="tanh")
         static = [([0, 1], self.fixed), None, ((1,), self.upper_static)]
         # As a list first: torch.compile of 2.11 unpacks no ParameterList.
         gates = [*list(self.upper_gates), None]
@@ -368,7 +369,7 @@ def test_a_compiled_layer_sees_changes_of_its_wiring():
     changes = [
         ("level", LevelShape(activation=Activation("leaky_relu", 0.3))),
         ("level", LevelShape(slots=(1, 0, 1, 0))),
-        ("level", LevelShape(selectors=(Selector("slot", 1), Selector("slot", 0)))),
+        ("level", LevelShape(selectors=(Source("slot", 1), Source("slot", 0)))),
         ("fixed", [0.5, 2]),
         ("fixed", [0.5, 3]),
     ]

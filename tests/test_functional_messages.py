@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedmoe.functional import LevelShape, fusion_level, mixing_weights
-from fusedmoe.table import Selector
+from fusedmoe.parts import Source
 
 
 def good(**changes) -> dict:
@@ -100,7 +100,7 @@ BAD = {
     "weights of no width": (
         {"weights": torch.ones(4, 0, 5)},
         ValueError,
-        "expert 0, width of layer 0: expected an integer of at least 1, got 0",
+        "expert 0, linear map 0, width: expected an integer of at least 1, got 0",
     ),
     "biases are too few": (
         {"biases": torch.ones(3, 3)},
@@ -293,7 +293,7 @@ BAD = {
     "a slot that is not there": (
         {"level": LevelShape(slots=(0, 0, 0, 1))},
         ValueError,
-        r"level 0, expert 3, slot: expected one of 1 slots .*, got 1",
+        r"level 0, expert 3, sources: expected one of 1 slots .*, got 1",
     ),
     "experts that do not deal out": (
         {"x": torch.ones(2, 3, 5)},
@@ -301,7 +301,7 @@ BAD = {
         "level.slots: expected the slot of each expert, because 4 experts .* 3 slots",
     ),
     "a selector too many": (
-        {"level": LevelShape(selectors=[Selector("root")] * 3)},
+        {"level": LevelShape(selectors=[Source("slot")] * 3)},
         ValueError,
         "level.selectors: expected 2 selectors, one a unit, got 3",
     ),
@@ -311,19 +311,19 @@ BAD = {
         "level.selectors: expected 2 selectors, one a unit, got 0",
     ),
     "a selector that is not there": (
-        {"level": LevelShape(selectors=[Selector("root"), Selector("expert", 4)])},
+        {"level": LevelShape(selectors=[Source("slot"), Source("expert", 4)])},
         ValueError,
         r"level 0, unit 1, selector: expected one of 4 experts \(0 to 3\), got 4",
     ),
     "a selector without a gate": (
-        {"gates": [torch.ones(4, 5), None], "level": LevelShape(selectors=[None, Selector("root")])},
+        {"gates": [torch.ones(4, 5), None], "level": LevelShape(selectors=[None, Source("slot")])},
         ValueError,
-        r"level.selectors, unit 1: expected None, because the unit has no gate, got Selector\(kind='root'",
+        r"level.selectors, unit 1: expected None, because the unit has no gate, got Source\(kind='slot'",
     ),
     "more gates than slots": (
         {"x": torch.ones(2, 2, 5), "gates": torch.ones(3, 4, 5)},
         ValueError,
-        "level.selectors, unit 2: expected a Selector, because x has no slot 2 but 2 slots, got None",
+        "level.selectors, unit 2: expected a Source, because x has no slot 2 but 2 slots, got None",
     ),
     "an unknown activation": (
         {"level": LevelShape(activation="swish")},
@@ -352,19 +352,15 @@ def test_bad_input_says_what_where_expected_and_got(fault, function):
     [
         ({"slots": "01"}, TypeError, "level.slots: expected a tuple of integers, got str"),
         ({"slots": (0, None)}, TypeError, "level.slots: expected integers, got None in it"),
-        ({"selectors": "root"}, TypeError, "level.selectors: expected a tuple of Selector, got str"),
+        ({"selectors": "root"}, TypeError, "level.selectors: expected a tuple of Source, got str"),
+        ({"selectors": ("root", "root")}, TypeError, "level.selectors, unit 0: expected a Source or None, got 'root'"),
         (
-            {"selectors": ("root", "root")},
-            TypeError,
-            "level.selectors, unit 0: expected a Selector or None, got 'root'",
-        ),
-        (
-            {"selectors": (None, Selector("input"))},
+            {"selectors": (None, Source("input"))},
             ValueError,
-            "level.selectors, unit 1: expected one of slot, root, expert, got 'input'",
+            "level.selectors, unit 1: expected one of slot, expert, got 'input'",
         ),
         (
-            {"selectors": (Selector("slot", [0]),)},
+            {"selectors": (Source("slot", [0]),)},
             TypeError,
             r"level.selectors, unit 0: expected an integer as index, got \[0\]",
         ),
@@ -386,6 +382,4 @@ def test_good_arguments_are_good():
 
 
 def test_wiring_turns_lists_into_tuples():
-    assert LevelShape(slots=[0, 1], selectors=[Selector("root")]) == LevelShape(
-        slots=(0, 1), selectors=(Selector("root"),)
-    )
+    assert LevelShape(slots=[0, 1], selectors=[Source("slot")]) == LevelShape(slots=(0, 1), selectors=(Source("slot"),))

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, library
 
-from fusedmoe.activation import IDENTITY
 from fusedmoe.codec import encode
 from fusedmoe.families import mmoe, ple
 from fusedmoe.op import fusion_network
-from fusedmoe.table import Expert, Layer, Level, Static, Table, Task, Unit
+from fusedmoe.parts import Expert, Input, Level, Linear, Static, Task, Unit, from_slots
+from fusedmoe.table import Table
 from fusedmoe.testing import Case, Problem, build, cases, error, evaluate, expectation, problem
 
 CASES = cases()
@@ -184,7 +184,7 @@ def test_a_unit_that_several_tasks_read_keeps_its_bits(units):
     """Its gradient is a sum over tasks: in one order, whatever the threads, and from run to run.
     Without PyTorch's own switch for that."""
     # Few rows of wide units: their sums are shared out among threads.
-    table = replace(mmoe(4, [[4096]], 3, 2), tasks=tuple(Task(read) for read in units))
+    table = replace(mmoe(4, [[4096]], 3, 2), tasks=tuple(Task(from_slots(*read)) for read in units))
     given = problem(Case(table, 3), torch.float32)
     x, params = given.x.requires_grad_(), [p.requires_grad_() for p in given.params]
     found, threads, deterministic = [], torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
@@ -278,7 +278,9 @@ def test_tasks_that_share_a_unit_get_it_expanded():
 def test_static_weights_of_any_size_reach_the_kernels():
     """A subnormal number is written into the table's words like any other."""
     for value in (5e-324, -1e-310, 1.7e308, 0.1):
-        table = Table(1, 2, (Level((Expert(0, (Layer(2, IDENTITY),)),), (Unit(static=Static((0,), (value,))),)),))
+        table = Table(
+            (Input(1, 2),), (Level((Expert(from_slots(0), (Linear(2),)),), (Unit(static=Static((0,), (value,))),)),)
+        )
         given = problem(Case(table, 3))
         ours, plain = (
             evaluate(fused, given),

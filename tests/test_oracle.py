@@ -25,9 +25,9 @@ def loops(given: Problem) -> dict[str, torch.Tensor]:
     weights = [
         torch.tensor([w[level] for _, w in rows], dtype=torch.float64) for level in range(len(given.table.levels))
     ]
-    for w, (units, _) in zip(weights, given.table.live, strict=True):
+    for w, level in zip(weights, given.table.graph.levels, strict=True):
         # The operator leaves out the units on which no output depends.
-        w[:, [u for u in range(w.shape[1]) if u not in units]] = 0.0
+        w[:, [u for u, unit in enumerate(level.units) if not unit.computed]] = 0.0
     return {"out": out, **{f"weights.{i}": w for i, w in enumerate(weights)}}
 
 
@@ -149,7 +149,7 @@ def test_adatt_sp_by_its_equations(counts, residual):
             return None
         if set(counts) == {1}:
             return [1.0]
-        v = oracle._flat(values[f"statics.{level}"])
+        v = oracle._flat(values[f"shared.{level}"])
         return v[sum(counts[:u]) : sum(counts[: u + 1])]
 
     def row_of(sample, values):
@@ -173,7 +173,7 @@ def test_adatt_by_its_equations(counts):
     def native(level, u, values):
         if set(counts) == {1}:
             return [1.0]
-        return values[f"statics.{u}"][level]
+        return values[f"shared.{u}"][level]
 
     def row_of(sample, values):
         levels = stack(table, values, "relu")
@@ -194,7 +194,7 @@ def test_cross_stitch_by_its_equations():
 
     def row_of(sample, values):
         return oracle.cross_stitch(
-            sample, [(experts, values[f"statics.{i}"]) for i, (experts, _) in enumerate(stack(table, values, "relu"))]
+            sample, [(experts, values[f"shared.{i}"]) for i, (experts, _) in enumerate(stack(table, values, "relu"))]
         )
 
     compare_rows(table, row_of)

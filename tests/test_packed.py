@@ -22,7 +22,11 @@ TABLES = {**{name: case.table for name, case in testing.cases().items() if not n
 
 def draw(rows: int, table, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(
-        rows, table.slots, table.width, generator=torch.Generator().manual_seed(rows), dtype=torch.float64
+        rows,
+        table.inputs[0].slots,
+        table.inputs[0].width,
+        generator=torch.Generator().manual_seed(rows),
+        dtype=torch.float64,
     ).to(dtype)
 
 
@@ -47,7 +51,7 @@ def test_strides_of_the_input_do_not_matter():
     for given in (
         x[::2],
         x.transpose(0, 2).contiguous().transpose(0, 2),
-        x[:, :1].expand(-1, table.slots, -1),
+        x[:, :1].expand(-1, table.inputs[0].slots, -1),
         x[:0],
         x[:, :, :1].expand_as(x),
     ):

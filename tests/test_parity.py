@@ -83,7 +83,7 @@ def test_parity_of_an_expanded_input(family, backend):
     assert_close(evaluate(fused(backend), given), expectation(given))
 
     def shared(network):
-        return lambda x, params, table: network(x[:, None].expand(-1, table.slots, -1), params, table)
+        return lambda x, params, table: network(x[:, None].expand(-1, table.inputs[0].slots, -1), params, table)
 
     given = given._replace(x=given.x[:, 0])
     assert_close(evaluate(shared(fused(backend)), given), expectation(given, shared(eager)))

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from fusedmoe.op import fusion_network
-from fusedmoe.table import Level, Table, Unit
+from fusedmoe.parts import Level, Unit
+from fusedmoe.table import Table
 from fusedmoe.testing import Problem, assert_close, evaluate, expectation
 
 from .random_tables import start, tables
@@ -73,12 +74,9 @@ def renumbered(unit: Unit, order: list[int]) -> Unit:
     """The unit with expert e called `order[e]`."""
     gate, static = unit.gate, unit.static
     if gate:
-        selector = (
-            replace(gate.selector, index=order[gate.selector.index])
-            if gate.selector.kind == "expert"
-            else gate.selector
-        )
-        gate = replace(gate, selector=selector, sees=tuple(order[e] for e in gate.sees))
+        ((source,),) = gate.selectors
+        source = replace(source, index=order[source.index]) if source.kind == "expert" else source
+        gate = replace(gate, selectors=((source,),), sees=tuple(order[e] for e in gate.sees))
     return Unit(gate, static and replace(static, experts=tuple(order[e] for e in static.experts)))
 
 
@@ -129,7 +127,8 @@ def test_a_blind_unit_sends_no_gradient_unless_the_expert_is_its_selector(table,
     zeros = tuple(map(torch.zeros_like, given.d_weights))
     grads = evaluate(fused, given._replace(d_out=d_out, d_weights=zeros))
     gate = level.units[u].gate
-    selector = {gate.selector.index} if gate and gate.sees and gate.selector.kind == "expert" else set()
+    sources = gate.selectors[0] if gate and gate.sees else ()
+    selector = {source.index for source in sources if source.kind == "expert"}
     for e in set(range(len(level.experts))) - set(level.units[u].reads) - selector:
         for name, d in grads.items():
             assert d is None or not name.startswith(f"d_levels.0.experts.{e}.") or not d.any(), name
@@ -158,9 +157,9 @@ def test_a_split_batch_equals_the_whole_bit_for_bit(table, dtype, rows, data):
 def test_seeing_one_expert_means_weight_one(table):
     given = start(table)
     _, weights = fused(given.x, given.params, table)
-    for level, w, (units, _) in zip(table.levels, weights, table.live, strict=True):
+    for level, w in zip(table.graph.levels, weights, strict=True):
         for u, unit in enumerate(level.units):
-            if u in units and unit.gate and len(unit.gate.sees) == 1 and unit.static is None:
+            if unit.computed and unit.gate and len(unit.gate.sees) == 1 and unit.static is None:
                 expected = torch.zeros(len(level.experts), dtype=w.dtype)
                 expected[unit.gate.sees[0]] = 1.0
                 assert torch.equal(w[:, u], expected.expand(len(w), -1))

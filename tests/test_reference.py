@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 
-from fusedmoe.activation import DEFAULT_PARAMETER, PARAMETRIC, Activation, activation
+from fusedmoe.activation import DEFAULT_PARAMETER, PARAMETRIC, Activation
 from fusedmoe.families import mmoe, ple
+from fusedmoe.parts import Expert, Gate, Input, Level, Linear, Static, Unit, from_slots
 from fusedmoe.reference.activation import apply, pullback
 from fusedmoe.reference.operator import backward, forward
-from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Unit
+from fusedmoe.table import Table
 from fusedmoe.testing import Case, assert_close, bound, cases, error, evaluate, expectation, problem
 
 from . import oracle
@@ -38,8 +39,8 @@ class Pair(torch.autograd.Function):
 def by_hand(x, params, table):
     """The pair as a network: output arranged for the tasks, mixing weights."""
     out, *weights = Pair.apply(table, x, *params)
-    if table.tasks and not table.has_towers:
-        out = torch.stack([torch.cat([out[:, u] for u in task.units], -1) for task in table.tasks], 1)
+    if table.graph.tasks:
+        out = torch.stack([torch.cat([out[:, u] for u in units], -1) for units in table.graph.tasks], 1)
     return out, weights
 
 
@@ -101,9 +102,9 @@ def test_gradients_are_none_exactly_where_nothing_depends(name):
 def test_dead_units_have_no_weights():
     given = problem(CASES["every_feature"])
     _, weights = forward(given.x, given.params, given.table)
-    for level, w, (units, _) in zip(given.table.levels, weights, given.table.live, strict=True):
+    for level, w in zip(given.table.graph.levels, weights, strict=True):
         for u, unit in enumerate(level.units):
-            assert bool(w[:, u].any()) == (u in units and len(unit.reads) > 0)
+            assert bool(w[:, u].any()) == (unit.computed and len(unit.reads) > 0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -144,9 +145,8 @@ def test_softmax_over_nothing_is_zero():
 
 
 def test_static_weights_without_a_gate_mix_alone():
-    layers = (Layer(2, activation("identity")),)
-    units = (Unit(static=Static((0, 2), (2.0, -1.0))), Unit(Gate(Selector("root"), (1,)), Static((1,), (0.5,))))
-    table = Table(1, 3, (Level((Expert(0, layers),) * 3, units),))
+    units = (Unit(static=Static((0, 2), (2.0, -1.0))), Unit(Gate((from_slots(0),), (1,)), Static((1,), (0.5,))))
+    table = Table((Input(1, 3),), (Level((Expert(from_slots(0), (Linear(2),)),) * 3, units),))
     given = problem(Case(table, 4))
     y = [given.x[:, 0] @ given.params[2 * e].T + given.params[2 * e + 1] for e in range(3)]
     out, (weights,) = forward(given.x, given.params, table)

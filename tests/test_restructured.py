@@ -12,12 +12,13 @@ from fusedmoe import testing
 from fusedmoe.activation import Activation
 from fusedmoe.drafts import share_input
 from fusedmoe.families import FAMILIES
+from fusedmoe.parts import Expert, Gate, Input, Level, Source, Static, Unit, from_slots, mlp
 from fusedmoe.speed.restructured import Restructured, arrange, runs_of
-from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Unit
+from fusedmoe.table import Table
 
 
 def expert(slot, *widths):
-    return Expert(slot, tuple(Layer(width, Activation("tanh")) for width in widths))
+    return Expert(from_slots(slot), mlp(widths, Activation("tanh")))
 
 
 def mixed() -> Table:
@@ -27,19 +28,16 @@ def mixed() -> Table:
     lower = Level(
         (expert(2, 6, 5), expert(0, 6, 5), expert(2, 6, 5)),
         (
-            Unit(Gate(Selector("slot", 1), (2, 0)), Static((1, 0), tensor=0, offset=1)),
+            Unit(Gate((from_slots(1),), (2, 0)), Static((1, 0), tensor=0, offset=1)),
             Unit(static=Static((2,), (0.5,))),
-            Unit(Gate(Selector("slot", 0), (1,))),
+            Unit(Gate((from_slots(0),), (1,))),
         ),
     )
     upper = Level(
         (expert(2, 4, 3), expert(0, 4, 3), expert(2, 4, 3), expert(1, 4, 3)),
-        (
-            Unit(Gate(Selector("slot", 2), (3, 0, 1))),
-            Unit(Gate(Selector("slot", 0), (1, 2, 3, 0)), Static((2,), tensor=0)),
-        ),
+        (Unit(Gate((from_slots(2),), (3, 0, 1))), Unit(Gate((from_slots(0),), (1, 2, 3, 0)), Static((2,), tensor=0))),
     )
-    return Table(3, 4, (lower, upper), (), ((3,),))
+    return Table((Input(3, 4),), (lower, upper), shared=((3,),))
 
 
 def tables() -> dict[str, Table]:
@@ -76,7 +74,7 @@ def test_its_parameters_are_its_own_and_arranged_once():
     table = TABLES["ple"]
     params = testing.problem(testing.Case(table, 3), torch.float32).params
     network = Restructured(table, params)
-    x = torch.ones(2, table.width)
+    x = torch.ones(2, table.inputs[0].width)
     before = network(x)
     for param in params:
         param.zero_()
@@ -90,12 +88,13 @@ def test_slots_of_equal_counts_are_one_product():
     another.
     """
     table = testing.build("ple", 7, [[6], [4]], 3, 2)
-    ragged = replace(table.levels[1], experts=table.levels[1].experts[:-1])
+    level = table.graph.levels[1]
+    ragged = replace(level, experts=level.experts[:-1])
     assert [[(slot, len(experts)) for slot, experts in run] for run in runs_of(ragged)] == [
         [(0, 2), (1, 2), (2, 2)],
         [(3, 1)],
     ]
-    assert len(runs_of(table.levels[1])) == 1
+    assert len(runs_of(level)) == 1
 
 
 @pytest.mark.parametrize(
@@ -106,22 +105,24 @@ def test_slots_of_equal_counts_are_one_product():
             "level 0, experts: expected equal layers with a bias, got 2 kinds",
         ),
         (
-            lambda level: replace(level, units=(Unit(Gate(Selector("slot", 1), ())), *level.units[1:])),
+            lambda level: replace(level, units=(Unit(Gate((from_slots(1),), ())), *level.units[1:])),
             "level 0, gates: expected one map",
         ),
         (
-            lambda level: replace(level, units=(Unit(Gate(Selector("expert", 1), (0,))), *level.units[1:])),
+            lambda level: replace(level, units=(Unit(Gate(((Source("expert", 1),),), (0,))), *level.units[1:])),
             "level 0, gates: expected one map",
         ),
         (
-            lambda level: replace(level, units=(Unit(Gate(Selector("root"), (0,))), *level.units[1:])),
-            "level 0, gates: expected selectors of one kind",
+            lambda level: replace(level, units=(Unit(Gate(((Source("input"),),), (0,))), *level.units[1:])),
+            "level 1, gates: expected selectors of one kind",
         ),
     ],
 )
 def test_it_refuses_what_it_cannot_do(change, what):
     table = mixed()
-    table = replace(table, levels=(change(table.levels[0]), table.levels[1]))
+    number = int(what.split(",")[0].removeprefix("level "))
+    levels = [change(level) if i == number else level for i, level in enumerate(table.levels)]
+    table = replace(table, levels=tuple(levels))
     with pytest.raises(ValueError, match=what):
         Restructured(table, [torch.zeros(p.shape) for p in table.parameters])
 

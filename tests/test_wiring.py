@@ -10,10 +10,10 @@ from torch import nn
 from fusedmoe.activation import DEFAULT_PARAMETER, IDENTITY, PARAMETRIC, RELU, Activation, activation
 from fusedmoe.nn import wiring
 from fusedmoe.nn.wiring import Unfusable
+from fusedmoe.parts import Linear, Op
 from fusedmoe.reference import layers
 from fusedmoe.reference.layers.central import BACKBONES
 from fusedmoe.reference.layers.mlp import ACTIVATION_MODULES, activation_module
-from fusedmoe.table import Layer
 
 D = 7
 ARCHS = [[6, 5], [4]]
@@ -23,23 +23,25 @@ def test_every_backbone_has_a_wiring():
     assert set(wiring.BACKBONES) == set(BACKBONES)
 
 
-def layers_of(stack: nn.Module) -> tuple[Layer, ...]:
-    """The layers that the wiring reads from a stack of modules."""
-    return wiring._stack(wiring._steps(stack, "")).layers
+def ops_of(stack: nn.Module) -> tuple[Op, ...]:
+    """The ops that the wiring reads from a stack of modules."""
+    return wiring._stack(wiring._steps(stack, "")).ops
 
 
 def test_the_wiring_reads_every_activation_that_the_layers_build():
     assert set(ACTIVATION_MODULES) == set(DEFAULT_PARAMETER)
     kinds = [activation(name) for name in DEFAULT_PARAMETER] + [Activation(name, 0.3) for name in PARAMETRIC]
     for kind in kinds:
-        assert layers_of(nn.Sequential(nn.Linear(5, 4), activation_module(kind))) == (Layer(4, kind),)
+        assert ops_of(nn.Sequential(nn.Linear(5, 4), activation_module(kind))) == tuple(
+            op for op in (Linear(4), kind) if op != IDENTITY
+        )
     assert {type(activation_module(kind)) for kind in kinds} == set(wiring.ACTIVATIONS)
 
 
 def test_layers_of_reads_widths_biases_and_activations():
     shared = nn.ReLU()
     stack = nn.Sequential(nn.Linear(5, 4), shared, nn.Linear(4, 3, bias=False), nn.Linear(3, 2), shared, nn.Identity())
-    assert layers_of(stack) == (Layer(4, RELU), Layer(3, IDENTITY, False), Layer(2, RELU))
+    assert ops_of(stack) == (Linear(4), RELU, Linear(3, False), Linear(2), RELU)
     kinds = {
         nn.LeakyReLU(0.2): Activation("leaky_relu", 0.2),
         nn.ELU(0.7): Activation("elu", 0.7),
@@ -51,7 +53,7 @@ def test_layers_of_reads_widths_biases_and_activations():
         nn.SiLU(): Activation("silu"),
     }
     for module, kind in kinds.items():
-        assert layers_of(nn.Sequential(nn.Linear(5, 4), module)) == (Layer(4, kind),)
+        assert ops_of(nn.Sequential(nn.Linear(5, 4), module)) == tuple(op for op in (Linear(4), kind) if op != IDENTITY)
 
 
 STRANGE = {
@@ -81,7 +83,7 @@ STRANGE = {
 @pytest.mark.parametrize(("stack", "message"), STRANGE.values(), ids=STRANGE)
 def test_layers_of_refuses_other_modules_by_name(stack, message):
     with pytest.raises(Unfusable, match=re.escape(message)):
-        layers_of(stack)
+        ops_of(stack)
 
 
 def adatt_sp() -> nn.Module:

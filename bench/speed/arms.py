@@ -87,7 +87,11 @@ class Session:
             self.folder = self.folder or TemporaryDirectory()
             path = Path(self.folder.name) / f"{len(self.files)}.onnx"
             try:
-                export(network_of(build(setting.cell.sizes, dtype), model).to(dtype), setting.layer.table.width, path)
+                export(
+                    network_of(build(setting.cell.sizes, dtype), model).to(dtype),
+                    setting.layer.table.inputs[0].width,
+                    path,
+                )
                 self.files[key] = str(path)
             except Absent as error:
                 self.files[key] = error

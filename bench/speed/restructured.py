@@ -15,17 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusedmoe.graph import NOTHING, Level, Static
 from fusedmoe.outputs import for_tasks
 from fusedmoe.reference.activation import apply
-from fusedmoe.table import Level, Static, Table
+from fusedmoe.table import Table
 
 
 def slots_of(level: Level) -> list[tuple[int, list[int]]]:
     """Return (slot, its experts) for every slot that an expert reads, in order of the slots."""
-    return [
-        (slot, [e for e, expert in enumerate(level.experts) if expert.slot == slot])
-        for slot in sorted({expert.slot for expert in level.experts})
-    ]
+    slots = [expert.mlp.sources[0].index for expert in level.experts]
+    return [(slot, [e for e, read in enumerate(slots) if read == slot]) for slot in sorted(set(slots))]
 
 
 def runs_of(level: Level) -> list[list[tuple[int, list[int]]]]:
@@ -38,34 +37,36 @@ def runs_of(level: Level) -> list[list[tuple[int, list[int]]]]:
 
 def check(table: Table) -> None:
     """Raise ValueError for a table that has no such form: what this module cannot do is named."""
-    if any(task.tower for task in table.tasks):
+    if table.has_towers:
         raise ValueError("table.tasks: expected no towers, got some")
-    for number, level in enumerate(table.levels):
-        shapes = {expert.layers for expert in level.experts}
-        if len(shapes) > 1 or not all(layer.bias for layers in shapes for layer in layers):
+    for number, level in enumerate(table.graph.levels):
+        shapes = {tuple((s.kind, s.width, s.activation, s.bias > NOTHING) for s in e.mlp.stages) for e in level.experts}
+        if len(shapes) > 1 or not all(biased for shape in shapes for *_, biased in shape):
             raise ValueError(
                 f"level {number}, experts: expected equal layers with a bias, got {len(shapes)} kinds of experts"
             )
         gates = [unit.gate for unit in level.units if unit.gate]
-        if any(gate.hidden or not gate.bias or not gate.sees or gate.selector.kind == "expert" for gate in gates):
+        maps = [gate.mlps[0] for gate in gates]
+        kinds = {mlp.sources[0].kind for mlp in maps}
+        if any(len(m.stages) > 1 or m.stages[0].bias == NOTHING or not m.width for m in maps) or "expert" in kinds:
             raise ValueError(
                 f"level {number}, gates: expected one map with a bias, over at least one expert, of a slot or the root"
             )
-        if len({gate.selector.kind for gate in gates}) > 1:
+        if len(kinds) > 1:
             raise ValueError(f"level {number}, gates: expected selectors of one kind, got slots and the root")
 
 
-def static_row(static: Static | None, statics: Sequence[Tensor], zeros: Tensor) -> Tensor:
+def static_row(static: Static | None, params: Sequence[Tensor], zeros: Tensor) -> Tensor:
     """Return `zeros` [E] with the static weights of a unit, if it has any.
 
-    Differentiable in the static tensors.
+    Differentiable in the parameters.
     """
     if static is None or not static.experts:
         return zeros
     values = (
         zeros.new_tensor(static.values)
-        if static.values is not None
-        else statics[static.tensor].flatten()[static.offset :][: len(static.experts)]
+        if static.parameter == NOTHING
+        else params[static.parameter].flatten()[static.offset :][: len(static.experts)]
     )
     return zeros.index_copy(0, torch.tensor(static.experts), values)
 
@@ -75,9 +76,8 @@ def arrange(table: Table, params: Sequence[Tensor]) -> dict[str, Tensor]:
     `table.parameters`.
     """
     named = {expect.name: tensor for expect, tensor in zip(table.parameters, params, strict=True)}
-    statics = [named[f"statics.{i}"] for i in range(len(table.statics))]
     result = {}
-    for number, level in enumerate(table.levels):
+    for number, level in enumerate(table.graph.levels):
         at = f"stages.{number}"
         order = [e for _, experts in slots_of(level) for e in experts]
 
@@ -91,13 +91,13 @@ def arrange(table: Table, params: Sequence[Tensor]) -> dict[str, Tensor]:
             result[f"{at}.bias_{i}"] = torch.stack([torch.cat(of("bias", 0, experts)) for _, experts in run]).unsqueeze(
                 1
             )
-        for j in range(1, len(level.experts[0].layers)):
+        for j in range(1, len(level.experts[0].mlp.stages)):
             result[f"{at}.deep_weight_{j}"] = torch.stack([w.t() for w in of("weight", j, order)])
             result[f"{at}.deep_bias_{j}"] = torch.stack(of("bias", j, order)).unsqueeze(1)
         result |= {f"{at}.{name}": tensor for name, tensor in arrange_mixing(level, number, order, named).items()}
         if any(unit.static for unit in level.units):
             result[f"{at}.static"] = torch.stack(
-                [static_row(unit.static, statics, params[0].new_zeros(len(order)))[order] for unit in level.units]
+                [static_row(unit.static, params, params[0].new_zeros(len(order)))[order] for unit in level.units]
             )
     return result
 
@@ -116,7 +116,7 @@ def arrange_mixing(level: Level, number: int, order: list[int], named: dict[str,
         seen = torch.tensor([order.index(e) for e in gate.sees])
         weights.append(weight.new_zeros(len(order), weight.shape[1]).index_copy(0, seen, weight))
         biases.append(bias.new_zeros(len(order)).index_copy(0, seen, bias))
-    if number == 0 or gated[0][1].selector.kind == "root":
+    if gated[0][1].mlps[0].sources[0].kind == "input":
         return {"gate_weight": torch.cat(weights), "gate_bias": torch.cat(biases)}
     return {
         "gate_weight": torch.stack([weight.t() for weight in weights]),
@@ -131,15 +131,16 @@ class Stage(nn.Module):
         super().__init__()
         for name, tensor in tensors.items():
             self.register_parameter(name, nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format)))
-        self.first, self.layers, self.experts = first, level.experts[0].layers, len(level.experts)
+        self.first, self.layers, self.experts = first, level.experts[0].mlp.stages, len(level.experts)
         self.runs = [slice(run[0][0], run[-1][0] + 1) for run in runs_of(level)]
         order = [e for _, experts in slots_of(level) for e in experts]
         gated = [u for u, unit in enumerate(level.units) if unit.gate]
         gates = [level.units[u].gate for u in gated]
         self.has_static = any(unit.static for unit in level.units)
         self.units, self.gated = len(level.units), None if len(gated) == len(level.units) else gated
-        self.by_root = first or bool(gates and gates[0].selector.kind == "root")
-        read = [gate.selector.index for gate in gates]
+        sources = [gate.mlps[0].sources[0] for gate in gates]
+        self.by_root = bool(sources) and sources[0].kind == "input"
+        read = [source.index for source in sources]
         # A slice is a view; a list would copy, and add up in backward.
         self.read = slice(read[0], read[-1] + 1) if read and read == list(range(read[0], read[-1] + 1)) else read
         dtype = next(iter(tensors.values())).dtype
@@ -211,7 +212,7 @@ class Restructured(nn.Module):
             {name.rsplit(".", 1)[1]: t for name, t in tensors.items() if name.startswith(f"stages.{i}.")}
             for i in range(len(table.levels))
         ]
-        self.stages = nn.ModuleList(Stage(level, i == 0, own[i]) for i, level in enumerate(table.levels))
+        self.stages = nn.ModuleList(Stage(level, i == 0, own[i]) for i, level in enumerate(table.graph.levels))
 
     def forward(self, x: Tensor) -> Tensor:
         out = None

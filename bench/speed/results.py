@@ -118,7 +118,7 @@ class Recomputed(nn.Module):
         self.params, self.table, self.backend = nn.ParameterList(layer.params), layer.table, backend
 
     def forward(self, x: Tensor) -> Tensor:
-        slots = x.unsqueeze(1).expand(-1, self.table.slots, -1)
+        slots = x.unsqueeze(1).expand(-1, self.table.inputs[0].slots, -1)
         return fusion_network(slots, list(self.params), self.table, self.backend, recompute=True)
 
 

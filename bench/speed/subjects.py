@@ -123,7 +123,7 @@ def build(sizes: Sizes, dtype: torch.dtype = torch.float32) -> Layer:
     module = module.to(dtype)
     row = _ROWS[sizes.family]
     wiring = row.wiring(module)
-    return Layer(module, wiring, wiring.table.slots if row.rank == 3 else 0)
+    return Layer(module, wiring, wiring.table.inputs[0].slots if row.rank == 3 else 0)
 
 
 class Called(nn.Module):
@@ -155,8 +155,8 @@ def rows_for(layer: Layer, batch: int) -> Work:
     generator = torch.Generator().manual_seed(1)
     dtype, table = layer.params[0].dtype, layer.table
     # In bfloat16 nearly every row is near a kink; its gradients are compared in the norm.
-    spare = torch.randn(2 * batch + 20, table.width, generator=generator).to(dtype)
+    spare = torch.randn(2 * batch + 20, table.inputs[0].width, generator=generator).to(dtype)
     off = testing.rows_off_kinks(
-        spare.float().unsqueeze(1).expand(-1, table.slots, -1), [p.float() for p in layer.params], table
+        spare.float().unsqueeze(1).expand(-1, table.inputs[0].slots, -1), [p.float() for p in layer.params], table
     )
     return Work(spare[off][:batch].clone(), torch.randn(batch, *table.output, generator=generator).to(dtype))

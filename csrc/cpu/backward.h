@@ -13,7 +13,7 @@ struct BackwardBlock : Block<T> {
   T* d_linears;
 
   T* d(int64_t offset) const { return d_panels + offset * this->ld; }
-  T* d_z(const Linear& linear) const { return d_linears + linear.d * this->ld; }
+  T* d_z(const Stage& linear) const { return d_linears + linear.d * this->ld; }
   void clear(int64_t offset, int64_t width) const { memset(d(offset), 0, width * this->ld * sizeof(T)); }
 };
 
@@ -21,14 +21,14 @@ struct BackwardBlock : Block<T> {
 // its input, which is added.
 template <class Operands, class T>
 void backward_mlp(const BackwardBlock<T>& b, const Mlp& mlp) {
-  for (int64_t j = mlp.linears.count; j-- > 0;) {
-    const Linear& linear = mlp.linears[j];
+  for (int64_t j = mlp.stages.count; j-- > 0;) {
+    const Stage& linear = mlp.stages[j];
     differentiate<T>(linear.act, T(linear.parameter), b.at(linear.z), b.d_z(linear), linear.n * b.ld);
     if (b.call.transposed) Operands::store_dz(b, (const T*)b.d_z(linear), linear);
-    if (j == 0 && mlp.reads_x && !b.call.d_x) return;
+    if (j == 0 && (mlp.d_in < 0 || (mlp.reads_x && !b.call.d_x))) return;
     // Each linear's sum by itself, then added: as accurate as PyTorch, where one chain through all
     // experts is not.
-    Operands::d_input(b, linear, b.d_z(linear), j > 0 ? b.d_z(mlp.linears[j - 1]) : b.d(mlp.d_in), j == 0);
+    Operands::d_input(b, linear, b.d_z(linear), j > 0 ? b.d_z(mlp.stages[j - 1]) : b.d(mlp.d_in), j == 0);
   }
 }
 
@@ -60,12 +60,36 @@ void backward_unit(const BackwardBlock<T>& b, const UnitPlan& unit) {
     T* to = dw + i * b.ld;
     if (b.call.d_weights)
       for (int64_t r = 0; r < b.rows; r++)
-        to[r] += b.call.d_weights[(b.row + r) * b.plan.table.mixing + unit.weights + read.expert];
+        to[r] += b.call.d_weights[(b.row + r) * b.plan.graph.mixing + unit.weights + read.expert];
     if (read.d_static >= 0) memcpy(b.chunk_row(read.d_static), to, b.rows * sizeof(T));
   }
-  if (unit.gate.linears.count == 0) return;
-  softmax_backward<T>(unit.reads, p, dw, b.ld, b.d_z(unit.gate.linears[unit.gate.linears.count - 1]));
+  if (unit.gate.stages.count == 0) return;
+  softmax_backward<T>(unit.reads, p, dw, T(unit.factor), b.ld, b.d_z(unit.gate.stages[unit.gate.stages.count - 1]));
   backward_mlp<Operands>(b, unit.gate);
+}
+
+// to += from, panels of so many columns.
+template <class T>
+void add_panel(const BackwardBlock<T>& b, const T* from, int64_t width, T* to) {
+  for (int64_t i = 0; i < width * b.ld; i += Lanes<T>::count) store<T>(to + i, load<T>(to + i) + load<T>(from + i));
+}
+
+// Concatenations: their gradients begin at zero, and go to what they were gathered from.
+template <class T>
+void clear_gathered(const BackwardBlock<T>& b, const Mlp& mlp) {
+  for (const Gather& joined : mlp.gather)
+    if (joined.d >= 0) b.clear(joined.d, joined.to.width);
+}
+template <class T>
+void scatter(const BackwardBlock<T>& b, const Mlp& mlp) {
+  for (const Gather& joined : mlp.gather) {
+    if (joined.d < 0) continue;
+    const T* from = b.d(joined.d);
+    for (const Part& part : joined.parts) {
+      if (part.d >= 0 && (!part.reads_x || b.call.d_x)) add_panel(b, from, part.width, b.d(part.d) + part.first * b.ld);
+      from += part.width * b.ld;
+    }
+  }
 }
 
 // Row-major copies of what the linears read, for the reduction over rows.
@@ -80,8 +104,8 @@ void transpose_inputs(const BackwardBlock<T>& b, const Span<TransposedInput>& tr
       continue;
     }
     T* from = b.at(transposed_input.from);
-    if (transposed_input.linear) {
-      activate<T>(transposed_input.linear->act, T(transposed_input.linear->parameter), from, b.workspace,
+    if (transposed_input.stage) {
+      activate<T>(transposed_input.stage->act, T(transposed_input.stage->parameter), from, b.workspace,
                   transposed_input.from.width * b.ld);
       from = b.workspace;
     }
@@ -89,60 +113,70 @@ void transpose_inputs(const BackwardBlock<T>& b, const Span<TransposedInput>& tr
   }
 }
 
+// From the gradients of the units that read an expert, and of what else does, down to its sources.
+template <class Operands, class T>
+void backward_expert(const BackwardBlock<T>& b, const Segment& segment, int e) {
+  const Mlp& mlp = segment.experts[e];
+  // Others that read the concatenation it gathers may have a gradient.
+  if (!mlp.differentiated) return scatter(b, mlp);
+  const Span<Use>& uses = segment.uses[e];
+  const T* from_others = segment.d_expert[e] >= 0 ? b.d(segment.d_expert[e]) : nullptr;
+  const bool copies = mlp.stages.count == 0;
+  if (copies && mlp.d_in < 0) return;
+  T* d = copies ? b.workspace : b.d_z(mlp.stages[mlp.stages.count - 1]);
+  auto weight = [&](int, int64_t i) { return (const T*)b.d(segment.units[uses[i].unit].d_w + uses[i].read); };
+  auto source = [&](int64_t i) { return (const T*)b.d(segment.units[uses[i].unit].d_out); };
+  mix<T, 1>(uses.count, weight, source, from_others, mlp.out.width, b.ld, [&](int) { return d; });
+  if (copies)
+    add_panel(b, (const T*)d, mlp.out.width, b.d(mlp.d_in));
+  else
+    backward_mlp<Operands>(b, mlp);
+  scatter(b, mlp);
+}
+
 template <class Operands, class T>
 void backward_segment(const BackwardBlock<T>& b, const Segment& segment) {
   if (b.plan.recompute) {
     run_experts<Transposed<T, Operands>>(b, segment);
-    for (const UnitPlan& unit : segment.units)
-      for (int64_t j = 0; j + 1 < unit.gate.linears.count; j++)
-        Transposed<T, Operands>::linear(b, unit.gate.linears[j]);
+    for (const UnitPlan& unit : segment.units) {
+      gather<Transposed<T, Operands>>(b, unit.gate);
+      for (int64_t j = 0; j + 1 < unit.gate.stages.count; j++)
+        Transposed<T, Operands>::linear(b, unit.gate.stages[j]);
+    }
   }
   transpose_inputs<Operands>(b, segment.transposes);
   for (int e : segment.order) {
-    const Linear& last = segment.experts[e].linears[segment.experts[e].linears.count - 1];
-    if (b.at(last.out) != b.at(last.z))
-      activate<T>(last.act, T(last.parameter), b.at(last.z), b.at(last.out), last.n * b.ld);
-    if (segment.d_expert[e] >= 0) b.clear(segment.d_expert[e], last.n);
+    const Mlp& mlp = segment.experts[e];
+    clear_gathered(b, mlp);
+    if (mlp.stages.count) {
+      const Stage& last = mlp.stages[mlp.stages.count - 1];
+      if (b.at(last.out) != b.at(last.z))
+        activate<T>(last.act, T(last.parameter), b.at(last.z), b.at(last.out), last.n * b.ld);
+    }
+    if (segment.d_expert[e] >= 0) b.clear(segment.d_expert[e], mlp.out.width);
     dots(b, segment, e);
   }
+  for (const UnitPlan& unit : segment.units) clear_gathered(b, unit.gate);
   for (const UnitPlan& unit : segment.units)
     if (unit.reads.count >= 0) backward_unit<Operands>(b, unit);
-  for (int e : segment.order) {
-    const Mlp& mlp = segment.experts[e];
-    const Span<Use>& uses = segment.uses[e];
-    const T* from_selectors = segment.d_expert[e] >= 0 ? b.d(segment.d_expert[e]) : nullptr;
-    auto weight = [&](int, int64_t i) { return (const T*)b.d(segment.units[uses[i].unit].d_w + uses[i].read); };
-    auto source = [&](int64_t i) { return (const T*)b.d(segment.units[uses[i].unit].d_out); };
-    T* d_z = b.d_z(mlp.linears[mlp.linears.count - 1]);
-    mix<T, 1>(uses.count, weight, source, from_selectors, mlp.out.width, b.ld, [&](int) { return d_z; });
-    backward_mlp<Operands>(b, mlp);
-  }
+  for (const UnitPlan& unit : segment.units) scatter(b, unit.gate);
+  // An expert may read those before it.
+  for (int64_t i = segment.order.count; i-- > 0;) backward_expert<Operands>(b, segment, segment.order[i]);
 }
 
 template <class Operands, class T>
 void backward_towers(const BackwardBlock<T>& b) {
   const Plan& plan = b.plan;
-  const Span<UnitPlan>& last = plan.segments[plan.segments.count - 1].units;
-  for (const UnitPlan& unit : last)
-    if (unit.reads.count >= 0) b.clear(unit.d_out, unit.out.width);
   const int64_t width = plan.towers[0].mlp.out.width, stride = plan.towers.count * width;
   if (!plan.recompute) transpose_inputs<Operands>(b, plan.tower_transposes);
   for (int64_t t = 0; t < plan.towers.count; t++) {
-    const Tower& tower = plan.towers[t];
-    const Linear& top = tower.mlp.linears[tower.mlp.linears.count - 1];
-    const bool many = tower.units.count > 1;
-    if (b.plan.recompute) run_tower<Transposed<T, Operands>>(b, tower);
+    const Mlp& tower = plan.towers[t].mlp;
+    const Stage& top = tower.stages[tower.stages.count - 1];
+    if (b.plan.recompute) run_mlp<Transposed<T, Operands>>(b, tower);
     transpose(b.call.d_out + b.row * stride + t * width, stride, b.rows, width, b.d_z(top), b.ld, b.ld);
-    if (many) b.clear(tower.mlp.d_in, tower.in.width);
-    backward_mlp<Operands>(b, tower.mlp);
-    const T* from = b.d(tower.mlp.d_in);
-    if (many)
-      for (int u : tower.units) {
-        const int64_t n = last[u].out.width * b.ld;
-        T* to = b.d(last[u].d_out);
-        for (int64_t i = 0; i < n; i += Lanes<T>::count) store<T>(to + i, load<T>(to + i) + load<T>(from + i));
-        from += n;
-      }
+    clear_gathered(b, tower);
+    backward_mlp<Operands>(b, tower);
+    scatter(b, tower);
   }
   // The towers of a table have panels of their own, so that all are still there.
   if (plan.recompute) transpose_inputs<Operands>(b, plan.tower_transposes);
@@ -156,53 +190,48 @@ void backward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, 
   BackwardBlock<T> b{{plan, call, row, rows, ld, call.saved_of(plan, row), scratch, d_linears + plan.d_linears * ld},
                      d_panels,
                      d_linears};
-  const Span<UnitPlan>& last = plan.segments[plan.segments.count - 1].units;
-  if (plan.recompute) read_inputs<Transposed<T, Operands>>(b);
+  const int64_t last = plan.segments.count - 1;
+  if (plan.recompute || plan.backward_reads_inputs) read_inputs<Transposed<T, Operands>>(b);
+  for (int64_t l = 0; l <= last; l++)
+    for (const UnitPlan& unit : plan.segments[l].units)
+      if (unit.reads.count >= 0 && (l < last || plan.towers.count)) b.clear(unit.d_out, unit.out.width);
+  const int64_t width = plan.inputs[0].width, stride = plan.d_inputs.count * width;
+  for (int64_t s = 0; s < plan.d_inputs.count && call.d_x; s++) b.clear(plan.d_inputs[s], width);
   if (plan.towers.count) {
     backward_towers<Operands>(b);
   } else {
-    const int64_t width = last[0].out.width, stride = last.count * width;
-    for (int64_t u = 0; u < last.count; u++)
-      transpose(call.d_out + row * stride + u * width, stride, rows, width, b.d(last[u].d_out), ld, ld);
+    const Span<UnitPlan>& units = plan.segments[last].units;
+    const int64_t columns = units[0].out.width;
+    for (int64_t u = 0; u < units.count; u++)
+      transpose(call.d_out + (row * units.count + u) * columns, units.count * columns, rows, columns,
+                b.d(units[u].d_out), ld, ld);
   }
-  for (int64_t l = plan.segments.count; l-- > 0;) {
-    if (l > 0)
-      for (const UnitPlan& below : plan.segments[l - 1].units)
-        if (below.reads.count >= 0) b.clear(below.d_out, below.out.width);
-    if (l == plan.segments.count - 1 && call.d_x)
-      for (int64_t s = 0; s < plan.d_inputs.count; s++) b.clear(plan.d_inputs[s], plan.table.width);
-    backward_segment<Operands>(b, plan.segments[l]);
-  }
-  const int64_t width = plan.table.width, stride = plan.table.slots * width;
-  for (int64_t s = 0; s < plan.table.slots && call.d_x; s++)
+  for (int64_t l = last; l >= 0; l--) backward_segment<Operands>(b, plan.segments[l]);
+  for (int64_t s = 0; s < plan.d_inputs.count && call.d_x; s++)
     transpose(b.d(plan.d_inputs[s]), ld, width, rows, call.d_x + row * stride + s * width, stride, width);
 }
 
-// dW[n, k] (+)= sum over rows of dz[n, row] x[row, k], and db.
+// dW[n, k] (+)= sum over rows of dz[n, row] x[row, k], and db, of linear maps that share parameters.
 template <class T, class Operands>
 void linear_gradient(const Plan&, const Call<T>& call, const LinearTask& task, int64_t chunk, bool fresh) {
-  const Linear& linear = *task.linear;
-  if (T* d_weight = call.grads[linear.weight])
-    Operands::weight_gradient(call, linear, task.first, task.rows, chunk, d_weight, !fresh);
-  T* d_bias = linear.bias >= 0 ? call.grads[linear.bias] : nullptr;
-  for (int64_t n = task.first; n < task.first + task.rows && d_bias; n++) {
-    T sum = Operands::sum((const T*)call.d_z + (linear.d_z + n) * call.chunk, chunk);
-    d_bias[n] = fresh ? sum : d_bias[n] + sum;
+  for (const Stage* stage : task.stages) {
+    if (T* d_weight = call.grads[stage->weight])
+      Operands::weight_gradient(call, *stage, task.first, task.rows, chunk, d_weight,
+                                !(fresh && stage->first_of_weight));
+    T* d_bias = stage->bias >= 0 ? call.grads[stage->bias] : nullptr;
+    for (int64_t n = task.first; n < task.first + task.rows && d_bias; n++) {
+      T sum = Operands::sum((const T*)call.d_z + (stage->d_z + n) * call.chunk, chunk);
+      d_bias[n] = fresh && stage->first_of_bias ? sum : d_bias[n] + sum;
+    }
   }
 }
 
-// dv += sum over rows of dw, over the elements that some unit uses; the caller has zeroed the
-// tensors.
+// Sums over the chunk's rows, added to elements of parameters; the caller has zeroed the tensors.
 template <class T>
-void static_gradient(const Plan& plan, const Call<T>& call, int64_t chunk) {
-  for (const Segment& segment : plan.segments)
-    for (const UnitPlan& unit : segment.units)
-      for (int64_t i = 0; i < unit.reads.count; i++) {
-        const Read& read = unit.reads[i];
-        if (read.d_static >= 0 && call.grads[read.parameter])
-          call.grads[read.parameter][read.element] +=
-              NativeOperands::sum((const T*)call.d_z + read.d_static * call.chunk, chunk);
-      }
+void row_sums(const Plan& plan, const Call<T>& call, int64_t chunk) {
+  for (const RowSum& sum : plan.row_sums)
+    if (T* d = call.grads[sum.parameter])
+      d[sum.element] += NativeOperands::sum((const T*)call.d_z + sum.row * call.chunk, chunk);
 }
 
 }  // namespace fusedmoe::cpu::FUSEDMOE_ISA

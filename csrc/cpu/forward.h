@@ -15,13 +15,13 @@ struct Transposed {
     transpose(x, b.call.row_stride, b.rows, to.width, b.at(to), b.ld, b.ld);
     Operands::input(b, slot);
   }
-  static void linear(const Block<T>& b, const Linear& linear) {
+  static void linear(const Block<T>& b, const Stage& linear) {
     Operands::linear(b, linear);
     if (linear.act != Act::relu && linear.act != Act::identity)
       activate<T>(linear.act, T(linear.parameter), b.at(linear.z), b.at(linear.out), linear.n * b.ld);
   }
   static void weights(const Block<T>& b, const UnitPlan& unit) {
-    if (unit.gate.linears.count) softmax(b.at(unit.gate.out), unit.p.width, b.ld, b.at(unit.p));
+    if (unit.gate.stages.count) softmax(b.at(unit.gate.out), T(unit.factor), unit.p.width, b.ld, b.at(unit.p));
     mixing_weights(unit.reads, b.call.params, b.at(unit.p), b.ld, b.at(unit.w));
   }
   static int64_t weight_lanes(const Block<T>& b) { return b.ld; }
@@ -43,8 +43,8 @@ struct Transposed {
                     [&](int u) { return out[u]; });
     });
   }
-  static void concatenate(const Block<T>& b, const Panel& from, int64_t at, const Panel& to) {
-    memcpy(b.at(to) + at * b.ld, b.at(from), from.width * b.ld * sizeof(T));
+  static void copy(const Block<T>& b, const Part& part, int64_t at, const Panel& to) {
+    memcpy(b.at(to) + at * b.ld, b.at(part.from) + part.first * b.ld, part.width * b.ld * sizeof(T));
   }
   static void output(const Block<T>& b, const Panel& from, T* to, int64_t stride) {
     transpose(b.at(from), b.ld, from.width, b.rows, to, stride, from.width);
@@ -63,7 +63,7 @@ struct RowByRow {
       else
         memset(line(b, to, r), 0, to.width * sizeof(float));
   }
-  static void linear(const Block<float>& b, const Linear& linear) {
+  static void linear(const Block<float>& b, const Stage& linear) {
     Product<float> p = product(b, linear);
     p.ldb = padded(linear.in.width);
     p.ldc = padded(linear.n);
@@ -75,11 +75,11 @@ struct RowByRow {
   // and come out in the same bits.
   static void weights(const Block<float>& b, const UnitPlan& unit) {
     float* p = b.workspace;
-    if (unit.gate.linears.count) {
+    if (unit.gate.stages.count) {
       for (int64_t e = 0; e < unit.p.width; e++)
         for (int64_t r = 0; r < lane_multiple; r++)
           p[e * lane_multiple + r] = r < b.rows ? line(b, unit.gate.out, r)[e] : 0.0f;
-      softmax(p, unit.p.width, lane_multiple, p);
+      softmax(p, float(unit.factor), unit.p.width, lane_multiple, p);
     }
     mixing_weights(unit.reads, b.call.params, p, lane_multiple, b.at(unit.w));
   }
@@ -99,8 +99,9 @@ struct RowByRow {
         }
     }
   }
-  static void concatenate(const Block<float>& b, const Panel& from, int64_t at, const Panel& to) {
-    for (int64_t r = 0; r < b.rows; r++) memcpy(line(b, to, r) + at, line(b, from, r), from.width * sizeof(float));
+  static void copy(const Block<float>& b, const Part& part, int64_t at, const Panel& to) {
+    for (int64_t r = 0; r < b.rows; r++)
+      memcpy(line(b, to, r) + at, line(b, part.from, r) + part.first, part.width * sizeof(float));
   }
   static void output(const Block<float>& b, const Panel& from, float* to, int64_t stride) {
     for (int64_t r = 0; r < b.rows; r++) memcpy(to + r * stride, line(b, from, r), from.width * sizeof(float));
@@ -112,29 +113,33 @@ struct RowByRow {
 template <class T>
 void write_weights(const Block<T>& b, const Segment& segment, const UnitPlan& unit, const T* w, int64_t lanes) {
   for (int64_t r = 0; r < b.rows; r++) {
-    T* to = b.call.weights + (b.row + r) * b.plan.table.mixing + unit.weights;
+    T* to = b.call.weights + (b.row + r) * b.plan.graph.mixing + unit.weights;
     for (int64_t e = 0; e < segment.experts.count; e++) to[e] = 0;
     for (int64_t i = 0; i < unit.reads.count; i++) to[unit.reads[i].expert] = w[i * lanes + r];
   }
 }
 
+// The concatenation that an MLP reads, where it is the first to read it.
 template <class Layout, class T>
-void run_experts(const Block<T>& b, const Segment& segment) {
-  for (int e : segment.order)
-    for (const Linear& linear : segment.experts[e].linears) Layout::linear(b, linear);
+void gather(const Block<T>& b, const Mlp& mlp) {
+  for (const Gather& joined : mlp.gather) {
+    int64_t at = 0;
+    for (const Part& part : joined.parts) {
+      Layout::copy(b, part, at, joined.to);
+      at += part.width;
+    }
+  }
 }
 
-// The concatenation of the units that a tower reads, where they are several.
 template <class Layout, class T>
-void run_tower(const Block<T>& b, const Tower& tower) {
-  const Span<UnitPlan>& last = b.plan.segments[b.plan.segments.count - 1].units;
-  int64_t at = 0;
-  if (tower.units.count > 1)
-    for (int u : tower.units) {
-      Layout::concatenate(b, last[u].out, at, tower.in);
-      at += last[u].out.width;
-    }
-  for (const Linear& linear : tower.mlp.linears) Layout::linear(b, linear);
+void run_mlp(const Block<T>& b, const Mlp& mlp) {
+  gather<Layout>(b, mlp);
+  for (const Stage& stage : mlp.stages) Layout::linear(b, stage);
+}
+
+template <class Layout, class T>
+void run_experts(const Block<T>& b, const Segment& segment) {
+  for (int e : segment.order) run_mlp<Layout>(b, segment.experts[e]);
 }
 
 template <class Layout, class T>
@@ -151,7 +156,7 @@ void run_segment(const Block<T>& b, const Segment& segment) {
       if (b.call.weights) write_weights<T>(b, segment, unit, nullptr, 0);
       continue;
     }
-    for (const Linear& linear : unit.gate.linears) Layout::linear(b, linear);
+    run_mlp<Layout>(b, unit.gate);
     Layout::weights(b, unit);
     if (b.call.weights) write_weights<T>(b, segment, unit, b.at(unit.w), Layout::weight_lanes(b));
   }
@@ -175,7 +180,7 @@ void forward(const Plan& plan, const Call<T>& call, int64_t row, int64_t rows, T
   const int64_t width = plan.towers[0].mlp.out.width, stride = plan.towers.count * width;
   for (int64_t t = 0; t < plan.towers.count; t++) {
     const Tower& tower = plan.towers[t];
-    run_tower<Layout>(b, tower);
+    run_mlp<Layout>(b, tower.mlp);
     Layout::output(b, tower.mlp.out, call.out + row * stride + t * width, stride);
   }
 }

@@ -34,18 +34,18 @@ struct Call {
 // Rows `row` .. `row + rows` of a call, at most block_rows of them.
 template <class T>
 using RunBlock = void (*)(const Plan&, const Call<T>&, int64_t row, int64_t rows, T* scratch);
-// Rows `first` .. `first + rows` of the gradient of linear `linear`, over the chunk of `chunk` rows
-// at row 0 (`fresh`) or after it.
+// Rows `first` .. `first + rows` of the gradients of linear maps that share parameters, over the
+// chunk of `chunk` rows at row 0 (`fresh`) or after it.
 struct LinearTask {
-  const Linear* linear;
+  Span<const Stage*> stages;
   int64_t first, rows;
 };
 template <class T>
 using RunLinear = void (*)(const Plan&, const Call<T>&, const LinearTask&, int64_t chunk, bool fresh);
 template <class T>
-using RunStatics = void (*)(const Plan&, const Call<T>&, int64_t chunk);
+using RunSums = void (*)(const Plan&, const Call<T>&, int64_t chunk);
 template <class T>
-using RunWeight = void (*)(const Plan&, const Call<T>&, const Linear& linear);
+using RunWeight = void (*)(const Plan&, const Call<T>&, const Stage& linear);
 
 template <class T>
 struct Kernels {
@@ -54,7 +54,7 @@ struct Kernels {
   RunBlock<T> packed, packed_few;  // the same from packed parameters
   RunBlock<T> backward;      // gradients of the activations; `row` counts from the chunk's first row, see Call
   RunLinear<T> linear_gradient;    // dW and db
-  RunStatics<T> static_gradient;
+  RunSums<T> row_sums;               // gradients that are sums of rows of the chunk's buffer
   RunWeight<T>
       transpose_weight;  // what backward needs of a linear's weight before all else; null where it needs nothing
 };

@@ -22,18 +22,18 @@ struct Block {
   T* at(const Panel& p) const { return (p.saved ? saved : scratch) + p.offset * ld; }
 };
 
-// p[e] = softmax over e of z[e], ascending, one row a lane.
+// p[e] = softmax over e of factor * z[e], ascending, one row a lane.
 template <class T>
-void softmax(const T* z, int64_t n, int64_t ld, T* p) {
+void softmax(const T* z, T factor, int64_t n, int64_t ld, T* p) {
   for (int64_t v = 0; v < ld; v += Lanes<T>::count) {
-    vec<T> most = load<T>(z + v);
+    vec<T> most = factor * load<T>(z + v);
     for (int64_t e = 1; e < n; e++) {
-      vec<T> x = load<T>(z + e * ld + v);
+      vec<T> x = factor * load<T>(z + e * ld + v);
       most = x > most ? x : most;
     }
     vec<T> sum = splat<T>(0);
     for (int64_t e = 0; e < n; e++) {
-      vec<T> x = exp<T>(load<T>(z + e * ld + v) - most);
+      vec<T> x = exp<T>(factor * load<T>(z + e * ld + v) - most);
       store<T>(p + e * ld + v, x);
       sum = sum + x;
     }
@@ -124,10 +124,10 @@ void dot(Gradient g, const T* y, int64_t n, int64_t ld, To dw) {
   }
 }
 
-// dz[e] = p[e] * (dw[e] - c - sum over e' of p[e'] (dw[e'] - c)) with c the sum of p dw, so that
-// one p near 1 costs no digits; dw stands at the place of expert e among the unit's reads.
+// dz[e] = factor * p[e] * (dw[e] - c - sum over e' of p[e'] (dw[e'] - c)) with c the sum of p dw, so
+// that one p near 1 costs no digits; dw stands at the place of expert e among the unit's reads.
 template <class T>
-void softmax_backward(const Span<Read>& reads, const T* p, const T* dw, int64_t ld, T* dz) {
+void softmax_backward(const Span<Read>& reads, const T* p, const T* dw, T factor, int64_t ld, T* dz) {
   for (int64_t v = 0; v < ld; v += Lanes<T>::count) {
     // Of one term a read, those of the experts that the gate does not see left out.
     const auto total = [&](auto term) {
@@ -141,7 +141,7 @@ void softmax_backward(const Span<Read>& reads, const T* p, const T* dw, int64_t 
     const vec<T> rest = total(off_mean);
     for (int64_t i = 0; i < reads.count; i++)
       if (reads[i].seen >= 0)
-        store<T>(dz + reads[i].seen * ld + v, load<T>(p + reads[i].seen * ld + v) * (off_mean(i) - rest));
+        store<T>(dz + reads[i].seen * ld + v, factor * (load<T>(p + reads[i].seen * ld + v) * (off_mean(i) - rest)));
   }
 }
 

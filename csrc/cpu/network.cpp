@@ -136,10 +136,13 @@ constexpr int64_t task_rows = 48;
 
 std::vector<LinearTask> linear_tasks(const Plan& plan, const std::function<bool(int)>& wanted) {
   std::vector<LinearTask> tasks;
-  for (const Linear* linear : plan.linears)
-    if (wanted(linear->weight) || (linear->bias >= 0 && wanted(linear->bias)))
-      for (int64_t n = 0; n < linear->n; n += task_rows)
-        tasks.push_back({linear, n, std::min(task_rows, linear->n - n)});
+  for (const Span<const Stage*>& stages : plan.gradients) {
+    const int64_t rows = stages[0]->n;
+    const bool any = std::any_of(stages.begin(), stages.end(), [&](const Stage* stage) {
+      return wanted(stage->weight) || (stage->bias >= 0 && wanted(stage->bias));
+    });
+    for (int64_t n = 0; n < rows && any; n += task_rows) tasks.push_back({stages, n, std::min(task_rows, rows - n)});
+  }
   return tasks;
 }
 
@@ -182,13 +185,12 @@ void backward(const Plan& plan, Call<T> call, const ForEach& each) {
   const Kernels<T>& kernels = chosen_isa().kernels<T>(plan);
   const auto wanted = [&](int parameter) { return call.grads[parameter] != nullptr; };
   const std::vector<LinearTask> tasks = linear_tasks(plan, wanted);
-  bool statics = false;
-  for (size_t i = 0; i < plan.table.shapes.size(); i++) {
-    if (!wanted(int(i))) continue;
-    const bool is_static = i >= plan.table.first_static;
-    statics = statics || is_static;
-    if (is_static || call.rows == 0) std::fill_n(call.grads[i], count_of(plan.table.shapes[i]), T(0));
-  }
+  const auto zero = [&](int i) {
+    if (wanted(i)) std::fill_n(call.grads[i], count_of(plan.graph.shapes[i]), T(0));
+  };
+  for (size_t i = 0; i < plan.graph.shapes.size() && call.rows == 0; i++) zero(int(i));
+  for (int i : plan.plain) zero(i);
+  const bool sums = std::any_of(plan.plain.begin(), plan.plain.end(), wanted);
   call.transposed_rows = std::min(chunk_rows, call.rows);
   call.chunk = leading(call.transposed_rows);
   const int64_t d_z = plan.d_z * call.chunk;
@@ -205,7 +207,7 @@ void backward(const Plan& plan, Call<T> call, const ForEach& each) {
       kernels.backward(plan, call, row, rows, thread_scratch<T>(backward_scratch(plan, rows)));
     });
     each(int64_t(tasks.size()), [&](int64_t i) { kernels.linear_gradient(plan, call, tasks[i], chunk, first == 0); });
-    if (statics) kernels.static_gradient(plan, call, chunk);
+    if (sums) kernels.row_sums(plan, call, chunk);
   }
 }
 

@@ -9,7 +9,7 @@ namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
 // z = W in + bias, and relu; the strides of in and z are the layout's.
 template <class T>
-Product<T> product(const Block<T>& b, const Linear& linear) {
+Product<T> product(const Block<T>& b, const Stage& linear) {
   Product<T> p{};
   p.a = b.call.params[linear.weight];
   p.lda = p.k = linear.k;
@@ -30,7 +30,7 @@ inline void gather_rows(const float* panel, int64_t ld, int64_t n, int64_t rows,
 // z = W in + bias for at most few_rows rows of a training step: W is streamed once, in the order of
 // memory (few.h), where one vector of rows would be lanes that idle. The same sums, so the
 // same bits.
-inline void linear_few(const Block<float>& b, const Linear& linear) {
+inline void linear_few(const Block<float>& b, const Stage& linear) {
   float *x = b.workspace, *y = x + b.plan.widest * b.ld, *z = b.at(linear.z);
   Product<float> p = product(b, linear);
   p.b = x;
@@ -47,7 +47,7 @@ inline void linear_few(const Block<float>& b, const Linear& linear) {
 
 // to (+)= W^T dz for as few: the rows of W are added up as they stand in memory, the lanes running
 // over its columns.
-inline void d_input_few(const Block<float>& b, const Linear& linear, const float* d_z, float* to, bool add) {
+inline void d_input_few(const Block<float>& b, const Stage& linear, const float* d_z, float* to, bool add) {
   float *rows = b.workspace, *sums = rows + b.plan.widest * b.ld;
   gather_rows(d_z, b.ld, linear.n, b.rows, rows, linear.n);
   // Chain by chain, as `multiply` adds them.
@@ -68,7 +68,7 @@ struct NativeOperands {
   static void input(const Block<T>&, int64_t) {}
 
   template <class T>
-  static void linear(const Block<T>& b, const Linear& linear) {
+  static void linear(const Block<T>& b, const Stage& linear) {
     if constexpr (sizeof(T) == 4)
       if (b.rows <= few_rows) return linear_few(b, linear);
     Product<T> p = product(b, linear);
@@ -77,7 +77,7 @@ struct NativeOperands {
   }
   // to (+)= W^T dz.
   template <class T>
-  static void d_input(const Block<T>& b, const Linear& linear, const T* d_z, T* to, bool add) {
+  static void d_input(const Block<T>& b, const Stage& linear, const T* d_z, T* to, bool add) {
     // The last vector of a row of W must not reach beyond its end.
     if constexpr (sizeof(T) == 4)
       if (b.rows <= few_rows && linear.k % lane_multiple == 0) return d_input_few(b, linear, d_z, to, add);
@@ -93,7 +93,7 @@ struct NativeOperands {
   }
   // Hand a dz to the chunk's buffer, where dW and db find it.
   template <class T>
-  static void store_dz(const Block<T>& b, const T* d_z, const Linear& linear) {
+  static void store_dz(const Block<T>& b, const T* d_z, const Stage& linear) {
     for (int64_t n = 0; n < linear.n; n++) memcpy(b.chunk_row(linear.d_z + n), d_z + n * b.ld, b.rows * sizeof(T));
   }
   // The x of a dW, from rows of the network's input or from a panel.
@@ -113,7 +113,7 @@ struct NativeOperands {
   }
   // dW (+)= dz x for rows of dW from `first` on.
   template <class T>
-  static void weight_gradient(const Call<T>& call, const Linear& linear, int64_t first, int64_t count, int64_t chunk,
+  static void weight_gradient(const Call<T>& call, const Stage& linear, int64_t first, int64_t count, int64_t chunk,
                               T* d_weight, bool add) {
     Product<T> p{};
     p.a = call.d_z + (linear.d_z + first) * call.chunk;
@@ -154,7 +154,7 @@ struct Bf16Operands {
     const Panel& from = b.plan.inputs[slot];
     pair_rows(b.at(from), from.width, b.ld, padded(b.rows), operand(b, b.plan.input_operands[slot]), b.ld);
   }
-  static void linear(const Block<float>& b, const Linear& linear) {
+  static void linear(const Block<float>& b, const Stage& linear) {
     uint32_t* in = operand(b, linear.operand);
     if (linear.convert) pair_rows(b.at(linear.in), linear.k, b.ld, padded(b.rows), in, b.ld);
     Bf16Product p{b.call.bf16_weights[linear.weight], linear.k, in, b.ld, linear.k, b.at(linear.z), b.ld};
@@ -162,7 +162,7 @@ struct Bf16Operands {
     p.relu = linear.act == Act::relu;
     multiply(p, linear.n, padded(b.rows));
   }
-  static void d_input(const Block<float>& b, const Linear& linear, const float* d_z, float* to, bool add) {
+  static void d_input(const Block<float>& b, const Stage& linear, const float* d_z, float* to, bool add) {
     uint32_t* pairs = (uint32_t*)b.workspace;
     pair_rows(d_z, linear.n, b.ld, padded(b.rows), pairs, b.ld);
     Bf16Product p{
@@ -171,7 +171,7 @@ struct Bf16Operands {
     multiply(p, linear.k, padded(b.rows));
   }
   // Rounded, two rows of the batch a word; a last row alone has a zero beside it.
-  static void store_dz(const Block<float>& b, const float* d_z, const Linear& linear) {
+  static void store_dz(const Block<float>& b, const float* d_z, const Stage& linear) {
     for (int64_t n = 0; n < linear.n; n++) {
       uint16_t* to = (uint16_t*)(b.call.d_z + (linear.d_z + n) * b.call.chunk) + b.row % chunk_rows;
       round_row(d_z + n * b.ld, b.rows, to);
@@ -194,7 +194,7 @@ struct Bf16Operands {
     transpose((const float*)plain, b.ld / 2, width, (b.rows + 1) / 2, to + b.row % chunk_rows / 2 * stride, stride,
               padded(width));
   }
-  static void weight_gradient(const Call<float>& call, const Linear& linear, int64_t first, int64_t count,
+  static void weight_gradient(const Call<float>& call, const Stage& linear, int64_t first, int64_t count,
                               int64_t chunk, float* d_weight, bool add) {
     Bf16Product p{(const uint16_t*)(call.d_z + (linear.d_z + first) * call.chunk),
                   2 * call.chunk,
@@ -214,7 +214,7 @@ struct Bf16Operands {
 };
 
 // W [n, k] of a linear to [k, n], rows of an even length: the A of its d_input.
-inline void transpose_weight(const Plan&, const Call<float>& call, const Linear& linear) {
+inline void transpose_weight(const Plan&, const Call<float>& call, const Stage& linear) {
   constexpr int64_t lanes = Lanes<float>::count;
   typedef uint16_t shorts __attribute__((vector_size(FUSEDMOE_VECTOR_BYTES / 2), aligned(2), may_alias));
   const int64_t n = linear.n, k = linear.k, even_n = n + n % 2;

@@ -9,7 +9,7 @@ namespace fusedmoe::cpu::FUSEDMOE_ISA {
 // Any number of rows: a group of outputs is a transposed A of the register tile.
 struct Packed : NativeOperands {
   template <class T>
-  static void linear(const Block<T>& b, const Linear& linear) {
+  static void linear(const Block<T>& b, const Stage& linear) {
     Product<T> p = product(b, linear);
     p.lda = packed_group;
     p.ldb = p.ldc = b.ld;
@@ -102,7 +102,7 @@ void packed_few(Product<float> p, int64_t n) {
 
 // The few rows of online serving: each k is one load of 16 outputs' weights.
 struct PackedRowByRow : RowByRow {
-  static void linear(const Block<float>& b, const Linear& linear) {
+  static void linear(const Block<float>& b, const Stage& linear) {
     Product<float> p = product(b, linear);
     p.ldb = padded(linear.in.width);
     p.ldc = padded(linear.n);

@@ -5,24 +5,25 @@
 namespace fusedmoe::cpu {
 
 Packing make_packing(const Plan& plan) {
-  const Table& table = plan.table;
-  Packing packing{std::vector<int64_t>(table.shapes.size(), -1)};
+  const auto& shapes = plan.graph.shapes;
+  Packing packing{std::vector<int64_t>(shapes.size(), -1)};
   const auto place = [&](int parameter, int64_t size) {
+    if (packing.offset[parameter] >= 0) return;
     packing.offset[parameter] = packing.size;
     packing.size += size;
   };
-  for (const Linear* linear : plan.linears) {
+  for (const Stage* linear : plan.linears) {
     if (linear->bias >= 0) place(linear->bias, padded(linear->n));
     place(linear->weight, padded(linear->n) * linear->k);
   }
-  for (size_t i = table.first_static; i < table.shapes.size(); i++) place(int(i), padded(count_of(table.shapes[i])));
+  for (int i : plan.plain) place(i, padded(count_of(shapes[i])));
   return packing;
 }
 
 template <class T>
 void pack(const Plan& plan, const Packing& packing, const T* const* params, T* to) {
   std::fill_n(to, packing.size, T(0));
-  for (const Linear* linear : plan.linears) {
+  for (const Stage* linear : plan.linears) {
     if (linear->bias >= 0) std::copy_n(params[linear->bias], linear->n, to + packing.offset[linear->bias]);
     const T* from = params[linear->weight];
     T* weight = to + packing.offset[linear->weight];
@@ -31,8 +32,7 @@ void pack(const Plan& plan, const Packing& packing, const T* const* params, T* t
       for (int64_t k = 0; k < linear->k; k++) column[k * packed_group] = from[k];
     }
   }
-  for (size_t i = plan.table.first_static; i < plan.table.shapes.size(); i++)
-    std::copy_n(params[i], count_of(plan.table.shapes[i]), to + packing.offset[i]);
+  for (int i : plan.plain) std::copy_n(params[i], count_of(plan.graph.shapes[i]), to + packing.offset[i]);
 }
 
 template void pack(const Plan&, const Packing&, const float* const*, float*);

@@ -1,5 +1,8 @@
 #include "plan.h"
 
+#include "groups.h"
+#include "support.h"
+
 #include <algorithm>
 #include <map>
 #include <set>
@@ -15,26 +18,36 @@ bool from_output(Act act) {
 
 class Builder {
  public:
-  Builder(Plan& plan, const Table& table) : plan_(plan), table_(table) {}
+  Builder(Plan& plan, const Graph& graph) : plan_(plan), graph_(graph) {}
 
   void build() {
     inputs();
     std::vector<Segment> segments;
     int64_t column = 0;
-    for (size_t l = 0; l < table_.levels.size(); l++) {
+    for (size_t l = 0; l < graph_.levels.size(); l++) {
+      const graph::Level& level = graph_.levels[l];
       // What the last level hands out is the output itself, unless towers read it.
-      segments.push_back(segment(table_.levels[l], column, l + 1 < table_.levels.size() || table_.has_towers));
+      segments.push_back(segment(level, column, l + 1 < graph_.levels.size() || !graph_.towers.empty()));
       segments.back().transposes = own(std::move(transposes_));
       transposes_.clear();
-      column += int64_t(table_.levels[l].experts.size() * table_.levels[l].units.size());
+      column += int64_t(level.experts.size() * level.units.size());
     }
     towers();
     plan_.segments = own(std::move(segments));
     plan_.tower_transposes = own(std::move(transposes_));
-    plan_.linears = own(std::move(linears_));
+    plan_.gradients = gradients();
+    plan_.linears = own(std::vector<const Stage*>(linears_.begin(), linears_.end()));
+    plan_.row_sums = own(std::move(row_sums_));
+    plan_.plain = own(std::vector<int>(plain_.begin(), plain_.end()));
   }
 
  private:
+  // A value and its gradient: the panel of d, or -1 where nothing asks for it.
+  struct Value {
+    Panel panel;
+    int64_t d = -1;
+  };
+
   template <class T>
   Span<T> own(std::vector<T> items) {
     auto owner = std::make_shared<std::vector<T>>(std::move(items));
@@ -60,18 +73,18 @@ class Builder {
   }
 
   void inputs() {
-    std::vector<int64_t> gradients;
-    for (int64_t s = 0; s < table_.slots; s++) {
+    const graph::Input& input = graph_.inputs[0];
+    std::vector<Panel> panels;
+    std::vector<int64_t> gradients, operands;
+    for (int64_t s = 0; s < input.slots; s++) {
       bool first = s == 0 || !plan_.expanded;
-      slots_.push_back(first ? panel(table_.width, false) : slots_[0]);
-      gradients.push_back(d_panel(table_.width));
-      source_[slots_.back().id].slot = int(s);
+      panels.push_back(first ? panel(input.width, false) : panels[0]);
+      gradients.push_back(d_panel(input.width));
+      inputs_.push_back({panels.back(), gradients.back()});
+      source_[panels.back().id].slot = int(s);
     }
-    roots_ = slots_;
-    d_slots_ = gradients;
-    plan_.inputs = own(slots_);
-    std::vector<int64_t> operands;
-    for (const Panel& slot : slots_) operands.push_back(plan_.bf16 ? operand(slot).first : -1);
+    for (const Panel& slot : panels) operands.push_back(plan_.bf16 ? operand(slot).first : -1);
+    plan_.inputs = own(panels);
     plan_.input_operands = own(operands);
     plan_.d_inputs = own(gradients);
   }
@@ -85,14 +98,16 @@ class Builder {
   }
   // Maps that run again in backward may run without those that made their operands; the inputs' are
   // always made.
-  void operand(Linear& linear) {
-    auto [at, fresh] = operand(linear.in);
-    auto source = source_.find(linear.in.id);
-    const bool input = source != source_.end() && source->second.slot >= 0;
-    linear.operand = at;
-    linear.convert = fresh || (plan_.recompute && !input);
-    linear.transposed_weight = plan_.transposed_weights;
-    plan_.transposed_weights += linear.k * (linear.n + linear.n % 2);
+  void operand(Stage& stage) {
+    auto [at, fresh] = operand(stage.in);
+    stage.operand = at;
+    stage.convert = fresh || (plan_.recompute && !is_input(stage.in));
+    stage.transposed_weight = plan_.transposed_weights;
+    plan_.transposed_weights += stage.k * (stage.n + stage.n % 2);
+  }
+  bool is_input(const Panel& in) const {
+    auto source = source_.find(in.id);
+    return source != source_.end() && source->second.slot >= 0;
   }
 
   // Where backward finds the transpose of a panel; entered once, however many linears read it.
@@ -100,7 +115,7 @@ class Builder {
     TransposedInput& source = source_[in.id];
     auto [at, fresh] = transposed_.try_emplace(in.id, plan_.transposed);
     if (fresh) {
-      source.from = source.linear ? source.linear->z : in;
+      source.from = source.stage ? source.stage->z : in;
       source.from.width = in.width;
       source.to = plan_.transposed;
       transposes_.push_back(source);
@@ -113,118 +128,170 @@ class Builder {
   // their space.
   bool passing() const { return !plan_.training || plan_.recompute; }
 
+  // What a vector is some columns of.
+  const Value& value(const graph::Vector& vector) const {
+    if (vector.kind == graph::VectorKind::input) return inputs_.at(vector.index);
+    return vector.kind == graph::VectorKind::unit ? units_.at(vector.place).at(vector.index)
+                                                  : experts_.at(vector.index);
+  }
+
+  // What an MLP reads: a whole vector as it stands, or a concatenation, which the first one that
+  // reads it gathers.
+  struct Joined {
+    Value value;
+    Span<Gather> gather;
+  };
+  Joined read(const std::vector<graph::Vector>& sources) {
+    const Value& first = value(sources[0]);
+    if (sources.size() == 1 && sources[0].width == first.panel.width)
+      return {{first.panel, sources[0].detached ? -1 : first.d}, {}};
+    std::vector<int64_t> key;
+    for (const graph::Vector& v : sources)
+      key.insert(key.end(), {int64_t(v.kind), v.place, v.index, v.first, v.width, v.detached});
+    if (auto known = gathered_.find(key); known != gathered_.end()) return {known->second, {}};
+    std::vector<Part> parts;
+    int64_t width = 0;
+    bool differentiated = false;
+    for (const graph::Vector& v : sources) {
+      const Value& from = value(v);
+      parts.push_back({from.panel, v.first, v.width, v.detached ? -1 : from.d, v.kind == graph::VectorKind::input});
+      differentiated = differentiated || parts.back().d >= 0;
+      width += v.width;
+    }
+    Value joined{panel(width, !plan_.recompute), differentiated ? d_panel(width) : -1};
+    gathered_[key] = joined;
+    return {joined, own(std::vector<Gather>{{joined.panel, joined.d, own(std::move(parts))}})};
+  }
+
   // The output is placed first and the hidden layers behind it: in inference the next panel then
   // takes their space.
-  Mlp mlp(const std::vector<Layer>& layers, const Panel& in, int64_t d_in, bool out_saved) {
-    std::vector<Linear> linears(layers.size());
+  Mlp mlp(const graph::Mlp& from, bool out_saved, bool differentiated) {
+    const auto [in, gather] = read(from.sources);
+    Mlp result;
+    result.in = result.out = in.panel;
+    result.d_in = in.d;
+    result.gather = gather;
+    result.differentiated = differentiated;
+    result.reads_x = is_input(in.panel);
+    if (from.stages.empty()) {
+      plan_.backward_reads_inputs = plan_.backward_reads_inputs || result.reads_x;
+      return result;
+    }
+    std::vector<Stage> stages(from.stages.size());
     // Later MLPs read the operand of `in` too, so it stands before the space that they may take.
-    const bool makes = plan_.bf16 && operand(in).second;
-    place(layers.back(), linears.back(), out_saved);
+    const bool makes = plan_.bf16 && operand(in.panel).second;
+    place(from.stages.back(), stages.back(), out_saved);
     int64_t top = top_;
-    for (size_t j = 0; j + 1 < layers.size(); j++) place(layers[j], linears[j], !plan_.recompute);
-    Panel from = in;
+    for (size_t j = 0; j + 1 < stages.size(); j++) place(from.stages[j], stages[j], !plan_.recompute);
+    Panel next = in.panel;
     int64_t d = 0;
-    for (Linear& linear : linears) {
-      linear.in = from;
-      from = linear.out;
-      if (plan_.bf16) operand(linear);
-      if (makes && linear.in.id == in.id) linear.convert = true;
-      linear.d = d;
-      d += linear.n;
+    for (Stage& stage : stages) {
+      stage.in = next;
+      next = stage.out;
+      if (plan_.bf16) operand(stage);
+      if (makes && stage.in.id == in.panel.id) stage.convert = true;
+      stage.d = d;
+      d += stage.n;
     }
     plan_.d_linears = std::max(plan_.d_linears, d);
     if (!plan_.training) top_ = top;
-    auto source = source_.find(in.id);
-    Mlp result{own(std::move(linears)), in, from, d_in, source != source_.end() && source->second.slot >= 0};
-    for (const Linear& linear : result.linears) {
-      linears_.push_back(&linear);
+    result.stages = own(std::move(stages));
+    result.out = next;
+    for (Stage& stage : result.stages) {
+      linears_.push_back(&stage);
       if (!plan_.training) continue;
-      if (linear.out.id != linear.z.id) source_[linear.out.id].linear = &linear;
+      if (differentiated) differentiated_.push_back(&stage);
+      if (stage.out.id != stage.z.id) source_[stage.out.id].stage = &stage;
     }
-    for (Linear& linear : result.linears)
-      if (plan_.training) linear.transposed = transposed(linear.in);
+    for (Stage& stage : result.stages)
+      if (plan_.training && differentiated) stage.transposed = transposed(stage.in);
     return result;
   }
 
-  void place(const Layer& layer, Linear& linear, bool saved) {
-    linear = {layer.k, layer.width, layer.weight, layer.bias, layer.act, layer.parameter, {}, {}, {}};
-    linear.z = panel(layer.width, saved);
-    linear.out = from_output(layer.act) || !plan_.training ? linear.z : panel(layer.width, false);
-    linear.d_z = plan_.d_z;
-    plan_.d_z += layer.width;
+  void place(const graph::Stage& from, Stage& stage, bool saved) {
+    stage = {from.kind, from.k, from.width, from.weight, from.bias, from.act, from.parameter, {}, {}, {}};
+    stage.z = panel(from.width, saved);
+    stage.out = from_output(from.act) || !plan_.training ? stage.z : panel(from.width, false);
+    stage.d_z = plan_.d_z;
+    plan_.d_z += from.width;
   }
 
-  Segment segment(const Level& level, int64_t column, bool read_later) {
-    std::vector<Panel> outputs;
-    for (const Unit& unit : level.units) outputs.push_back(unit.live ? panel(unit.width, read_later) : Panel{});
+  Segment segment(const graph::Level& level, int64_t column, bool read_later) {
+    std::vector<Value> outputs;
+    for (const graph::Unit& unit : level.units)
+      outputs.push_back(unit.computed ? Value{panel(unit.width, read_later)} : Value{});
     int64_t base = top_;
+    gathered_.clear();
     Segment segment;
     experts(level, segment);
-    std::vector<int64_t> gradients;
     std::vector<UnitPlan> units;
     for (size_t u = 0; u < level.units.size(); u++) {
-      gradients.push_back(level.units[u].live ? d_panel(level.units[u].width) : -1);
-      units.push_back(mix(level.units[u], outputs[u], column + int64_t(u * level.experts.size()), segment));
-      units.back().d_out = gradients.back();
+      const graph::Unit& unit = level.units[u];
+      outputs[u].d = unit.computed ? d_panel(unit.width) : -1;
+      units.push_back(mix(unit, outputs[u], column + int64_t(u * level.experts.size())));
     }
     segment.unit_groups = unit_groups(units);
     segment.units = own(std::move(units));
     uses(segment);
-    slots_ = outputs;
-    d_slots_ = gradients;
-    if (passing()) top_ = base;
+    units_.push_back(outputs);
+    if (!passing()) return segment;
+    top_ = base;
+    // The operands made here go with the space: a later segment that reads one of the units below
+    // makes its own.
+    std::erase_if(operands_, [&](const auto& operand) { return operand.second >= base; });
     return segment;
   }
 
-  void experts(const Level& level, Segment& segment) {
+  // The experts that others than the mix read, with a gradient.
+  std::set<int> read_beside_the_mix(const graph::Level& level) const {
+    std::set<int> result;
+    const auto add = [&](const std::vector<graph::Vector>& sources) {
+      for (const graph::Vector& v : sources)
+        if (v.kind == graph::VectorKind::expert && !v.detached) result.insert(v.index);
+    };
+    for (const graph::Expert& expert : level.experts)
+      if (expert.differentiated) add(expert.mlp.sources);
+    for (const graph::Unit& unit : level.units)
+      if (unit.computed && unit.gate && !unit.gate->sees.empty())
+        for (const graph::Mlp& mlp : unit.gate->mlps) add(mlp.sources);
+    return result;
+  }
+
+  void experts(const graph::Level& level, Segment& segment) {
+    const std::set<int> beside = read_beside_the_mix(level);
     std::vector<Mlp> mlps(level.experts.size());
     std::vector<int> order;
-    std::vector<int64_t> d_expert(level.experts.size(), -1);
+    experts_.assign(level.experts.size(), {});
     for (size_t e = 0; e < level.experts.size(); e++) {
-      const Expert& expert = level.experts[e];
-      if (!expert.live) continue;
+      const graph::Expert& expert = level.experts[e];
+      if (!expert.computed) continue;
       order.push_back(int(e));
-      mlps[e] = mlp(expert.layers, slots_.at(expert.slot), d_slots_.at(expert.slot), !plan_.recompute);
+      mlps[e] = mlp(expert.mlp, !plan_.recompute, expert.differentiated);
+      experts_[e] = {mlps[e].out, beside.count(int(e)) ? d_panel(expert.mlp.width) : -1};
     }
-    for (const Unit& unit : level.units)
-      if (unit.live && unit.gate && !unit.gate->sees.empty() && unit.gate->selector.kind == SelectorKind::expert) {
-        int64_t& at = d_expert[unit.gate->selector.index];
-        if (at < 0) at = d_panel(level.experts[unit.gate->selector.index].layers.back().width);
-      }
+    std::vector<int64_t> d_expert;
+    for (const Value& expert : experts_) d_expert.push_back(expert.d);
     segment.experts = own(std::move(mlps));
     segment.order = own(std::move(order));
     segment.d_expert = own(std::move(d_expert));
   }
 
-  UnitPlan mix(const Unit& unit, const Panel& out, int64_t weights, const Segment& segment) {
+  UnitPlan mix(const graph::Unit& unit, const Value& out, int64_t weights) {
     UnitPlan mix{};
     mix.weights = weights;
     mix.reads.count = -1;
-    if (!unit.live) return mix;
-    mix.out = out;
+    if (!unit.computed) return mix;
+    mix.out = out.panel;
+    mix.d_out = out.d;
     std::map<int, Read> reads;
     if (unit.gate && !unit.gate->sees.empty()) {
-      const Gate& gate = *unit.gate;
+      const graph::Gate& gate = *unit.gate;
       for (size_t j = 0; j < gate.sees.size(); j++) reads[gate.sees[j]] = {gate.sees[j], int(j), 0.0, -1, 0};
-      const Selector& s = gate.selector;
-      Panel in = s.kind == SelectorKind::root   ? roots_.at(table_.root)
-                 : s.kind == SelectorKind::slot ? slots_.at(s.index)
-                                                : segment.experts[s.index].out;
-      int64_t d_in = s.kind == SelectorKind::root   ? plan_.d_inputs[table_.root]
-                     : s.kind == SelectorKind::slot ? d_slots_.at(s.index)
-                                                    : segment.d_expert[s.index];
-      mix.gate = mlp(gate.layers, in, d_in, false);
+      mix.gate = mlp(gate.mlps.at(0), false, true);
+      mix.factor = gate.factor;
       mix.p = panel(int64_t(gate.sees.size()), true);
     }
-    if (unit.static_weights)
-      for (size_t j = 0; j < unit.static_weights->experts.size(); j++) {
-        int e = unit.static_weights->experts[j];
-        Read& read = reads.try_emplace(e, Read{e, -1, 0.0, -1, 0}).first->second;
-        read.parameter = unit.static_weights->parameter;
-        if (unit.static_weights->parameter < 0) read.value = unit.static_weights->values.at(j);
-        read.element = unit.static_weights->offset + int64_t(j);
-        if (unit.static_weights->parameter >= 0) read.d_static = plan_.d_z++;
-      }
+    if (unit.static_weights) static_weights(*unit.static_weights, reads);
     std::vector<Read> list;
     for (const auto& entry : reads) list.push_back(entry.second);
     mix.reads = own(std::move(list));
@@ -234,28 +301,26 @@ class Builder {
     return mix;
   }
 
+  void static_weights(const graph::Static& given, std::map<int, Read>& reads) {
+    const bool learned = given.parameter >= 0;
+    if (learned && !given.experts.empty()) plain_.insert(given.parameter);
+    for (size_t j = 0; j < given.experts.size(); j++) {
+      const int e = given.experts[j];
+      Read& read = reads.try_emplace(e, Read{e, -1, 0.0, -1, 0}).first->second;
+      read.parameter = given.parameter;
+      read.element = given.offset + int64_t(j);
+      if (!learned) read.value = given.values.at(j);
+      if (learned) {
+        read.d_static = plan_.d_z++;
+        row_sums_.push_back({read.d_static, read.parameter, read.element});
+      }
+    }
+  }
+
   Span<UnitGroup> unit_groups(const std::vector<UnitPlan>& units) {
     std::vector<UnitGroup> result;
-    for (size_t first = 0, next = 0; first < units.size(); first = next) {
-      std::vector<int> members;
-      std::set<int> experts;
-      for (next = first; next < units.size() && members.size() < mixed_units; next++) {
-        if (units[next].reads.count < 0) continue;
-        if (!members.empty() && units[next].out.width != units[members[0]].out.width) break;
-        members.push_back(int(next));
-        for (const Read& read : units[next].reads) experts.insert(read.expert);
-      }
-      if (members.empty()) continue;
-      std::vector<int> reads;
-      for (int u : members)
-        for (int e : experts) {
-          const Read* at = std::find_if(units[u].reads.begin(), units[u].reads.end(),
-                                        [&](const Read& read) { return read.expert == e; });
-          reads.push_back(at == units[u].reads.end() ? -1 : int(at - units[u].reads.begin()));
-        }
-      result.push_back(
-          {own(std::move(members)), own(std::vector<int>(experts.begin(), experts.end())), own(std::move(reads))});
-    }
+    for (Mixed& mixed : mixed_together(units))
+      result.push_back({own(std::move(mixed.units)), own(std::move(mixed.experts)), own(std::move(mixed.reads))});
     return own(std::move(result));
   }
 
@@ -271,46 +336,48 @@ class Builder {
 
   void towers() {
     std::vector<Tower> towers;
-    for (const Task& task : table_.tasks) {
-      if (!table_.has_towers) break;
-      Tower tower;
-      std::vector<int> units = task.units;
-      int64_t width = 0;
-      for (int u : units) width += slots_.at(u).width;
-      bool one = units.size() == 1;
-      tower.in = one ? slots_[units[0]] : panel(width, !plan_.recompute);
+    for (const graph::Mlp& tower : graph_.towers) {
+      gathered_.clear();
       // The derivative of the identity needs no output.
-      tower.mlp = mlp(task.tower, tower.in, one ? d_slots_[units[0]] : d_panel(width),
-                      task.tower.back().act != Act::identity && !plan_.recompute);
-      tower.units = own(std::move(units));
-      towers.push_back(tower);
+      towers.push_back({mlp(tower, tower.stages.back().act != Act::identity && !plan_.recompute, true)});
     }
     plan_.towers = own(std::move(towers));
   }
 
+  Span<Span<const Stage*>> gradients() {
+    std::vector<Span<const Stage*>> spans;
+    for (auto& group : sharing(differentiated_)) spans.push_back(own(std::move(group)));
+    return own(std::move(spans));
+  }
+
   Plan& plan_;
-  const Table& table_;
+  const Graph& graph_;
   int64_t top_ = 0;
   int panels_ = 0;
-  std::vector<Panel> slots_, roots_;
-  std::vector<int64_t> d_slots_;
+  // What can be read: input slots, units by level, and the experts of the level that is built.
+  std::vector<Value> inputs_, experts_;
+  std::vector<std::vector<Value>> units_;
+  std::map<std::vector<int64_t>, Value> gathered_;
   // By the panel's id.
   std::map<int, TransposedInput> source_;
   std::map<int, int64_t> transposed_, operands_;
   std::vector<TransposedInput> transposes_;
-  std::vector<const Linear*> linears_;
+  std::vector<Stage*> linears_, differentiated_;
+  std::vector<RowSum> row_sums_;
+  std::set<int> plain_;
 };
 
 }  // namespace
 
-std::unique_ptr<Plan> make_plan(const Table& table, PlanKind kind) {
+std::unique_ptr<Plan> make_plan(const Graph& graph, PlanKind kind) {
+  require_kernels(graph);
   auto plan = std::make_unique<Plan>();
-  plan->table = table;
+  plan->graph = graph;
   plan->training = kind.training;
   plan->expanded = kind.expanded;
   plan->recompute = kind.training && kind.recompute;
   plan->bf16 = kind.bf16;
-  Builder(*plan, plan->table).build();
+  Builder(*plan, plan->graph).build();
   return plan;
 }
 

@@ -50,10 +50,11 @@ struct Panel {
   int id = -1;  // of its own: another panel may take the same place later
 };
 
-// One linear map with its activation: in -> z -> out. `z` is what is saved for backward: the
-// pre-activation, or where the derivative can be told from the output (relu, sigmoid, tanh,
-// identity) the output itself, and then z is out.
-struct Linear {
+// One stage of an MLP: in -> z -> out, z a copy of `in`, W in + b, or gamma normal + beta with
+// normal = (in - mean) r. `z` is what is saved for backward: the pre-activation, or where the
+// derivative can be told from the output (relu, sigmoid, tanh, identity) that output; then z is out.
+struct Stage {
+  graph::StageKind kind;
   int64_t k, n;
   int weight, bias;
   Act act;
@@ -62,17 +63,34 @@ struct Linear {
   // Backward: its dz among the thread's, that of the whole chunk [n, chunk], and the input
   // transposed to [chunk, leading(k)].
   int64_t d = -1, d_z = -1, transposed = -1;
-  // bfloat16: the operand of `in` among the thread's panels, whether this linear is to make it, and
+  // bfloat16: the operand of `in` among the thread's panels, whether this stage is to make it, and
   // the transposed weight.
   int64_t operand = -1, transposed_weight = -1;
   bool convert = false;
+  // Backward: whether it is the first one in `linears` with its weight, and with its bias.
+  bool first_of_weight = true, first_of_bias = true;
+};
+
+// Columns of a panel that stand among others in a concatenation. d: the panel to which their
+// gradient is added, or -1.
+struct Part {
+  Panel from;
+  int64_t first, width, d;
+  bool reads_x;  // they are an input slot's
+};
+struct Gather {
+  Panel to;
+  int64_t d;  // panel of the gradient of `to`, or -1
+  Span<Part> parts;
 };
 
 struct Mlp {
-  Span<Linear> linears;
+  Span<Stage> stages;
   Panel in, out;
-  int64_t d_in = -1;    // backward: panel to which the gradient of `in` is added
+  int64_t d_in = -1;    // backward: panel to which the gradient of `in` is added, or -1
   bool reads_x = false; // `in` is an input slot of the network
+  Span<Gather> gather;  // one, if this MLP is the first that reads the concatenation
+  bool differentiated = true;
 };
 
 // An activation that backward transposes to [chunk, leading(width)] in the chunk's buffer: the x of
@@ -80,7 +98,7 @@ struct Mlp {
 struct TransposedInput {
   Panel from;
   int slot = -1;               // >= 0: input slot of the network, read from x itself
-  const Linear* linear = nullptr;  // the linear whose activation must be applied to `from` first
+  const Stage* stage = nullptr;  // the stage whose activation must be applied to `from` first
   int64_t to = 0;
 };
 
@@ -95,11 +113,12 @@ struct Read {
 };
 
 struct UnitPlan {
-  Mlp gate;           // no linears: no gate
+  Mlp gate;           // no stages: no gate
   Panel p, w, out;      // softmax over what the gate sees; the mixing weights of `reads`; the unit's output
   Span<Read> reads;     // ascending experts
   int64_t weights;      // column of the mixing weights [B, mixing]
   int64_t d_out, d_w;   // backward: panels of the thread's buffer
+  double factor = 1;    // of the logits
 };
 
 // Units of one width that are mixed together, and the experts that any of them reads: reads[u *
@@ -115,23 +134,28 @@ struct Use {
 };
 
 struct Segment {
-  Span<Mlp> experts;          // dead ones have no linears
-  Span<int> order;              // the live experts
-  Span<UnitPlan> units;              // dead ones have reads.count = -1
-  Span<UnitGroup> unit_groups;           // of the live units
-  Span<int64_t> d_expert;       // backward: panel of the gradient that selectors hand to an expert, or -1
+  Span<Mlp> experts;
+  Span<int> order;              // the computed experts, ascending
+  Span<UnitPlan> units;              // those that are not computed have reads.count = -1
+  Span<UnitGroup> unit_groups;           // of the computed units
+  Span<int64_t> d_expert;       // backward: panel of the gradient that readers beside the mix hand to an expert, or -1
   Span<Span<Use>> uses;         // of each expert, ascending units
   Span<TransposedInput> transposes;
 };
 
 struct Tower {
   Mlp mlp;
-  Span<int> units;
-  Panel in;             // the units' concatenation; the unit's own panel where there is only one
+};
+
+// The sum over the batch of a row of the chunk's buffer of dz, an element of a parameter's gradient.
+struct RowSum {
+  int64_t row;
+  int parameter;
+  int64_t element;
 };
 
 struct Plan {
-  Table table;
+  Graph graph;
   bool training, expanded;
   bool recompute;  // keep only the units' outputs and the softmax, and run linears and towers again in backward
   Span<Panel> inputs;            // of the input slots; one for all when x is expanded
@@ -141,7 +165,11 @@ struct Plan {
   Span<Segment> segments;
   Span<Tower> towers;
   Span<TransposedInput> tower_transposes;
-  Span<const Linear*> linears;        // every live linear
+  Span<const Stage*> linears;        // every computed linear map
+  Span<Span<const Stage*>> gradients;  // those that share no parameter with others, or all that do; with a gradient
+  Span<RowSum> row_sums;
+  bool backward_reads_inputs = false;  // a copy of an input slot is mixed
+  Span<int> plain;                     // parameters that are read as they are: neither W nor b of a linear map
   int64_t saved = 0, scratch = 0;      // rows of a block's two buffers
   int64_t d_scratch = 0;              // rows of backward's own buffer of a thread: gradients of panels,
   int64_t d_linears = 0;                // and the dz of one MLP
@@ -159,6 +187,6 @@ struct PlanKind {
   bool training = false, expanded = false, recompute = false, bf16 = false;
 };
 // Place every buffer.
-std::unique_ptr<Plan> make_plan(const Table& table, PlanKind kind);
+std::unique_ptr<Plan> make_plan(const Graph& graph, PlanKind kind);
 
 }  // namespace fusedmoe::cpu

@@ -87,7 +87,7 @@ def recognise(module: nn.Module) -> Recognised | None:
     for adapter in reversed(_registered):
         found = _ask(adapter, module)
         if found is not None:
-            rank = 2 if isinstance(found, Wiring) and found.table.slots == 1 else 3
+            rank = 2 if isinstance(found, Wiring) and found.table.inputs[0].slots == 1 else 3
             match = found if isinstance(found, Match) else Match(_name(adapter), found, rank)
             require_fusable(module)
             return _probed(module, match)

@@ -108,7 +108,11 @@ class FusedForward:
         x = inputs[0] if inputs else named[self.argument]
         table = self.binding.table
         if isinstance(x, Tensor) and x.dim() != self.rank:
-            expected = f"[B, {table.width}]" if self.rank == 2 else f"[B, {table.slots}, {table.width}]"
+            expected = (
+                f"[B, {table.inputs[0].width}]"
+                if self.rank == 2
+                else f"[B, {table.inputs[0].slots}, {table.inputs[0].width}]"
+            )
             raise ValueError(f"{self.name}.forward: expected {self.argument} {expected}, got {list(x.shape)}")
         if self.returns is one_per_task:
             return self.binding.run(x, self.backend, recompute=self.recompute, tasks_apart=True)

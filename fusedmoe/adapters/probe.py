@@ -82,7 +82,7 @@ def _compare(module: nn.Module, match: Match, dtype: torch.dtype, allowed: float
     def draw(shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
-    shape = (table.width,) if match.rank == 2 else (table.slots, table.width)
+    shape = (table.inputs[0].width,) if match.rank == 2 else (table.inputs[0].slots, table.inputs[0].width)
     inputs = [case._replace(x=case.x.to(device, dtype)) for case in _inputs(draw, shape, dtype)]
     fused = _fused(clone, match)
     for training in (True, False):

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from fusedmoe.activation import IDENTITY
-from fusedmoe.table import Expert, Layer, Selector, Static, Table, Unit, product
+from fusedmoe import graph
+from fusedmoe.graph import COPY, NORM, NOTHING, Mlp, Stage, Vector, product
+from fusedmoe.table import Table
 
 
 def describe_table(table: Table) -> str:
     """Return a table in words: sizes, then experts and units per level, equal ones on one line."""
+    network = table.graph
     count = sum(product(p.shape) for p in table.parameters)
-    slots = f"[B, {table.slots}, {table.width}]" if table.slots > 1 else f"[B, {table.width}]"
+    inputs = [
+        f"[B, {given.slots}, {given.width}]" if given.slots > 1 else f"[B, {given.width}]" for given in table.inputs
+    ]
     out = table.output
-    if table.tasks and not table.has_towers:
-        out = len(table.tasks), sum(table.widths[-1][u] for u in table.tasks[0].units)
-    lines = [f"input {slots}, output [B, {out[0]}, {out[1]}]; {count:,} parameters, {table.flops:,} FLOPs a row"]
-    for number, level in enumerate(table.levels):
+    if network.tasks:
+        out = len(network.tasks), sum(network.levels[-1].units[u].width for u in network.tasks[0])
+    sizes = f"input {' and '.join(inputs)}, output [B, {out[0]}, {out[1]}]"
+    lines = [f"{sizes}; {count:,} parameters, {table.flops:,} FLOPs a row"]
+    for number, level in enumerate(network.levels):
         lines.append(f"level {number}: {_count(len(level.experts), 'expert')}, {_count(len(level.units), 'unit')}")
-        widths = table.widths[number]
-        lines += _grouped("expert", [_expert(expert, widths[expert.slot]) for expert in level.experts])
-        lines += _grouped("unit", [_unit(unit) for unit in level.units])
-    towers = [_layers(task.tower, ", tower ") for task in table.tasks]
-    reads = [f"reads {_count_of('unit', task.units)}" for task in table.tasks]
-    lines += _grouped("task", [read + tower for read, tower in zip(reads, towers, strict=True)])
-    return "\n".join(lines)
+        lines += _grouped("expert", [_mlp(expert.mlp, number) for expert in level.experts])
+        lines += _grouped("unit", [_unit(unit, number, network) for unit in level.units])
+    tasks = [f"reads {_count_of('unit', units)}" for units in network.tasks]
+    for tower in network.towers:
+        tasks.append(f"reads {_vectors(tower.sources, len(network.levels), 'unit')}, tower {_stages(tower)}")
+    return "\n".join([*lines, *_grouped("task", tasks)])
 
 
 def _grouped(word: str, texts: list[str]) -> list[str]:
@@ -36,42 +40,70 @@ def _grouped(word: str, texts: list[str]) -> list[str]:
     return lines
 
 
-def _expert(expert: Expert, width: int) -> str:
-    return f"slot {expert.slot}, {width}{_layers(expert.layers, ' > ')}"
+def _vectors(vectors: tuple[Vector, ...], level: int, slot: str = "slot") -> str:
+    """What is read, in the words of a level: `slot` is what stands right below it."""
+    words: list[tuple[str, int]] = []
+    for vector in vectors:
+        below = ("unit", level - 1) if level else ("input", 0)
+        name = slot if (vector.kind, vector.place) == below else vector.kind
+        if name != slot and name != "expert":
+            name = f"{name} slot" if name == "input" else f"level {vector.place}, unit"
+        columns = "" if vector.first == 0 else f" from column {vector.first}"
+        words.append((f"{name}{columns}{' detached' if vector.detached else ''}", vector.index))
+    if len({word for word, _ in words}) == 1:
+        return _count_of(words[0][0], [index for _, index in words])
+    return ", ".join(_count_of(word, [index]) for word, index in words)
 
 
-def _layers(layers: tuple[Layer, ...], before: str) -> str:
-    return before + " > ".join(map(_layer, layers)) if layers else ""
+def _mlp(mlp: Mlp, level: int) -> str:
+    width = sum(source.width for source in mlp.sources)
+    return (
+        f"{_vectors(mlp.sources, level)}, {width} > {_stages(mlp)}"
+        if mlp.stages
+        else f"{_vectors(mlp.sources, level)}, {width}"
+    )
 
 
-def _layer(layer: Layer) -> str:
-    activation = "" if layer.activation == IDENTITY else f" {layer.activation}"
-    return f"{layer.width}{activation}{_without_bias(layer.bias)}"
+def _stages(mlp: Mlp) -> str:
+    return " > ".join(map(_stage, mlp.stages))
 
 
-def _without_bias(bias: bool) -> str:
-    return "" if bias else " without bias"
+def _stage(stage: Stage) -> str:
+    head = {COPY: "", NORM: "LayerNorm"}.get(stage.kind, str(stage.width))
+    activation = (
+        "PReLU" if stage.slope != NOTHING else "" if stage.activation.name == "identity" else str(stage.activation)
+    )
+    dropout = f"dropout({stage.dropout:g})" if stage.dropout else ""
+    bias = "without bias" if stage.bias == NOTHING and stage.kind != COPY else ""
+    return " ".join(filter(None, (head, activation, dropout, bias)))
 
 
-def _unit(unit: Unit) -> str:
-    if unit.gate is None:
-        gate = "no gate"
-    else:
-        hidden = _layers(unit.gate.hidden, " through ")
-        selector = _selector(unit.gate.selector)
-        gate = f"sees {_count_of('expert', unit.gate.sees)}, gate on {selector}{hidden}{_without_bias(unit.gate.bias)}"
-    return f"{gate}, {_static(unit.static)}"
+def _unit(unit: graph.Unit, level: int, network: graph.Graph) -> str:
+    if unit.product:
+        return f"product of {_count_of('expert', unit.product)}"
+    return f"{_gate(unit.gate, level)}, {_static(unit.static)}"
 
 
-def _selector(selector: Selector) -> str:
-    return "the root input" if selector.kind == "root" else f"{selector.kind} {selector.index}"
+def _gate(gate: graph.Gate | None, level: int) -> str:
+    if gate is None:
+        return "no gate"
+    sees = f"sees {_count_of('expert', gate.sees)}"
+    if gate.keys:
+        return f"{sees}, attention of {_vectors(gate.query, level)}"
+    if not gate.mlps:
+        return f"{sees}, free gate"
+    *hidden, last = gate.mlps[0].stages
+    through = f" through {' > '.join(map(_stage, hidden))}" if hidden else ""
+    selectors = " or ".join(_vectors(mlp.sources, level) for mlp in gate.mlps)
+    return f"{sees}, gate on {selectors}{through}{'' if last.bias != NOTHING else ' without bias'}"
 
 
-def _static(static: Static | None) -> str:
+def _static(static: graph.Static | None) -> str:
     if static is None or not static.experts:
         return "no static weights"
-    if static.values is None:
-        return f"learned static weights on {_count_of('expert', static.experts)}"
+    if static.parameter != NOTHING:
+        each = " per channel" if static.channels else ""
+        return f"learned static weights{each} on {_count_of('expert', static.experts)}"
     return f"static weights {', '.join(f'{v:g}' for v in static.values)} on {_count_of('expert', static.experts)}"
 
 

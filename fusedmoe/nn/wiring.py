@@ -16,9 +16,10 @@ from torch import nn
 
 from fusedmoe import families
 from fusedmoe.activation import IDENTITY, Activation
-from fusedmoe.drafts import draft_of, share_input, table_of
+from fusedmoe.drafts import draft_of, share_input, table_of, unit_tasks
 from fusedmoe.nn.counts import Unfusable, require_counts
-from fusedmoe.table import Draft, Expert, Gate, Layer, Level, Table, Task
+from fusedmoe.parts import Draft, Expert, Gate, Level, Linear, Op
+from fusedmoe.table import Table
 
 Network = TypeVar("Network", bound=Draft)
 
@@ -38,11 +39,16 @@ class DraftWiring(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """An MLP: its input width, its layers, and their parameters' keys in the operator's order."""
+    """An MLP: its input width, its ops, and their parameters' keys in the operator's order."""
 
     width: int
-    layers: tuple[Layer, ...]
+    ops: tuple[Op, ...]
     keys: tuple[str, ...]
+
+    @property
+    def widths(self) -> list[int]:
+        """The widths of its linear maps."""
+        return [op.width for op in self.ops if isinstance(op, Linear)]
 
 
 ACTIVATIONS: dict[type, Callable[[Any], Activation | None]] = {
@@ -156,13 +162,13 @@ def central(module: nn.Module) -> Wiring:
         raise Unfusable(f"mtl_arch: {error}") from None
     towers = _each(module.get_submodule("task_modules"), "task_modules", _mlp)
     draft = share_input(backbone.draft)
-    tasks = draft.tasks or tuple(Task((u,)) for u in range(len(draft.levels[-1].units)))
+    tasks = draft.tasks or unit_tasks(draft.levels[-1])
     if len(tasks) != len(towers):
         raise Unfusable(f"task_modules: expected one tower for each of {len(tasks)} tasks, got {len(towers)}")
     pairs = zip(tasks, towers, strict=True)
-    draft = replace(draft, tasks=tuple(replace(task, tower=tower.layers) for task, tower in pairs))
+    draft = replace(draft, tasks=tuple(replace(task, tower=tower.ops) for task, tower in pairs))
     # The towers' parameters stand before the static tensors.
-    last = len(backbone.keys) - len(draft.statics)
+    last = len(backbone.keys) - len(draft.shared)
     keys = [f"mtl_arch.{key}" for key in backbone.keys]
     of_towers = (key for tower in towers for key in tower.keys)
     return _checked(module, DraftWiring(draft, (*keys[:last], *of_towers, *keys[last:])))
@@ -184,7 +190,7 @@ def _wire(
         experts, gates: found per level; no gates for a family without any.
         statics: the keys of the static tensors.
     """
-    widths = [[layer.width for layer in level[0].layers] for level in experts]
+    widths = [level[0].widths for level in experts]
     (tasks,) = _read(module, "num_tasks")
     require_counts(family, tasks, arguments, len(experts[0]), max(map(len, gates), default=0))
     draft = _accepted(draft_of(family), experts[0][0].width, widths, tasks, *arguments)
@@ -193,8 +199,8 @@ def _wire(
     found = [(len(level), len(gates[i]) if i < len(gates) else 0) for i, level in enumerate(experts)]
     if found != wanted or len(gates) != len(wanted):
         raise Unfusable(f"(experts, gates) per level: expected {wanted}, got {found}")
-    if len(statics) != len(draft.statics):
-        raise Unfusable(f"static weights: expected {len(draft.statics)} tensors, got {len(statics)}")
+    if len(statics) != len(draft.shared):
+        raise Unfusable(f"static weights: expected {len(draft.shared)} tensors, got {len(statics)}")
     levels = tuple(_level(level, experts[i], gates[i]) for i, level in enumerate(draft.levels))
     keys = [key for i in range(len(levels)) for stack in (*experts[i], *gates[i]) for key in stack.keys]
     return DraftWiring(replace(draft, levels=levels), (*keys, *statics))
@@ -203,15 +209,17 @@ def _wire(
 def _level(level: Level, experts: Sequence[Stack], gates: Sequence[Stack]) -> Level:
     """The level with the layers found in place of the family's."""
     units = tuple(
-        replace(unit, gate=_gate(unit.gate, gates[u])) if unit.gate else unit for u, unit in enumerate(level.units)
+        replace(unit, gate=_gate(unit.gate, gates[u])) if isinstance(unit.gate, Gate) else unit
+        for u, unit in enumerate(level.units)
     )
     return Level(
-        tuple(Expert(expert.slot, stack.layers) for expert, stack in zip(level.experts, experts, strict=True)), units
+        tuple(Expert(expert.sources, stack.ops) for expert, stack in zip(level.experts, experts, strict=True)), units
     )
 
 
 def _gate(gate: Gate, found: Stack) -> Gate:
-    return replace(gate, hidden=found.layers[:-1], bias=found.layers[-1].bias)
+    *hidden, last = found.ops
+    return replace(gate, hidden=tuple(hidden), bias=cast(Linear, last).bias)
 
 
 def _checked(module: nn.Module, found: DraftWiring) -> Wiring:
@@ -290,7 +298,7 @@ def _softmax_of(gate: nn.Module, where: str) -> Stack:
     if not steps or type(steps[-1][1]) is not nn.Softmax or steps[-1][1].dim not in (1, -1):
         raise Unfusable(f"{where}: expected an nn.Sequential that ends with nn.Softmax(dim=-1), got {_name(gate)}")
     stack = _stack(steps[:-1])
-    if not stack.layers or stack.layers[-1].activation != IDENTITY:
+    if not stack.ops or not isinstance(stack.ops[-1], Linear):
         got = _name(steps[-2][1]) if steps[:-1] else "nothing"
         raise Unfusable(f"{where}: expected an nn.Linear before the softmax, got {got}")
     return stack
@@ -299,35 +307,32 @@ def _softmax_of(gate: nn.Module, where: str) -> Stack:
 def _mlp(module: nn.Module, where: str) -> Stack:
     """The layers of an MLP module, at least one."""
     stack = _stack(_steps(module, where))
-    if not stack.layers:
+    if not stack.ops:
         raise Unfusable(f"{where}: expected at least one nn.Linear, got none")
     return stack
 
 
 def _stack(steps: Sequence[tuple[str, nn.Module]]) -> Stack:
-    """The layers of linear maps, each with or without an activation after it."""
-    layers: list[Layer] = []
+    """The ops of linear maps, each with or without an activation after it."""
+    ops: list[Op] = []
     keys: list[str] = []
     width = 0
-    bare = False
     for path, step in steps:
         if type(step) is nn.Linear:
             width = width or step.in_features
-            layers.append(Layer(step.out_features, IDENTITY, step.bias is not None))
+            ops.append(Linear(step.out_features, step.bias is not None))
             keys += [f"{path}.weight", *([f"{path}.bias"] if step.bias is not None else [])]
-            bare = True
             continue
         kind = ACTIVATIONS[type(step)](step) if type(step) in ACTIVATIONS else None
         if kind is None:
             raise Unfusable(f"{path}: expected nn.Linear or an activation that the operator has, got {_name(step)}")
         if kind == IDENTITY:
             continue
-        if not bare:
+        if not ops or not isinstance(ops[-1], Linear):
             got = "none since the activation before it"
             raise Unfusable(f"{path}: expected an nn.Linear before {_name(step)}, got {got}")
-        layers[-1] = replace(layers[-1], activation=kind)
-        bare = False
-    return Stack(width, tuple(layers), tuple(keys))
+        ops.append(kind)
+    return Stack(width, tuple(ops), tuple(keys))
 
 
 def _steps(module: nn.Module, where: str) -> list[tuple[str, nn.Module]]:

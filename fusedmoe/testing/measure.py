@@ -135,7 +135,7 @@ def problem(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Pr
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    x = draw(case.rows, table.slots, table.width)
+    x = draw(case.rows, table.inputs[0].slots, table.inputs[0].width)
     x = x[rows_off_kinks(x, params, table)]
     d_out = draw(len(x), *eager(x, params, table)[0].shape[1:])
     return Problem(
@@ -171,8 +171,8 @@ def eager(x: Tensor, params: Sequence[Tensor], table: Table) -> tuple[Tensor, tu
     out, weights = reference.forward(
         x, params, table, softmax_by_pairs if x.dtype == torch.float64 else reference.last_softmax
     )
-    if table.tasks and not table.has_towers:
-        out = torch.stack([torch.cat([out[:, u] for u in task.units], -1) for task in table.tasks], 1)
+    if table.graph.tasks:
+        out = torch.stack([torch.cat([out[:, u] for u in units], -1) for units in table.graph.tasks], 1)
     return out, weights
 
 

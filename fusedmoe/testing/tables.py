@@ -9,7 +9,8 @@ from itertools import cycle
 
 from fusedmoe.activation import Activation, activation
 from fusedmoe.families import FAMILIES
-from fusedmoe.table import Expert, Gate, Layer, Level, Selector, Static, Table, Task, Unit
+from fusedmoe.parts import Expert, Gate, Input, Level, Linear, Op, Source, Static, Task, Unit, from_slots, mlp
+from fusedmoe.table import Table
 from fusedmoe.testing.measure import KINKED, Case
 
 # The cases of a family each of what gates can read, and of every feature: what runs where a case
@@ -76,10 +77,9 @@ def ragged(table: Table) -> Table:
     for level in table.levels:
         experts = []
         for e, expert in enumerate(level.experts):
-            kind = expert.layers[0].activation
-            experts.append(
-                replace(expert, layers=(*(Layer(3 + 2 * e + j, kind) for j in range(e % 3)), expert.layers[-1]))
-            )
+            width, kind = expert.ops[-2:]
+            assert isinstance(kind, Activation)
+            experts.append(replace(expert, ops=(*mlp([3 + 2 * e + j for j in range(e % 3)], kind), width, kind)))
         levels.append(replace(level, experts=tuple(experts)))
     return replace(table, levels=tuple(levels))
 
@@ -97,7 +97,7 @@ def smoothed(value):
 
 def with_empty_gate(table: Table) -> Table:
     """Let unit 0 of every level see nothing: it is zero, a slot of zeros for the level above."""
-    empty = Unit(Gate(Selector("slot", 0), ()))
+    empty = Unit(Gate((from_slots(0),), ()))
     return replace(table, levels=tuple(replace(level, units=(empty, *level.units[1:])) for level in table.levels))
 
 
@@ -109,43 +109,51 @@ def every_feature() -> Table:
     an empty gate, a unit without anything, and towers that share a unit.
     """
 
-    def mlp(*widths: int, name: str = "relu", bias: bool = True) -> tuple[Layer, ...]:
-        return tuple(Layer(width, activation(name), bias) for width in widths)
+    def layers(*widths: int, name: str = "relu", bias: bool = True) -> tuple[Op, ...]:
+        return mlp(widths, activation(name), bias)
 
+    def expert(index: int, ops: tuple[Op, ...]) -> Expert:
+        return Expert(from_slots(index), ops)
+
+    root = ((Source("input", 1),),)
     lower = Level(
         (
-            Expert(0, mlp(5, 4, name="tanh")),
-            Expert(1, mlp(4, bias=False)),
-            Expert(0, mlp(6, 3, 5, 4, name="elu")),
-            Expert(1, mlp(4)),
-            Expert(0, mlp(4)),
+            expert(0, layers(5, 4, name="tanh")),
+            expert(1, layers(4, bias=False)),
+            expert(0, layers(6, 3, 5, 4, name="elu")),
+            expert(1, layers(4)),
+            expert(0, layers(4)),
         ),
         (
-            Unit(Gate(Selector("slot", 1), (2, 0), mlp(3, name="gelu"))),
-            Unit(Gate(Selector("expert", 3), (0, 1), bias=False), Static((1, 2), tensor=0, offset=1)),
-            Unit(Gate(Selector("root"), (1, 2)), Static((2,), (0.5,))),
-            Unit(Gate(Selector("slot", 0), ())),
+            Unit(Gate((from_slots(1),), (2, 0), layers(3, name="gelu"))),
+            Unit(Gate(((Source("expert", 3),),), (0, 1), bias=False), Static((1, 2), tensor=0, offset=1)),
+            Unit(Gate(root, (1, 2)), Static((2,), (0.5,))),
+            Unit(Gate((from_slots(0),), ())),
             Unit(),
-            Unit(Gate(Selector("slot", 0), (4,))),
+            Unit(Gate((from_slots(0),), (4,))),
         ),
     )
     upper = Level(
         (
-            Expert(0, mlp(3)),
-            Expert(1, mlp(7, 3, name="silu")),
-            Expert(4, mlp(3)),
-            Expert(3, mlp(3)),
-            Expert(2, (Layer(3, Activation("leaky_relu", 0.2)),)),
+            expert(0, layers(3)),
+            expert(1, layers(7, 3, name="silu")),
+            expert(4, layers(3)),
+            expert(3, layers(3)),
+            expert(2, (Linear(3), Activation("leaky_relu", 0.2))),
         ),
         (
-            Unit(Gate(Selector("root"), (0, 1, 4)), Static((0,), tensor=0)),
+            Unit(Gate(root, (0, 1, 4)), Static((0,), tensor=0)),
             Unit(static=Static((1, 2, 3), tensor=1)),
-            Unit(Gate(Selector("expert", 0), (3, 1))),
+            Unit(Gate(((Source("expert", 0),),), (3, 1))),
             Unit(static=Static((0,), tensor=2)),
         ),
     )
-    towers = (Task((0,), mlp(4, 2)), Task((1, 0), mlp(2, name="sigmoid")), Task((2,), mlp(3, 2, bias=False)))
-    return Table(2, 5, (lower, upper), towers, ((2, 3), (3,), (1,)), root=1)
+    towers = (
+        Task(from_slots(0), layers(4, 2)),
+        Task(from_slots(1, 0), layers(2, name="sigmoid")),
+        Task(from_slots(2), layers(3, 2, bias=False)),
+    )
+    return Table((Input(2, 5),), (lower, upper), towers, ((2, 3), (3,), (1,)))
 
 
 @cache

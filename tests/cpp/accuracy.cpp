@@ -20,11 +20,11 @@ std::vector<T> grid(int each) {
 // A network that is the activation alone: its output and, from an upstream gradient of 1, its
 // derivative.
 template <class T>
-Results<T> through_network(Act act, const std::vector<T>& x) {
+Results<T> through_network(const Graph& graph, const std::vector<T>& x) {
   const std::vector<T> ones(x.size(), T(1)), zeros(x.size(), T(0));
-  return run(Problem<T>{single(act), int64_t(x.size()), false, false, x, {{T(1)}}, ones, zeros});
+  return run(Problem<T>{graph, int64_t(x.size()), false, false, x, {{T(1)}}, ones, zeros});
 }
-Layer layer_of(Act act) { return single(act).levels[0].experts[0].layers[0]; }
+graph::Stage stage_of(const Graph& graph) { return graph.levels[0].experts[0].mlp.stages[0]; }
 
 // The kernels take the derivative of these from the output, whose rounding is not small beside a
 // derivative near 0.
@@ -33,17 +33,17 @@ bool from_output(Act act) { return act == Act::sigmoid || act == Act::tanh; }
 // The worst error in units of what a change of x and of the result by one roundoff each would
 // cause: roundoff (|f| + |x f'|).
 template <class T>
-Accuracy measure(Act act, int each) {
+Accuracy measure(const Graph& graph, int each) {
   using Wide = long double;
   const std::vector<T> x = grid<T>(each);
-  Layer layer = layer_of(act);
+  graph::Stage stage = stage_of(graph);
   // As the kernels have it.
-  layer.parameter = double(T(layer.parameter));
-  const Results<T> ours = through_network(act, x);
+  stage.parameter = double(T(stage.parameter));
+  const Results<T> ours = through_network(graph, x);
   Accuracy worst;
   for (size_t i = 0; i < x.size(); i++) {
-    const Wide z = x[i], f = activated(layer, z), d = slope(layer, z), step = 1e-6L;
-    const Wide turn = (slope(layer, z * (1 + step)) - slope(layer, z * (1 - step))) / (2 * step);
+    const Wide z = x[i], f = activated(stage, z), d = slope(stage, z), step = 1e-6L;
+    const Wide turn = (slope(stage, z * (1 + step)) - slope(stage, z * (1 - step))) / (2 * step);
     // Below the normal numbers a result has fewer digits, or is 0.
     const Wide least = std::numeric_limits<T>::min() * std::max(Wide(1), std::abs(z));
     const auto units = [&](T value, Wide truth, Wide size) {
@@ -52,7 +52,7 @@ Accuracy measure(Act act, int each) {
     };
     const auto raise = [](double& most, double value) { most = value <= most ? most : value; };
     raise(worst.value, units(ours.out[i], f, std::abs(f) + std::abs(z * d)));
-    raise(worst.slope, units(ours.d_x[i], d, from_output(act) ? Wide(1) : std::abs(d) + std::abs(turn)));
+    raise(worst.slope, units(ours.d_x[i], d, from_output(stage.act) ? Wide(1) : std::abs(d) + std::abs(turn)));
   }
   return worst;
 }
@@ -60,23 +60,23 @@ Accuracy measure(Act act, int each) {
 }  // namespace
 
 template <class T>
-std::vector<Accuracy> accuracy(int each) {
+std::vector<Accuracy> accuracy(const std::vector<Case>& cases, int each) {
   std::vector<Accuracy> all;
-  for (size_t act = 0; act < activations.size(); act++) all.push_back(measure<T>(Act(act), each));
+  for (size_t act = 0; act < activations.size(); act++) all.push_back(measure<T>(alone(cases, Act(act)), each));
   return all;
 }
-template std::vector<Accuracy> accuracy<float>(int);
-template std::vector<Accuracy> accuracy<double>(int);
+template std::vector<Accuracy> accuracy<float>(const std::vector<Case>&, int);
+template std::vector<Accuracy> accuracy<double>(const std::vector<Case>&, int);
 
 template <class T>
-std::string special_values() {
+std::string special_values(const std::vector<Case>& cases) {
   const T infinity = std::numeric_limits<T>::infinity(), nan = std::numeric_limits<T>::quiet_NaN(),
           largest = std::numeric_limits<T>::max();
   const std::vector<T> x = {infinity, -infinity, nan, largest, -largest, T(-0.0)};
   for (size_t act = 0; act < activations.size(); act++) {
-    const std::vector<T> ours = through_network(Act(act), x).out;
+    const std::vector<T> ours = through_network(alone(cases, Act(act)), x).out;
     for (size_t i = 0; i < x.size(); i++) {
-      const T plain = activated(layer_of(Act(act)), x[i]);
+      const T plain = activated(stage_of(alone(cases, Act(act))), x[i]);
       if (!(ours[i] == plain || (std::isnan(ours[i]) && std::isnan(plain))))
         return activations[act] + " of " + std::to_string(x[i]) + ": expected " + std::to_string(plain) + ", got " +
                std::to_string(ours[i]);
@@ -84,7 +84,7 @@ std::string special_values() {
   }
   return "";
 }
-template std::string special_values<float>();
-template std::string special_values<double>();
+template std::string special_values<float>(const std::vector<Case>&);
+template std::string special_values<double>(const std::vector<Case>&);
 
 }  // namespace fusedmoe::test

@@ -3,6 +3,8 @@
 #include <string>
 #include <vector>
 
+#include "tables.h"
+
 namespace fusedmoe::test {
 
 // Worst errors of the value f and of the derivative, in units of roundoff (|f| + |x f'|): what one
@@ -11,13 +13,14 @@ struct Accuracy {
   double value = 0, slope = 0;
 };
 
-// Of every activation, in the order of Act, over a grid with `each` points a binade.
+// Of every activation, in the order of Act, over a grid with `each` points a binade; the networks
+// that are one activation stand among `cases`.
 template <class T>
-std::vector<Accuracy> accuracy(int each);
+std::vector<Accuracy> accuracy(const std::vector<Case>& cases, int each);
 
 // Where infinities, NaN, the largest numbers and -0 come out otherwise than from the C library;
 // empty if nowhere.
 template <class T>
-std::string special_values();
+std::string special_values(const std::vector<Case>& cases);
 
 }  // namespace fusedmoe::test

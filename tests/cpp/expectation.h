@@ -58,27 +58,28 @@ inline double error(std::vector<double> value, const std::vector<double>& truth,
 // Random numbers of the size that keeps a network's outputs near 1. A row whose z comes so near to
 // a kink that another order of summation may fall on its other side is drawn again; float's margin
 // serves double too, because the plain loop is measured in float on the same rows.
-inline Problem<double> problem(const Case& c, uint64_t seed) {
-  const Table& t = c.table;
-  Random random(seed);
+inline Problem<double> problem(const Case& c) {
+  const Graph& g = c.graph;
+  const graph::Input& input = g.inputs[0];
+  Random random(c.seed);
   const auto draw = [&](int64_t count, double scale = 1) {
     std::vector<double> values;
     while (count-- > 0) values.push_back(scale * random.normal());
     return values;
   };
   Problem<double> given{
-      t, c.rows, c.expanded, false, {}, {}, draw(c.rows * size_of(t.output)), draw(c.rows * t.mixing)};
-  for (const auto& shape : t.shapes)
-    given.params.push_back(draw(size_of(shape), shape.size() > 1 ? 1 / std::sqrt(double(shape.back())) : 0.5));
+      g, c.rows, c.expanded, false, {}, {}, draw(c.rows * count_of(g.output)), draw(c.rows * g.mixing)};
+  for (const auto& shape : g.shapes)
+    given.params.push_back(draw(count_of(shape), shape.size() > 1 ? 1 / std::sqrt(double(shape.back())) : 0.5));
   Problem<double> one = given;
   one.rows = 1;
   Plain<double> plain(one);
   for (int64_t row = 0; row < c.rows; row++) {
     do {
-      one.x = draw(t.width);
-      for (int64_t s = 1; s < t.slots; s++) {
+      one.x = draw(input.width);
+      for (int64_t s = 1; s < input.slots; s++) {
         const std::vector<double> slot =
-            c.expanded ? std::vector<double>(one.x.begin(), one.x.begin() + t.width) : draw(t.width);
+            c.expanded ? std::vector<double>(one.x.begin(), one.x.begin() + input.width) : draw(input.width);
         one.x.insert(one.x.end(), slot.begin(), slot.end());
       }
     } while (plain.distance_from_kinks(0) < kink_roundoffs * roundoff<float>);
@@ -90,8 +91,9 @@ inline Problem<double> problem(const Case& c, uint64_t seed) {
 // The weights of the linears rounded to bfloat16.
 inline Problem<float> halved(Problem<float> given) {
   given.bf16 = true;
+  const std::vector<bool> weights = weights_of(given.graph);
   for (size_t i = 0; i < given.params.size(); i++)
-    if (is_weight(given.table, i))
+    if (weights[i])
       for (float& value : given.params[i]) value = Bf16Operands::round(value);
   return given;
 }
@@ -116,16 +118,10 @@ inline Problem<float> neighbour(Problem<float> given, uint64_t seed) {
 }
 
 // In bfloat16 nearly every row has a z within rounding of 0.
-inline Size size_kind(const Table& table, bool bf16) {
-  const auto any = [](const std::vector<Layer>& layers) {
-    return std::any_of(layers.begin(), layers.end(), [](const Layer& l) { return kinked(l.act); });
-  };
+inline Size size_kind(const Graph& graph, bool bf16) {
   bool found = false;
-  for (const Level& level : table.levels) {
-    for (const Expert& e : level.experts) found = found || any(e.layers);
-    for (const Unit& u : level.units) found = found || (u.gate && any(u.gate->layers));
-  }
-  for (const Task& task : table.tasks) found = found || any(task.tower);
+  for (const graph::Mlp* mlp : mlps_of(graph))
+    for (const graph::Stage& stage : mlp->stages) found = found || kinked(stage.act);
   return bf16 && found ? Size::norm : Size::largest;
 }
 
@@ -138,7 +134,7 @@ inline std::map<std::string, double> plain_errors(const Problem<float>& given) {
     const Named truth = named(Plain<double>(exact).run()),
                 plain = named(given.bf16 ? Plain<float, Bf16Operands>(drawn).run() : Plain<float>(drawn).run());
     for (const auto& [name, values] : plain)
-      worst[name] = std::max(worst[name], error(values, truth.at(name), size_kind(given.table, given.bf16)));
+      worst[name] = std::max(worst[name], error(values, truth.at(name), size_kind(given.graph, given.bf16)));
   }
   return worst;
 }
@@ -155,7 +151,7 @@ std::map<std::string, Expected> expectation(const Problem<T>& given, const std::
   const Problem<double> exact = convert<double>(given);
   for (const auto& [name, truth] : named(Plain<double>(exact).run()))
     all[name] = {truth, (scale == 1 ? 2 : 3) * scale * plain.at(name) +
-                            8 * roundoff_of(given) * size_of(truth, size_kind(given.table, given.bf16))};
+                            8 * roundoff_of(given) * size_of(truth, size_kind(given.graph, given.bf16))};
   return all;
 }
 

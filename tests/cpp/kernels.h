@@ -31,15 +31,15 @@ template <class T>
 class Run {
  public:
   Run(const Problem<T>& given, const Request& request)
-      : given_(given), request_(request), table_(given.table),
-        plan_(cpu::make_plan(table_, {request.training, given.expanded, request.recompute, given.bf16})),
+      : given_(given), request_(request), graph_(given.graph),
+        plan_(cpu::make_plan(graph_, {request.training, given.expanded, request.recompute, given.bf16})),
         x_(layout()), d_out_(given.d_out), d_weights_(given.d_weights),
-        out_(given.rows * size_of(table_.output)), weights_(request.weights ? given.rows * table_.mixing : 0),
+        out_(given.rows * count_of(graph_.output)), weights_(request.weights ? given.rows * graph_.mixing : 0),
         kept_(request.training ? plan_->saved * cpu::padded(given.rows) : 0),
         d_x_(request.training && request.d_x ? given.x.size() : 0) {
     for (size_t i = 0; i < given.params.size(); i++) {
       params_.push_back(std::make_unique<Guarded<T>>(given.params[i]));
-      const bool wanted = request.training && table_.live[i] && request.gradient(int(i));
+      const bool wanted = request.training && graph_.live[i] && request.gradient(int(i));
       grads_.push_back(std::make_unique<Guarded<T>>(wanted ? given.params[i].size() : 0));
       param_pointers_.push_back(params_[i]->data());
       grad_pointers_.push_back(wanted ? grads_[i]->data() : nullptr);
@@ -69,35 +69,37 @@ class Run {
  private:
   static constexpr int64_t slot_gap = 3, row_gap = 5;
 
+  const graph::Input& input() const { return graph_.inputs[0]; }
   int64_t slot_stride() const {
-    return given_.expanded && table_.slots > 1 ? 0 : table_.width + (request_.spread ? slot_gap : 0);
+    return given_.expanded && input().slots > 1 ? 0 : input().width + (request_.spread ? slot_gap : 0);
   }
   int64_t row_stride() const {
-    const int64_t slots = given_.expanded ? 1 : table_.slots, gap = request_.spread ? slot_gap : 0;
-    return slots * (table_.width + gap) + (request_.spread ? row_gap : 0);
+    const int64_t slots = given_.expanded ? 1 : input().slots, gap = request_.spread ? slot_gap : 0;
+    return slots * (input().width + gap) + (request_.spread ? row_gap : 0);
   }
   // x as the strides say, up to its last number.
   std::vector<T> layout() const {
-    const int64_t slots = given_.expanded ? 1 : table_.slots;
+    const int64_t slots = given_.expanded ? 1 : input().slots;
     if (given_.rows == 0) return {};
-    std::vector<T> x((given_.rows - 1) * row_stride() + (slots - 1) * slot_stride() + table_.width,
+    std::vector<T> x((given_.rows - 1) * row_stride() + (slots - 1) * slot_stride() + input().width,
                      std::numeric_limits<T>::quiet_NaN());
     for (int64_t row = 0; row < given_.rows; row++)
       for (int64_t s = 0; s < slots; s++)
-        for (int64_t k = 0; k < table_.width; k++)
-          x[row * row_stride() + s * slot_stride() + k] = given_.x[(row * table_.slots + s) * table_.width + k];
+        for (int64_t k = 0; k < input().width; k++)
+          x[row * row_stride() + s * slot_stride() + k] = given_.x[(row * input().slots + s) * input().width + k];
     return x;
   }
 
   // The linears' weights in bfloat16, and in no other type.
   void halve() {
+    const std::vector<bool> weights = weights_of(graph_);
     for (size_t i = 0; i < given_.params.size(); i++) {
       std::vector<uint16_t> bits;
-      if (is_weight(table_, i))
+      if (weights[i])
         for (T value : given_.params[i]) bits.push_back(Bf16Operands::bits(value));
       halves_.push_back(std::make_unique<Guarded<uint16_t>>(bits));
       half_pointers_.push_back(halves_[i]->data());
-      if (is_weight(table_, i)) param_pointers_[i] = nullptr;
+      if (weights[i]) param_pointers_[i] = nullptr;
     }
   }
 
@@ -142,7 +144,7 @@ class Run {
 
   const Problem<T>& given_;
   const Request& request_;
-  const Table& table_;
+  const Graph& graph_;
   std::unique_ptr<cpu::Plan> plan_;
   Guarded<T> x_, d_out_, d_weights_, out_, weights_, kept_, d_x_;
   std::vector<std::unique_ptr<Guarded<T>>> params_, grads_;

@@ -18,9 +18,9 @@ Real gelu_tanh_exponent(Real z) {
 }
 
 template <class Real>
-Real activated(const Layer& layer, Real z) {
-  const Real a = Real(layer.parameter);
-  switch (layer.act) {
+Real activated(const graph::Stage& stage, Real z) {
+  const Real a = Real(stage.parameter);
+  switch (stage.act) {
     case Act::identity: return z;
     case Act::relu: return z < 0 ? Real(0) : z;
     case Act::sigmoid: return 1 / (1 + std::exp(-z));
@@ -38,9 +38,9 @@ Real activated(const Layer& layer, Real z) {
 }
 
 template <class Real>
-Real slope(const Layer& layer, Real z) {
-  const Real a = Real(layer.parameter), s = 1 / (1 + std::exp(-z)), rest = 1 / (1 + std::exp(z));
-  switch (layer.act) {
+Real slope(const graph::Stage& stage, Real z) {
+  const Real a = Real(stage.parameter), s = 1 / (1 + std::exp(-z)), rest = 1 / (1 + std::exp(z));
+  switch (stage.act) {
     case Act::identity: return 1;
     case Act::relu: return z <= 0 ? 0 : 1;
     case Act::sigmoid: return s * rest;
@@ -65,14 +65,13 @@ class Plain {
  public:
   using Vector = std::vector<Real>;
 
-  explicit Plain(const Problem<Real>& given) : given_(given), table_(given.table) {}
+  explicit Plain(const Problem<Real>& given) : given_(given), graph_(given.graph) {}
 
   // Outputs, mixing weights and the gradients of x and of every live parameter.
   Results<Real> run() {
-    results_ = {};
-    results_.d_x.assign(given_.x.size(), 0);
+    start();
     for (size_t i = 0; i < given_.params.size(); i++)
-      results_.grads.emplace_back(table_.live[i] ? given_.params[i].size() : 0, Real(0));
+      results_.grads.emplace_back(graph_.live[i] ? given_.params[i].size() : 0, Real(0));
     for (int64_t row = 0; row < given_.rows; row++) {
       forward(row);
       backward(row);
@@ -81,8 +80,10 @@ class Plain {
   }
 
   // loss = sum of out * d_out + sum of weights * d_weights, and the sum of the terms' sizes.
-  std::pair<Real, Real> loss() {
-    results_ = {};
+  // `held`: what detached reads give, as `detached` has it; null: what is there.
+  std::pair<Real, Real> loss(const std::vector<Vector>* held = nullptr) {
+    start();
+    held_ = held;
     for (int64_t row = 0; row < given_.rows; row++) forward(row);
     Real sum = 0, size = 0;
     const auto add = [&](const Vector& values, const Vector& d) {
@@ -96,6 +97,9 @@ class Plain {
     return {sum, size};
   }
 
+  // What the detached reads of the last run gave, one after another.
+  const std::vector<Vector>& detached() const { return detached_; }
+
   // The least |z| / sum over k of |w_k x_k| of any pre-activation of the row where a derivative
   // jumps.
   Real distance_from_kinks(int64_t row) {
@@ -105,207 +109,228 @@ class Plain {
   }
 
  private:
-  struct Mlp {
+  // A vector of the row, and what its readers have sent of its gradient.
+  struct Value {
+    explicit Value(Vector values = {}) : y(std::move(values)), d(y.size(), 0) {}
+    Vector y, d;
+  };
+  struct Trace {
     std::vector<Vector> in, z;
     Vector out;
   };
+  struct UnitState {
+    Trace gate;
+    Vector p, w;  // by expert; p is 0 for what the gate does not see
+    Value out;
+  };
+  // What is not computed is empty.
   struct LevelState {
-    std::vector<Vector> slots;
-    std::vector<Mlp> experts, gates;
-    std::vector<Vector> p, w;  // by expert; p is 0 for what the gate does not see
-    std::vector<std::vector<int>> reads;
-    std::vector<Vector> out;
+    std::vector<Trace> mlps;
+    std::vector<Value> experts;
+    std::vector<UnitState> units;
   };
 
-  Mlp mlp(const std::vector<Layer>& layers, Vector in) {
-    Mlp m;
-    for (const Layer& layer : layers) {
-      Vector z(layer.width), out(layer.width);
-      for (Real& x : in) x = Operands::round(x);
-      for (int64_t n = 0; n < layer.width; n++) {
-        const Real* w = given_.params[layer.weight].data() + n * layer.k;
-        Real sum = 0, size = 0;
-        for (int64_t k = 0; k < layer.k; k++) sum += w[k] * in[k];
-        if (layer.bias >= 0) sum += given_.params[layer.bias][n];
-        if (kinked(layer.act))
-          for (int64_t k = 0; k < layer.k; k++) size += std::abs(w[k] * in[k]);
-        if (size > 0) distance_ = std::min(distance_, std::abs(sum) / size);
-        z[n] = sum;
-        out[n] = activated(layer, sum);
-      }
-      m.in.push_back(in);
-      m.z.push_back(z);
-      in = out;
-    }
-    m.out = in;
-    return m;
+  void start() {
+    results_ = {};
+    detached_.clear();
+    held_ = nullptr;
+    results_.d_x.assign(given_.x.size(), 0);
   }
 
-  // Adds the parameters' gradients and returns that of the input.
-  Vector mlp_backward(const std::vector<Layer>& layers, const Mlp& m, Vector d) {
-    for (size_t j = layers.size(); j-- > 0;) {
-      const Layer& layer = layers[j];
-      Vector d_in(layer.k, 0);
-      for (int64_t n = 0; n < layer.width; n++) {
-        const Real d_z = Operands::round(d[n] * slope(layer, m.z[j][n]));
-        const Real* w = given_.params[layer.weight].data() + n * layer.k;
-        Real* d_w = results_.grads[layer.weight].data() + n * layer.k;
-        if (layer.bias >= 0) results_.grads[layer.bias][n] += d_z;
-        for (int64_t k = 0; k < layer.k; k++) {
-          d_w[k] += d_z * m.in[j][k];
+  // What a vector is some columns of, where it is read in this level.
+  Value& whole(const graph::Vector& v, size_t level) {
+    return v.kind == graph::VectorKind::input  ? inputs_.at(v.index)
+           : v.kind == graph::VectorKind::unit ? levels_.at(v.place).units.at(v.index).out
+                                               : levels_.at(level).experts.at(v.index);
+  }
+
+  // The concatenation of the sources.
+  Vector read(const std::vector<graph::Vector>& sources, size_t level) {
+    Vector all;
+    for (const graph::Vector& v : sources) {
+      const auto from = whole(v, level).y.begin() + v.first;
+      Vector part(from, from + v.width);
+      if (v.detached && held_) part = held_->at(detached_.size());
+      if (v.detached) detached_.push_back(part);
+      append(all, part);
+    }
+    return all;
+  }
+
+  // Adds the gradient of a concatenation to those of its sources.
+  void send(const std::vector<graph::Vector>& sources, size_t level, const Vector& d) {
+    auto from = d.begin();
+    for (const graph::Vector& v : sources) {
+      for (int64_t i = 0; i < v.width && !v.detached; i++) whole(v, level).d[v.first + i] += from[i];
+      from += v.width;
+    }
+  }
+
+  Trace mlp(const graph::Mlp& mlp, size_t level) {
+    Trace trace;
+    Vector in = read(mlp.sources, level);
+    for (const graph::Stage& stage : mlp.stages) {
+      Vector z(stage.width), out(stage.width);
+      for (Real& x : in) x = Operands::round(x);
+      for (int64_t n = 0; n < stage.width; n++) {
+        const Real* w = given_.params[stage.weight].data() + n * stage.k;
+        Real sum = 0, size = 0;
+        for (int64_t k = 0; k < stage.k; k++) sum += w[k] * in[k];
+        if (stage.bias >= 0) sum += given_.params[stage.bias][n];
+        if (kinked(stage.act))
+          for (int64_t k = 0; k < stage.k; k++) size += std::abs(w[k] * in[k]);
+        if (size > 0) distance_ = std::min(distance_, std::abs(sum) / size);
+        z[n] = sum;
+        out[n] = activated(stage, sum);
+      }
+      trace.in.push_back(in);
+      trace.z.push_back(z);
+      in = out;
+    }
+    trace.out = in;
+    return trace;
+  }
+
+  // Adds the gradients of the parameters and of the sources, given that of the output.
+  void mlp_backward(const graph::Mlp& mlp, const Trace& trace, Vector d, size_t level) {
+    for (size_t j = mlp.stages.size(); j-- > 0;) {
+      const graph::Stage& stage = mlp.stages[j];
+      Vector d_in(stage.k, 0);
+      for (int64_t n = 0; n < stage.width; n++) {
+        const Real d_z = Operands::round(d[n] * slope(stage, trace.z[j][n]));
+        const Real* w = given_.params[stage.weight].data() + n * stage.k;
+        Real* d_w = results_.grads[stage.weight].data() + n * stage.k;
+        if (stage.bias >= 0) results_.grads[stage.bias][n] += d_z;
+        for (int64_t k = 0; k < stage.k; k++) {
+          d_w[k] += d_z * trace.in[j][k];
           d_in[k] += d_z * w[k];
         }
       }
       d = d_in;
     }
-    return d;
+    send(mlp.sources, level, d);
   }
 
   void forward(int64_t row) {
-    states_.clear();
+    const graph::Input& input = graph_.inputs[0];
     inputs_.clear();
-    for (int64_t s = 0; s < table_.slots; s++) {
-      const auto from = given_.x.begin() + (row * table_.slots + s) * table_.width;
-      inputs_.emplace_back(from, from + table_.width);
-    }
-    std::vector<Vector> slots = inputs_;
-    for (const Level& level : table_.levels) {
-      LevelState state;
-      state.slots = slots;
-      for (const Expert& e : level.experts) state.experts.push_back(e.live ? mlp(e.layers, slots[e.slot]) : Mlp{});
-      for (const Unit& unit : level.units) mix(level, unit, state);
-      slots = state.out;
-      states_.push_back(std::move(state));
-    }
+    levels_.clear();
     towers_.clear();
-    if (!table_.has_towers)
-      for (const Vector& out : slots) append(results_.out, out);
-    for (const Task& task : table_.tasks) {
-      if (!table_.has_towers) break;
-      Vector in;
-      for (int u : task.units) append(in, slots[u]);
-      towers_.push_back(mlp(task.tower, in));
+    for (int64_t s = 0; s < input.slots; s++) {
+      const auto from = given_.x.begin() + (row * input.slots + s) * input.width;
+      inputs_.emplace_back(Vector(from, from + input.width));
+    }
+    for (size_t l = 0; l < graph_.levels.size(); l++) {
+      const graph::Level& level = graph_.levels[l];
+      LevelState& state = levels_.emplace_back();
+      for (const graph::Expert& e : level.experts) {
+        state.mlps.push_back(e.computed ? mlp(e.mlp, l) : Trace{});
+        state.experts.emplace_back(state.mlps.back().out);
+      }
+      for (const graph::Unit& unit : level.units) {
+        state.units.push_back(mix(unit, l));
+        append(results_.weights, state.units.back().w);
+      }
+    }
+    for (const graph::Mlp& tower : graph_.towers) {
+      towers_.push_back(mlp(tower, graph_.levels.size()));
       append(results_.out, towers_.back().out);
     }
+    for (const UnitState& unit : levels_.back().units)
+      if (graph_.towers.empty()) append(results_.out, unit.out.y);
   }
 
   static void append(Vector& to, const Vector& more) { to.insert(to.end(), more.begin(), more.end()); }
 
-  const Vector& selected(const LevelState& state, const Selector& s) const {
-    return s.kind == SelectorKind::root   ? inputs_[table_.root]
-           : s.kind == SelectorKind::slot ? state.slots[s.index]
-                                          : state.experts[s.index].out;
-  }
-
-  void mix(const Level& level, const Unit& unit, LevelState& state) {
-    Vector p(level.experts.size(), 0), w(level.experts.size(), 0), out(unit.width, 0);
-    std::vector<char> read(level.experts.size(), 0);
-    Mlp gate;
-    if (unit.live && unit.gate && !unit.gate->sees.empty()) {
-      gate = mlp(unit.gate->layers, selected(state, unit.gate->selector));
-      const Real most = *std::max_element(gate.out.begin(), gate.out.end());
+  UnitState mix(const graph::Unit& unit, size_t level) {
+    const std::vector<Value>& experts = levels_[level].experts;
+    UnitState state{{}, Vector(experts.size(), 0), Vector(experts.size(), 0), Value()};
+    if (!unit.computed) return state;
+    if (unit.gate && !unit.gate->sees.empty()) {
+      const graph::Gate& gate = *unit.gate;
+      state.gate = mlp(gate.mlps[0], level);
+      Vector z = state.gate.out;
+      for (Real& logit : z) logit *= Real(gate.factor);
+      const Real most = *std::max_element(z.begin(), z.end());
       Real sum = 0;
-      for (size_t j = 0; j < gate.out.size(); j++) sum += p[unit.gate->sees[j]] = std::exp(gate.out[j] - most);
-      for (int e : unit.gate->sees) {
-        w[e] = p[e] /= sum;
-        read[e] = 1;
-      }
+      for (size_t j = 0; j < z.size(); j++) sum += state.p[gate.sees[j]] = std::exp(z[j] - most);
+      for (int e : gate.sees) state.w[e] = state.p[e] /= sum;
     }
-    if (unit.live && unit.static_weights)
-      for (size_t j = 0; j < unit.static_weights->experts.size(); j++) {
-        const Static& s = *unit.static_weights;
-        w[s.experts[j]] += s.parameter >= 0 ? given_.params[s.parameter][s.offset + int64_t(j)] : Real(s.values[j]);
-        read[s.experts[j]] = 1;
-      }
-    std::vector<int> reads;
-    for (size_t e = 0; e < read.size(); e++)
-      if (read[e]) {
-        reads.push_back(int(e));
-        for (int64_t n = 0; n < unit.width; n++) out[n] += w[e] * state.experts[e].out[n];
-      }
-    append(results_.weights, w);
-    state.gates.push_back(gate);
-    state.p.push_back(p);
-    state.w.push_back(w);
-    state.reads.push_back(reads);
-    state.out.push_back(out);
-  }
-
-  static void add(Vector& to, const Vector& more) {
-    for (size_t i = 0; i < more.size(); i++) to[i] += more[i];
+    if (unit.static_weights) {
+      const graph::Static& s = *unit.static_weights;
+      for (size_t j = 0; j < s.experts.size(); j++)
+        state.w[s.experts[j]] +=
+            s.parameter >= 0 ? given_.params[s.parameter][s.offset + int64_t(j)] : Real(s.values[j]);
+    }
+    Vector out(unit.width, 0);
+    for (int e : unit.reads)
+      for (int64_t n = 0; n < unit.width; n++) out[n] += state.w[e] * experts[e].y[n];
+    state.out = Value(out);
+    return state;
   }
 
   void backward(int64_t row) {
-    std::vector<Vector> d_inputs(table_.slots, Vector(table_.width, 0)), d_units;
-    for (const Unit& unit : table_.levels.back().units) d_units.emplace_back(unit.width, 0);
-    const int64_t width = table_.output[1];
-    auto d = given_.d_out.begin() + row * table_.output[0] * width;
-    for (size_t u = 0; u < d_units.size() && !table_.has_towers; u++, d += width) d_units[u].assign(d, d + width);
-    for (size_t t = 0; t < towers_.size(); t++, d += width) {
-      const Vector d_in = mlp_backward(table_.tasks[t].tower, towers_[t], Vector(d, d + width));
-      auto from = d_in.begin();
-      for (int u : table_.tasks[t].units)
-        for (Real& to : d_units[u]) to += *from++;
+    const int64_t width = graph_.output[1];
+    auto d = given_.d_out.begin() + row * graph_.output[0] * width;
+    for (size_t t = 0; t < towers_.size(); t++, d += width)
+      mlp_backward(graph_.towers[t], towers_[t], Vector(d, d + width), graph_.levels.size());
+    for (UnitState& unit : levels_.back().units) {
+      if (!towers_.empty()) break;
+      unit.out.d.assign(d, d + width);
+      d += width;
     }
-    int64_t column = table_.mixing;
-    for (size_t l = table_.levels.size(); l-- > 0;) {
-      column -= int64_t(table_.levels[l].experts.size() * table_.levels[l].units.size());
-      d_units = backward_level(l, d_units, given_.d_weights.data() + row * table_.mixing + column, d_inputs);
+    int64_t column = graph_.mixing;
+    for (size_t l = graph_.levels.size(); l-- > 0;) {
+      column -= int64_t(graph_.levels[l].experts.size() * graph_.levels[l].units.size());
+      backward_level(l, given_.d_weights.data() + row * graph_.mixing + column);
     }
-    for (int64_t s = 0; s < table_.slots; s++) {
-      add(d_inputs[s], d_units[s]);
-      std::copy(d_inputs[s].begin(), d_inputs[s].end(), results_.d_x.begin() + (row * table_.slots + s) * table_.width);
-    }
+    auto to = results_.d_x.begin() + row * int64_t(inputs_.size()) * graph_.inputs[0].width;
+    for (const Value& slot : inputs_) to = std::copy(slot.d.begin(), slot.d.end(), to);
   }
 
-  // Returns the gradients of the level's slots; what root selectors send goes to d_inputs.
-  std::vector<Vector> backward_level(size_t l, const std::vector<Vector>& d_units, const Real* d_weights,
-                                     std::vector<Vector>& d_inputs) {
-    const Level& level = table_.levels[l];
-    const LevelState& state = states_[l];
-    const size_t experts = level.experts.size();
-    std::vector<Vector> d_slots, d_experts;
-    for (const Vector& slot : state.slots) d_slots.emplace_back(slot.size(), 0);
-    for (const Mlp& expert : state.experts) d_experts.emplace_back(expert.out.size(), 0);
-    for (size_t u = 0; u < level.units.size(); u++) {
-      const Unit& unit = level.units[u];
-      if (!unit.live) continue;
-      Vector dw(experts, 0);
-      Real sum = 0;
-      for (int e : state.reads[u]) {
-        for (int64_t n = 0; n < unit.width; n++) {
-          dw[e] += d_units[u][n] * state.experts[e].out[n];
-          d_experts[e][n] += state.w[u][e] * d_units[u][n];
-        }
-        dw[e] += d_weights[u * experts + e];
-        sum += state.p[u][e] * dw[e];
+  void backward_level(size_t l, const Real* d_weights) {
+    const graph::Level& level = graph_.levels[l];
+    LevelState& state = levels_[l];
+    for (size_t u = 0; u < level.units.size(); u++)
+      if (level.units[u].computed) backward_unit(level.units[u], l, u, d_weights + u * level.experts.size());
+    // An expert may read those before it.
+    for (size_t e = level.experts.size(); e-- > 0;)
+      if (level.experts[e].differentiated) mlp_backward(level.experts[e].mlp, state.mlps[e], state.experts[e].d, l);
+  }
+
+  void backward_unit(const graph::Unit& unit, size_t level, size_t u, const Real* d_weights) {
+    std::vector<Value>& experts = levels_[level].experts;
+    const UnitState& state = levels_[level].units[u];
+    Vector dw(experts.size(), 0);
+    Real sum = 0;
+    for (int e : unit.reads) {
+      for (int64_t n = 0; n < unit.width; n++) {
+        dw[e] += state.out.d[n] * experts[e].y[n];
+        experts[e].d[n] += state.w[e] * state.out.d[n];
       }
-      if (unit.static_weights && unit.static_weights->parameter >= 0)
-        for (size_t j = 0; j < unit.static_weights->experts.size(); j++)
-          results_.grads[unit.static_weights->parameter][unit.static_weights->offset + int64_t(j)] +=
-              Operands::round(dw[unit.static_weights->experts[j]]);
-      if (!unit.gate || unit.gate->sees.empty()) continue;
-      Vector d_logits;
-      for (int e : unit.gate->sees) d_logits.push_back(state.p[u][e] * (dw[e] - sum));
-      const Selector& s = unit.gate->selector;
-      Vector& d_q = s.kind == SelectorKind::root   ? d_inputs[table_.root]
-                    : s.kind == SelectorKind::slot ? d_slots[s.index]
-                                                   : d_experts[s.index];
-      add(d_q, mlp_backward(unit.gate->layers, state.gates[u], d_logits));
+      dw[e] += d_weights[e];
+      sum += state.p[e] * dw[e];
     }
-    for (size_t e = 0; e < experts; e++)
-      if (level.experts[e].live)
-        add(d_slots[level.experts[e].slot], mlp_backward(level.experts[e].layers, state.experts[e], d_experts[e]));
-    return d_slots;
+    if (unit.static_weights && unit.static_weights->parameter >= 0) {
+      const graph::Static& s = *unit.static_weights;
+      for (size_t j = 0; j < s.experts.size(); j++)
+        results_.grads[s.parameter][s.offset + int64_t(j)] += Operands::round(dw[s.experts[j]]);
+    }
+    if (!unit.gate || unit.gate->sees.empty()) return;
+    Vector d_logits;
+    for (int e : unit.gate->sees) d_logits.push_back(Real(unit.gate->factor) * (state.p[e] * (dw[e] - sum)));
+    mlp_backward(unit.gate->mlps[0], state.gate, d_logits, level);
   }
 
   const Problem<Real>& given_;
-  const Table& table_;
+  const Graph& graph_;
   Results<Real> results_;
   Real distance_ = 0;
-  std::vector<Vector> inputs_;
-  std::vector<LevelState> states_;
-  std::vector<Mlp> towers_;
+  std::vector<Value> inputs_;
+  std::vector<LevelState> levels_;
+  std::vector<Trace> towers_;
+  std::vector<Vector> detached_;
+  const std::vector<Vector>* held_ = nullptr;
 };
 
 }  // namespace fusedmoe::test

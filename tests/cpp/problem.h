@@ -14,7 +14,7 @@ namespace fusedmoe::test {
 // and of the mixing weights.
 template <class T>
 struct Problem {
-  Table table;
+  Graph graph;
   int64_t rows = 0;
   bool expanded = false;  // all slots of x hold the same numbers, and the kernels read them once
   bool bf16 = false;      // the operands of the linears are bfloat16; the weights are such numbers
@@ -30,14 +30,26 @@ struct Results {
   std::vector<std::vector<T>> grads;
 };
 
-inline int64_t size_of(const std::vector<int64_t>& shape) {
-  int64_t size = 1;
-  for (int64_t n : shape) size *= n;
-  return size;
+// Every MLP: of experts, gates and towers.
+inline std::vector<const graph::Mlp*> mlps_of(const Graph& graph) {
+  std::vector<const graph::Mlp*> all;
+  for (const graph::Level& level : graph.levels) {
+    for (const graph::Expert& expert : level.experts) all.push_back(&expert.mlp);
+    for (const graph::Unit& unit : level.units)
+      if (unit.gate)
+        for (const graph::Mlp& mlp : unit.gate->mlps) all.push_back(&mlp);
+  }
+  for (const graph::Mlp& tower : graph.towers) all.push_back(&tower);
+  return all;
 }
 
-inline bool is_weight(const Table& table, size_t parameter) {
-  return parameter < table.first_static && table.shapes[parameter].size() == 2;
+// Of each parameter, whether it is the weight of linear maps.
+inline std::vector<bool> weights_of(const Graph& graph) {
+  std::vector<bool> weights(graph.shapes.size(), false);
+  for (const graph::Mlp* mlp : mlps_of(graph))
+    for (const graph::Stage& stage : mlp->stages)
+      if (stage.kind == graph::StageKind::linear) weights[stage.weight] = true;
+  return weights;
 }
 
 // The same bits on every platform, which the distributions of <random> do not promise.
@@ -86,7 +98,7 @@ std::vector<To> convert(const std::vector<From>& from) {
 
 template <class To, class From>
 Problem<To> convert(const Problem<From>& from) {
-  Problem<To> to{from.table,          from.rows, from.expanded,           from.bf16,
+  Problem<To> to{from.graph,          from.rows, from.expanded,           from.bf16,
                  convert<To>(from.x), {},        convert<To>(from.d_out), convert<To>(from.d_weights)};
   for (const auto& param : from.params) to.params.push_back(convert<To>(param));
   return to;

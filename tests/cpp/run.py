@@ -2,8 +2,9 @@
 tests/cpp/run.py [plain] [sanitized] [neon]`.
 
 The flags are those of setup.py; torch is not needed, and what is run knows neither Python nor
-PyTorch. `plain` tests the kernels as they ship, `sanitized` under the address and
-undefined-behaviour sanitizers, `neon` cross-compiled for AArch64 and run by qemu-user.
+PyTorch: it reads its networks from a file, which `tables.py` writes. `plain` tests the kernels as
+they ship, `sanitized` under the address and undefined-behaviour sanitizers, `neon` cross-compiled
+for AArch64 and run by qemu-user.
 """
 
 from __future__ import annotations
@@ -118,17 +119,29 @@ def build(kind: str) -> Path:
     return program
 
 
+def tables(folder: Path) -> Path:
+    """Write the networks of the test, and return their file.
+
+    In a process of its own, because tables.py stands in for the package's `__init__`.
+    """
+    target = folder / "tables.txt"
+    subprocess.run([sys.executable, str(Path(__file__).with_name("tables.py")), str(target)], check=True)
+    return target
+
+
 def run(kind: str) -> Iterator[str]:
     """Yield what the test says under each ISA.
 
     Raises: SystemExit with the test's words where it fails.
     """
-    command = [*([emulator()] if kind == "neon" else []), str(build(kind))]
+    program = build(kind)
+    command = [*([emulator()] if kind == "neon" else []), str(program)]
+    networks = str(tables(program.parent))
     isas = subprocess.run([*command, "isas"], capture_output=True, text=True, check=True).stdout.split()
 
     def under(isa: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [*command, *ROWS[kind]], env={**os.environ, "FUSEDMOE_ISA": isa}, capture_output=True, text=True
+            [*command, networks, *ROWS[kind]], env={**os.environ, "FUSEDMOE_ISA": isa}, capture_output=True, text=True
         )
 
     with ThreadPoolExecutor(JOBS) as pool:

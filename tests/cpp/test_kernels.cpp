@@ -1,10 +1,10 @@
-// The kernels against plain loops, on every table of tables.cpp, in float, double and bfloat16,
-// plain, packed and recomputed.
+// The kernels against plain loops, on every case of a file of tables.py, in float, double and
+// bfloat16, plain, packed and recomputed.
 //
-//   test_kernels isas                    names the ISAs of this build that this processor has
-//   test_kernels accuracy                prints the errors of the activations, in the units of accuracy.h
-//   test_kernels [ROWS]                  runs every check under the ISA that FUSEDMOE_ISA names,
-//                                        on cases of at most ROWS rows
+//   test_kernels isas             names the ISAs of this build that this processor has
+//   test_kernels FILE accuracy    prints the errors of the activations, in the units of accuracy.h
+//   test_kernels FILE [ROWS]      runs every check under the ISA that FUSEDMOE_ISA names, on cases
+//                                 of at most ROWS rows
 #include <unistd.h>
 
 #include <atomic>
@@ -68,7 +68,7 @@ Problem<T> rows_of(const Problem<T>& given, int64_t first, int64_t count) {
     const int64_t width = int64_t(values.size()) / given.rows;
     return std::vector<T>(values.begin() + first * width, values.begin() + (first + count) * width);
   };
-  return {given.table,   count,        given.expanded,    given.bf16,
+  return {given.graph,   count,        given.expanded,    given.bf16,
           part(given.x), given.params, part(given.d_out), part(given.d_weights)};
 }
 
@@ -77,9 +77,9 @@ template <class T>
 void poison(Problem<T> given) {
   const T nan = std::numeric_limits<T>::quiet_NaN();
   given.rows = (given.rows + cpu::block_rows - 1) / cpu::block_rows * cpu::block_rows;
-  given.x.assign(given.rows * given.table.slots * given.table.width, nan);
-  given.d_out.assign(given.rows * size_of(given.table.output), nan);
-  given.d_weights.assign(given.rows * given.table.mixing, nan);
+  given.x.assign(given.rows * given.graph.inputs[0].slots * given.graph.inputs[0].width, nan);
+  given.d_out.assign(given.rows * count_of(given.graph.output), nan);
+  given.d_weights.assign(given.rows * given.graph.mixing, nan);
   Request request;
   for (bool training : {false, true}) {
     request.training = training;
@@ -91,13 +91,13 @@ template <class T>
 Results<T> check_parity(const Problem<T>& given, const std::map<std::string, Expected>& expected) {
   poison(given);
   const Results<T> whole = run(given);
-  check_close(named(whole), expected, size_kind(given.table, given.bf16), "training");
+  check_close(named(whole), expected, size_kind(given.graph, given.bf16), "training");
   Request request;
   request.training = false;
   poison(given);
   const Results<T> inference = run(given, request);
   for (size_t i = 0; i < whole.grads.size(); i++)
-    if (whole.grads[i].empty() == given.table.live[i]) fail("expected gradients of the live parameters alone");
+    if (whole.grads[i].empty() == given.graph.live[i]) fail("expected gradients of the live parameters alone");
   check_same(inference, whole, "inference against training");
   return whole;
 }
@@ -188,7 +188,10 @@ void check_batches(const Problem<T>& given, const Results<T>& whole) {
 // it changes, and by the roundoff of L.
 void check_truth(const Problem<double>& given) {
   const double h = std::cbrt(roundoff<double>);
-  const Results<double> results = Plain<double>(given).run();
+  Plain<double> truth(given);
+  const Results<double> results = truth.run();
+  // No gradient goes through them.
+  const std::vector<std::vector<double>> detached = truth.detached();
   Random random(7);
   for (int i = -1; i < int(given.params.size()); i++) {
     const std::vector<double>& gradient = i < 0 ? results.d_x : results.grads[i];
@@ -205,7 +208,7 @@ void check_truth(const Problem<double>& given) {
         Problem<double> moved = given;
         std::vector<double>& values = i < 0 ? moved.x : moved.params[i];
         for (size_t j = 0; j < values.size(); j++) values[j] += (side ? step : -step) * direction[j];
-        ends[side] = Plain<double>(moved).loss();
+        ends[side] = Plain<double>(moved).loss(&detached);
       }
       return std::pair{(ends[1].first - ends[0].first) / (2 * step), 8 * roundoff<double> * ends[1].second / step};
     };
@@ -230,18 +233,18 @@ constexpr int report_points = 4096, check_points = 128;
 
 // The rule of expectation.h with nothing for a rival: 8 roundoffs.
 template <class T>
-void check_activations(const char* type) {
+void check_activations(const std::vector<Case>& cases, const char* type) {
   current = std::string("activations, ") + type;
-  const std::vector<Accuracy> all = accuracy<T>(check_points);
+  const std::vector<Accuracy> all = accuracy<T>(cases, check_points);
   for (size_t act = 0; act < all.size(); act++)
     if (!(all[act].value <= 8) || !(all[act].slope <= 8))
       fail(activations[act] + ": expected errors of at most 8 roundoffs, got " + text(all[act].value) +
            " and, of the derivative, " + text(all[act].slope));
-  if (const std::string fault = special_values<T>(); !fault.empty()) fail(fault);
+  if (const std::string fault = special_values<T>(cases); !fault.empty()) fail(fault);
 }
 
-void report_accuracy() {
-  const auto single = accuracy<float>(report_points), twice = accuracy<double>(report_points);
+void report_accuracy(const std::vector<Case>& cases) {
+  const auto single = accuracy<float>(cases, report_points), twice = accuracy<double>(cases, report_points);
   std::printf("            float: value   slope   double: value   slope\n");
   for (size_t i = 0; i < activations.size(); i++)
     std::printf("%-10s %14.2f %7.2f %15.2f %7.2f\n", activations[i].c_str(), single[i].value, single[i].slope,
@@ -253,19 +256,17 @@ void on_fault(int) {
   if (write(STDERR_FILENO, message.data(), message.size())) _exit(1);
 }
 
-int check_all(int64_t rows) {
-  check_activations<float>("float");
-  check_activations<double>("double");
-  uint64_t seed = 0;
+int check_all(const std::vector<Case>& cases, int64_t rows) {
+  check_activations<float>(cases, "float");
+  check_activations<double>(cases, "double");
   int count = 0;
-  for (const Case& c : cases()) {
-    seed += 1000;
-    if (c.rows > rows) continue;
+  for (const Case& c : cases) {
+    if (c.rows > rows || c.rows == 0) continue;
     current = c.name;
     Case few = c;
     few.rows = std::min<int64_t>(c.rows, 3);
-    check_truth(problem(few, seed));
-    const Problem<double> given = problem(c, seed);
+    check_truth(problem(few));
+    const Problem<double> given = problem(c);
     const Problem<float> rounded = convert<float>(given);
     const auto plain = plain_errors(rounded);
     current = c.name + ", float";
@@ -291,15 +292,18 @@ int main(int count, char** arguments) {
         if (here) std::printf("%s\n", isa->name);
       return 0;
     }
-    if (count == 2 && std::string(arguments[1]) == "accuracy") {
-      test::report_accuracy();
+    if (count < 2) throw std::invalid_argument("expected the file that tables.py writes, got nothing");
+    const std::vector<test::Case> cases = test::read_cases(arguments[1]);
+    if (count == 3 && std::string(arguments[2]) == "accuracy") {
+      test::report_accuracy(cases);
       return 0;
     }
     // A sanitizer has a report of its own.
     if (!test::heap) std::signal(SIGSEGV, test::on_fault), std::signal(SIGBUS, test::on_fault);
-    const int cases = test::check_all(count == 2 ? std::stoll(arguments[1]) : std::numeric_limits<int64_t>::max());
-    std::printf("%s: %d cases checked\n", cpu::chosen_isa().name, cases);
-    return cases ? 0 : 1;
+    const int64_t rows = count == 3 ? std::stoll(arguments[2]) : std::numeric_limits<int64_t>::max();
+    const int checked = test::check_all(cases, rows);
+    std::printf("%s: %d cases checked\n", cpu::chosen_isa().name, checked);
+    return checked ? 0 : 1;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "test_kernels: %s: %s\n", test::current.c_str(), error.what());
     return 1;

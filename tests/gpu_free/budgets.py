@@ -30,8 +30,9 @@ if __name__ == "__main__":
 
 from fusedmoe.activation import Activation
 from fusedmoe.families import adatt_sp
+from fusedmoe.parts import Source
 from fusedmoe.speed.subjects import SUBJECTS, build
-from fusedmoe.table import Selector, Table
+from fusedmoe.table import Table
 
 from .compiled import ARCHS, Compiled, compile_for
 from .launches import Variant, kernel_of, variants
@@ -74,9 +75,9 @@ def table_of(name: str) -> Table:
     table = adatt_sp(256, [[256], [128]], 3, 2, activation="silu")
     level = table.levels[0]
     first, *units = level.units
-    selecting = replace(first, gate=replace(first.gate, selector=Selector("expert", 0)))
+    selecting = replace(first, gate=replace(first.gate, selectors=((Source("expert"),),)))
     experts = tuple(
-        replace(expert, layers=(replace(expert.layers[0], activation=Activation("gelu")),)) if e == 1 else expert
+        replace(expert, ops=(expert.ops[0], Activation("gelu"))) if e == 1 else expert
         for e, expert in enumerate(level.experts)
     )
     return replace(table, levels=(replace(level, units=(selecting, *units), experts=experts), *table.levels[1:]))

@@ -98,7 +98,7 @@ def variants(table: Table, dtype: torch.dtype, rows: int, training: bool, arch: 
     memory, so any number of rows is quick."""
     found: dict[Variant, None] = {}
     params = [torch.empty(p.shape, dtype=dtype, device="meta") for p in table.parameters]
-    x = torch.empty(rows, table.slots, table.width, dtype=dtype, device="meta")
+    x = torch.empty(rows, table.inputs[0].slots, table.inputs[0].width, dtype=dtype, device="meta")
     with patch.object(device, "architecture", lambda _: arch), standing_in(partial(_Recorder, arch, found)):
         out, _, saved = network.forward(x, params, table, False, training, backend="triton")
         if training:

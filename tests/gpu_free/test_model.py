@@ -96,7 +96,9 @@ def test_a_training_step_moves_the_bytes_of_its_plan(monkeypatch, most, rows):
     monkeypatch.setattr(tiles, "WHOLE_ROWS", most)
     layer = build(SUBJECTS[LAYER], BF16)
     table, program = layer.table, lower(layer.table)
-    x = torch.randn(rows, table.slots, table.width, generator=torch.Generator().manual_seed(0)).to(BF16)
+    x = torch.randn(rows, table.inputs[0].slots, table.inputs[0].width, generator=torch.Generator().manual_seed(0)).to(
+        BF16
+    )
     lent = [(parameter.name, tensor.detach()) for parameter, tensor in zip(table.parameters, layer.params, strict=True)]
     params = [tensor for _, tensor in lent]
     with executed(lent) as kernels:
@@ -110,7 +112,7 @@ def test_a_training_step_moves_the_bytes_of_its_plan(monkeypatch, most, rows):
         several = sum(
             count
             for name, count in read.items()
-            if name in ("p", "dw") or name.startswith("statics.") or name.endswith("bias")
+            if name in ("p", "dw") or name.startswith("shared.") or name.endswith("bias")
         )
         most_moved = sum(read.values()) + counts.written.total()
         assert most_moved - several * (1 - 1 / chosen.warps) <= one.moved <= most_moved, one.name

@@ -46,13 +46,16 @@ def test_the_forward_moves_the_bytes_of_its_plan(call, rows, monkeypatch):
     layer = build(SUBJECTS[name], torch.bfloat16)
     table = layer.table
     program = of_one_slot(inline_hidden(table)) if expanded else inline_hidden(table)
-    x = torch.randn(batch, 1 if expanded else table.slots, table.width, generator=torch.Generator().manual_seed(0)).to(
-        torch.bfloat16
-    )
+    x = torch.randn(
+        batch,
+        1 if expanded else table.inputs[0].slots,
+        table.inputs[0].width,
+        generator=torch.Generator().manual_seed(0),
+    ).to(torch.bfloat16)
     lent = [(parameter.name, tensor.detach()) for parameter, tensor in zip(table.parameters, layer.params, strict=True)]
     with executed(lent) as kernels:
         network.forward(
-            x.expand(batch, table.slots, table.width),
+            x.expand(batch, table.inputs[0].slots, table.inputs[0].width),
             [tensor for _, tensor in lent],
             table,
             False,

@@ -186,7 +186,7 @@ from fusedmoe.families import mmoe
 from fusedmoe.op import fusion_network
 table = mmoe(8, [[6]], 2, 3)
 params = [torch.zeros(p.shape, device="cuda", requires_grad=True) for p in table.parameters]
-out = fusion_network(torch.zeros(5, table.slots, 8, device="cuda"), params, table, backend=sys.argv[1])
+out = fusion_network(torch.zeros(5, table.inputs[0].slots, 8, device="cuda"), params, table, backend=sys.argv[1])
 out.sum().backward()
 """
 

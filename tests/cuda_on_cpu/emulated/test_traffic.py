@@ -49,7 +49,9 @@ def test_the_forward_moves_the_bytes_of_its_plan(name, rows, monkeypatch):
     table, program = layer.table, inline_hidden(layer.table)
     chosen = tiles.choose(program, torch.bfloat16, batch, "cpu", tiles.BESIDE_HIDDEN["cuda"])
     monkeypatch.setattr(roofline, "READERS", {(chosen.rows, inner): readers(chosen.rows) for inner in (False, True)})
-    x = torch.randn(batch, table.slots, table.width, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    x = torch.randn(batch, table.inputs[0].slots, table.inputs[0].width, generator=torch.Generator().manual_seed(0)).to(
+        torch.bfloat16
+    )
     lent = [(parameter.name, tensor.detach()) for parameter, tensor in zip(table.parameters, layer.params, strict=True)]
     with watched(lent) as watch:
         network.forward(x, [tensor for _, tensor in lent], table, False, False, backend="cuda")

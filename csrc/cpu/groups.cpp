@@ -1,0 +1,58 @@
+#include "groups.h"
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+namespace fusedmoe::cpu {
+
+std::vector<Mixed> mixed_together(const std::vector<UnitPlan>& units) {
+  std::vector<Mixed> result;
+  for (size_t first = 0, next = 0; first < units.size(); first = next) {
+    Mixed mixed;
+    std::set<int> experts;
+    for (next = first; next < units.size() && mixed.units.size() < mixed_units; next++) {
+      if (units[next].reads.count < 0) continue;
+      if (!mixed.units.empty() && units[next].out.width != units[mixed.units[0]].out.width) break;
+      mixed.units.push_back(int(next));
+      for (const Read& read : units[next].reads) experts.insert(read.expert);
+    }
+    if (mixed.units.empty()) continue;
+    for (int u : mixed.units)
+      for (int e : experts) {
+        const Span<Read>& reads = units[u].reads;
+        const Read* at = std::find_if(reads.begin(), reads.end(), [&](const Read& read) { return read.expert == e; });
+        mixed.reads.push_back(at == reads.end() ? -1 : int(at - reads.begin()));
+      }
+    mixed.experts.assign(experts.begin(), experts.end());
+    result.push_back(std::move(mixed));
+  }
+  return result;
+}
+
+std::vector<std::vector<const Stage*>> sharing(const std::vector<Stage*>& linears) {
+  std::vector<std::vector<const Stage*>> groups;
+  std::map<int, size_t> group_of;  // by parameter
+  for (Stage* stage : linears) {
+    stage->first_of_weight = !group_of.count(stage->weight);
+    stage->first_of_bias = stage->bias < 0 || !group_of.count(stage->bias);
+    std::set<size_t> joined;
+    for (int parameter : {stage->weight, stage->bias})
+      if (auto at = group_of.find(parameter); parameter >= 0 && at != group_of.end()) joined.insert(at->second);
+    const size_t to = joined.empty() ? groups.size() : *joined.begin();
+    if (joined.empty()) groups.emplace_back();
+    for (size_t other : joined) {
+      if (other == to) continue;
+      groups[to].insert(groups[to].end(), groups[other].begin(), groups[other].end());
+      groups[other].clear();
+    }
+    groups[to].push_back(stage);
+    for (const Stage* member : groups[to])
+      for (int parameter : {member->weight, member->bias})
+        if (parameter >= 0) group_of[parameter] = to;
+  }
+  std::erase_if(groups, [](const auto& group) { return group.empty(); });
+  return groups;
+}
+
+}  // namespace fusedmoe::cpu

@@ -1,0 +1,309 @@
+"""A table resolved: what every backend takes.
+
+Vectors are named by where they stand, ops are folded into stages, every parameter has its number in
+the operator's list, and what some output depends on is known. `resolve.py` makes a graph of a
+table, `codec.py` writes it, and csrc/table.cpp reads it: parameters are numbered nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from fusedmoe.activation import Activation
+from fusedmoe.parts import Input
+
+NOTHING = -1
+COPY, LINEAR, NORM = STAGES = ("copy", "linear", "norm")
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Columns `first` .. `first + width` of a vector of a row.
+
+    kind: "input" (slot `index` of input `place`), "unit" (of level `place`) or "expert" (of the level
+    that reads). whole: these are all its columns. detached: no gradient goes back through this read.
+    """
+
+    kind: str
+    place: int
+    index: int
+    first: int
+    width: int
+    whole: bool
+    detached: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """dropout(act(head h)), where the head is a copy, W h + b, or a LayerNorm.
+
+    k, width: columns of h and of the result. weight, bias: numbers of the parameters W and b, or of
+    gamma and beta; -1: none. activation; slope: number of PReLU's learned slope, which then takes
+    the activation's place, or -1. eps: of the LayerNorm. dropout: p. stream: number of this dropout
+    among the table's.
+    """
+
+    kind: str
+    k: int
+    width: int
+    weight: int
+    bias: int
+    activation: Activation
+    slope: int
+    eps: float
+    dropout: float
+    stream: int
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Stages over the concatenation of the sources; without any a copy of it, `width` columns."""
+
+    sources: tuple[Vector, ...]
+    stages: tuple[Stage, ...]
+    width: int
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert. computed: some output depends on it; differentiated: through reads that let
+    gradients through."""
+
+    mlp: Mlp
+    computed: bool
+    differentiated: bool
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A softmax over the experts `sees`.
+
+    Its logits are those of one of `mlps` (the alternatives between which a route chooses; their
+    stages are the same), or of the parameter `free` where that is not -1, or `factor` times query .
+    keys where there are keys; and are multiplied by `factor` in every case.
+    """
+
+    sees: tuple[int, ...]
+    mlps: tuple[Mlp, ...]
+    free: int
+    query: tuple[Vector, ...]
+    keys: tuple[tuple[Vector, ...], ...]
+    factor: float
+
+
+@dataclass(frozen=True)
+class Static:
+    """Static weights of `experts`: `values`, or elements of the parameter `parameter` from `offset`
+    on, one an expert, or with `channels` one a column of each expert."""
+
+    experts: tuple[int, ...]
+    values: tuple[float, ...]
+    parameter: int
+    offset: int
+    channels: bool
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One unit of `width` columns; `reads` are the experts whose outputs enter it, ascending."""
+
+    gate: Gate | None
+    static: Static | None
+    product: tuple[int, ...]
+    reads: tuple[int, ...]
+    width: int
+    computed: bool
+    differentiated: bool
+
+
+@dataclass(frozen=True)
+class Level:
+    """E experts and U units."""
+
+    experts: tuple[Expert, ...]
+    units: tuple[Unit, ...]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the operator.
+
+    computed: some output depends on it. live: some output's gradient reaches it (an output is what
+    a call returns, mixing weights too).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    computed: bool
+    live: bool
+
+
+class Node(NamedTuple):
+    """A part of a graph on which others depend: an input slot, an expert, a unit, a unit's mixing
+    weights, or a tower. place: of its input or level; number: its own there."""
+
+    kind: str
+    place: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A whole network.
+
+    tasks: the units that each task reads, where there are no towers. output: (T, width of the
+    towers), or without towers (U, H).
+    """
+
+    inputs: tuple[Input, ...]
+    levels: tuple[Level, ...]
+    towers: tuple[Mlp, ...]
+    tasks: tuple[tuple[int, ...], ...]
+    parameters: tuple[Parameter, ...]
+    output: tuple[int, ...]
+
+    @property
+    def mixing(self) -> int:
+        """Mixing weights of a row, all levels: sum of U x E."""
+        return sum(len(level.units) * len(level.experts) for level in self.levels)
+
+    @cached_property
+    def flops(self) -> int:
+        """FLOPs of a row's forward: 2 per multiply-add of computed linear maps and mixing weights."""
+        stages = [stage for mlp in self.mlps for stage in mlp.stages if stage.kind == LINEAR]
+        units = [unit for level in self.levels for unit in level.units if unit.computed]
+        return 2 * (sum(s.k * s.width for s in stages) + sum(u.width * len(u.reads) for u in units))
+
+    @cached_property
+    def mlps(self) -> tuple[Mlp, ...]:
+        """Every MLP that is computed: of experts, gates and towers."""
+        found: list[Mlp] = []
+        for level in self.levels:
+            found += [expert.mlp for expert in level.experts if expert.computed]
+            found += [u.gate.mlps[0] for u in level.units if u.computed and u.gate and u.gate.sees and u.gate.mlps]
+        return (*found, *self.towers)
+
+    @cached_property
+    def outputs(self) -> tuple[Node, ...]:
+        """What a call returns as `out`."""
+        if self.towers:
+            return tuple(Node("tower", 0, t) for t in range(len(self.towers)))
+        return tuple(Node("unit", len(self.levels) - 1, u) for u in range(len(self.levels[-1].units)))
+
+    @cached_property
+    def read_by_towers(self) -> tuple[Node, ...]:
+        """What towers read, and let gradients through to."""
+        return tuple(node_of(v, len(self.levels)) for mlp in self.towers for v in mlp.sources if not v.detached)
+
+    @cached_property
+    def computed_weights(self) -> tuple[Node, ...]:
+        """The mixing weights of every unit that is computed."""
+        return tuple(
+            Node("weights", number, u)
+            for number, level in enumerate(self.levels)
+            for u, unit in enumerate(level.units)
+            if unit.computed
+        )
+
+    def reached(self, starts: Iterable[Node], detached: bool) -> tuple[set[Node], set[int]]:
+        """Return the nodes and parameters on which these nodes depend, themselves included.
+
+        Args:
+            detached: follow detached reads too (what must be computed), or not (what has a
+                gradient).
+        """
+        nodes, parameters, waiting = set(starts), set[int](), list(starts)
+        while waiting:
+            node = waiting.pop()
+            reads, own = self._reads(node)
+            parameters.update(own)
+            new = {below for below, is_detached in reads if detached or not is_detached} - nodes
+            nodes |= new
+            waiting += new
+        return nodes, parameters
+
+    def _reads(self, node: Node) -> tuple[list[tuple[Node, bool]], list[int]]:
+        """(node, detached) for everything that a node reads, and the numbers of its parameters."""
+        if node.kind == "input":
+            return [], []
+        if node.kind == "tower":
+            return _of_mlp(self.towers[node.number], 0)
+        level = self.levels[node.place]
+        if node.kind == "expert":
+            return _of_mlp(level.experts[node.number].mlp, node.place)
+        unit = level.units[node.number]
+        static = unit.static if unit.static and unit.static.experts and unit.static.parameter != NOTHING else None
+        if node.kind == "unit":
+            reads = [(Node("expert", node.place, e), False) for e in unit.reads]
+            weights = [(Node("weights", *node[1:]), False)] if unit.gate or unit.static else []
+            return reads + weights, [static.parameter] if static and static.channels else []
+        reads, own = _of_gate(unit.gate, node.place) if unit.gate and unit.gate.sees else ([], [])
+        return reads, own + ([static.parameter] if static and not static.channels else [])
+
+
+def node_of(vector: Vector, level: int) -> Node:
+    """The node of which a vector, read in this level, is some columns."""
+    return Node(vector.kind, level if vector.kind == "expert" else vector.place, vector.index)
+
+
+def numbers_of(stages: Iterable[Stage]) -> Iterator[int]:
+    """The numbers of the parameters of some stages."""
+    for stage in stages:
+        yield from (number for number in (stage.weight, stage.bias, stage.slope) if number != NOTHING)
+
+
+def _of_mlp(mlp: Mlp, level: int) -> tuple[list[tuple[Node, bool]], list[int]]:
+    return [(node_of(v, level), v.detached) for v in mlp.sources], list(numbers_of(mlp.stages))
+
+
+def _of_gate(gate: Gate, level: int) -> tuple[list[tuple[Node, bool]], list[int]]:
+    vectors = [v for mlp in gate.mlps for v in mlp.sources]
+    vectors += [v for group in (gate.query, *gate.keys) for v in group]
+    own = list(numbers_of(gate.mlps[0].stages)) if gate.mlps else []
+    return [(node_of(v, level), v.detached) for v in vectors], own + ([gate.free] if gate.free != NOTHING else [])
+
+
+def product(sizes: Iterable[int]) -> int:
+    """The product of integers; 1 for none."""
+    return math.prod(sizes)
+
+
+def with_shared(value: Any, first: int) -> Any:
+    """A part of a graph with the shared tensors' numbers, from `first` on."""
+    if isinstance(value, tuple):
+        return tuple(with_shared(item, first) for item in value)
+    if isinstance(value, int) and not isinstance(value, bool) and value < NOTHING:
+        return first + NOTHING - 1 - value
+    if not hasattr(value, "__dataclass_fields__") or isinstance(value, (Activation, Input, Parameter, Vector)):
+        return value
+    return replace(value, **{field: with_shared(getattr(value, field), first) for field in value.__dataclass_fields__})
+
+
+def with_liveness(numbered: Graph) -> Graph:
+    """The graph with `computed`, `differentiated` and `live` filled in."""
+    computed, numbers = numbered.reached(numbered.outputs, detached=True)
+    weights = [node for node in computed if node.kind == "weights"]
+    differentiated, live = numbered.reached([*numbered.outputs, *weights], detached=False)
+
+    levels = []
+    for number, level in enumerate(numbered.levels):
+        experts = [Node("expert", number, e) for e in range(len(level.experts))]
+        units = [Node("unit", number, u) for u in range(len(level.units))]
+        levels.append(
+            Level(
+                tuple(
+                    replace(expert, computed=node in computed, differentiated=node in differentiated)
+                    for expert, node in zip(level.experts, experts, strict=True)
+                ),
+                tuple(
+                    replace(unit, computed=node in computed, differentiated=node in differentiated)
+                    for unit, node in zip(level.units, units, strict=True)
+                ),
+            )
+        )
+    parameters = tuple(replace(p, computed=i in numbers, live=i in live) for i, p in enumerate(numbered.parameters))
+    return replace(numbered, levels=tuple(levels), parameters=parameters)

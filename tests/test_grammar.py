@@ -1,0 +1,86 @@
+"""Random tables over the whole grammar: the reference against loops and against autograd, every
+backend that can run a table against the reference's expectation, the others refuse it by name."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fusedmoe.backends import INTERPRETED
+from fusedmoe.op import fusion_network
+from fusedmoe.parts import Dropout, Expert, Gate, Input, Level, Linear, Static, Unit, from_slots
+from fusedmoe.table import Table
+from fusedmoe.testing import Problem, assert_close, error, evaluate, expectation
+
+from .cuda_on_cpu.extension import KIND
+from .random_grammar import CPU, EVERY, REFERENCE, Grammar
+from .random_tables import start
+from .test_oracle import loops
+
+SEEDS = range(60)
+GIVEN = (Unit(static=Static((0,), (1.0,))),)
+FUSED = ("triton",) if INTERPRETED else ("cuda",) if KIND else ("cpu", "reference")
+
+
+def on(backend: str):
+    def network(x, params, table):
+        return fusion_network(x, params, table, backend, return_mixing_weights=True)
+
+    return network
+
+
+def drawn(seed: int, most: int, dtype: torch.dtype = torch.float64, rows: int = 5) -> Problem:
+    return start(Grammar(seed, most).table(), rows, dtype, seed)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_reference_is_the_loops(seed):
+    given = drawn(seed, REFERENCE)
+    by_loops = loops(given)
+    ours = evaluate(on("reference"), given)
+    for name, truth in by_loops.items():
+        assert error(ours[name], truth) <= 64 * torch.finfo(torch.float64).eps * max(1.0, float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED or KIND else [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("most", [EVERY, CPU, REFERENCE], ids=["of every backend", "of cpu", "of the reference"])
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("backend", FUSED)
+def test_every_backend_computes_what_it_can_run(backend, seed, most, dtype):
+    given = drawn(seed, most, dtype)
+    lack = given.table.lacking[backend]
+    assert lack is None or most > (CPU if backend in ("cpu", "reference") else EVERY)
+    if lack is None:
+        assert_close(evaluate(on(backend), given), expectation(given))
+        return
+    with pytest.raises(RuntimeError, match=f"backend {backend}: expected a table that its kernels can run") as caught:
+        fusion_network(given.x, given.params, given.table, backend)
+    assert lack in str(caught.value)
+
+
+def test_auto_passes_over_a_backend_that_lacks_kernels_and_says_so():
+    given = next(p for p in (drawn(seed, REFERENCE) for seed in SEEDS) if p.table.lacking["cpu"])
+    with pytest.warns(UserWarning, match="backend auto: takes the reference, because cpu has no kernels for"):
+        out = fusion_network(given.x, given.params, given.table)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(out, fusion_network(given.x, given.params, given.table, "reference"))
+
+
+NOT_YET = {
+    "Dropout": {"levels": (Level((Expert(from_slots(0), (Linear(3), Dropout(0.5))),), GIVEN),)},
+    "several inputs": {"inputs": (Input(1, 4), Input(1, 4))},
+    "gates with several selectors": {
+        "levels": (Level((Expert(from_slots(0), (Linear(3),)),), (Unit(Gate((from_slots(0), from_slots(0)), (0,))),)),)
+    },
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+@pytest.mark.parametrize("feature", NOT_YET)
+def test_what_no_backend_has_is_refused_by_name(feature, backend):
+    table = replace(Table((Input(1, 4),), (Level((Expert(from_slots(0), (Linear(3),)),), GIVEN),)), **NOT_YET[feature])
+    params = [torch.zeros(p.shape) for p in table.parameters]
+    with pytest.raises(RuntimeError, match=f"expected a table that its kernels can run, got one with {feature} \\("):
+        fusion_network(torch.zeros(2, 4), params, table, backend)
