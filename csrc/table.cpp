@@ -233,7 +233,7 @@ class Rules {
       if (s.k != k || s.width < 0 || (s.kind != StageKind::linear && s.width != k)) return false;
       const std::vector<int64_t> row{s.width};
       const std::vector<int64_t> weight = s.kind == StageKind::linear ? std::vector<int64_t>{s.width, s.k} : row;
-      if (s.kind == StageKind::linear ? s.weight < 0 : s.kind == StageKind::copy && (s.weight >= 0 || s.bias >= 0))
+      if (s.kind == StageKind::linear ? s.weight < 0 : s.kind == StageKind::copy && s.weight >= 0)
         return false;
       if ((s.weight >= 0 && g_.shapes.at(s.weight) != weight) || (s.bias >= 0 && g_.shapes.at(s.bias) != row))
         return false;

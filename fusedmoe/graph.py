@@ -39,7 +39,7 @@ class Vector:
 
 @dataclass(frozen=True)
 class Stage:
-    """dropout(act(head h)), where the head is a copy, W h + b, or a LayerNorm.
+    """dropout(act(head h)), where the head is a copy (plus b), W h + b, or a LayerNorm.
 
     k, width: columns of h and of the result. weight, bias: numbers of the parameters W and b, or of
     gamma and beta; -1: none. activation; slope: number of PReLU's learned slope, which then takes

@@ -79,7 +79,18 @@ class Dropout:
     p: float = 0.5
 
 
-Op = Linear | Activation | PReLU | LayerNorm | Dropout
+@dataclass(frozen=True)
+class Bias:
+    """h + b, b [K] learned: a task's embedding.
+
+    Args:
+        shared: number of the table's shared tensor that is b; None: a parameter of its own.
+    """
+
+    shared: int | None = None
+
+
+Op = Linear | Activation | PReLU | LayerNorm | Dropout | Bias
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from fusedmoe.graph import (
     with_liveness,
     with_shared,
 )
-from fusedmoe.parts import Attention, Draft, Dropout, Gate, Input, LayerNorm, Linear, PReLU, Source, Static, Task
+from fusedmoe.parts import Attention, Bias, Draft, Dropout, Gate, Input, LayerNorm, Linear, PReLU, Source, Static, Task
 from fusedmoe.validation import MOST_SLOTS, require_indices, require_instance, require_integer, require_tuple
 
-OPS = (Linear, Activation, PReLU, LayerNorm, Dropout)
+OPS = (Linear, Activation, PReLU, LayerNorm, Dropout, Bias)
 Sources = tuple[Source, ...]
 
 
@@ -322,6 +322,9 @@ class _Fold:
             self.linear(op)
         elif isinstance(op, LayerNorm):
             self.norm(op)
+        elif isinstance(op, Bias):
+            bias = self.own_or_shared("bias", (self.width,), op.shared, f"{self.where}, Bias")
+            self.head(COPY, self.width, NOTHING, bias)
         elif isinstance(op, PReLU):
             require_instance(op.channels, bool, f"{self.where}, channels of a PReLU")
             slope = self.parameter("weight", (self.width if op.channels else 1,))

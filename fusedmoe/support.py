@@ -15,7 +15,7 @@ JOINED_SELECTORS = "gates on several sources"
 LAYER_NORM = "LayerNorm"
 PRELU = "PReLU"
 DROPOUT = "Dropout"
-BARE_ACTIVATIONS = "activations without a linear map before them"
+BARE_OPS = "ops without a linear map before them"
 SHARED_PARAMETERS = "linear maps that share parameters"
 TEMPERATURE = "gates with a temperature"
 FREE_GATES = "gates without a selector"
@@ -27,9 +27,12 @@ ALTERNATIVES = "gates with several selectors"
 
 # Of nothing yet.
 NOBODY_HAS = {SEVERAL_INPUTS, DROPOUT, ALTERNATIVES}
-KERNELS_LACK = {*NOBODY_HAS, LAYER_NORM, PRELU, BARE_ACTIVATIONS, FREE_GATES, ATTENTION, CHANNELS, PRODUCTS}
-GPU_LACK = {*KERNELS_LACK, JOINED_COPIES, COLUMNS, DETACHED, JOINED_SELECTORS, SHARED_PARAMETERS, TEMPERATURE}
-LACK: dict[str, set[str]] = {"cpu": KERNELS_LACK, "triton": GPU_LACK, "cuda": GPU_LACK, "reference": NOBODY_HAS}
+GPU_LACK = {
+    *NOBODY_HAS,
+    *(LAYER_NORM, PRELU, BARE_OPS, FREE_GATES, ATTENTION, CHANNELS, PRODUCTS),
+    *(JOINED_COPIES, COLUMNS, DETACHED, JOINED_SELECTORS, SHARED_PARAMETERS, TEMPERATURE),
+}
+LACK: dict[str, set[str]] = {"cpu": NOBODY_HAS, "triton": GPU_LACK, "cuda": GPU_LACK, "reference": NOBODY_HAS}
 
 
 def lacking(graph: Graph, backend: str) -> str | None:
@@ -92,7 +95,7 @@ def _of_mlp(mlp: Mlp, where: str, uses: Counter[int]) -> Iterator[tuple[str, str
         if stage.dropout:
             yield DROPOUT, where
         if stage.kind == COPY:
-            yield BARE_ACTIVATIONS, where
+            yield BARE_OPS, where
         if stage.kind == LINEAR and max(uses[stage.weight], uses[stage.bias]) > 1:
             yield SHARED_PARAMETERS, where
 

@@ -111,6 +111,9 @@ def _ops(values, where, ops, h):
         elif kind == "PReLU":
             slopes = values[f"{name}.weight"]
             h = [z if z > 0 else slopes[n if op.channels else 0] * z for n, z in enumerate(h)]
+        elif kind == "Bias":
+            bias = values[f"{name}.bias" if op.shared is None else f"shared.{op.shared}"]
+            h = [z + b for z, b in zip(h, bias, strict=True)]
         else:
             h = _layer_norm(op, values, name, h)
     return h

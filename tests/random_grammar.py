@@ -5,6 +5,7 @@ from random import Random
 from fusedmoe.activation import Activation
 from fusedmoe.parts import (
     Attention,
+    Bias,
     Expert,
     Gate,
     Input,
@@ -85,6 +86,8 @@ class Grammar:
             if self.new and self.chance(25):
                 affine = self.chance(70)
                 ops.append(LayerNorm(affine=affine, bias=self.chance(70)))
+            if self.new and self.chance(15):
+                ops.append(Bias(BIAS if width == WIDTH and self.chance(50) else None))
             if self.new and self.chance(25):
                 ops.append(PReLU(self.chance(50)))
             elif self.chance(70):

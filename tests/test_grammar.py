@@ -3,10 +3,12 @@ backend that can run a table against the reference's expectation, the others ref
 
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from fusedmoe import packed
 from fusedmoe.backends import INTERPRETED
 from fusedmoe.op import fusion_network
 from fusedmoe.parts import Dropout, Expert, Gate, Input, Level, Linear, Static, Unit, from_slots
@@ -24,10 +26,7 @@ FUSED = ("triton",) if INTERPRETED else ("cuda",) if KIND else ("cpu", "referenc
 
 
 def on(backend: str):
-    def network(x, params, table):
-        return fusion_network(x, params, table, backend, return_mixing_weights=True)
-
-    return network
+    return partial(fusion_network, backend=backend, return_mixing_weights=True)
 
 
 def drawn(seed: int, most: int, dtype: torch.dtype = torch.float64, rows: int = 5) -> Problem:
@@ -59,13 +58,38 @@ def test_every_backend_computes_what_it_can_run(backend, seed, most, dtype):
     assert lack in str(caught.value)
 
 
-def test_auto_passes_over_a_backend_that_lacks_kernels_and_says_so():
-    given = next(p for p in (drawn(seed, REFERENCE) for seed in SEEDS) if p.table.lacking["cpu"])
-    with pytest.warns(UserWarning, match="backend auto: takes the reference, because cpu has no kernels for"):
+def test_auto_passes_over_a_backend_that_lacks_kernels_and_says_so(monkeypatch):
+    given = drawn(0, REFERENCE)
+    monkeypatch.setitem(given.table.lacking, "cpu", "LayerNorm (level 0, expert 1)")
+    with pytest.warns(UserWarning, match="backend auto: takes the reference, because cpu has no kernels for LayerNorm"):
         out = fusion_network(given.x, given.params, given.table)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(out, fusion_network(given.x, given.params, given.table, "reference"))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 70])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_inference_recomputing_and_frozen_calls_are_the_same_bits(seed, rows):
+    given = drawn(seed, REFERENCE, torch.float32, rows)
+    whole = evaluate(on("cpu"), given)
+    again = evaluate(partial(on("cpu"), recompute=True), given)
+    assert [name for name in whole if not same(whole[name], again[name])] == []
+    out, weights = on("cpu")(given.x, given.params, given.table)
+    assert torch.equal(out, whole["out"])
+    assert all(torch.equal(w, whole[f"weights.{i}"]) for i, w in enumerate(weights))
+    frozen = packed.runner(given.table)(given.x, packed.pack(given.params, given.table))
+    assert torch.equal(frozen, whole["out"])
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_bfloat16_of_everything(seed):
+    given = drawn(seed, REFERENCE, torch.bfloat16, 19)
+    assert_close(evaluate(on("cpu"), given), expectation(given))
 
 
 NOT_YET = {

@@ -86,7 +86,7 @@ CONTRADICTIONS = {
     ),
     "op of another type": (
         of_ops(Linear(3), "relu"),
-        "level 0, expert 1, ops: expected a tuple of Linear, Activation, PReLU, LayerNorm, Dropout, got (Linear",
+        "level 0, expert 1, ops: expected a tuple of Linear, Activation, PReLU, LayerNorm, Dropout, Bias, got (Linear",
     ),
     "linear map's bias": (of_ops(Linear(3, bias=1)), "level 0, expert 1, linear map 0, bias: expected a bool, got 1"),
     "linear map's shared weight": (

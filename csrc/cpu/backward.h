@@ -6,29 +6,44 @@
 
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
-// A block of backward: its panels of gradients.
+// to += from, panels of so many columns.
 template <class T>
-struct BackwardBlock : Block<T> {
-  T* d_panels;
-  T* d_linears;
+void add_panel(const BackwardBlock<T>& b, const T* from, int64_t width, T* to) {
+  for (int64_t i = 0; i < width * b.ld; i += Lanes<T>::count) store<T>(to + i, load<T>(to + i) + load<T>(from + i));
+}
 
-  T* d(int64_t offset) const { return d_panels + offset * this->ld; }
-  T* d_z(const Stage& linear) const { return d_linears + linear.d * this->ld; }
-  void clear(int64_t offset, int64_t width) const { memset(d(offset), 0, width * this->ld * sizeof(T)); }
-};
+// The gradient of a stage without a linear map, to the stage before it or to what the MLP reads. A
+// LayerNorm has left that of its input there or behind the workspace's first panel.
+template <class T>
+void hand_down(const BackwardBlock<T>& b, const Mlp& mlp, int64_t j, const T* d_z) {
+  const Stage& stage = mlp.stages[j];
+  const bool norm = stage.kind == graph::StageKind::norm;
+  if (j == 0)
+    add_panel(b, norm ? b.workspace + b.plan.widest * b.ld : d_z, stage.k, b.d(mlp.d_in));
+  else if (!norm)
+    memcpy(b.d_z(mlp.stages[j - 1]), d_z, stage.k * b.ld * sizeof(T));
+}
 
 // From the gradient of the MLP's output, which stands in the dz of its last linear, down to that of
 // its input, which is added.
 template <class Operands, class T>
 void backward_mlp(const BackwardBlock<T>& b, const Mlp& mlp) {
   for (int64_t j = mlp.stages.count; j-- > 0;) {
-    const Stage& linear = mlp.stages[j];
-    differentiate<T>(linear.act, T(linear.parameter), b.at(linear.z), b.d_z(linear), linear.n * b.ld);
-    if (b.call.transposed) Operands::store_dz(b, (const T*)b.d_z(linear), linear);
+    const Stage& stage = mlp.stages[j];
+    T* d_z = b.d_z(stage);
+    const bool linear = stage.kind == graph::StageKind::linear;
+    differentiated(b, stage, d_z);
+    if (linear && b.call.transposed) Operands::store_dz(b, (const T*)d_z, stage);
+    if (stage.d_beta >= 0) b.store_rows(d_z, stage.d_beta, stage.n);
+    if (stage.kind == graph::StageKind::norm)
+      layer_norm_backward<T>(b, stage, d_z, j > 0 ? b.d_z(mlp.stages[j - 1]) : b.workspace + b.plan.widest * b.ld);
     if (j == 0 && (mlp.d_in < 0 || (mlp.reads_x && !b.call.d_x))) return;
     // Each linear's sum by itself, then added: as accurate as PyTorch, where one chain through all
     // experts is not.
-    Operands::d_input(b, linear, b.d_z(linear), j > 0 ? b.d_z(mlp.stages[j - 1]) : b.d(mlp.d_in), j == 0);
+    if (linear)
+      Operands::d_input(b, stage, d_z, j > 0 ? b.d_z(mlp.stages[j - 1]) : b.d(mlp.d_in), j == 0);
+    else
+      hand_down(b, mlp, j, d_z);
   }
 }
 
@@ -63,26 +78,25 @@ void backward_unit(const BackwardBlock<T>& b, const UnitPlan& unit) {
         to[r] += b.call.d_weights[(b.row + r) * b.plan.graph.mixing + unit.weights + read.expert];
     if (read.d_static >= 0) memcpy(b.chunk_row(read.d_static), to, b.rows * sizeof(T));
   }
-  if (unit.gate.stages.count == 0) return;
-  softmax_backward<T>(unit.reads, p, dw, T(unit.factor), b.ld, b.d_z(unit.gate.stages[unit.gate.stages.count - 1]));
-  backward_mlp<Operands>(b, unit.gate);
-}
-
-// to += from, panels of so many columns.
-template <class T>
-void add_panel(const BackwardBlock<T>& b, const T* from, int64_t width, T* to) {
-  for (int64_t i = 0; i < width * b.ld; i += Lanes<T>::count) store<T>(to + i, load<T>(to + i) + load<T>(from + i));
+  if (unit.p.width == 0) return;
+  const bool linear = unit.gate.stages.count > 0;
+  T* d_z = linear ? b.d_z(unit.gate.stages[unit.gate.stages.count - 1]) : b.d_linears;
+  softmax_backward<T>(unit.reads, p, dw, T(unit.factor), b.ld, d_z);
+  if (linear)
+    backward_mlp<Operands>(b, unit.gate);
+  else
+    other_logits_backward(b, unit, (const T*)d_z);
 }
 
 // Concatenations: their gradients begin at zero, and go to what they were gathered from.
 template <class T>
-void clear_gathered(const BackwardBlock<T>& b, const Mlp& mlp) {
-  for (const Gather& joined : mlp.gather)
+void clear_gathered(const BackwardBlock<T>& b, const Span<Gather>& gathers) {
+  for (const Gather& joined : gathers)
     if (joined.d >= 0) b.clear(joined.d, joined.to.width);
 }
 template <class T>
-void scatter(const BackwardBlock<T>& b, const Mlp& mlp) {
-  for (const Gather& joined : mlp.gather) {
+void scatter(const BackwardBlock<T>& b, const Span<Gather>& gathers) {
+  for (const Gather& joined : gathers) {
     if (joined.d < 0) continue;
     const T* from = b.d(joined.d);
     for (const Part& part : joined.parts) {
@@ -105,8 +119,7 @@ void transpose_inputs(const BackwardBlock<T>& b, const Span<TransposedInput>& tr
     }
     T* from = b.at(transposed_input.from);
     if (transposed_input.stage) {
-      activate<T>(transposed_input.stage->act, T(transposed_input.stage->parameter), from, b.workspace,
-                  transposed_input.from.width * b.ld);
+      activated(b, *transposed_input.stage, (const T*)from, b.workspace);
       from = b.workspace;
     }
     Operands::transpose_panel(b, from, transposed_input.from.width, to);
@@ -118,7 +131,7 @@ template <class Operands, class T>
 void backward_expert(const BackwardBlock<T>& b, const Segment& segment, int e) {
   const Mlp& mlp = segment.experts[e];
   // Others that read the concatenation it gathers may have a gradient.
-  if (!mlp.differentiated) return scatter(b, mlp);
+  if (!mlp.differentiated) return scatter(b, mlp.gather);
   const Span<Use>& uses = segment.uses[e];
   const T* from_others = segment.d_expert[e] >= 0 ? b.d(segment.d_expert[e]) : nullptr;
   const bool copies = mlp.stages.count == 0;
@@ -131,7 +144,7 @@ void backward_expert(const BackwardBlock<T>& b, const Segment& segment, int e) {
     add_panel(b, (const T*)d, mlp.out.width, b.d(mlp.d_in));
   else
     backward_mlp<Operands>(b, mlp);
-  scatter(b, mlp);
+  scatter(b, mlp.gather);
 }
 
 template <class Operands, class T>
@@ -139,27 +152,36 @@ void backward_segment(const BackwardBlock<T>& b, const Segment& segment) {
   if (b.plan.recompute) {
     run_experts<Transposed<T, Operands>>(b, segment);
     for (const UnitPlan& unit : segment.units) {
-      gather<Transposed<T, Operands>>(b, unit.gate);
+      gather<Transposed<T, Operands>>(b, unit.gate.gather);
+      gather<Transposed<T, Operands>>(b, unit.gathers);
       for (int64_t j = 0; j + 1 < unit.gate.stages.count; j++)
-        Transposed<T, Operands>::linear(b, unit.gate.stages[j]);
+        Transposed<T, Operands>::stage(b, unit.gate.stages[j]);
     }
   }
   transpose_inputs<Operands>(b, segment.transposes);
   for (int e : segment.order) {
     const Mlp& mlp = segment.experts[e];
-    clear_gathered(b, mlp);
+    clear_gathered(b, mlp.gather);
     if (mlp.stages.count) {
       const Stage& last = mlp.stages[mlp.stages.count - 1];
-      if (b.at(last.out) != b.at(last.z))
-        activate<T>(last.act, T(last.parameter), b.at(last.z), b.at(last.out), last.n * b.ld);
+      if (b.at(last.out) != b.at(last.z)) activated(b, last, (const T*)b.at(last.z), b.at(last.out));
     }
     if (segment.d_expert[e] >= 0) b.clear(segment.d_expert[e], mlp.out.width);
     dots(b, segment, e);
   }
-  for (const UnitPlan& unit : segment.units) clear_gathered(b, unit.gate);
-  for (const UnitPlan& unit : segment.units)
-    if (unit.reads.count >= 0) backward_unit<Operands>(b, unit);
-  for (const UnitPlan& unit : segment.units) scatter(b, unit.gate);
+  for (const UnitPlan& unit : segment.units) {
+    clear_gathered(b, unit.gate.gather);
+    clear_gathered(b, unit.gathers);
+  }
+  for (const UnitPlan& unit : segment.units) {
+    if (unit.reads.count < 0) continue;
+    backward_unit<Operands>(b, unit);
+    if (!b.plan.linear) beside_the_mix_backward(b, segment, unit);
+  }
+  for (const UnitPlan& unit : segment.units) {
+    scatter(b, unit.gate.gather);
+    scatter(b, unit.gathers);
+  }
   // An expert may read those before it.
   for (int64_t i = segment.order.count; i-- > 0;) backward_expert<Operands>(b, segment, segment.order[i]);
 }
@@ -174,9 +196,9 @@ void backward_towers(const BackwardBlock<T>& b) {
     const Stage& top = tower.stages[tower.stages.count - 1];
     if (b.plan.recompute) run_mlp<Transposed<T, Operands>>(b, tower);
     transpose(b.call.d_out + b.row * stride + t * width, stride, b.rows, width, b.d_z(top), b.ld, b.ld);
-    clear_gathered(b, tower);
+    clear_gathered(b, tower.gather);
     backward_mlp<Operands>(b, tower);
-    scatter(b, tower);
+    scatter(b, tower.gather);
   }
   // The towers of a table have panels of their own, so that all are still there.
   if (plan.recompute) transpose_inputs<Operands>(b, plan.tower_transposes);

@@ -2,7 +2,7 @@
 // through the plan: `Transposed`, [width, ld], for any number of rows, and `RowByRow`, [R,
 // padded(width)], for the few rows of online serving.
 #pragma once
-#include "operands.h"
+#include "stages.h"
 
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
@@ -15,13 +15,22 @@ struct Transposed {
     transpose(x, b.call.row_stride, b.rows, to.width, b.at(to), b.ld, b.ld);
     Operands::input(b, slot);
   }
-  static void linear(const Block<T>& b, const Stage& linear) {
-    Operands::linear(b, linear);
-    if (linear.act != Act::relu && linear.act != Act::identity)
-      activate<T>(linear.act, T(linear.parameter), b.at(linear.z), b.at(linear.out), linear.n * b.ld);
+  static void stage(const Block<T>& b, const Stage& stage) {
+    T* z = b.at(stage.z);
+    bool relu = false;
+    if (stage.kind == graph::StageKind::linear) {
+      Operands::linear(b, stage);
+      relu = stage.act == Act::relu;
+    } else if (stage.kind == graph::StageKind::norm) {
+      layer_norm(b, stage);
+    } else {
+      copied(b, stage);
+    }
+    if (stage.slope >= 0 || (!relu && stage.act != Act::identity)) activated(b, stage, z, b.at(stage.out));
   }
   static void weights(const Block<T>& b, const UnitPlan& unit) {
-    if (unit.gate.stages.count) softmax(b.at(unit.gate.out), T(unit.factor), unit.p.width, b.ld, b.at(unit.p));
+    if (!unit.gate.stages.count) other_logits(b, unit);
+    if (unit.p.width) softmax(b.at(unit.logits), T(unit.factor), unit.p.width, b.ld, b.at(unit.p));
     mixing_weights(unit.reads, b.call.params, b.at(unit.p), b.ld, b.at(unit.w));
   }
   static int64_t weight_lanes(const Block<T>& b) { return b.ld; }
@@ -63,7 +72,7 @@ struct RowByRow {
       else
         memset(line(b, to, r), 0, to.width * sizeof(float));
   }
-  static void linear(const Block<float>& b, const Stage& linear) {
+  static void stage(const Block<float>& b, const Stage& linear) {
     Product<float> p = product(b, linear);
     p.ldb = padded(linear.in.width);
     p.ldc = padded(linear.n);
@@ -119,10 +128,10 @@ void write_weights(const Block<T>& b, const Segment& segment, const UnitPlan& un
   }
 }
 
-// The concatenation that an MLP reads, where it is the first to read it.
+// The concatenations that an MLP or a gate is the first to read.
 template <class Layout, class T>
-void gather(const Block<T>& b, const Mlp& mlp) {
-  for (const Gather& joined : mlp.gather) {
+void gather(const Block<T>& b, const Span<Gather>& gathers) {
+  for (const Gather& joined : gathers) {
     int64_t at = 0;
     for (const Part& part : joined.parts) {
       Layout::copy(b, part, at, joined.to);
@@ -133,8 +142,8 @@ void gather(const Block<T>& b, const Mlp& mlp) {
 
 template <class Layout, class T>
 void run_mlp(const Block<T>& b, const Mlp& mlp) {
-  gather<Layout>(b, mlp);
-  for (const Stage& stage : mlp.stages) Layout::linear(b, stage);
+  gather<Layout>(b, mlp.gather);
+  for (const Stage& stage : mlp.stages) Layout::stage(b, stage);
 }
 
 template <class Layout, class T>
@@ -157,10 +166,14 @@ void run_segment(const Block<T>& b, const Segment& segment) {
       continue;
     }
     run_mlp<Layout>(b, unit.gate);
+    gather<Layout>(b, unit.gathers);
     Layout::weights(b, unit);
     if (b.call.weights) write_weights<T>(b, segment, unit, b.at(unit.w), Layout::weight_lanes(b));
   }
   for (const UnitGroup& group : segment.unit_groups) Layout::combine(b, segment, group);
+  if (!b.plan.linear)
+    for (const UnitPlan& unit : segment.units)
+      if (unit.reads.count >= 0) beside_the_mix(b, segment, unit);
 }
 
 template <class T, class Layout>

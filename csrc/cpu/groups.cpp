@@ -12,7 +12,7 @@ std::vector<Mixed> mixed_together(const std::vector<UnitPlan>& units) {
     Mixed mixed;
     std::set<int> experts;
     for (next = first; next < units.size() && mixed.units.size() < mixed_units; next++) {
-      if (units[next].reads.count < 0) continue;
+      if (units[next].reads.count < 0 || units[next].product.count) continue;
       if (!mixed.units.empty() && units[next].out.width != units[mixed.units[0]].out.width) break;
       mixed.units.push_back(int(next));
       for (const Read& read : units[next].reads) experts.insert(read.expert);

@@ -102,7 +102,7 @@ void packed_few(Product<float> p, int64_t n) {
 
 // The few rows of online serving: each k is one load of 16 outputs' weights.
 struct PackedRowByRow : RowByRow {
-  static void linear(const Block<float>& b, const Stage& linear) {
+  static void stage(const Block<float>& b, const Stage& linear) {
     Product<float> p = product(b, linear);
     p.ldb = padded(linear.in.width);
     p.ldc = padded(linear.n);

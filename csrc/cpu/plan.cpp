@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include "allocation.h"
 #include "groups.h"
 #include "support.h"
 
@@ -16,9 +17,9 @@ bool from_output(Act act) {
   return act == Act::identity || act == Act::relu || act == Act::sigmoid || act == Act::tanh;
 }
 
-class Builder {
+class Builder : Allocation {
  public:
-  Builder(Plan& plan, const Graph& graph) : plan_(plan), graph_(graph) {}
+  Builder(Plan& plan, const Graph& graph) : Allocation(plan), graph_(graph) {}
 
   void build() {
     inputs();
@@ -48,30 +49,6 @@ class Builder {
     int64_t d = -1;
   };
 
-  template <class T>
-  Span<T> own(std::vector<T> items) {
-    auto owner = std::make_shared<std::vector<T>>(std::move(items));
-    plan_.storage.push_back(owner);
-    return {owner->data(), int64_t(owner->size())};
-  }
-
-  // Inference rounds widths up, because a few rows are laid out row by row in the same space
-  // (forward.h).
-  Panel panel(int64_t width, bool save) {
-    int64_t size = plan_.training ? width : padded(width);
-    int64_t& top = save && plan_.training ? plan_.saved : top_;
-    Panel p{top, width, save && plan_.training, panels_++};
-    top += size;
-    plan_.scratch = std::max(plan_.scratch, top_);
-    plan_.widest = std::max(plan_.widest, width);
-    return p;
-  }
-  int64_t d_panel(int64_t width) {
-    int64_t offset = plan_.d_scratch;
-    plan_.d_scratch += width;
-    return offset;
-  }
-
   void inputs() {
     const graph::Input& input = graph_.inputs[0];
     std::vector<Panel> panels;
@@ -88,45 +65,6 @@ class Builder {
     plan_.input_operands = own(operands);
     plan_.d_inputs = own(gradients);
   }
-
-  // The operand of a panel, and whether this is the first linear to read it: then it is to make it.
-  std::pair<int64_t, bool> operand(const Panel& in) {
-    auto [at, fresh] = operands_.try_emplace(in.id, top_);
-    if (fresh) top_ += (in.width + 1) / 2;
-    plan_.scratch = std::max(plan_.scratch, top_);
-    return {at->second, fresh};
-  }
-  // Maps that run again in backward may run without those that made their operands; the inputs' are
-  // always made.
-  void operand(Stage& stage) {
-    auto [at, fresh] = operand(stage.in);
-    stage.operand = at;
-    stage.convert = fresh || (plan_.recompute && !is_input(stage.in));
-    stage.transposed_weight = plan_.transposed_weights;
-    plan_.transposed_weights += stage.k * (stage.n + stage.n % 2);
-  }
-  bool is_input(const Panel& in) const {
-    auto source = source_.find(in.id);
-    return source != source_.end() && source->second.slot >= 0;
-  }
-
-  // Where backward finds the transpose of a panel; entered once, however many linears read it.
-  int64_t transposed(const Panel& in) {
-    TransposedInput& source = source_[in.id];
-    auto [at, fresh] = transposed_.try_emplace(in.id, plan_.transposed);
-    if (fresh) {
-      source.from = source.stage ? source.stage->z : in;
-      source.from.width = in.width;
-      source.to = plan_.transposed;
-      transposes_.push_back(source);
-      plan_.transposed += leading(in.width);
-    }
-    return at->second;
-  }
-
-  // Whether the panels of a segment are read no more when it is done, so that the next one takes
-  // their space.
-  bool passing() const { return !plan_.training || plan_.recompute; }
 
   // What a vector is some columns of.
   const Value& value(const graph::Vector& vector) const {
@@ -179,7 +117,8 @@ class Builder {
     }
     std::vector<Stage> stages(from.stages.size());
     // Later MLPs read the operand of `in` too, so it stands before the space that they may take.
-    const bool makes = plan_.bf16 && operand(in.panel).second;
+    const bool makes =
+        plan_.bf16 && from.stages[0].kind == graph::StageKind::linear && operand(in.panel).second;
     place(from.stages.back(), stages.back(), out_saved);
     int64_t top = top_;
     for (size_t j = 0; j + 1 < stages.size(); j++) place(from.stages[j], stages[j], !plan_.recompute);
@@ -188,7 +127,7 @@ class Builder {
     for (Stage& stage : stages) {
       stage.in = next;
       next = stage.out;
-      if (plan_.bf16) operand(stage);
+      if (plan_.bf16 && stage.kind == graph::StageKind::linear) operand(stage);
       if (makes && stage.in.id == in.panel.id) stage.convert = true;
       stage.d = d;
       d += stage.n;
@@ -198,24 +137,38 @@ class Builder {
     result.stages = own(std::move(stages));
     result.out = next;
     for (Stage& stage : result.stages) {
-      linears_.push_back(&stage);
+      const bool linear = stage.kind == graph::StageKind::linear;
+      if (linear) linears_.push_back(&stage);
       if (!plan_.training) continue;
-      if (differentiated) differentiated_.push_back(&stage);
+      if (linear && differentiated) differentiated_.push_back(&stage);
       if (stage.out.id != stage.z.id) source_[stage.out.id].stage = &stage;
     }
     for (Stage& stage : result.stages)
-      if (plan_.training && differentiated) stage.transposed = transposed(stage.in);
+      if (plan_.training && differentiated && stage.kind == graph::StageKind::linear)
+        stage.transposed = transposed(stage.in);
     return result;
   }
 
   void place(const graph::Stage& from, Stage& stage, bool saved) {
     stage = {from.kind, from.k, from.width, from.weight, from.bias, from.act, from.parameter, {}, {}, {}};
     stage.z = panel(from.width, saved);
-    stage.out = from_output(from.act) || !plan_.training ? stage.z : panel(from.width, false);
-    stage.d_z = plan_.d_z;
-    plan_.d_z += from.width;
+    stage.slope = from.slope;
+    stage.eps = from.eps;
+    const bool in_place = (from_output(from.act) && from.slope < 0) || !plan_.training;
+    stage.out = in_place ? stage.z : panel(from.width, false);
+    stage.d_z = rows(from.width);
+    plan_.linear = plan_.linear && from.kind == graph::StageKind::linear && from.slope < 0;
+    if (from.slope >= 0) {
+      stage.slope_per_column = graph_.shapes[from.slope] == std::vector<int64_t>{from.width};
+      stage.d_slope = summed(from.slope, from.width, stage.slope_per_column ? 1 : 0);
+    }
+    if (from.kind == graph::StageKind::linear) return;
+    if (from.bias >= 0) stage.d_beta = summed(from.bias, from.width, 1);
+    if (from.kind == graph::StageKind::copy) return;
+    stage.normal = plan_.training ? panel(from.width, saved) : stage.z;
+    stage.r = panel(1, saved);
+    if (from.weight >= 0) stage.d_gamma = summed(from.weight, from.width, 1);
   }
-
   Segment segment(const graph::Level& level, int64_t column, bool read_later) {
     std::vector<Value> outputs;
     for (const graph::Unit& unit : level.units)
@@ -252,8 +205,16 @@ class Builder {
     for (const graph::Expert& expert : level.experts)
       if (expert.differentiated) add(expert.mlp.sources);
     for (const graph::Unit& unit : level.units)
-      if (unit.computed && unit.gate && !unit.gate->sees.empty())
-        for (const graph::Mlp& mlp : unit.gate->mlps) add(mlp.sources);
+      if (unit.computed) {
+        if (unit.gate && !unit.gate->sees.empty()) {
+          for (const graph::Mlp& mlp : unit.gate->mlps) add(mlp.sources);
+          add(unit.gate->query);
+          for (const auto& key : unit.gate->keys) add(key);
+        }
+        result.insert(unit.product.begin(), unit.product.end());
+        if (unit.static_weights && unit.static_weights->channels)
+          result.insert(unit.static_weights->experts.begin(), unit.static_weights->experts.end());
+      }
     return result;
   }
 
@@ -287,11 +248,16 @@ class Builder {
     if (unit.gate && !unit.gate->sees.empty()) {
       const graph::Gate& gate = *unit.gate;
       for (size_t j = 0; j < gate.sees.size(); j++) reads[gate.sees[j]] = {gate.sees[j], int(j), 0.0, -1, 0};
-      mix.gate = mlp(gate.mlps.at(0), false, true);
+      logits(gate, mix);
       mix.factor = gate.factor;
       mix.p = panel(int64_t(gate.sees.size()), true);
     }
-    if (unit.static_weights) static_weights(*unit.static_weights, reads);
+    if (unit.static_weights && unit.static_weights->channels)
+      mix.channels = channels(*unit.static_weights, unit.width);
+    else if (unit.static_weights)
+      static_weights(*unit.static_weights, reads);
+    mix.product = own(unit.product);
+    plan_.linear = plan_.linear && mix.product.count == 0 && mix.channels.count == 0;
     std::vector<Read> list;
     for (const auto& entry : reads) list.push_back(entry.second);
     mix.reads = own(std::move(list));
@@ -301,9 +267,47 @@ class Builder {
     return mix;
   }
 
+  void logits(const graph::Gate& gate, UnitPlan& mix) {
+    const int64_t count = int64_t(gate.sees.size());
+    if (!gate.mlps.empty()) {
+      mix.gate = mlp(gate.mlps[0], false, true);
+      mix.logits = mix.gate.out;
+      return;
+    }
+    plan_.linear = false;
+    plan_.d_linears = std::max(plan_.d_linears, count);
+    mix.logits = panel(count, false);
+    if (gate.free >= 0) {
+      mix.free = gate.free;
+      mix.d_free = summed(gate.free, count, 1);
+      return;
+    }
+    std::vector<Attended> query, keys;
+    std::vector<Gather> gathers;
+    const auto attend = [&](const std::vector<graph::Vector>& sources) {
+      const auto [in, gather] = read(sources);
+      gathers.insert(gathers.end(), gather.begin(), gather.end());
+      plan_.backward_reads_inputs = plan_.backward_reads_inputs || is_input(in.panel);
+      return Attended{in.panel, in.d};
+    };
+    query.push_back(attend(gate.query));
+    for (const auto& key : gate.keys) keys.push_back(attend(key));
+    mix.query = own(std::move(query));
+    mix.keys = own(std::move(keys));
+    mix.gathers = own(std::move(gathers));
+  }
+
+  Span<Channels> channels(const graph::Static& given, int64_t width) {
+    std::vector<Channels> result;
+    for (size_t j = 0; j < given.experts.size(); j++) {
+      const int64_t element = given.offset + int64_t(j) * width;
+      result.push_back({given.experts[j], given.parameter, element, summed(given.parameter, width, 1, element)});
+    }
+    return own(std::move(result));
+  }
+
   void static_weights(const graph::Static& given, std::map<int, Read>& reads) {
     const bool learned = given.parameter >= 0;
-    if (learned && !given.experts.empty()) plain_.insert(given.parameter);
     for (size_t j = 0; j < given.experts.size(); j++) {
       const int e = given.experts[j];
       Read& read = reads.try_emplace(e, Read{e, -1, 0.0, -1, 0}).first->second;
@@ -311,8 +315,7 @@ class Builder {
       read.element = given.offset + int64_t(j);
       if (!learned) read.value = given.values.at(j);
       if (learned) {
-        read.d_static = plan_.d_z++;
-        row_sums_.push_back({read.d_static, read.parameter, read.element});
+        read.d_static = summed(read.parameter, 1, 1, read.element);
       }
     }
   }
@@ -350,21 +353,12 @@ class Builder {
     return own(std::move(spans));
   }
 
-  Plan& plan_;
   const Graph& graph_;
-  int64_t top_ = 0;
-  int panels_ = 0;
   // What can be read: input slots, units by level, and the experts of the level that is built.
   std::vector<Value> inputs_, experts_;
   std::vector<std::vector<Value>> units_;
   std::map<std::vector<int64_t>, Value> gathered_;
-  // By the panel's id.
-  std::map<int, TransposedInput> source_;
-  std::map<int, int64_t> transposed_, operands_;
-  std::vector<TransposedInput> transposes_;
   std::vector<Stage*> linears_, differentiated_;
-  std::vector<RowSum> row_sums_;
-  std::set<int> plain_;
 };
 
 }  // namespace

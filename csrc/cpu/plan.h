@@ -50,7 +50,7 @@ struct Panel {
   int id = -1;  // of its own: another panel may take the same place later
 };
 
-// One stage of an MLP: in -> z -> out, z a copy of `in`, W in + b, or gamma normal + beta with
+// One stage of an MLP: in -> z -> out, z a copy of `in` (plus b), W in + b, or gamma normal + beta with
 // normal = (in - mean) r. `z` is what is saved for backward: the pre-activation, or where the
 // derivative can be told from the output (relu, sigmoid, tanh, identity) that output; then z is out.
 struct Stage {
@@ -69,6 +69,13 @@ struct Stage {
   bool convert = false;
   // Backward: whether it is the first one in `linears` with its weight, and with its bias.
   bool first_of_weight = true, first_of_bias = true;
+  // PReLU's slope, one or one a column. A LayerNorm: its normal and r, [1].
+  int slope = -1;
+  bool slope_per_column = false;
+  double eps = 0;
+  Panel normal, r;
+  // Rows of the chunk's buffer: what the gradients of the slope, gamma, and beta or a copy's b are sums of; or -1.
+  int64_t d_slope = -1, d_gamma = -1, d_beta = -1;
 };
 
 // Columns of a panel that stand among others in a concatenation. d: the panel to which their
@@ -112,8 +119,27 @@ struct Read {
   int64_t d_static = -1;  // row of the chunk's buffer of dz, for the dw of a learned weight
 };
 
+// Static weights of an expert, one a column: elements of a parameter. d: rows of the chunk's buffer.
+struct Channels {
+  int expert, parameter;
+  int64_t element, d;
+};
+
+// A vector that attention reads, and the panel to which its gradient is added, or -1.
+struct Attended {
+  Panel panel;
+  int64_t d;
+};
+
 struct UnitPlan {
-  Mlp gate;           // no stages: no gate
+  Mlp gate;           // no stages: no linear gate
+  Panel logits;         // of any gate
+  int free = -1;        // the parameter that is the logits, and rows of the chunk's buffer for their gradient
+  int64_t d_free = -1;
+  Span<Attended> query, keys;  // the query is one
+  Span<Gather> gathers;        // those that they are the first to read
+  Span<Channels> channels;
+  Span<int> product;           // two experts
   Panel p, w, out;      // softmax over what the gate sees; the mixing weights of `reads`; the unit's output
   Span<Read> reads;     // ascending experts
   int64_t weights;      // column of the mixing weights [B, mixing]
@@ -176,6 +202,7 @@ struct Plan {
   Span<int64_t> d_inputs;             // panels of the input slots' gradients
   int64_t d_z = 0, transposed = 0;        // rows (dz) and columns (transposed inputs) of the chunk's buffers
   int64_t widest = 0;                 // the widest panel
+  bool linear = true;  // linear maps, linear gates and mixes alone: all that the forms for few rows know
 
   std::vector<std::shared_ptr<void>> storage;
 };

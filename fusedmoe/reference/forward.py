@@ -98,7 +98,7 @@ def _head(stage: Stage, h: Tensor, params: Sequence[Tensor]) -> Trace:
     if stage.kind == LINEAR:
         return Trace(h, F.linear(h, params[stage.weight], bias), None)
     if stage.kind != NORM:
-        return Trace(h, h, None)
+        return Trace(h, h if bias is None else h + bias, None)
     n = (h - h.mean(-1, keepdim=True)) * deviation(h, stage.eps)
     z = n if weight is None else n * weight
     return Trace(h, z if bias is None else z + bias, n)

@@ -24,7 +24,7 @@ A stage is h' = m a(z): m the mask of dropout (1 without it), a the activation, 
 
     a(z) = z where z > 0, else s z                       s: learned, one or one a column
 
-and z one of    h  |  W h + b  |  gamma n + beta with n = (h - mean(h)) r, r = 1 / sqrt(var(h) + eps).
+and z one of    h (+ b)  |  W h + b  |  gamma n + beta with n = (h - mean(h)) r, r = 1 / sqrt(var(h) + eps).
 
 Task t's tower is one more MLP over its sources. Rows never meet.
 
@@ -146,7 +146,7 @@ def _scale(stage: Stage, h: Tensor, params: Sequence[Tensor]) -> Tensor:
         summed = (h.abs() + h.mean(-1, keepdim=True).abs()) * deviation(h, stage.eps)
         summed = summed if weight is None else summed * weight.abs()
     elif weight is None:
-        return h.abs()
+        summed = h.abs()
     else:
         summed = F.linear(h.abs(), weight.abs())
     return summed if bias is None else summed + bias.abs()
