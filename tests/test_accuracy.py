@@ -12,9 +12,10 @@ from functools import partial
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 
 from fusedmoe import _C
+from fusedmoe import dtype as dtypes
 from fusedmoe.activation import DEFAULT_PARAMETER, activation
 from fusedmoe.op import fusion_network
 from fusedmoe.parts import Expert, Input, Level, Linear, Static, Unit, from_slots, mlp
@@ -39,7 +40,21 @@ def on(backend: str):
 
 
 def check(table, dtype, rows, factor, seed) -> None:
-    assert_parity(on("cpu"), decided(start(table, rows, dtype, seed), factor))
+    given = decided(start(table, rows, dtype, seed), factor)
+    assume(not underflows(given))
+    assert_parity(on("cpu"), given)
+
+
+def underflows(given: Problem) -> bool:
+    """Whether some result is so small that the rule's relative bound lies below the least normal number
+    of the dtype that is computed in: there rounding is absolute, and AVX-512's and AMX's products of
+    bfloat16 take what is below it for zero."""
+    computed = torch.float64 if given.x.dtype == torch.float64 else torch.float32
+    least = torch.finfo(computed).tiny / (8 * dtypes.row(given.x.dtype).roundoff)
+    sizes = [
+        float(t.abs().max()) for t in evaluate(eager, given.to(torch.float64)).values() if t is not None and t.numel()
+    ]
+    return any(0 < size < least for size in sizes)
 
 
 def alone(kind: str, z: torch.Tensor) -> Problem:
