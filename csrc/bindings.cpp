@@ -226,6 +226,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("free_bytes", &fusedmoe::free_bytes, "Bytes of results that died, kept for the next ones.");
   m.def("saved_width", &saved_width,
         "Elements a row that forward saves for backward, or the least of them, for a backward that recomputes.");
+  m.attr("TABLE_VERSION") = fusedmoe::table_version;
   m.attr("LANE_MULTIPLE") = int64_t(cpu::lane_multiple);
   m.attr("HEADER_SIZE") = int64_t(header_size);
   m.def("bind", &fusedmoe::bind,

@@ -10,7 +10,6 @@ namespace {
 
 using namespace graph;
 
-constexpr const char* version[] = {"fusedmoe-table", "2"};
 const char* const activations[] = {"identity", "relu",      "sigmoid",    "tanh", "silu",
                                    "gelu",     "gelu_tanh", "leaky_relu", "elu",  "softplus"};
 const char* const vectors[] = {"input", "unit", "expert"};
@@ -280,7 +279,8 @@ class Rules {
 Graph decode(const std::string& text) {
   TokenReader r(text);
   try {
-    for (const char* word : version) r.name({word});
+    r.name({"fusedmoe-table"});
+    if (r.integer() != table_version) r.fail();
     for (int64_t n = r.natural(); n > 0; n--) r.skip();  // the table itself, which Python reads
     Graph g = graph_of(r);
     r.end();

@@ -102,6 +102,9 @@ struct Graph {
   int64_t mixing = 0;                        // mixing weights of a row, all levels
 };
 
+// Of the encoded tables that `decode` reads.
+constexpr int table_version = 2;
+
 // Read the text of a table; throws std::invalid_argument for text that fusedmoe/codec.py did not
 // write.
 Graph decode(const std::string& text);

@@ -22,6 +22,9 @@ OLDEST_TRITON = (3, 6)
 # The first architecture with bfloat16 and with copies that a program need not wait for.
 OLDEST_CAPABILITY = (8, 0)
 
+# Of the encoded tables that Python writes and the extension reads.
+TABLE_VERSION = 2
+
 
 def _load() -> str | None:
     """Load the C++ extension, which registers the operators; return why that failed, or None."""
@@ -36,6 +39,8 @@ def _load() -> str | None:
         _C.isa()
     except RuntimeError as error:
         return str(error)
+    if getattr(_C, "TABLE_VERSION", None) != TABLE_VERSION:
+        return "the C++ extension fusedmoe._C is older or newer than the package; build it again with `make build`"
     return None
 
 

@@ -70,8 +70,8 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert. computed: some output depends on it; differentiated: through reads that let
-    gradients through."""
+    """One expert. computed: some output depends on it; differentiated: a gradient of some
+    output reaches it."""
 
     mlp: Mlp
     computed: bool
@@ -82,9 +82,8 @@ class Expert:
 class Gate:
     """A softmax over the experts `sees`.
 
-    Its logits are those of one of `mlps` (the alternatives between which a route chooses; their
-    stages are the same), or of the parameter `free` where that is not -1, or `factor` times query .
-    keys where there are keys; and are multiplied by `factor` in every case.
+    Its logits are `factor` times one of: the output of an MLP, the parameter `free`, or query . keys.
+    Several `mlps` are alternatives; their stages are the same.
     """
 
     sees: tuple[int, ...]

@@ -16,8 +16,8 @@ class Source:
     """Columns of a vector of a row, as an expert, a gate or a tower reads them.
 
     Args:
-        kind: "slot" (of the level that reads: a slot of input 0 below, a unit of the level under it
-            above), "input", "unit" (of a level below) or "expert" (of the level that reads).
+        kind: "slot" (at level 0 a slot of input 0, at a higher level a unit of the level below it),
+            "input", "unit" (of any level below) or "expert" (of the level that reads).
         index: of the slot, the unit or the expert.
         place: number of the input, for "input"; of the level, for "unit".
         first: the first column that is read.
@@ -74,7 +74,10 @@ class LayerNorm:
 
 @dataclass(frozen=True)
 class Dropout:
-    """h / (1 - p) with probability 1 - p, else 0; in a call that trains. Otherwise h."""
+    """h / (1 - p) with probability 1 - p, else 0; in a call that trains. Otherwise h.
+
+    No backend runs it yet (`support.py`).
+    """
 
     p: float = 0.5
 
@@ -108,9 +111,9 @@ class Gate:
     Row j of that map gives the logit of expert `sees[j]`.
 
     Args:
-        selectors: what the gate reads, one concatenation of sources; several are alternatives of
-            one width, between which a call's route chooses (the first one by default). None at all:
-            the logits are a parameter [len(sees)], the same for every row.
+        selectors: what the gate reads, one concatenation of sources. Empty: the logits are a
+            parameter [len(sees)], the same for every row. Several are alternatives of one width,
+            which no backend runs yet (`support.py`).
         sees: the experts.
         hidden: what comes before the last linear map.
         bias: whether that has one.
@@ -194,7 +197,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Input:
-    """One input tensor: [B, slots, width], or [B, width] for one slot."""
+    """One input tensor: [B, slots, width], or [B, width] for one slot. No backend runs several yet."""
 
     slots: int
     width: int

@@ -44,8 +44,7 @@ def resolve(draft: Draft) -> Graph:
 
 @dataclass
 class _Named:
-    """A parameter while the graph is built: its name and shape. `shared`: the number of a shared
-    tensor, instead."""
+    """A parameter while the graph is built."""
 
     name: str
     shape: tuple[int, ...]
@@ -90,7 +89,7 @@ class _Resolver:
             require_integer(product(shape), f"table.shared[{i}], elements")
 
     def check_uses(self, levels: tuple[graph.Level, ...], towers: tuple[Mlp, ...]) -> None:
-        """A weight of linear maps is laid out anew for some kernels, so that it can be nothing else."""
+        """Some kernels repack the weights of linear maps, so such a tensor may be nothing else."""
         mlps = [*towers, *(expert.mlp for level in levels for expert in level.experts)]
         units = [unit for level in levels for unit in level.units]
         mlps += [mlp for unit in units if unit.gate for mlp in unit.gate.mlps]
@@ -101,7 +100,8 @@ class _Resolver:
             if number < NOTHING:
                 tensor = NOTHING - 1 - number
                 raise ValueError(
-                    f"table.shared[{tensor}]: expected the weight of linear maps, or something else, got both"
+                    f"table.shared[{tensor}]: expected the weight of linear maps, or biases and static weights, "
+                    "got both"
                 )
 
     def level(self, number: int, level: parts.Level) -> graph.Level:
@@ -112,7 +112,7 @@ class _Resolver:
             raise ValueError(f"{where}: expected at least one expert, got none")
         if not level.units:
             raise ValueError(f"{where}: expected at least one unit, got none")
-        # The units are the slots of the next level; experts are counted as widely.
+        # Units are the next level's slots; the same limit holds for experts.
         require_integer(len(level.units), f"{where}, number of units", 1, MOST_SLOTS)
         require_integer(len(level.experts), f"{where}, number of experts", 1, MOST_SLOTS)
         self.outputs = []

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fusedmoe.backends import TABLE_VERSION
 from fusedmoe.encoding import write
 from fusedmoe.graph import Graph, Parameter
 from fusedmoe.parts import Draft
@@ -22,7 +23,7 @@ from fusedmoe.resolve import resolve
 from fusedmoe.support import LACK, lacking
 
 # The words that an encoded table begins with; the number is that of the format.
-VERSION = ("fusedmoe-table", "2")
+VERSION = ("fusedmoe-table", str(TABLE_VERSION))
 
 
 @dataclass(frozen=True)

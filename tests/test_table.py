@@ -27,20 +27,13 @@ from fusedmoe.parts import (
     Task,
     Unit,
     from_slots,
-    mlp,
 )
 from fusedmoe.table import Table
 from fusedmoe.testing import Case, cases, problem
 
+from .test_table_messages import EXPERTS, GOOD, OPS, of_unit
+
 CASES = {name: case.table for name, case in cases().items()}
-OPS = mlp((3,), RELU)
-EXPERTS = (Expert(from_slots(0), OPS), Expert(from_slots(0), OPS))
-GATED = Unit(Gate((from_slots(0),), (0, 1)))
-GOOD = Table((Input(1, 4),), (Level(EXPERTS, (GATED, GATED)),))
-
-
-def of_unit(unit: Unit) -> dict:
-    return {"levels": (Level(EXPERTS, (GATED, unit)),)}
 
 
 def test_units_of_the_last_level_have_one_width():

@@ -114,7 +114,7 @@ CONTRADICTIONS = {
             ),
             "shared": ((3, 4),),
         },
-        "table.shared[0]: expected the weight of linear maps, or something else, got both",
+        "table.shared[0]: expected the weight of linear maps, or biases and static weights, got both",
     ),
     "PReLU's channels": (of_ops(PReLU(1)), "level 0, expert 1, channels of a PReLU: expected a bool, got 1"),
     "LayerNorm's eps": (

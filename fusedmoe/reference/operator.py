@@ -11,7 +11,7 @@ Forward, for every row b of one level:
 
     y[e]     = MLP_e(sources of e)                       stage by stage, below; without stages a copy
     z[u,e]   = factor (MLP_u(selector of u))[e]          for e in sees(u); factor = 1 / temperature
-             | factor c[u,e]                             a free gate: the same for every row
+             | factor b[u,e]                             a free gate: the same for every row
              | factor q[u] . k[u,e]                      attention: q and k are sources
     p[u,:]   = softmax over sees(u) of z[u,:]            0 over nothing, and without a gate
     w[u,e]   = p[u,e] + v[u,e]     for e in reads(u)     v: static weights; or v[u,e,:], one a column
@@ -20,50 +20,49 @@ Forward, for every row b of one level:
 
 reads(u) are the experts in sees(u) and those of v[u].
 
-A stage is h' = m a(z): m the mask of dropout (1 without it), a the activation, or PReLU's
+A stage is h' = a(z): a the activation, or PReLU's
 
     a(z) = z where z > 0, else s z                       s: learned, one or one a column
 
-and z one of    h (+ b)  |  W h + b  |  gamma n + beta with n = (h - mean(h)) r, r = 1 / sqrt(var(h) + eps).
+and z one of    h (+ b)  |  W h + b  |  gamma o + beta with o = (h - mean(h)) l, l = 1 / sqrt(var(h) + eps).
 
 Task t's tower is one more MLP over its sources. Rows never meet.
 
-Backward, given g[u,:] = dLoss/d out[u,:] (and k[u,e] = dLoss/d w[u,e] where the caller used the
+Backward, given g[u,:] = dLoss/d out[u,:] (and given[u,e] = dLoss/d w[u,e] where the caller used the
 mixing weights, else 0):
 
-- out is bilinear in w and y:            dw[u,e] = k[u,e] + g[u,:] . y[e,:]
+- out is bilinear in w and y:            dw[u,e] = given[u,e] + g[u,:] . y[e,:]
                                          dy[e,:] = sum over u of w[u,e] g[u,:]
 - w adds v, the same for every row:      dv[u,e] = sum over b of dw[u,e]            dp = dw
   and of one a column:                   dv[u,e,:] = sum over b of g[u,:] y[e,:]
 - dp[i]/dz[j] = p[i] ([i = j] - p[j]):   dz[u,e] = p[u,e] (dw[u,e] - sum over sees(u) of p dw[u,:])
                                          computed as below, under "Digits of the softmax"
-- factor dz goes through the gate's MLP to its selector; to c, as its sum over b; and of attention
+- factor dz goes through the gate's MLP to its selector; to b[u,:], as its sum over rows; and of attention
   dq = sum over e of factor dz[e] k[e],  dk[e] = factor dz[e] q
 - a product of two experts:              dy[a] = g y[b]     dy[b] = g y[a]
-- a stage, given dh':                    dz = a'(z) m dh'   ds = sum over b of m dh' z where z <= 0
+- a stage, given dh':                    dz = a'(z) dh'     ds = sum over b of dh' z where z <= 0
 - a linear map z = W h + b:              dW = sum over b of dz h^T     db = sum over b of dz
                                          dh = W^T dz
-- a LayerNorm, with dn = gamma dz:       dgamma = sum over b of dz n   dbeta = sum over b of dz
-                                         dh = r (dn - mean(dn) - n mean(dn n))
+- a LayerNorm, with do = gamma dz:       dgamma = sum over b of dz o   dbeta = sum over b of dz
+                                         dh = l (do - mean(do) - o mean(do o))
 - a source sums what everything that reads it sends, but for detached reads, which send nothing
 
 Digits of the softmax. Subtract the mean c = sum of p dw from dw before the softmax's backward:
 otherwise the rounding of two large terms swamps dz where one expert has nearly all the weight.
-There the difference in dz[i] is far smaller than its two terms: with roundoff r and m = sum of p
-dw, its error is up to r |m|, against a true dz[i] of about 1 - p[i] times differences of dw. But p
-sums to 1, so any number c may come off every dw first: dz[e] = p[e] (dw[e] - c - sum over e' of
-p[e'] (dw[e'] - c)). With c = m as computed:
+Where p[i] is near 1, its two terms nearly cancel: with roundoff r and m = sum of p dw, the error is
+up to r |m|, and the true dz[i] is about (1 - p[i]) times differences of dw. But p sums to 1, so
+subtracting one number c from every dw does not change dz. With c = m as computed:
 
     c = sum over e of p[e] dw[e]        t[e] = dw[e] - c
     rest = sum over e of p[e] t[e]      dz[e] = p[e] (t[e] - rest)
 
-c's own error cancels, for it is a shift like any other; and where p does not sum to 1 quite, rest
-takes off what that did to c. With n = len(sees(u)) and M = sum of p |t|, the rounding that is left
+c's own error cancels, for it is a shift like any other; and `rest` corrects for p that does not sum
+to exactly 1. With n = len(sees(u)) and M = sum of p |t|, the rounding that is left
 is that of t, r |t[e]|; of rest, (n + 1) r M; of the difference and of the product: an error of
 dz[e] of at most p[e] r (3 |t[e]| + (n + 4) M), to first order in r. t and M hold differences of dw,
 and c's error of at most n r |m|, which the bound multiplies by r once more: the term r |m| is gone.
-Another c does less: with the largest dw, t of an expert that has the weight and not the largest dw
-stays as large as the differences, and so does M. dz's derivative by c is p (sum of p - 1) = 0: dz
+Subtracting the largest dw would help less: t of an expert with nearly all the weight, but not the
+largest dw, stays as large as the differences, and so does M. dz's derivative by c is p (sum of p - 1) = 0: dz
 can be differentiated again as it is written.
 
 Pairs outside reads(u) are skipped, never multiplied by zero, and what no output depends on is
