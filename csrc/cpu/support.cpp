@@ -16,7 +16,8 @@ void require_kernels(const Graph& graph) {
       if (unit.gate)
         all = all && unit.gate->mlps.size() <= 1 && std::all_of(unit.gate->mlps.begin(), unit.gate->mlps.end(), known);
   }
-  if (!all) throw std::invalid_argument("table: expected one input, one selector a gate and no Dropout, got a table with others");
+  if (!all)
+    throw std::invalid_argument("table: expected one input, one selector a gate and no Dropout, got one with others");
 }
 
 }  // namespace fusedmoe::cpu

@@ -24,7 +24,9 @@ A stage is h' = a(z): a the activation, or PReLU's
 
     a(z) = z where z > 0, else s z                       s: learned, one or one a column
 
-and z one of    h (+ b)  |  W h + b  |  gamma o + beta with o = (h - mean(h)) l, l = 1 / sqrt(var(h) + eps).
+and z one of    h (+ b)  |  W h + b  |  gamma o + beta, a LayerNorm, with
+
+    o = (h - mean(h)) l          l = 1 / sqrt(var(h) + eps)
 
 Task t's tower is one more MLP over its sources. Rows never meet.
 
@@ -37,8 +39,8 @@ mixing weights, else 0):
   and of one a column:                   dv[u,e,:] = sum over b of g[u,:] y[e,:]
 - dp[i]/dz[j] = p[i] ([i = j] - p[j]):   dz[u,e] = p[u,e] (dw[u,e] - sum over sees(u) of p dw[u,:])
                                          computed as below, under "Digits of the softmax"
-- factor dz goes through the gate's MLP to its selector; to b[u,:], as its sum over rows; and of attention
-  dq = sum over e of factor dz[e] k[e],  dk[e] = factor dz[e] q
+- factor dz goes through the gate's MLP to its selector; to b[u,:], as its sum over rows; and of
+  attention dq = sum over e of factor dz[e] k[e],  dk[e] = factor dz[e] q
 - a product of two experts:              dy[a] = g y[b]     dy[b] = g y[a]
 - a stage, given dh':                    dz = a'(z) dh'     ds = sum over b of dh' z where z <= 0
 - a linear map z = W h + b:              dW = sum over b of dz h^T     db = sum over b of dz
@@ -62,8 +64,8 @@ is that of t, r |t[e]|; of rest, (n + 1) r M; of the difference and of the produ
 dz[e] of at most p[e] r (3 |t[e]| + (n + 4) M), to first order in r. t and M hold differences of dw,
 and c's error of at most n r |m|, which the bound multiplies by r once more: the term r |m| is gone.
 Subtracting the largest dw would help less: t of an expert with nearly all the weight, but not the
-largest dw, stays as large as the differences, and so does M. dz's derivative by c is p (sum of p - 1) = 0: dz
-can be differentiated again as it is written.
+largest dw, stays as large as the differences, and so does M. dz's derivative by c is
+p (sum of p - 1) = 0: dz can be differentiated again as it is written.
 
 Pairs outside reads(u) are skipped, never multiplied by zero, and what no output depends on is
 not computed: a NaN in an expert cannot reach a unit that does not read it. Source:
