@@ -73,7 +73,7 @@ struct Stage {
   int slope = -1;
   bool slope_per_column = false;
   double eps = 0;
-  Panel normal, r;
+  Panel normal = {}, r = {};
   // Rows of the chunk's buffer: what the gradients of the slope, gamma, and beta or a copy's b are sums of; or -1.
   int64_t d_slope = -1, d_gamma = -1, d_beta = -1;
 };
