@@ -39,8 +39,13 @@ struct Arguments {
   std::shared_ptr<const cpu::Plan> plan;
   cpu::Call<T> call;
 
-  Arguments(const Tensor& input, const std::vector<Tensor>& tensors, const std::string& text, Save save)
+  Arguments(const Tensor& input, const std::vector<Tensor>& tensors, const std::string& text, Save save,
+            const std::optional<Tensor>& seed)
       : x(input), stored(x.scalar_type()) {
+    if (seed) {
+      call.drops = true;
+      call.seed = *static_cast<const uint64_t*>(checked(*seed, {1}, ScalarType::Long, "seed").const_data_ptr());
+    }
     STD_TORCH_CHECK(x.dim() == 3 && x.is_cpu(), "x: expected a CPU tensor [B, S, D], got ", shape_of(x.sizes()));
     fusedmoe::check_memory(x, "x");
     if (x.numel() > 0 && x.size(2) > 1 && x.stride(2) != 1) x = torch::stable::contiguous(x);
@@ -76,8 +81,9 @@ struct Arguments {
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vector<Tensor>& params,
-                                           const std::string& text, Save save, bool mixing) {
-  Arguments<T> a(input, params, text, save);
+                                           const std::string& text, Save save, bool mixing,
+                                           const std::optional<Tensor>& seed) {
+  Arguments<T> a(input, params, text, save, seed);
   const fusedmoe::Graph& table = a.plan->graph;
   const int64_t rows = a.call.rows;
   Tensor out = torch::stable::new_empty(a.x, {rows, table.output[0], table.output[1]});
@@ -104,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& input, const std::vecto
 template <class T>
 std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& input,
                              const std::vector<Tensor>& params, const Tensor& given, const std::string& text,
-                             const std::string& needs) {
+                             const std::string& needs, const std::optional<Tensor>& seed) {
   STD_TORCH_CHECK(
       given.is_cpu() && given.dim() == 1 && given.numel() >= header_size && given.scalar_type() == dtype_of<T>,
       "saved: expected what the forward of this call returned, got ", shape_of(given.sizes()));
@@ -112,7 +118,7 @@ std::vector<Tensor> backward(const Tensor& d_out, const std::optional<Tensor>& d
   const Tensor saved = checked(given, {given.numel()}, dtype_of<T>, "saved");
   T* state = static_cast<T*>(saved.data_ptr());
   const int64_t block = int64_t(state[block_at]);
-  Arguments<T> a(input, params, text, state[recompute_at] != 0 ? save_least : save_all);
+  Arguments<T> a(input, params, text, state[recompute_at] != 0 ? save_least : save_all, seed);
   const fusedmoe::Graph& table = a.plan->graph;
   const int64_t rows = a.call.rows;
   STD_TORCH_CHECK(saved.numel() == a.plan->saved * cpu::padded(rows) + header_size && block >= cpu::lane_multiple &&
@@ -162,18 +168,21 @@ auto in_kernel_type(const Tensor& x, F f) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> network_cpu(const Tensor& x, const std::vector<Tensor>& params,
-                                               const std::string& table, int64_t save, bool mixing) {
+                                               const std::string& table, int64_t save, bool mixing,
+                                               const std::optional<Tensor>& seed) {
   STD_TORCH_CHECK(save >= save_nothing && save <= save_least,
                   "save: expected 0 (nothing), 1 (what backward needs) or 2 (as little as possible), got ", save);
-  return in_kernel_type(x,
-                        [&](auto number) { return forward<decltype(number)>(x, params, table, Save(save), mixing); });
+  return in_kernel_type(
+      x, [&](auto number) { return forward<decltype(number)>(x, params, table, Save(save), mixing, seed); });
 }
 
 std::vector<Tensor> network_cpu_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& x,
                                          const std::vector<Tensor>& params, const Tensor& saved,
-                                         const std::string& table, const std::string& needs) {
-  return in_kernel_type(
-      x, [&](auto number) { return backward<decltype(number)>(d_out, d_weights, x, params, saved, table, needs); });
+                                         const std::string& table, const std::string& needs,
+                                         const std::optional<Tensor>& seed) {
+  return in_kernel_type(x, [&](auto number) {
+    return backward<decltype(number)>(d_out, d_weights, x, params, saved, table, needs, seed);
+  });
 }
 
 int64_t packed_size(const std::string& table) { return fusedmoe::planned(table, {})->packing.size; }
@@ -202,10 +211,12 @@ void bind_guards(pybind11::module_& m);
 void bind_triton(pybind11::module_& m);
 
 STABLE_TORCH_LIBRARY(fusedmoe, m) {
-  m.def("network_cpu(Tensor x, Tensor[] params, str table, int save, bool mixing) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "network_cpu(Tensor x, Tensor[] params, str table, int save, bool mixing, Tensor? seed=None) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "network_cpu_backward(Tensor d_out, Tensor? d_weights, Tensor x, Tensor[] params, "
-      "Tensor saved, str table, str needs) -> Tensor[]");
+      "Tensor saved, str table, str needs, Tensor? seed=None) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedmoe, CPU, m) {

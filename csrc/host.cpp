@@ -39,9 +39,17 @@ std::string text_of(const std::string& table) {
   return bound().texts[number];
 }
 
+// The graph of a table's text or handle, cut down to the route whose words may follow.
+Graph graph_of(const std::string& table) {
+  const size_t at = table.find(" route ");
+  Graph graph = decode(text_of(table.substr(0, at)));
+  if (at != table.npos) take_route(graph, table.substr(at + 1));
+  return graph;
+}
+
 std::shared_ptr<const Planned> make_planned(const std::string& table, cpu::PlanKind kind) {
   auto result = std::make_shared<Planned>();
-  result->plan = cpu::make_plan(decode(text_of(table)), kind);
+  result->plan = cpu::make_plan(graph_of(table), kind);
   result->packing = cpu::make_packing(*result->plan);
   return result;
 }

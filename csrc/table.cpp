@@ -34,6 +34,12 @@ class TokenReader {
     if (value >= count) fail();
     return int(value);
   }
+  // A word of `count` digits: 1 for what is computed, 2 more for what has a gradient.
+  std::string_view digits(size_t count) {
+    const std::string_view t = token();
+    if (t.size() != count || t.find_first_not_of("0123") != t.npos) fail();
+    return t;
+  }
   int index_or_none() {
     int64_t value = integer();
     if (value < -1 || value >= 1 << 20) fail();
@@ -110,6 +116,8 @@ Gate gate(TokenReader& r) {
   g.query = sources(r);
   g.keys = r.list([&] { return sources(r); });
   g.factor = r.number();
+  g.choice = r.index();
+  g.closed = r.indices();
   return g;
 }
 
@@ -206,7 +214,7 @@ class Rules {
   }
   bool gate(const Gate& gate, const Level& l, int flags) {
     const int64_t count = int64_t(gate.sees.size());
-    if (repeated(gate.sees)) return false;
+    if (repeated(gate.sees) || gate.choice != 0 || !gate.closed.empty()) return false;
     if ((gate.mlps.empty() ? 0 : 1) + (gate.free >= 0) + !gate.query.empty() != 1) return false;
     for (const Mlp& m : gate.mlps)
       if (!mlp(m, l.experts.size(), flags) || m.width != count || m.stages.empty()) return false;
@@ -289,6 +297,35 @@ Graph decode(const std::string& text) {
   } catch (const std::logic_error&) {  // an index out of range, or no number where one belongs
     r.fail();
   }
+}
+
+void take_route(Graph& graph, const std::string& words) {
+  TokenReader r(words);
+  const auto flags = [](char digit, auto& to) {
+    to.computed = (digit - '0') & 1;
+    to.differentiated = (digit - '0') >> 1;
+  };
+  r.name({"route"});
+  for (Level& level : graph.levels) {
+    const std::string_view experts = r.digits(level.experts.size());
+    for (size_t e = 0; e < experts.size(); e++) flags(experts[e], level.experts[e]);
+    for (Unit& unit : level.units) {
+      flags(r.digits(1)[0], unit);
+      const int choice = r.index();
+      const std::vector<int> closed = r.indices();
+      if (!unit.gate) continue;
+      unit.gate->choice = choice;
+      unit.gate->closed = closed;
+      if (size_t(choice) >= std::max<size_t>(unit.gate->mlps.size(), 1)) r.fail();
+      for (int j : closed) {
+        if (size_t(j) >= unit.gate->sees.size()) r.fail();
+        std::erase(unit.reads, unit.gate->sees[j]);
+      }
+    }
+  }
+  const std::string_view parameters = r.digits(graph.live.size());
+  for (size_t i = 0; i < parameters.size(); i++) graph.live[i] = (parameters[i] - '0') >> 1;
+  r.end();
 }
 
 }  // namespace fusedmoe

@@ -1,6 +1,7 @@
 // A network as data: a table's graph, as fusedmoe/graph.py defines it and fusedmoe/encoding.py
 // writes it. Every parameter has its number there, and what some output depends on is marked.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -54,7 +55,8 @@ struct Expert {
   bool computed = false, differentiated = false;
 };
 
-// Logits: of one of `mlps`, the parameter `free`, or query . keys; times `factor`.
+// Logits: of number `choice` of `mlps`, the parameter `free`, or query . keys; times `factor`. The
+// softmax leaves out what stands at the places `closed` of `sees`.
 struct Gate {
   std::vector<int> sees;
   std::vector<Mlp> mlps;
@@ -62,6 +64,10 @@ struct Gate {
   std::vector<Vector> query;
   std::vector<std::vector<Vector>> keys;
   double factor = 1;
+  int choice = 0;
+  std::vector<int> closed;
+
+  bool closes(int place) const { return std::find(closed.begin(), closed.end(), place) != closed.end(); }
 };
 
 // Fixed weights, or elements of a parameter from `offset` on: one an expert, or one a column of it.
@@ -79,6 +85,8 @@ struct Unit {
   std::vector<int> product, reads;
   int64_t width = 0;
   bool computed = false, differentiated = false;
+
+  bool reads_expert(int e) const { return std::find(reads.begin(), reads.end(), e) != reads.end(); }
 };
 
 struct Level {
@@ -103,10 +111,13 @@ struct Graph {
 };
 
 // Of the encoded tables that `decode` reads.
-constexpr int table_version = 2;
+constexpr int table_version = 3;
 
 // Read the text of a table; throws std::invalid_argument for text that fusedmoe/codec.py did not
 // write.
 Graph decode(const std::string& text);
+
+// Cut a graph down to a call's route, by the words of fusedmoe/route.py. Throws as `decode`.
+void take_route(Graph& graph, const std::string& words);
 
 }  // namespace fusedmoe

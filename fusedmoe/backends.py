@@ -23,7 +23,7 @@ OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
 
 # Of the encoded tables that Python writes and the extension reads.
-TABLE_VERSION = 2
+TABLE_VERSION = 3
 
 
 def _load() -> str | None:

@@ -24,9 +24,8 @@ def check(x: Any, params: Any, table: Any, cast: bool = False) -> None:
         raise TypeError(f"table: expected a fusedmoe.Table, got {type(table).__name__}")
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    shapes = [(table.inputs[0].slots, table.inputs[0].width)] + (
-        [(table.inputs[0].width,)] if table.inputs[0].slots == 1 else []
-    )
+    given = table.graph.inputs[0]
+    shapes = [(given.slots, given.width)] + ([(given.width,)] if given.slots == 1 else [])
     if x.dim() < 2 or tuple(x.shape[1:]) not in shapes:
         raise ValueError(
             f"x: expected {' or '.join(f'[B, {str(s)[1:-1].rstrip(chr(44))}]' for s in shapes)}, got {list(x.shape)}"

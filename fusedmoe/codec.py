@@ -2,7 +2,7 @@
 
 The text is VERSION, the number of the table's tokens, these tokens, and those of its graph
 (`encoding.py`). Python reads the table, csrc/table.cpp the graph, which has every parameter's
-number and all that some output depends on.
+number and all that some output depends on. The words of a call's route may follow (`route.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 
 from fusedmoe.backends import EXTENSION
 from fusedmoe.encoding import read
+from fusedmoe.route import ROUTE, Routed, with_words
 from fusedmoe.table import VERSION, Table
 
 
@@ -28,7 +29,10 @@ def handle(table: Table) -> str:
     TypeError for anything else.
     """
     found = getattr(table, "handle", None)
-    if found is None:
+    if found is None and isinstance(table, Routed):
+        found = f"{handle(table.base)} {table.route_text}"
+        object.__setattr__(table, "handle", found)
+    elif found is None:
         found = encode(table) if EXTENSION is None else EXTENSION.bind(encode(table))
         _BOUND[found] = table
         object.__setattr__(table, "handle", found)
@@ -40,7 +44,16 @@ def decode(text: str) -> Table:
 
     Raises: ValueError for text that is no table.
     """
-    return _BOUND[text] if text in _BOUND else _decode(text)
+    if text in _BOUND:
+        return _BOUND[text]
+    before, found, words = text.partition(f" {ROUTE} ")
+    return _routed(before, words) if found else _decode(text)
+
+
+# Fewer, because a search draws a new one at every step.
+@functools.lru_cache(maxsize=64)
+def _routed(text: str, words: str) -> Table:
+    return with_words(decode(text), words)
 
 
 # Never emptied: a graph of autograd may hold a name alone.

@@ -33,37 +33,40 @@ class _Network(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, table: Table, save: int, mixing: bool, tasks_apart: bool, x: Tensor, *params: Tensor):
+    def forward(ctx, table: Table, save: int, options: Options, seed: Tensor | None, x: Tensor, *params: Tensor):
         with torch._C._AutoDispatchBelowAutograd():
-            out, weights, saved = torch.ops.fusedmoe.network_cpu(x, params, codec.handle(table), save, mixing)
+            out, weights, saved = torch.ops.fusedmoe.network_cpu(
+                x, params, codec.handle(table), save, options.mixing, seed
+            )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, saved, *params)
-        ctx.table, ctx.tasks_apart = table, tasks_apart
-        return outputs.split(out, weights if mixing else None, table, tasks_apart)
+        ctx.save_for_backward(seed, x, saved, *params)
+        ctx.table, ctx.tasks_apart = table, options.tasks_apart
+        return outputs.split(out, weights if options.mixing else None, table, options.tasks_apart)
 
     @staticmethod
     def backward(ctx, *d_outputs):
-        x, *_ = ctx.saved_tensors
-        upstream = outputs.join(d_outputs, x, ctx.table, ctx.tasks_apart)
+        upstream = outputs.join(d_outputs, ctx.saved_tensors[1], ctx.table, ctx.tasks_apart)
         d_x, d_params = _gradients(ctx.saved_tensors, upstream, codec.handle(ctx.table), ctx.needs_input_grad[4:])
         return None, None, None, None, d_x, *d_params
 
 
-def run(x: Tensor, params: list[Tensor], table: Table, options: Options) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
+def run(
+    x: Tensor, params: list[Tensor], table: Table, options: Options, seed: Tensor | None
+) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
     """Return the outputs, one or one a task, and each level's mixing weights."""
     compiling, mixing = torch.compiler.is_compiling(), options.mixing
     text = codec.encode(table) if compiling else codec.handle(table)
     save = SAVE_LEAST if options.recompute else SAVE_ALL
     if compiling:
         out, weights, _ = torch.ops.fusedmoe.network_cpu(
-            x, params, text, save if needs_gradient(x, params) else SAVE_NOTHING, mixing
+            x, params, text, save if needs_gradient(x, params) else SAVE_NOTHING, mixing, seed
         )
     elif needs_gradient(x, params):
-        return apart(_Network.apply(table, save, mixing, options.tasks_apart, x, *params), table, options)
+        return apart(_Network.apply(table, save, options, seed, x, *params), table, options)
     else:
         # Without a graph to build, the Python autograd kernel would only cost time.
         with torch._C._AutoDispatchBelowAutograd():
-            out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, SAVE_NOTHING, mixing)
+            out, weights, _ = torch.ops.fusedmoe.network_cpu(x, params, text, SAVE_NOTHING, mixing, seed)
     return without_graph(out, by_level(weights, table) if mixing else (), options)
 
 
@@ -77,7 +80,7 @@ def _register() -> None:
     library.register_autocast("fusedmoe::network_cpu", "cpu", torch.float32)
 
 
-def _fake_forward(x, params, table_text, save, mixing):
+def _fake_forward(x, params, table_text, save, mixing, seed):
     from fusedmoe import _C
 
     table = codec.decode(table_text)
@@ -91,23 +94,23 @@ def _fake_forward(x, params, table_text, save, mixing):
     return x.new_empty(rows, *table.output), x.new_empty(rows, table.mixing if mixing else 0), state
 
 
-def _fake_backward(d_out, d_weights, x, params, saved, table_text, needs):
+def _fake_backward(d_out, d_weights, x, params, saved, table_text, needs, seed):
     wanted = [x, *params]
     return [tensor.new_empty(tensor.shape) for tensor, flag in zip(wanted, needs, strict=True) if flag == "1"]
 
 
 def _save(ctx, inputs, output):
-    x, params, table_text, _, _ = inputs
+    x, params, table_text, _, _, seed = inputs
     saved = output[2]
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, saved, *params)
+    ctx.save_for_backward(seed, x, saved, *params)
     ctx.table_text = table_text
 
 
 def _backward(ctx, d_out, d_weights, _):
     need_x, need_params, *_ = ctx.needs_input_grad
-    x, *_ = ctx.saved_tensors
+    _, x, *_ = ctx.saved_tensors
     table = codec.decode(ctx.table_text)
     whole = outputs.join(
         (d_out, *(by_level(d_weights, table) if d_weights is not None and d_weights.shape[1] else ())),
@@ -116,7 +119,7 @@ def _backward(ctx, d_out, d_weights, _):
         tasks_apart=False,
     )
     d_x, d_params = _gradients(ctx.saved_tensors, whole, ctx.table_text, (need_x, *need_params))
-    return d_x, d_params, None, None, None
+    return d_x, d_params, None, None, None, None
 
 
 def _gradients(
@@ -126,10 +129,10 @@ def _gradients(
 
     Returns: None in place of a gradient on which no output with a gradient depends.
     """
-    x, saved, *params = tensors
+    seed, x, saved, *params = tensors
     d_out, d_weights, tasks, levels = upstream
     flags, needs = _wanted(table_text, tasks, levels, needed)
-    arguments = (d_out, d_weights, x, params, saved, table_text, needs)
+    arguments = (d_out, d_weights, x, params, saved, table_text, needs, seed)
     if not torch.compiler.is_compiling() and (transforming() or torch._C._functorch.is_legacy_batchedtensor(d_out)):
         return _batched(*arguments)
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -156,18 +159,23 @@ def _wanted(
     return flags, "".join("1" if flag else "0" for flag in flags)
 
 
-def _batched(d_out, d_weights, x, params, saved, table_text, needs) -> tuple[Tensor | None, list[Tensor | None]]:
+def _batched(d_out, d_weights, x, params, saved, table_text, needs, seed) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradients under vmap (`is_grads_batched`), by the reference.
 
     vmap can batch plain PyTorch, but no C++ kernel.
     """
-    grads = _plain_gradients(d_out, d_weights, x, params, codec.decode(table_text))
+    grads = _plain_gradients(d_out, d_weights, x, params, codec.decode(table_text), seed)
     d_x, *d_params = [d if flag == "1" else None for d, flag in zip(grads, needs, strict=True)]
     return d_x, d_params
 
 
 def _plain_gradients(
-    d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], table: Table
+    d_out: Tensor,
+    d_weights: Tensor | None,
+    x: Tensor,
+    params: Sequence[Tensor],
+    table: Table,
+    seed: Tensor | None,
 ) -> list[Tensor | None]:
     """The reference's backward, in float32 where x is narrower, as the kernels sum.
 
@@ -175,14 +183,14 @@ def _plain_gradients(
     """
     d_levels = by_level(at_least_float32(d_weights), table) if d_weights is not None else (None,) * len(table.levels)
     d_x, d_params = reference.backward(
-        at_least_float32(x), [at_least_float32(p) for p in params], table, at_least_float32(d_out), d_levels
+        at_least_float32(x), [at_least_float32(p) for p in params], table, at_least_float32(d_out), d_levels, seed
     )
     return [d if d is None else d.to(t.dtype) for d, t in zip((d_x, *d_params), (x, *params), strict=True)]
 
 
 def _save_for_double(ctx, inputs, output):
-    d_out, d_weights, x, params, _, table_text, needs = inputs
-    ctx.save_for_backward(d_out, d_weights, x, *params)
+    d_out, d_weights, x, params, _, table_text, needs, seed = inputs
+    ctx.save_for_backward(seed, d_out, d_weights, x, *params)
     ctx.table_text = table_text
     ctx.needs = needs
 
@@ -193,13 +201,13 @@ def _double_backward(ctx, dd):
     again = torch.is_grad_enabled()
     # A third derivative goes on through their history. An alias each, because d_out may itself
     # depend on x: that path is not ours.
+    seed, *saved = ctx.saved_tensors
     tensors = [
-        t if t is None else t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_()
-        for t in ctx.saved_tensors
+        t if t is None else t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_() for t in saved
     ]
     d_out, d_weights, x, *params = tensors
     with torch.enable_grad(), without_autocast(x):
-        grads = _plain_gradients(d_out, d_weights, x, params, table)
+        grads = _plain_gradients(d_out, d_weights, x, params, table, seed)
         wanted = [d for d, flag in zip(grads, ctx.needs, strict=True) if flag == "1"]
         pairs = [(d, g) for d, g in zip(wanted, dd, strict=True) if g is not None and d is not None and d.requires_grad]
         inputs = [t for t in tensors if t is not None]
@@ -211,7 +219,7 @@ def _double_backward(ctx, dd):
                 )
             )
     d_d_out, d_d_weights, dd_x, *dd_params = [None if t is None else next(results) for t in tensors]
-    return d_d_out, d_d_weights, dd_x, dd_params, None, None, None
+    return d_d_out, d_d_weights, dd_x, dd_params, None, None, None, None
 
 
 if EXTENSION is not None:

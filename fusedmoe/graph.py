@@ -8,7 +8,7 @@ table, `codec.py` writes it, and csrc/table.cpp reads it: parameters are numbere
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -80,10 +80,10 @@ class Expert:
 
 @dataclass(frozen=True)
 class Gate:
-    """A softmax over the experts `sees`.
+    """A softmax over the experts `sees`, but for those at the places `closed`.
 
     Its logits are `factor` times one of: the output of an MLP, the parameter `free`, or query . keys.
-    Several `mlps` are alternatives; their stages are the same.
+    Several `mlps` are alternatives, of the same stages; number `choice` is used.
     """
 
     sees: tuple[int, ...]
@@ -92,6 +92,18 @@ class Gate:
     query: tuple[Vector, ...]
     keys: tuple[tuple[Vector, ...], ...]
     factor: float
+    choice: int = 0
+    closed: tuple[int, ...] = ()
+
+    @property
+    def mlp(self) -> Mlp | None:
+        """The MLP that gives the logits, if one does."""
+        return self.mlps[self.choice] if self.mlps else None
+
+    @property
+    def seen(self) -> dict[int, int]:
+        """The experts over which the softmax is, and the place of each in `sees`."""
+        return {e: j for j, e in enumerate(self.sees) if j not in self.closed}
 
 
 @dataclass(frozen=True)
@@ -141,6 +153,13 @@ class Parameter:
     live: bool
 
 
+class Reads(NamedTuple):
+    """What a node depends on: (node, whether the read is detached) pairs, and its own parameters."""
+
+    nodes: tuple[tuple[Node, bool], ...]
+    parameters: tuple[int, ...]
+
+
 class Node(NamedTuple):
     """A part of a graph on which others depend: an input slot, an expert, a unit, a unit's mixing
     weights, or a tower. place: of its input or level; number: its own there."""
@@ -178,12 +197,17 @@ class Graph:
         return 2 * (sum(s.k * s.width for s in stages) + sum(u.width * len(u.reads) for u in units))
 
     @cached_property
+    def streams(self) -> int:
+        """Stages with dropout, of what is computed."""
+        return sum(stage.dropout > 0 for mlp in self.mlps for stage in mlp.stages)
+
+    @cached_property
     def mlps(self) -> tuple[Mlp, ...]:
         """Every MLP that is computed: of experts, gates and towers."""
         found: list[Mlp] = []
         for level in self.levels:
             found += [expert.mlp for expert in level.experts if expert.computed]
-            found += [u.gate.mlps[0] for u in level.units if u.computed and u.gate and u.gate.sees and u.gate.mlps]
+            found += [u.gate.mlp for u in level.units if u.computed and u.gate and u.gate.sees and u.gate.mlp]
         return (*found, *self.towers)
 
     @cached_property
@@ -199,49 +223,14 @@ class Graph:
         return tuple(node_of(v, len(self.levels)) for mlp in self.towers for v in mlp.sources if not v.detached)
 
     @cached_property
-    def computed_weights(self) -> tuple[Node, ...]:
-        """The mixing weights of every unit that is computed."""
-        return tuple(
-            Node("weights", number, u)
-            for number, level in enumerate(self.levels)
-            for u, unit in enumerate(level.units)
-            if unit.computed
-        )
-
-    def reached(self, starts: Iterable[Node], detached: bool) -> tuple[set[Node], set[int]]:
-        """Return the nodes and parameters on which these nodes depend, themselves included.
-
-        Args:
-            detached: follow detached reads too (what must be computed), or not (what has a
-                gradient).
-        """
-        nodes, parameters, waiting = set(starts), set[int](), list(starts)
-        while waiting:
-            node = waiting.pop()
-            reads, own = self._reads(node)
-            parameters.update(own)
-            new = {below for below, is_detached in reads if detached or not is_detached} - nodes
-            nodes |= new
-            waiting += new
-        return nodes, parameters
-
-    def _reads(self, node: Node) -> tuple[list[tuple[Node, bool]], list[int]]:
-        """(node, detached) for everything that a node reads, and the numbers of its parameters."""
-        if node.kind == "input":
-            return [], []
-        if node.kind == "tower":
-            return _of_mlp(self.towers[node.number], 0)
-        level = self.levels[node.place]
-        if node.kind == "expert":
-            return _of_mlp(level.experts[node.number].mlp, node.place)
-        unit = level.units[node.number]
-        static = unit.static if unit.static and unit.static.experts and unit.static.parameter != NOTHING else None
-        if node.kind == "unit":
-            reads = [(Node("expert", node.place, e), False) for e in unit.reads]
-            weights = [(Node("weights", *node[1:]), False)] if unit.gate or unit.static else []
-            return reads + weights, [static.parameter] if static and static.channels else []
-        reads, own = _of_gate(unit.gate, node.place) if unit.gate and unit.gate.sees else ([], [])
-        return reads, own + ([static.parameter] if static and not static.channels else [])
+    def reads(self) -> dict[Node, Reads]:
+        """What every node reads."""
+        found = {Node("input", 0, s): Reads((), ()) for s in range(self.inputs[0].slots)}
+        for number, level in enumerate(self.levels):
+            found |= {Node("expert", number, e): _of_mlp(x.mlp, number) for e, x in enumerate(level.experts)}
+            for u, unit in enumerate(level.units):
+                found |= reads_of_unit(unit, number, u)
+        return found | {Node("tower", 0, t): _of_mlp(mlp, 0) for t, mlp in enumerate(self.towers)}
 
 
 def node_of(vector: Vector, level: int) -> Node:
@@ -255,15 +244,60 @@ def numbers_of(stages: Iterable[Stage]) -> Iterator[int]:
         yield from (number for number in (stage.weight, stage.bias, stage.slope) if number != NOTHING)
 
 
-def _of_mlp(mlp: Mlp, level: int) -> tuple[list[tuple[Node, bool]], list[int]]:
-    return [(node_of(v, level), v.detached) for v in mlp.sources], list(numbers_of(mlp.stages))
+def reached(reads: Mapping[Node, Reads], starts: Iterable[Node], detached: bool) -> tuple[set[Node], set[int]]:
+    """Return the nodes and parameters on which these nodes depend, themselves included.
+
+    Args:
+        detached: follow detached reads too (what must be computed), or not (what has a gradient).
+    """
+    nodes, parameters = set(starts), set[int]()
+    waiting = list(nodes)
+    while waiting:
+        below, own = reads[waiting.pop()]
+        parameters.update(own)
+        for node, is_detached in below:
+            if node not in nodes and (detached or not is_detached):
+                nodes.add(node)
+                waiting.append(node)
+    return nodes, parameters
 
 
-def _of_gate(gate: Gate, level: int) -> tuple[list[tuple[Node, bool]], list[int]]:
-    vectors = [v for mlp in gate.mlps for v in mlp.sources]
-    vectors += [v for group in (gate.query, *gate.keys) for v in group]
-    own = list(numbers_of(gate.mlps[0].stages)) if gate.mlps else []
-    return [(node_of(v, level), v.detached) for v in vectors], own + ([gate.free] if gate.free != NOTHING else [])
+def reads_of_unit(unit: Unit, level: int, u: int) -> dict[Node, Reads]:
+    """What a unit and its mixing weights read."""
+    static = unit.static if unit.static and unit.static.parameter != NOTHING else None
+    if static and not set(static.experts) & set(unit.reads):
+        static = None
+    learned = (static.parameter,) if static else ()
+    channels = static is not None and static.channels
+    weights, experts = Node("weights", level, u), [Node("expert", level, e) for e in unit.reads]
+    mixed = [weights] if unit.gate or unit.static else []
+    of_gate = _of_gate(unit.gate, level) if unit.gate and unit.gate.sees else Reads((), ())
+    return {
+        Node("unit", level, u): Reads(tuple((n, False) for n in experts + mixed), learned if channels else ()),
+        weights: Reads(of_gate.nodes, of_gate.parameters + (() if channels else learned)),
+    }
+
+
+def _of_mlp(mlp: Mlp, level: int) -> Reads:
+    return Reads(tuple((node_of(v, level), v.detached) for v in mlp.sources), tuple(numbers_of(mlp.stages)))
+
+
+def _of_gate(gate: Gate, level: int) -> Reads:
+    if gate.mlp:
+        return _of_mlp(gate.mlp, level)
+    keys = [gate.keys[j] for j in gate.seen.values()] if gate.keys else []
+    vectors = [v for group in (gate.query, *keys) for v in group]
+    return Reads(tuple((node_of(v, level), v.detached) for v in vectors), (gate.free,) if gate.free != NOTHING else ())
+
+
+def live_columns(graph: Graph) -> list[tuple[int, int]]:
+    """(first column, width) of what reads an input slot and lets a gradient through."""
+    mlps = [expert.mlp for level in graph.levels for expert in level.experts if expert.differentiated]
+    gates = [unit.gate for level in graph.levels for unit in level.units if unit.computed and unit.gate]
+    mlps += [*graph.towers, *(mlp for gate in gates for mlp in gate.mlps)]
+    vectors = [v for mlp in mlps for v in mlp.sources]
+    vectors += [v for gate in gates for group in (gate.query, *gate.keys) for v in group]
+    return [(v.first, v.width) for v in vectors if v.kind == "input" and not v.detached]
 
 
 def product(sizes: Iterable[int]) -> int:
@@ -282,12 +316,27 @@ def with_shared(value: Any, first: int) -> Any:
     return replace(value, **{field: with_shared(getattr(value, field), first) for field in value.__dataclass_fields__})
 
 
-def with_liveness(numbered: Graph) -> Graph:
-    """The graph with `computed`, `differentiated` and `live` filled in."""
-    computed, numbers = numbered.reached(numbered.outputs, detached=True)
-    weights = [node for node in computed if node.kind == "weights"]
-    differentiated, live = numbered.reached([*numbered.outputs, *weights], detached=False)
+class Liveness(NamedTuple):
+    """The nodes on which some output depends, and to which a gradient of some output comes; the
+    numbers of such parameters."""
 
+    computed: set[Node]
+    differentiated: set[Node]
+    numbers: set[int]
+    live: set[int]
+
+
+def liveness(reads: Mapping[Node, Reads], outputs: Iterable[Node]) -> Liveness:
+    """What is to be done for these outputs, mixing weights among them."""
+    computed, numbers = reached(reads, outputs, detached=True)
+    weights = [node for node in computed if node.kind == "weights"]
+    differentiated, live = reached(reads, [*outputs, *weights], detached=False)
+    return Liveness(computed, differentiated, numbers, live)
+
+
+def with_liveness(numbered: Graph, found: Liveness) -> Graph:
+    """The graph with `computed`, `differentiated` and `live` filled in."""
+    computed, differentiated, numbers, live = found
     levels = []
     for number, level in enumerate(numbered.levels):
         experts = [Node("expert", number, e) for e in range(len(level.experts))]

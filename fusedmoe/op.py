@@ -31,20 +31,25 @@ from fusedmoe import casting, codec, cpu
 from fusedmoe.backends import autocasts_to, choose
 from fusedmoe.casting import at_least_float32, autocasts, without_autocast
 from fusedmoe.checks import check
+from fusedmoe.inputs import join
 from fusedmoe.outputs import Options, apart, by_level, for_tasks, needs_gradient, per_task, without_graph
 from fusedmoe.reference import autograd
+from fusedmoe.reference.philox import draw_seed
+from fusedmoe.route import Route, Routed
 from fusedmoe.table import Table
 from fusedmoe.validation import require_flag
 
 
 def fusion_network(
-    x: Tensor,
+    x: Tensor | Sequence[Tensor],
     params: Sequence[Tensor],
     table: Table,
     backend: str = "auto",
     return_mixing_weights: bool = False,
     recompute: bool = False,
     tasks_apart: bool = False,
+    training: bool = False,
+    route: Route | None = None,
 ) -> Any:
     """Run a network: every level in turn, and its task towers if it has any.
 
@@ -57,6 +62,7 @@ def fusion_network(
 
     Args:
         x: [B, S, D], or [B, D] if the table has one slot; any strides (an expanded x is read once).
+            A list of such tensors, one for each of `table.inputs`, if there are several.
         params: the tensors of `table.parameters`, in that order, of x's dtype and device.
         table: what reads what.
         backend: "auto" (the first that can serve the call), or a name out of
@@ -67,6 +73,11 @@ def fusion_network(
             bits. (The reference always keeps only its inputs.)
         tasks_apart: return a list of T tensors [B, O]; the tower of a task that is left out of the
             loss then gets the gradient None.
+        training: apply the table's Dropout. Its seed is drawn from torch's generator for x's
+            device, once a call; the mask depends on the seed, the row and the column alone.
+        route: of every level, of every unit a `Choice`, or None for all experts and the first
+            selector (`fusedmoe.route`). What it leaves out is skipped; experts and parameters that
+            no unit needs then get the gradient None.
 
     Returns: out, of x's dtype: [B, T, O] with towers; [B, U, H] if the table has no tasks;
         otherwise [B, T, H'], the concatenation of the units that each task reads. (A single unit
@@ -74,22 +85,30 @@ def fusion_network(
         with [B, U, E] for each level), zero where a unit does not read an expert.
     Raises: TypeError, ValueError if x, the parameters and the table do not fit together; says
         which, expected and got. TypeError for an option that is neither True nor False.
-        RuntimeError if the backend cannot run here, or not with these tensors; says why.
+        ValueError for a route that leaves a unit no expert, or names one that its gate does not
+        see. RuntimeError if the backend cannot run here, or not with these tensors; says why.
 
     The module's docstring says what holds for gradients, dtypes and autocast.
 
     Source: MMoE eq. 6-8, PLE eq. 2-7, AdaTT eq. 2-10.
     """
+    if isinstance(table, Table) and not (isinstance(x, Tensor) and len(table.inputs) == 1):
+        x = join(x, table)
     fit = isinstance(x, Tensor) and x.dim() in (2, 3) and x.is_floating_point()
     if not (fit and isinstance(table, Table) and isinstance(params, Iterable)):
         check(x, params, table)
     # One comparison where all are right, for every call passes here.
-    if not type(return_mixing_weights) is type(recompute) is type(tasks_apart) is bool:
+    if not type(return_mixing_weights) is type(recompute) is type(tasks_apart) is type(training) is bool:
         require_flag(return_mixing_weights, "return_mixing_weights")
         require_flag(recompute, "recompute")
         require_flag(tasks_apart, "tasks_apart")
+        require_flag(training, "training")
+    if route is not None:
+        table = Routed(table, route)
     params, options = list(params), Options(backend, return_mixing_weights, recompute, tasks_apart)
-    return _run_under_autocast(x, params, table, options) if _autocast_on(x) else _run(x, params, table, options)
+    seed = draw_seed(x.device) if training and table.has_dropout else None
+    run = _run_under_autocast if _autocast_on(x) else _run
+    return run(x, params, table, options, seed)
 
 
 def _autocast_on(x: Tensor) -> bool:
@@ -99,20 +118,22 @@ def _autocast_on(x: Tensor) -> bool:
     return autocasts(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
-def _run_under_autocast(x: Tensor, params: list[Tensor], table: Table, options: Options) -> Any:
+def _run_under_autocast(x: Tensor, params: list[Tensor], table: Table, options: Options, seed: Tensor | None) -> Any:
     """Run in autocast's dtype what its own linear layers would, all else in float32 at least."""
     dtype = _autocast_dtype(x, params, options.backend)
     with without_autocast(x):
         if dtype is None:
-            return _run(at_least_float32(x), [at_least_float32(p) for p in params], table, options)
+            return _run(at_least_float32(x), [at_least_float32(p) for p in params], table, options, seed)
         # The C++ kernels round parameters in float32 as they read them.
         if choose(options.backend, x.device, dtype) != "cpu":
             check(x, params, table, cast=True)
             params = casting.cast(params, dtype)
-        return _run(_cast(x, dtype), params, table, options, cast=True)
+        return _run(_cast(x, dtype), params, table, options, seed, cast=True)
 
 
-def _run(x: Tensor, params: list[Tensor], table: Table, options: Options, cast: bool = False) -> Any:
+def _run(
+    x: Tensor, params: list[Tensor], table: Table, options: Options, seed: Tensor | None, cast: bool = False
+) -> Any:
     """Run the backend that serves the call, outside of autocast; `cast` as in `check`."""
     slots = x if x.dim() == 3 else x.unsqueeze(1)
     run = RUN[_serving(options.backend, x, table)]
@@ -123,10 +144,10 @@ def _run(x: Tensor, params: list[Tensor], table: Table, options: Options, cast: 
         # The kernels would take float32 parameters, all alike, too.
         check(x, params, table)
     if torch.compiler.is_compiling():
-        outs, weights = run(slots, params, table, inside)
+        outs, weights = run(slots, params, table, inside, seed)
     else:
         try:
-            outs, weights = run(slots, params, table, inside)
+            outs, weights = run(slots, params, table, inside, seed)
         except (RuntimeError, TypeError, ValueError, AttributeError):
             check(x, params, table, cast)
             raise
@@ -176,7 +197,7 @@ def _kernels() -> Any:
 
 
 def _run_kernels(
-    backend: str, x: Tensor, params: list[Tensor], table: Table, options: Options
+    backend: str, x: Tensor, params: list[Tensor], table: Table, options: Options, seed: Tensor | None
 ) -> tuple[Sequence[Tensor], tuple[Tensor, ...]]:
     # Here, because `import fusedmoe` is to cost nothing on machines that never call it.
     if torch.compiler.is_compiling():
@@ -184,13 +205,16 @@ def _run_kernels(
 
         text = codec.encode(table)
         out, weights, *_ = registered.forward(
-            x, params, text, needs_gradient(x, params), options.mixing, options.recompute, backend
+            x, params, text, needs_gradient(x, params), options.mixing, options.recompute, backend, seed
         )
         return without_graph(out, by_level(weights, table) if options.mixing else (), options)
-    return apart(_kernels().run(x, params, table, options), table, options)
+    return apart(_kernels().run(x, params, table, options, seed), table, options)
 
 
-RUN: dict[str, Callable[[Tensor, list[Tensor], Table, Options], tuple[Sequence[Tensor], tuple[Tensor, ...]]]] = {
+Run = Callable[
+    [Tensor, list[Tensor], Table, Options, "Tensor | None"], tuple[Sequence[Tensor], tuple[Tensor, ...]]
+]
+RUN: dict[str, Run] = {
     "cpu": cpu.run,
     "triton": functools.partial(_run_kernels, "triton"),
     "cuda": functools.partial(_run_kernels, "cuda"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedmoe import codec
+from fusedmoe.graph import reached
 from fusedmoe.table import Table
 
 
@@ -30,7 +31,7 @@ def for_tasks(out: Tensor, table: Table) -> Tensor:
 
     Returns: `out` itself if the table has towers or no tasks.
     """
-    tasks = table.graph.tasks
+    tasks = table.whole.tasks
     if not tasks:
         return out
     first = [read[0] for read in tasks]
@@ -156,13 +157,14 @@ def dependencies(table: Table, tasks: tuple[bool, ...], levels: tuple[bool, ...]
             tensor, which layers stack before they hand it out.
         levels: of which levels the mixing weights.
     """
-    network = table.graph
+    network = table.whole
     starts = [node for node, wanted in zip(network.outputs, tasks, strict=bool(network.towers)) if wanted]
     if any(tasks):
         # Without towers one flag stands for all units.
         starts += network.read_by_towers if network.towers else network.outputs
-    starts += [node for node in network.computed_weights if levels[node.place]]
-    nodes, parameters = network.reached(starts, detached=False)
+    alive = (n for n in table.reads if n.kind == "weights" and levels[n.place])
+    starts += [node for node in alive if table.computes(node)]
+    nodes, parameters = reached(table.reads, starts, detached=False)
     on_x = any(node.kind == "input" for node in nodes)
     return (on_x, *(i in parameters for i in range(len(table.parameters))))
 

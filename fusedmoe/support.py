@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from fusedmoe.graph import COPY, LINEAR, NORM, NOTHING, Gate, Graph, Mlp, Unit, Vector
 
-SEVERAL_INPUTS = "several inputs"
 COLUMNS = "sources of some columns of a vector"
 DETACHED = "detached sources"
 JOINED_COPIES = "copies of several sources"
@@ -22,17 +21,14 @@ FREE_GATES = "gates without a selector"
 ATTENTION = "attention"
 CHANNELS = "static weights per channel"
 PRODUCTS = "products of experts"
-# Alternatives are chosen by a route.
-ALTERNATIVES = "gates with several selectors"
+ROUTES = "a route of the call"
 
-# Of nothing yet.
-NOBODY_HAS = {SEVERAL_INPUTS, DROPOUT, ALTERNATIVES}
 GPU_LACK = {
-    *NOBODY_HAS,
+    *(DROPOUT, ROUTES),
     *(LAYER_NORM, PRELU, BARE_OPS, FREE_GATES, ATTENTION, CHANNELS, PRODUCTS),
     *(JOINED_COPIES, COLUMNS, DETACHED, JOINED_SELECTORS, SHARED_PARAMETERS, TEMPERATURE),
 }
-LACK: dict[str, set[str]] = {"cpu": NOBODY_HAS, "triton": GPU_LACK, "cuda": GPU_LACK, "reference": NOBODY_HAS}
+LACK: dict[str, set[str]] = {"cpu": set(), "triton": GPU_LACK, "cuda": GPU_LACK, "reference": set()}
 
 
 def lacking(graph: Graph, backend: str) -> str | None:
@@ -44,8 +40,6 @@ def lacking(graph: Graph, backend: str) -> str | None:
 
 
 def _features(graph: Graph) -> Iterator[tuple[str, str]]:
-    if len(graph.inputs) > 1:
-        yield SEVERAL_INPUTS, "table.inputs"
     uses = Counter(stage.weight for mlp in graph.mlps for stage in mlp.stages if stage.kind == LINEAR)
     uses.update(stage.bias for mlp in graph.mlps for stage in mlp.stages if stage.bias != NOTHING)
     for number, level in enumerate(graph.levels):
@@ -73,12 +67,10 @@ def _of_gate(gate: Gate, where: str, uses: Counter[int]) -> Iterator[tuple[str, 
         yield FREE_GATES, where
     elif gate.factor != 1.0:
         yield TEMPERATURE, where
-    if len(gate.mlps) > 1:
-        yield ALTERNATIVES, where
-    for mlp in gate.mlps:
-        if len(mlp.sources) > 1:
+    if gate.mlp:
+        if len(gate.mlp.sources) > 1:
             yield JOINED_SELECTORS, where
-        yield from _of_mlp(mlp, where, uses)
+        yield from _of_mlp(gate.mlp, where, uses)
     for vectors in (gate.query, *gate.keys):
         yield from _of_vectors(vectors, where)
 

@@ -13,13 +13,14 @@ Every family in `families.py` is a function that returns a `Table`; every backen
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fusedmoe.backends import TABLE_VERSION
 from fusedmoe.encoding import write
-from fusedmoe.graph import Graph, Parameter
+from fusedmoe.graph import Graph, Node, Parameter, Reads, live_columns
 from fusedmoe.parts import Draft
-from fusedmoe.resolve import resolve
+from fusedmoe.resolve import column_of, resolve
 from fusedmoe.support import LACK, lacking
 
 # The words that an encoded table begins with; the number is that of the format.
@@ -37,7 +38,8 @@ class Table(Draft):
         shared: the shapes of learned tensors that static weights and linear maps may share.
 
     `graph` is the table with every reference resolved (`graph.py`), `text` the table as the
-    operator takes it (`codec.py`), and `lacking` says by backend what its kernels cannot run of it.
+    operator takes it (`codec.py`), `lacking` says by backend what its kernels cannot run of it, and
+    `live_inputs` which inputs have a gradient.
 
     Raises: ValueError for a table that contradicts itself, or that is too large: more than 2^20
         slots, units or experts in a level, or a width or shared tensor beyond 2^40. It names the
@@ -47,6 +49,7 @@ class Table(Draft):
     graph: Graph = field(init=False, repr=False, compare=False)
     text: str = field(init=False, repr=False, compare=False)
     lacking: dict[str, str | None] = field(init=False, repr=False, compare=False)
+    live_inputs: tuple[bool, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Worked out here, once: at a call it would cost more than a small network, and
@@ -54,6 +57,7 @@ class Table(Draft):
         graph = resolve(self)
         object.__setattr__(self, "graph", graph)
         object.__setattr__(self, "lacking", {backend: lacking(graph, backend) for backend in LACK})
+        object.__setattr__(self, "live_inputs", self._live_inputs())
         own: list[str] = []
         write(self, Table, own)
         resolved: list[str] = []
@@ -64,6 +68,30 @@ class Table(Draft):
         # What is worked out is worked out anew: a handle (`codec.handle`) is one of this process.
         return Table, (self.inputs, self.levels, self.tasks, self.shared)
 
+    def _live_inputs(self) -> tuple[bool, ...]:
+        if len(self.inputs) == 1:
+            return (True,)
+        ends = [column_of(self.inputs, i, 0) for i in range(len(self.inputs) + 1)]
+        columns = live_columns(self.graph)
+        return tuple(
+            any(first < end and begin < first + width for first, width in columns)
+            for begin, end in zip(ends, ends[1:], strict=False)
+        )
+
+    @property
+    def whole(self) -> Graph:
+        """The graph of all experts and selectors, which a call's route cuts down (`route.py`)."""
+        return self.graph
+
+    @property
+    def reads(self) -> Mapping[Node, Reads]:
+        """What every node of the graph reads."""
+        return self.graph.reads
+
+    def computes(self, node: Node) -> bool:
+        """Whether some output depends on the weights of a unit."""
+        return self.graph.levels[node.place].units[node.number].computed
+
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         """Every parameter, in the operator's order.
@@ -72,22 +100,27 @@ class Table(Draft):
         A linear map has its weight [width, K], then its bias [width] if it has one. The last map of
         a gate is [len(sees), K].
         """
-        return self.graph.parameters
+        return self.whole.parameters
 
     @property
     def output(self) -> tuple[int, ...]:
         """(T, width of the towers), or without towers (U, H): the output is [B, *output]."""
-        return self.graph.output
+        return self.whole.output
 
     @property
     def mixing(self) -> int:
         """Mixing weights of a row, all levels: sum of U x E."""
-        return self.graph.mixing
+        return self.whole.mixing
 
     @property
     def has_towers(self) -> bool:
         """Whether task towers stand above the last level."""
-        return bool(self.graph.towers)
+        return bool(self.whole.towers)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether some stage drops out what it computes, in a call that trains."""
+        return self.whole.streams > 0
 
     @property
     def flops(self) -> int:

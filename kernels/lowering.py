@@ -171,7 +171,7 @@ class _Lowering:
         for u, unit in enumerate(level.units):
             if not unit.computed:
                 continue
-            gate = self.mlp(front, number, unit.gate.mlps[0])[1] if unit.gate and unit.gate.sees else None
+            gate = self.mlp(front, number, unit.gate.mlp)[1] if unit.gate and unit.gate.sees else None
             units.append(self.unit(unit, gate, column, places, u * len(level.experts)))
             columns[u] = column
             column += unit.width if last_level else rounded_up(unit.width, COLUMN)
@@ -227,6 +227,6 @@ def _linear(sources: tuple[Source, ...], stage: Stage) -> Linear:
 
 def _read_experts(level: Level) -> set[int]:
     """The experts that gates and other experts of this level read."""
-    mlps = [unit.gate.mlps[0] for unit in level.units if unit.computed and unit.gate and unit.gate.sees]
+    mlps = [unit.gate.mlp for unit in level.units if unit.computed and unit.gate and unit.gate.sees]
     mlps += [expert.mlp for expert in level.experts if expert.computed]
     return {vector.index for mlp in mlps for vector in mlp.sources if vector.kind == "expert"}

@@ -81,6 +81,8 @@ void backward_unit(const BackwardBlock<T>& b, const UnitPlan& unit) {
   if (unit.p.width == 0) return;
   const bool linear = unit.gate.stages.count > 0;
   T* d_z = linear ? b.d_z(unit.gate.stages[unit.gate.stages.count - 1]) : b.d_linears;
+  // What a route leaves out has no gradient.
+  if (unit.open.count) memset(d_z, 0, unit.p.width * b.ld * sizeof(T));
   softmax_backward<T>(unit.reads, p, dw, T(unit.factor), b.ld, d_z);
   if (linear)
     backward_mlp<Operands>(b, unit.gate);

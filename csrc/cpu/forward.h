@@ -26,11 +26,14 @@ struct Transposed {
     } else {
       copied(b, stage);
     }
-    if (stage.slope >= 0 || (!relu && stage.act != Act::identity)) activated(b, stage, z, b.at(stage.out));
+    if (stage.slope >= 0 || (!relu && stage.act != Act::identity))
+      activated(b, stage, z, b.at(stage.out));
+    else
+      drop_out(b, stage, z);
   }
   static void weights(const Block<T>& b, const UnitPlan& unit) {
     if (!unit.gate.stages.count) other_logits(b, unit);
-    if (unit.p.width) softmax(b.at(unit.logits), T(unit.factor), unit.p.width, b.ld, b.at(unit.p));
+    if (unit.p.width) softmax_of(b, unit);
     mixing_weights(unit.reads, b.call.params, b.at(unit.p), b.ld, b.at(unit.w));
   }
   static int64_t weight_lanes(const Block<T>& b) { return b.ld; }

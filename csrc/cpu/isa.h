@@ -10,6 +10,8 @@ template <class T>
 struct Call {
   const T* x = nullptr;  // [B, S, D]: rows at row_stride, slots at slot_stride, the last dimension contiguous
   int64_t rows = 0, row_stride = 0, slot_stride = 0;
+  bool drops = false;      // whether dropout is on, and its seed
+  uint64_t seed = 0;
   const T* const* params = nullptr;
   const uint16_t* const* bf16_weights =
       nullptr;           // a plan of bfloat16 takes the linears' weights from here, and only the vectors from params

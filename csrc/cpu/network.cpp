@@ -167,7 +167,7 @@ void forward(const Plan& plan, const Call<T>& call, const ForEach& each) {
   const Kernels<T>& kernels = chosen_isa().kernels<T>(plan);
   const RunBlock<T> run = call.packed ? kernels.packed : kernels.forward,
                     few = call.packed ? kernels.packed_few : kernels.forward_few;
-  if (call.rows <= (call.packed ? packed_few_rows : few_rows) && !plan.training && plan.linear && few) {
+  if (call.rows <= (call.packed ? packed_few_rows : few_rows) && !plan.training && plan.linear && !call.drops && few) {
     each((call.rows + few_rows - 1) / few_rows, [&](int64_t part) {
       const int64_t row = part * few_rows, rows = std::min(few_rows, call.rows - row);
       few(plan, call, row, rows, thread_scratch<T>(forward_scratch(plan, rows)));

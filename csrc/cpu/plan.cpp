@@ -2,7 +2,6 @@
 
 #include "allocation.h"
 #include "groups.h"
-#include "support.h"
 
 #include <algorithm>
 #include <map>
@@ -115,13 +114,14 @@ class Builder : Allocation {
       plan_.backward_reads_inputs = plan_.backward_reads_inputs || result.reads_x;
       return result;
     }
-    std::vector<Stage> stages(from.stages.size());
+    const std::vector<graph::Stage> given = without_hidden_derivatives(from.stages);
+    std::vector<Stage> stages(given.size());
     // Later MLPs read the operand of `in` too, so it stands before the space that they may take.
     const bool makes =
-        plan_.bf16 && from.stages[0].kind == graph::StageKind::linear && operand(in.panel).second;
-    place(from.stages.back(), stages.back(), out_saved);
+        plan_.bf16 && given[0].kind == graph::StageKind::linear && operand(in.panel).second;
+    place(given.back(), stages.back(), out_saved);
     int64_t top = top_;
-    for (size_t j = 0; j + 1 < stages.size(); j++) place(from.stages[j], stages[j], !plan_.recompute);
+    for (size_t j = 0; j + 1 < stages.size(); j++) place(given[j], stages[j], !plan_.recompute);
     Panel next = in.panel;
     int64_t d = 0;
     for (Stage& stage : stages) {
@@ -149,11 +149,35 @@ class Builder : Allocation {
     return result;
   }
 
+  // Dropout behind an activation whose derivative is told from its output, which dropout changes,
+  // is a stage of its own; but for the identity and relu, whose derivative stays what it is.
+  std::vector<graph::Stage> without_hidden_derivatives(const std::vector<graph::Stage>& stages) const {
+    std::vector<graph::Stage> result;
+    for (const graph::Stage& stage : stages) {
+      result.push_back(stage);
+      if (!plan_.training || stage.dropout == 0 || stage.slope >= 0 ||
+          (stage.act != Act::sigmoid && stage.act != Act::tanh))
+        continue;
+      result.back().dropout = 0;
+      graph::Stage alone;
+      alone.k = alone.width = stage.width;
+      alone.dropout = stage.dropout;
+      alone.stream = stage.stream;
+      result.push_back(alone);
+    }
+    return result;
+  }
+
   void place(const graph::Stage& from, Stage& stage, bool saved) {
     stage = {from.kind, from.k, from.width, from.weight, from.bias, from.act, from.parameter, {}, {}, {}};
     stage.z = panel(from.width, saved);
     stage.slope = from.slope;
     stage.eps = from.eps;
+    stage.stream = from.stream;
+    if (from.dropout > 0) {
+      stage.threshold = uint32_t(from.dropout * 4294967296.0);
+      stage.kept = 1 / (1 - from.dropout);
+    }
     const bool in_place = (from_output(from.act) && from.slope < 0) || !plan_.training;
     stage.out = in_place ? stage.z : panel(from.width, false);
     stage.d_z = rows(from.width);
@@ -207,13 +231,16 @@ class Builder : Allocation {
     for (const graph::Unit& unit : level.units)
       if (unit.computed) {
         if (unit.gate && !unit.gate->sees.empty()) {
-          for (const graph::Mlp& mlp : unit.gate->mlps) add(mlp.sources);
-          add(unit.gate->query);
-          for (const auto& key : unit.gate->keys) add(key);
+          const graph::Gate& gate = *unit.gate;
+          if (!gate.mlps.empty()) add(gate.mlps[gate.choice].sources);
+          add(gate.query);
+          for (size_t j = 0; j < gate.keys.size(); j++)
+            if (!gate.closes(int(j))) add(gate.keys[j]);
         }
         result.insert(unit.product.begin(), unit.product.end());
         if (unit.static_weights && unit.static_weights->channels)
-          result.insert(unit.static_weights->experts.begin(), unit.static_weights->experts.end());
+          for (int e : unit.static_weights->experts)
+            if (unit.reads_expert(e)) result.insert(e);
       }
     return result;
   }
@@ -247,15 +274,25 @@ class Builder : Allocation {
     std::map<int, Read> reads;
     if (unit.gate && !unit.gate->sees.empty()) {
       const graph::Gate& gate = *unit.gate;
-      for (size_t j = 0; j < gate.sees.size(); j++) reads[gate.sees[j]] = {gate.sees[j], int(j), 0.0, -1, 0};
+      std::vector<int> open;
+      for (size_t j = 0; j < gate.sees.size(); j++) {
+        if (gate.closes(int(j))) continue;
+        reads[gate.sees[j]] = {gate.sees[j], int(j), 0.0, -1, 0};
+        open.push_back(int(j));
+      }
+      if (!gate.closed.empty()) {
+        mix.open = own(std::move(open));
+        plan_.linear = false;
+        plan_.widest = std::max(plan_.widest, int64_t(gate.sees.size()));
+      }
       logits(gate, mix);
       mix.factor = gate.factor;
       mix.p = panel(int64_t(gate.sees.size()), true);
     }
     if (unit.static_weights && unit.static_weights->channels)
-      mix.channels = channels(*unit.static_weights, unit.width);
+      mix.channels = channels(unit);
     else if (unit.static_weights)
-      static_weights(*unit.static_weights, reads);
+      static_weights(unit, reads);
     mix.product = own(unit.product);
     plan_.linear = plan_.linear && mix.product.count == 0 && mix.channels.count == 0;
     std::vector<Read> list;
@@ -270,7 +307,7 @@ class Builder : Allocation {
   void logits(const graph::Gate& gate, UnitPlan& mix) {
     const int64_t count = int64_t(gate.sees.size());
     if (!gate.mlps.empty()) {
-      mix.gate = mlp(gate.mlps[0], false, true);
+      mix.gate = mlp(gate.mlps[gate.choice], false, true);
       mix.logits = mix.gate.out;
       return;
     }
@@ -291,25 +328,31 @@ class Builder : Allocation {
       return Attended{in.panel, in.d};
     };
     query.push_back(attend(gate.query));
-    for (const auto& key : gate.keys) keys.push_back(attend(key));
+    for (size_t j = 0; j < gate.keys.size(); j++)
+      keys.push_back(gate.closes(int(j)) ? Attended{{}, -1} : attend(gate.keys[j]));
     mix.query = own(std::move(query));
     mix.keys = own(std::move(keys));
     mix.gathers = own(std::move(gathers));
   }
 
-  Span<Channels> channels(const graph::Static& given, int64_t width) {
+  Span<Channels> channels(const graph::Unit& unit) {
+    const graph::Static& given = *unit.static_weights;
+    const int64_t width = unit.width;
     std::vector<Channels> result;
     for (size_t j = 0; j < given.experts.size(); j++) {
+      if (!unit.reads_expert(given.experts[j])) continue;
       const int64_t element = given.offset + int64_t(j) * width;
       result.push_back({given.experts[j], given.parameter, element, summed(given.parameter, width, 1, element)});
     }
     return own(std::move(result));
   }
 
-  void static_weights(const graph::Static& given, std::map<int, Read>& reads) {
+  void static_weights(const graph::Unit& unit, std::map<int, Read>& reads) {
+    const graph::Static& given = *unit.static_weights;
     const bool learned = given.parameter >= 0;
     for (size_t j = 0; j < given.experts.size(); j++) {
       const int e = given.experts[j];
+      if (!unit.reads_expert(e)) continue;
       Read& read = reads.try_emplace(e, Read{e, -1, 0.0, -1, 0}).first->second;
       read.parameter = given.parameter;
       read.element = given.offset + int64_t(j);
@@ -364,7 +407,6 @@ class Builder : Allocation {
 }  // namespace
 
 std::unique_ptr<Plan> make_plan(const Graph& graph, PlanKind kind) {
-  require_kernels(graph);
   auto plan = std::make_unique<Plan>();
   plan->graph = graph;
   plan->training = kind.training;

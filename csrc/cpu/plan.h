@@ -73,6 +73,10 @@ struct Stage {
   int slope = -1;
   bool slope_per_column = false;
   double eps = 0;
+  // Dropout: the least word that is kept, what it is multiplied by (0: no dropout), its number.
+  uint32_t threshold = 0;
+  double kept = 0;
+  int stream = -1;
   Panel normal = {}, r = {};
   // Rows of the chunk's buffer: what the gradients of the slope, gamma, and beta or a copy's b are sums of; or -1.
   int64_t d_slope = -1, d_gamma = -1, d_beta = -1;
@@ -136,7 +140,7 @@ struct UnitPlan {
   Panel logits;         // of any gate
   int free = -1;        // the parameter that is the logits, and rows of the chunk's buffer for their gradient
   int64_t d_free = -1;
-  Span<Attended> query, keys;  // the query is one
+  Span<Attended> query, keys;  // the query is one; a key that is left out has no panel
   Span<Gather> gathers;        // those that they are the first to read
   Span<Channels> channels;
   Span<int> product;           // two experts
@@ -145,6 +149,7 @@ struct UnitPlan {
   int64_t weights;      // column of the mixing weights [B, mixing]
   int64_t d_out, d_w;   // backward: panels of the thread's buffer
   double factor = 1;    // of the logits
+  Span<int> open;       // places of what the gate sees that the call's route leaves; none: all
 };
 
 // Units of one width that are mixed together, and the experts that any of them reads: reads[u *

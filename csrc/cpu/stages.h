@@ -2,6 +2,7 @@
 // what units do besides the mix. Formulas: fusedmoe/reference/operator.py.
 #pragma once
 #include "operands.h"
+#include "philox.h"
 
 namespace fusedmoe::cpu::FUSEDMOE_ISA {
 
@@ -79,21 +80,26 @@ void layer_norm(const Block<T>& b, const Stage& stage) {
   }
 }
 
-// out = a(z), or PReLU of it; `out` may be z.
+// out = a(z), or PReLU of it, and dropout; `out` may be z.
 template <class T>
 void activated(const Block<T>& b, const Stage& stage, const T* z, T* out) {
-  if (stage.slope < 0) return activate<T>(stage.act, T(stage.parameter), z, out, stage.n * b.ld);
-  const T* slope = b.call.params[stage.slope];
-  each_vector<T>(stage.n, b.ld, [&](int64_t n, int64_t at) {
-    const vec<T> x = load<T>(z + at);
-    store<T>(out + at, x > T(0) ? x : slope[stage.slope_per_column ? n : 0] * x);
-  });
+  if (stage.slope < 0) {
+    activate<T>(stage.act, T(stage.parameter), z, out, stage.n * b.ld);
+  } else {
+    const T* slope = b.call.params[stage.slope];
+    each_vector<T>(stage.n, b.ld, [&](int64_t n, int64_t at) {
+      const vec<T> x = load<T>(z + at);
+      store<T>(out + at, x > T(0) ? x : slope[stage.slope_per_column ? n : 0] * x);
+    });
+  }
+  drop_out(b, stage, out);
 }
 
 // dz from the gradient of the output, in place; of PReLU also the rows for its slope.
 template <class T>
 void differentiated(const BackwardBlock<T>& b, const Stage& stage, T* d) {
   const T* z = b.at(stage.z);
+  drop_out<T>(b, stage, d);
   if (stage.slope < 0) return differentiate<T>(stage.act, T(stage.parameter), z, d, stage.n * b.ld);
   const T* slope = b.call.params[stage.slope];
   each_vector<T>(stage.n, b.ld, [&](int64_t n, int64_t at) {
@@ -130,6 +136,19 @@ void layer_norm_backward(const BackwardBlock<T>& b, const Stage& stage, const T*
   }
 }
 
+// p of a gate, over what the call's route leaves of what it sees.
+template <class T>
+void softmax_of(const Block<T>& b, const UnitPlan& unit) {
+  const T* z = b.at(unit.logits);
+  T* p = b.at(unit.p);
+  const int64_t size = b.ld * sizeof(T);
+  if (!unit.open.count) return softmax(z, T(unit.factor), unit.p.width, b.ld, p);
+  T* open = b.workspace;
+  for (int64_t i = 0; i < unit.open.count; i++) memcpy(open + i * b.ld, z + unit.open[i] * b.ld, size);
+  softmax(open, T(unit.factor), unit.open.count, b.ld, open);
+  for (int64_t i = 0; i < unit.open.count; i++) memcpy(p + unit.open[i] * b.ld, open + i * b.ld, size);
+}
+
 // The logits of a gate that is no linear map: a parameter, or query . key of each expert.
 template <class T>
 void other_logits(const Block<T>& b, const UnitPlan& unit) {
@@ -138,6 +157,7 @@ void other_logits(const Block<T>& b, const UnitPlan& unit) {
     each_vector<T>(unit.logits.width, b.ld,
                    [&](int64_t e, int64_t at) { store<T>(z + at, splat<T>(b.call.params[unit.free][e])); });
   for (int64_t j = 0; j < unit.keys.count; j++) {
+    if (unit.keys[j].panel.id < 0) continue;
     const T *q = b.at(unit.query[0].panel), *key = b.at(unit.keys[j].panel);
     dot<T, 1>([&](int) { return q; }, key, unit.query[0].panel.width, b.ld, [&](int) { return z + j * b.ld; });
   }
@@ -147,6 +167,7 @@ void other_logits_backward(const BackwardBlock<T>& b, const UnitPlan& unit, cons
   if (unit.free >= 0) b.store_rows(d_z, unit.d_free, unit.logits.width);
   for (int64_t j = 0; j < unit.keys.count; j++) {
     const Attended &query = unit.query[0], &key = unit.keys[j];
+    if (key.panel.id < 0) continue;
     const auto send = [&](const Attended& from, const Attended& to) {
       if (to.d < 0) return;
       each_vector<T>(from.panel.width, b.ld, [&](int64_t n, int64_t at) {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedmoe.graph import LINEAR, NOTHING, Gate, Stage, Static, Unit, Vector, node_of
 from fusedmoe.reference.activation import pullback
-from fusedmoe.reference.forward import Place, Run, Trace, deviation, own, read, times
+from fusedmoe.reference.forward import Place, Run, Trace, deviation, dropped, own, read, times
 
 
 def _add(total: Tensor | None, term: Tensor) -> Tensor:
@@ -79,9 +79,11 @@ class Backward(NamedTuple):
         if not d_w:
             return
         if unit.static and not unit.static.channels and unit.static.experts and unit.static.parameter != NOTHING:
-            self.static(unit.static, unit.static.experts, torch.stack([d_w[e].sum() for e in unit.static.experts]), 1)
+            zero = next(iter(d_w.values())).new_zeros(())  # of an expert that a route leaves out
+            d_v = [d_w[e].sum() if e in d_w else zero for e in unit.static.experts]
+            self.static(unit.static, unit.static.experts, torch.stack(d_v), 1)
         if unit.gate and unit.gate.sees:
-            self.gate(number, u, unit.gate, torch.stack([d_w[e] for e in unit.gate.sees], -1))
+            self.gate(number, u, unit.gate, torch.stack([d_w[e] for e in unit.gate.seen], -1))
 
     def static(self, static: Static, experts: Sequence[int], d: Tensor, width: int) -> None:
         """Add the gradients of the weights of some experts to the tensor that they are elements of."""
@@ -96,14 +98,18 @@ class Backward(NamedTuple):
         d_z = p * (t - (p * t).sum(-1, keepdim=True))
         if gate.factor != 1.0:
             d_z = gate.factor * d_z
+        if gate.closed:
+            zero = torch.zeros_like(d_z[:, 0])
+            places = {j: place for place, j in enumerate(gate.seen.values())}
+            d_z = torch.stack([d_z[:, places[j]] if j in places else zero for j in range(len(gate.sees))], -1)
         if gate.mlps:
             self.mlp(("gate", number, u), number, d_z)
         elif gate.keys:
             q = read(self.run, gate.query, number)
-            keys = [read(self.run, key, number) for key in gate.keys]
-            self.send(gate.query, number, sum(d_z[:, j, None] * key for j, key in enumerate(keys)))
-            for j, key in enumerate(gate.keys):
-                self.send(key, number, d_z[:, j, None] * q)
+            keys = {j: read(self.run, gate.keys[j], number) for j in gate.seen.values()}
+            self.send(gate.query, number, sum(d_z[:, j, None] * key for j, key in keys.items()))
+            for j in keys:
+                self.send(gate.keys[j], number, d_z[:, j, None] * q)
         else:
             self.parameter(gate.free, d_z.sum(0))
 
@@ -117,6 +123,7 @@ class Backward(NamedTuple):
     def stage(self, stage: Stage, trace: Trace, d: Tensor) -> Tensor:
         """Turn the gradient of a stage's output into that of its input."""
         slope, weight = own(stage.slope, self.params), own(stage.weight, self.params)
+        d = dropped(d, trace)
         if slope is None:
             d_z = pullback(stage.activation, trace.z, d)
         else:

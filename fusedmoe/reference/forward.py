@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusedmoe.graph import LINEAR, NORM, NOTHING, Gate, Graph, Mlp, Stage, Static, Unit, Vector, node_of
 from fusedmoe.reference.activation import apply
+from fusedmoe.reference import philox
 from fusedmoe.table import Table
 
 Softmax = Callable[[Tensor], Tensor]
@@ -24,21 +25,23 @@ def last_softmax(z: Tensor) -> Tensor:
 
 
 class Trace(NamedTuple):
-    """What one stage saw: its input, its z, and the n of a LayerNorm."""
+    """What one stage saw: its input, its z, the n of a LayerNorm, and what dropout multiplies with."""
 
     h: Tensor
     z: Tensor
     n: Tensor | None
+    factors: Tensor | None = None
 
 
 class Run(NamedTuple):
     """What a forward computed, by place; only what some output depends on.
 
     p, w: the softmax [B, len(sees)] and the mixing weights of a unit by expert, each [B]. channels:
-    the static weights v[u,e,:] of units that have them.
+    the static weights v[u,e,:] of units that have them. seed: of dropout, or None.
     """
 
     graph: Graph
+    seed: Tensor | None
     out: Tensor
     values: dict[Place, Tensor]
     p: dict[Place, Tensor]
@@ -47,10 +50,16 @@ class Run(NamedTuple):
     traces: dict[Place, tuple[Mlp, list[Trace]]]
 
 
-def run_forward(x: Tensor, params: Sequence[Tensor], table: Table, softmax: Softmax = last_softmax) -> Run:
+def run_forward(
+    x: Tensor,
+    params: Sequence[Tensor],
+    table: Table,
+    softmax: Softmax = last_softmax,
+    seed: Tensor | None = None,
+) -> Run:
     """The forward pass, with everything that the backward pass reads."""
     graph = table.graph
-    run = Run(graph, x, {("input", 0, s): x[:, s] for s in range(x.shape[1])}, {}, {}, {}, {})
+    run = Run(graph, seed, x, {("input", 0, s): x[:, s] for s in range(x.shape[1])}, {}, {}, {}, {})
     for number, level in enumerate(graph.levels):
         for e, expert in enumerate(level.experts):
             if expert.computed:
@@ -85,11 +94,20 @@ def _mlp(run: Run, place: Place, mlp: Mlp, level: int, params: Sequence[Tensor])
     h, traces = read(run, mlp.sources, level), []
     for stage in mlp.stages:
         trace = _head(stage, h, params)
-        traces.append(trace)
         slope = own(stage.slope, params)
         h = apply(stage.activation, trace.z) if slope is None else torch.where(trace.z > 0, trace.z, slope * trace.z)
+        if stage.dropout and run.seed is not None:
+            trace = trace._replace(factors=philox.factors(run.seed, h, stage.dropout, stage.stream))
+            h = dropped(h, trace)
+        traces.append(trace)
     run.traces[place] = mlp, traces
     return h
+
+
+def dropped(value: Tensor, trace: Trace) -> Tensor:
+    """What dropout leaves of a stage's output, or of its gradient. Chosen: infinity times 0 is NaN."""
+    factors = trace.factors
+    return value if factors is None else torch.where(factors == 0, torch.zeros_like(value), value * factors)
 
 
 def _head(stage: Stage, h: Tensor, params: Sequence[Tensor]) -> Trace:
@@ -118,14 +136,17 @@ def _unit(run: Run, number: int, u: int, unit: Unit, params: Sequence[Tensor], s
     w: dict[int, Tensor] = {}
     if unit.gate and unit.gate.sees:
         logits = _logits(run, ("gate", number, u), unit.gate, number, params)
+        if unit.gate.closed:
+            logits = torch.stack([logits[:, j] for j in unit.gate.seen.values()], -1)
         run.p[place] = softmax(logits.expand(len(x), -1))
-        w = dict(zip(unit.gate.sees, run.p[place].unbind(-1), strict=True))
+        w = dict(zip(unit.gate.seen, run.p[place].unbind(-1), strict=True))
     if unit.static and unit.static.channels:
         values = _static_values(unit.static, params, x, unit.width).view(-1, unit.width)
         run.channels[place] = dict(zip(unit.static.experts, values, strict=True))
     elif unit.static:
         for e, v in zip(unit.static.experts, _static_values(unit.static, params, x, 1), strict=True):
-            w[e] = w[e] + v if e in w else v.expand(len(x))
+            if e in unit.reads:
+                w[e] = w[e] + v if e in w else v.expand(len(x))
     run.w[place] = {e: w[e] for e in unit.reads if e in w}
     total = x.new_zeros(len(x), unit.width)
     for e in unit.reads:
@@ -143,11 +164,14 @@ def times(run: Run, place: Place, e: int, value: Tensor) -> Tensor:
 
 def _logits(run: Run, place: Place, gate: Gate, level: int, params: Sequence[Tensor]) -> Tensor:
     """z[u,:], [B, len(sees)], or [1, len(sees)] of a free gate."""
-    if gate.mlps:
-        z = _mlp(run, place, gate.mlps[0], level, params)
+    if gate.mlp:
+        z = _mlp(run, place, gate.mlp, level, params)
     elif gate.keys:
         q = read(run, gate.query, level)
-        z = torch.stack([(q * read(run, key, level)).sum(-1) for key in gate.keys], -1)
+        zero = q.new_zeros(len(q))  # of a key that is not read
+        z = torch.stack(
+            [zero if j in gate.closed else (q * read(run, key, level)).sum(-1) for j, key in enumerate(gate.keys)], -1
+        )
     else:
         z = params[gate.free][None]
     return z if gate.factor == 1.0 else gate.factor * z

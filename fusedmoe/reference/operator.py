@@ -20,7 +20,8 @@ Forward, for every row b of one level:
 
 reads(u) are the experts in sees(u) and those of v[u].
 
-A stage is h' = a(z): a the activation, or PReLU's
+A stage is h' = m a(z): m dropout's mask in a call that trains, 0 or 1 / (1 - p) by `philox.py`, else
+1; a the activation, or PReLU's
 
     a(z) = z where z > 0, else s z                       s: learned, one or one a column
 
@@ -42,7 +43,7 @@ mixing weights, else 0):
 - factor dz goes through the gate's MLP to its selector; to b[u,:], as its sum over rows; and of
   attention dq = sum over e of factor dz[e] k[e],  dk[e] = factor dz[e] q
 - a product of two experts:              dy[a] = g y[b]     dy[b] = g y[a]
-- a stage, given dh':                    dz = a'(z) dh'     ds = sum over b of dh' z where z <= 0
+- a stage, given dh':                    dz = a'(z) m dh'     ds = sum over b of dh' z where z <= 0
 - a linear map z = W h + b:              dW = sum over b of dz h^T     db = sum over b of dz
                                          dh = W^T dz
 - a LayerNorm, with do = gamma dz:       dgamma = sum over b of dz o   dbeta = sum over b of dz
@@ -88,7 +89,11 @@ from fusedmoe.table import Table
 
 
 def forward(
-    x: Tensor, params: Sequence[Tensor], table: Table, softmax: Softmax = last_softmax
+    x: Tensor,
+    params: Sequence[Tensor],
+    table: Table,
+    softmax: Softmax = last_softmax,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the output of the network and the mixing weights w of its levels.
 
@@ -98,28 +103,34 @@ def forward(
         table: the network.
         softmax: what turns the logits [B, len(sees)] of a gate into p; the tests' truth has one
             that autograd differentiates more accurately.
+        seed: of dropout, int64 [1] (`philox.py`); None: dropout is off.
 
     Returns: out [B, *table.output], and per level w [B, U, E], zero outside reads(u) and for units
         on which no output depends.
     """
-    run = run_forward(x, params, table, softmax)
+    run = run_forward(x, params, table, softmax, seed)
     return run.out, tuple(dense(run, number, x) for number in range(len(table.levels)))
 
 
 def backward(
-    x: Tensor, params: Sequence[Tensor], table: Table, d_out: Tensor, d_weights: Sequence[Tensor | None]
+    x: Tensor,
+    params: Sequence[Tensor],
+    table: Table,
+    d_out: Tensor,
+    d_weights: Sequence[Tensor | None],
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Return the gradients of the input and the parameters; they can be differentiated once more.
 
     Args:
-        x, params, table: as in `forward`.
+        x, params, table, seed: as in `forward`.
         d_out: [B, *table.output], the gradient of the output.
         d_weights: per level the gradient [B, U, E] of the mixing weights, or None; entries outside
             reads(u) are ignored.
 
     Returns: d_x [B, S, D], and one gradient per parameter: None where no gradient reaches it.
     """
-    down = Backward(run_forward(x, params, table), params, {}, [None] * len(params))
+    down = Backward(run_forward(x, params, table, seed=seed), params, {}, [None] * len(params))
     down.outputs(d_out)
     for number in reversed(range(len(table.levels))):
         down.level(number, d_weights[number])
@@ -136,7 +147,7 @@ def preactivations(x: Tensor, params: Sequence[Tensor], table: Table) -> Iterato
     """
     run = run_forward(x, params, table)
     for mlp, trace in run.traces.values():
-        for stage, (h, z, _) in zip(mlp.stages, trace, strict=True):
+        for stage, (h, z, *_) in zip(mlp.stages, trace, strict=True):
             yield RELU if stage.slope != NOTHING else stage.activation, z, _scale(stage, h, params)
 
 
