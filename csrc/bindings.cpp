@@ -212,11 +212,11 @@ void bind_triton(pybind11::module_& m);
 
 STABLE_TORCH_LIBRARY(fusedmoe, m) {
   m.def(
-      "network_cpu(Tensor x, Tensor[] params, str table, int save, bool mixing, Tensor? seed=None) "
+      "network_cpu(Tensor x, Tensor[] params, str table, int save, bool mixing, Tensor? seed) "
       "-> (Tensor, Tensor, Tensor)");
   m.def(
       "network_cpu_backward(Tensor d_out, Tensor? d_weights, Tensor x, Tensor[] params, "
-      "Tensor saved, str table, str needs, Tensor? seed=None) -> Tensor[]");
+      "Tensor saved, str table, str needs, Tensor? seed) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedmoe, CPU, m) {

@@ -45,8 +45,10 @@ class _Network(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *d_outputs):
-        upstream = outputs.join(d_outputs, ctx.saved_tensors[1], ctx.table, ctx.tasks_apart)
-        d_x, d_params = _gradients(ctx.saved_tensors, upstream, codec.handle(ctx.table), ctx.needs_input_grad[4:])
+        # Once: a checkpoint that runs the forward again hands each tensor out one time.
+        saved = ctx.saved_tensors
+        upstream = outputs.join(d_outputs, saved[1], ctx.table, ctx.tasks_apart)
+        d_x, d_params = _gradients(saved, upstream, codec.handle(ctx.table), ctx.needs_input_grad[4:])
         return None, None, None, None, d_x, *d_params
 
 
@@ -110,7 +112,8 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, d_out, d_weights, _):
     need_x, need_params, *_ = ctx.needs_input_grad
-    _, x, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    x = saved[1]
     table = codec.decode(ctx.table_text)
     whole = outputs.join(
         (d_out, *(by_level(d_weights, table) if d_weights is not None and d_weights.shape[1] else ())),
@@ -118,7 +121,7 @@ def _backward(ctx, d_out, d_weights, _):
         table,
         tasks_apart=False,
     )
-    d_x, d_params = _gradients(ctx.saved_tensors, whole, ctx.table_text, (need_x, *need_params))
+    d_x, d_params = _gradients(saved, whole, ctx.table_text, (need_x, *need_params))
     return d_x, d_params, None, None, None, None
 
 
@@ -170,12 +173,7 @@ def _batched(d_out, d_weights, x, params, saved, table_text, needs, seed) -> tup
 
 
 def _plain_gradients(
-    d_out: Tensor,
-    d_weights: Tensor | None,
-    x: Tensor,
-    params: Sequence[Tensor],
-    table: Table,
-    seed: Tensor | None,
+    d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], table: Table, seed: Tensor | None
 ) -> list[Tensor | None]:
     """The reference's backward, in float32 where x is narrower, as the kernels sum.
 

@@ -197,11 +197,6 @@ class Graph:
         return 2 * (sum(s.k * s.width for s in stages) + sum(u.width * len(u.reads) for u in units))
 
     @cached_property
-    def streams(self) -> int:
-        """Stages with dropout, of what is computed."""
-        return sum(stage.dropout > 0 for mlp in self.mlps for stage in mlp.stages)
-
-    @cached_property
     def mlps(self) -> tuple[Mlp, ...]:
         """Every MLP that is computed: of experts, gates and towers."""
         found: list[Mlp] = []

@@ -104,6 +104,10 @@ def fusion_network(
         require_flag(tasks_apart, "tasks_apart")
         require_flag(training, "training")
     if route is not None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "route: expected a call outside of torch.compile, got one inside, where a route is fixed"
+            )
         table = Routed(table, route)
     params, options = list(params), Options(backend, return_mixing_weights, recompute, tasks_apart)
     seed = draw_seed(x.device) if training and table.has_dropout else None
@@ -211,9 +215,7 @@ def _run_kernels(
     return apart(_kernels().run(x, params, table, options, seed), table, options)
 
 
-Run = Callable[
-    [Tensor, list[Tensor], Table, Options, "Tensor | None"], tuple[Sequence[Tensor], tuple[Tensor, ...]]
-]
+Run = Callable[[Tensor, list[Tensor], Table, Options, "Tensor | None"], tuple[Sequence[Tensor], tuple[Tensor, ...]]]
 RUN: dict[str, Run] = {
     "cpu": cpu.run,
     "triton": functools.partial(_run_kernels, "triton"),

@@ -10,6 +10,7 @@ from torch import Tensor, library
 from fusedmoe import codec
 from fusedmoe.backends import BACKENDS, EXTENSION
 from fusedmoe.checks import check
+from fusedmoe.inputs import join
 from fusedmoe.outputs import for_tasks
 from fusedmoe.table import Table
 
@@ -45,7 +46,7 @@ def pack(params: Sequence[Tensor], table: Table) -> Tensor:
 def runner(table: Table) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a function of x and packed parameters that computes `fusion_network` of this table.
 
-    It gives the same bits, without gradients. x: [B, S, D], or [B, D] where the table has one slot,
+    It gives the same bits, without gradients. x: as `fusion_network` takes it, without a route,
     of the dtype of the packed tensor; any strides. The function raises RuntimeError for anything
     else. What depends on the table alone is done here, not at every call.
     """
@@ -55,6 +56,8 @@ def runner(table: Table) -> Callable[[Tensor, Tensor], Tensor]:
         # What is compiled may run in another process, which does not know the handle.
         return operator(x, packed, text if torch.compiler.is_compiling() else handle)
 
+    if len(table.inputs) > 1:
+        return lambda x, packed: for_tasks(run(join(x, table), packed), table)
     if table.graph.tasks in ((), tuple((u,) for u in range(table.output[0]))):
         # What the operator returns is what callers see.
         return run

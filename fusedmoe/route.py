@@ -47,7 +47,8 @@ class Routed(Table):
 
     def __init__(self, table: Table, route: Route):
         fields = {name: value for name, value in vars(table).items() if name in ("inputs", "levels", "tasks", "shared")}
-        vars(self).update(fields, base=table, live_inputs=table.live_inputs, changed=_changed(table, route))
+        vars(self).update(fields, base=table, live_inputs=table.live_inputs, has_dropout=table.has_dropout)
+        vars(self).update(changed=_changed(table, route))
         reads = dict(table.graph.reads)
         for (number, u), unit in self.changed.items():
             reads.update(reads_of_unit(unit, number, u))

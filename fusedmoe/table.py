@@ -13,6 +13,7 @@ Every family in `families.py` is a function that returns a `Table`; every backen
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -39,7 +40,8 @@ class Table(Draft):
 
     `graph` is the table with every reference resolved (`graph.py`), `text` the table as the
     operator takes it (`codec.py`), `lacking` says by backend what its kernels cannot run of it, and
-    `live_inputs` which inputs have a gradient.
+    `live_inputs` which inputs have a gradient, `has_dropout` whether some stage that is computed drops
+    out in a call that trains.
 
     Raises: ValueError for a table that contradicts itself, or that is too large: more than 2^20
         slots, units or experts in a level, or a width or shared tensor beyond 2^40. It names the
@@ -50,6 +52,7 @@ class Table(Draft):
     text: str = field(init=False, repr=False, compare=False)
     lacking: dict[str, str | None] = field(init=False, repr=False, compare=False)
     live_inputs: tuple[bool, ...] = field(init=False, repr=False, compare=False)
+    has_dropout: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Worked out here, once: at a call it would cost more than a small network, and
@@ -58,6 +61,7 @@ class Table(Draft):
         object.__setattr__(self, "graph", graph)
         object.__setattr__(self, "lacking", {backend: lacking(graph, backend) for backend in LACK})
         object.__setattr__(self, "live_inputs", self._live_inputs())
+        object.__setattr__(self, "has_dropout", any(s.dropout > 0 for mlp in graph.mlps for s in mlp.stages))
         own: list[str] = []
         write(self, Table, own)
         resolved: list[str] = []
@@ -75,7 +79,7 @@ class Table(Draft):
         columns = live_columns(self.graph)
         return tuple(
             any(first < end and begin < first + width for first, width in columns)
-            for begin, end in zip(ends, ends[1:], strict=False)
+            for begin, end in itertools.pairwise(ends)
         )
 
     @property
@@ -116,11 +120,6 @@ class Table(Draft):
     def has_towers(self) -> bool:
         """Whether task towers stand above the last level."""
         return bool(self.whole.towers)
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether some stage drops out what it computes, in a call that trains."""
-        return self.whole.streams > 0
 
     @property
     def flops(self) -> int:

@@ -53,42 +53,50 @@ def combine(weights, vectors):
     return [dot(weights, [vector[n] for vector in vectors]) for n in range(len(vectors[0]))]
 
 
-def network(table, values, row):
-    """One row through a table. `values`: parameter name -> nested lists; row [S][D]. Returns (out,
-    w per level as [U][E])."""
-    below, weights = [[list(slot) for slot in row]], []  # the slots of each level
+def network(table, values, inputs, route=None):
+    """One row through a table. `values`: parameter name -> nested lists; inputs: [S][D] each; route:
+    per level and unit (experts, number of the selector) or None. Returns (out, w per level as
+    [U][E])."""
+    below, weights = [[list(slot) for slot in inputs[0]]], []  # the slots of each level
     for number, level in enumerate(table.levels):
         y = []
         for e, expert in enumerate(level.experts):
-            h = _read(expert.sources, below, row, y)
+            h = _read(expert.sources, below, inputs, y)
             y.append(_ops(values, f"levels.{number}.experts.{e}", expert.ops, h))
-        w = [_unit_weights(values, number, u, unit, below, row, y) for u, unit in enumerate(level.units)]
+        chosen = route[number] if route else [None] * len(level.units)
+        # Off: pairs that the route leaves out.
+        off = [set(u.gate.sees) - set(c[0]) if c else set() for u, c in zip(level.units, chosen, strict=True)]
+        w = [
+            _unit_weights(values, f"levels.{number}.gates.{u}", unit, (below, inputs, y), chosen[u], off[u])
+            for u, unit in enumerate(level.units)
+        ]
         units = []
         for u, unit in enumerate(level.units):
-            reads = sorted(set(unit.gate.sees if unit.gate else ()) | set(unit.static.experts if unit.static else ()))
+            reads = set(unit.gate.sees if unit.gate else ()) | set(unit.static.experts if unit.static else ())
+            reads = sorted(reads - off[u])
             out = combine([w[u][e] for e in reads], [y[e] for e in reads]) if reads else [0.0] * len(y[0])
             if unit.product is not None:
                 a, b = unit.product
                 out = [p * q for p, q in zip(y[a], y[b], strict=True)]
-            units.append(_with_channels(values, unit.static, y, out))
+            units.append(_with_channels(values, unit.static, y, out, off[u]))
         weights.append(w)
         below.append(units)
     if any(task.tower for task in table.tasks):
         return [
-            _ops(values, f"towers.{t}", task.tower, _read(task.sources, below, row, []))
+            _ops(values, f"towers.{t}", task.tower, _read(task.sources, below, inputs, []))
             for t, task in enumerate(table.tasks)
         ], weights
     return below[-1], weights
 
 
-def _read(sources, below, row, y):
+def _read(sources, below, inputs, y):
     """The concatenation of sources. `below`: the slots of each level so far, those of this one last."""
     joined = []
     for source in sources:
         if source.kind == "slot":
             vector = below[-1][source.index]
         elif source.kind == "input":
-            vector = row[source.index]
+            vector = inputs[source.place][source.index]
         else:
             vector = y[source.index] if source.kind == "expert" else below[source.place + 1][source.index]
         joined += vector[source.first :][: source.width]
@@ -102,6 +110,8 @@ def _ops(values, where, ops, h):
         kind, name = type(op).__name__, f"{where}.{number}"
         if kind == "Activation":
             h = [ACTIVATIONS[op.name](z, op.parameter) for z in h]
+            continue
+        if kind == "Dropout":
             continue
         number += 1
         if kind == "Linear":
@@ -128,41 +138,49 @@ def _layer_norm(op, values, name, h):
     return [z + beta for beta, z in zip(values[f"{name}.bias"], h, strict=True)] if op.affine and op.bias else h
 
 
-def _with_channels(values, static, y, out):
+def _with_channels(values, static, y, out, off):
     """`out` with the experts that have one static weight a column."""
     if static is None or not static.channels:
         return out
     flat = _flat(values[f"shared.{static.tensor}"])[static.offset :]
     for i, e in enumerate(static.experts):
+        if e in off:
+            continue
         out = [z + flat[i * len(out) + n] * y[e][n] for n, z in enumerate(out)]
     return out
 
 
-def _unit_weights(values, number, u, unit, below, row, y):
-    """w[u] over all experts of the level: softmax over those seen, plus the static weights."""
-    w = [0.0] * len(y)
+def _unit_weights(values, where, unit, vectors, choice, off):
+    """w[u] over all experts of the level: softmax over those seen, plus the static weights. vectors:
+    what `_read` takes."""
+    w = [0.0] * len(vectors[2])
     if unit.gate is not None and unit.gate.sees:
-        logits = _logits(values, f"levels.{number}.gates.{u}", unit.gate, below, row, y)
-        for e, p in zip(unit.gate.sees, softmax(logits), strict=True):
+        logits = _logits(values, where, unit.gate, vectors, choice[1] if choice else 0)
+        seen = [(e, z) for e, z in zip(unit.gate.sees, logits, strict=True) if e not in off]
+        for (e, _), p in zip(seen, softmax([z for _, z in seen]), strict=True):
             w[e] += p
     if unit.static is not None and not unit.static.channels:
         for i, e in enumerate(unit.static.experts):
             w[e] += (
-                unit.static.values[i]
-                if unit.static.values is not None
-                else _flat(values[f"shared.{unit.static.tensor}"])[unit.static.offset + i]
+                0.0
+                if e in off
+                else (
+                    unit.static.values[i]
+                    if unit.static.values is not None
+                    else _flat(values[f"shared.{unit.static.tensor}"])[unit.static.offset + i]
+                )
             )
     return w
 
 
-def _logits(values, where, gate, below, row, y):
+def _logits(values, where, gate, vectors, selector):
     """What a gate's softmax is taken of."""
     if type(gate).__name__ == "Attention":
-        query = _read(gate.query, below, row, y)
-        return [gate.scale * dot(query, _read(key, below, row, y)) for key in gate.keys]
+        query = _read(gate.query, *vectors)
+        return [gate.scale * dot(query, _read(key, *vectors)) for key in gate.keys]
     if not gate.selectors:
         return [z / gate.temperature for z in values[f"{where}.bias"]]
-    hidden = _ops(values, f"{where}.hidden", gate.hidden, _read(gate.selectors[0], below, row, y))
+    hidden = _ops(values, f"{where}.hidden", gate.hidden, _read(gate.selectors[selector], *vectors))
     logits = linear(values[f"{where}.weight"], values[f"{where}.bias"] if gate.bias else None, hidden)
     return [z / gate.temperature for z in logits]
 

@@ -6,6 +6,7 @@ from fusedmoe.activation import Activation
 from fusedmoe.parts import (
     Attention,
     Bias,
+    Dropout,
     Expert,
     Gate,
     Input,
@@ -92,6 +93,8 @@ class Grammar:
                 ops.append(PReLU(self.chance(50)))
             elif self.chance(70):
                 ops.append(Activation(self.random.choice(("tanh", "silu", "sigmoid"))))
+            if self.new and self.chance(20):
+                ops.append(Dropout(0.4))
         return tuple(ops)
 
     def expert(self, counts: list[int], before: int) -> Expert:

@@ -2,7 +2,6 @@
 backend that can run a table against the reference's expectation, the others refuse it by name."""
 
 import warnings
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,8 +10,6 @@ import torch
 from fusedmoe import packed
 from fusedmoe.backends import INTERPRETED
 from fusedmoe.op import fusion_network
-from fusedmoe.parts import Dropout, Expert, Gate, Input, Level, Linear, Static, Unit, from_slots
-from fusedmoe.table import Table
 from fusedmoe.testing import Problem, assert_close, error, evaluate, expectation
 
 from .cuda_on_cpu.extension import KIND
@@ -21,7 +18,6 @@ from .random_tables import start
 from .test_oracle import loops
 
 SEEDS = range(60)
-GIVEN = (Unit(static=Static((0,), (1.0,))),)
 FUSED = ("triton",) if INTERPRETED else ("cuda",) if KIND else ("cpu", "reference")
 
 
@@ -90,21 +86,3 @@ def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 def test_bfloat16_of_everything(seed):
     given = drawn(seed, REFERENCE, torch.bfloat16, 19)
     assert_close(evaluate(on("cpu"), given), expectation(given))
-
-
-NOT_YET = {
-    "Dropout": {"levels": (Level((Expert(from_slots(0), (Linear(3), Dropout(0.5))),), GIVEN),)},
-    "several inputs": {"inputs": (Input(1, 4), Input(1, 4))},
-    "gates with several selectors": {
-        "levels": (Level((Expert(from_slots(0), (Linear(3),)),), (Unit(Gate((from_slots(0), from_slots(0)), (0,))),)),)
-    },
-}
-
-
-@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
-@pytest.mark.parametrize("feature", NOT_YET)
-def test_what_no_backend_has_is_refused_by_name(feature, backend):
-    table = replace(Table((Input(1, 4),), (Level((Expert(from_slots(0), (Linear(3),)),), GIVEN),)), **NOT_YET[feature])
-    params = [torch.zeros(p.shape) for p in table.parameters]
-    with pytest.raises(RuntimeError, match=f"expected a table that its kernels can run, got one with {feature} \\("):
-        fusion_network(torch.zeros(2, 4), params, table, backend)

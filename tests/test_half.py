@@ -38,12 +38,12 @@ fused = partial(fusion_network, return_mixing_weights=True)
 def outputs(given, text: str, dtype: torch.dtype) -> list[torch.Tensor]:
     """The operator's outputs and all gradients, computed from the same float16 numbers."""
     x, *params = (t.to(HALF).to(dtype) for t in (given.x, *given.params))
-    out, weights, saved = FORWARD(x, params, text, True, True)
+    out, weights, saved = FORWARD(x, params, text, True, True, None)
     assert saved.dtype == SINGLE
     generator = torch.Generator().manual_seed(0)
     d_out, d_weights = (torch.randn(t.shape, generator=generator).to(HALF).to(dtype) for t in (out, weights))
     needs = "1" + "".join(str(int(p.live)) for p in given.table.parameters)
-    return [out, weights, *BACKWARD(d_out, d_weights, x, params, saved, text, needs)]
+    return [out, weights, *BACKWARD(d_out, d_weights, x, params, saved, text, needs, None)]
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -103,7 +103,7 @@ def test_overflow_and_nan_are_those_of_a_cast():
 def test_the_operator_is_registered_for_it(name):
     given = problem(CASES[name], SINGLE).to(HALF)
     x, params = given.x.requires_grad_(), [p.requires_grad_() for p in given.params]
-    library.opcheck(FORWARD.default, (x, params, encode(given.table), True, True))
+    library.opcheck(FORWARD.default, (x, params, encode(given.table), True, True, None))
 
 
 def test_second_derivatives_are_computed_in_single():
@@ -128,4 +128,4 @@ def test_a_parameter_of_another_dtype_is_refused():
     with pytest.raises(TypeError, match=r"weight: expected torch.float16, the dtype of x, got torch.float32"):
         fusion_network(given.x.half(), params, table, "cpu")
     with pytest.raises(RuntimeError, match=r"params\[[0-9]+\]: expected dtype"):
-        FORWARD(given.x.half(), params, encode(table), False, False)
+        FORWARD(given.x.half(), params, encode(table), False, False, None)

@@ -84,7 +84,8 @@ def test_what_lies_free_is_bounded():
     table = single_task(1, [[256]], 1)
     params = [torch.zeros(p.shape) for p in table.parameters]
     kept = [
-        torch.ops.fusedmoe.network_cpu(torch.zeros(110_000, 1, 1), params, table.text, True, False)[2] for _ in range(3)
+        torch.ops.fusedmoe.network_cpu(torch.zeros(110_000, 1, 1), params, table.text, True, False, None)[2]
+        for _ in range(3)
     ]
     assert all(saved.nbytes > MOST_FREE / 3 for saved in kept)
     while kept:

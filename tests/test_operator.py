@@ -32,17 +32,17 @@ def needing_gradients(given: Problem) -> tuple[Tensor, list[Tensor]]:
 def test_opcheck_forward(name, gradients):
     given = start(name)
     x, params = needing_gradients(given) if gradients else (given.x, list(given.params))
-    library.opcheck(torch.ops.fusedmoe.network_cpu.default, (x, params, encode(given.table), gradients, True))
+    library.opcheck(torch.ops.fusedmoe.network_cpu.default, (x, params, encode(given.table), gradients, True, None))
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_opcheck_backward(name):
     given = start(name)
     text, params = encode(given.table), list(given.params)
-    out, weights, saved = torch.ops.fusedmoe.network_cpu(given.x, params, text, True, True)
+    out, weights, saved = torch.ops.fusedmoe.network_cpu(given.x, params, text, True, True, None)
     needs = "1" + "".join(str(int(p.live)) for p in given.table.parameters)
     for d_weights in (None, torch.randn_like(weights)):
-        arguments = (torch.randn_like(out), d_weights, given.x, params, saved, text, needs)
+        arguments = (torch.randn_like(out), d_weights, given.x, params, saved, text, needs, None)
         library.opcheck(
             torch.ops.fusedmoe.network_cpu_backward.default, arguments, test_utils=("test_schema", "test_faketensor")
         )

@@ -20,7 +20,7 @@ U = row(torch.float64).roundoff
 def loops(given: Problem) -> dict[str, torch.Tensor]:
     """Output and mixing weights of the oracle."""
     values = {p.name: tensor.tolist() for p, tensor in zip(given.table.parameters, given.params, strict=True)}
-    rows = [oracle.network(given.table, values, sample) for sample in given.x.tolist()]
+    rows = [oracle.network(given.table, values, [sample]) for sample in given.x.tolist()]
     out = torch.tensor([out for out, _ in rows], dtype=torch.float64)
     weights = [
         torch.tensor([w[level] for _, w in rows], dtype=torch.float64) for level in range(len(given.table.levels))

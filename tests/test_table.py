@@ -179,7 +179,7 @@ def test_ops_fold_into_stages():
     ],
 )
 def test_another_format_is_refused_with_its_version(text, got):
-    with pytest.raises(ValueError, match="table: expected an encoding that begins with 'fusedmoe-table 2'") as caught:
+    with pytest.raises(ValueError, match="table: expected an encoding that begins with 'fusedmoe-table 3'") as caught:
         decode(text)
     assert got in str(caught.value)
 
@@ -227,8 +227,9 @@ def test_a_handle_is_a_name_in_this_process_alone():
     given = problem(Case(table, 3), torch.float32)
     save, mixing = 0, False
     by_name, by_text = (
-        torch.ops.fusedmoe.network_cpu(given.x, given.params, text, save, mixing)[0] for text in (name, encode(table))
+        torch.ops.fusedmoe.network_cpu(given.x, given.params, text, save, mixing, None)[0]
+        for text in (name, encode(table))
     )
     assert torch.equal(by_name, by_text)
     with pytest.raises(ValueError, match="or the handle of one that this process bound"):
-        torch.ops.fusedmoe.network_cpu(given.x, given.params, "@987654", save, mixing)
+        torch.ops.fusedmoe.network_cpu(given.x, given.params, "@987654", save, mixing, None)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedmoe.graph import LINEAR, NOTHING, Gate, Stage, Static, Unit, Vector, node_of
+from fusedmoe.graph import LINEAR, NOTHING, Gate, Stage, Static, Unit, Vector
 from fusedmoe.reference.activation import pullback
-from fusedmoe.reference.forward import Place, Run, Trace, deviation, dropped, own, read, times
+from fusedmoe.reference.forward import Place, Run, Trace, deviation, dropped, own, place_of, read, times
 
 
 def _add(total: Tensor | None, term: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class Backward(NamedTuple):
         for vector, part in zip(vectors, d.split([vector.width for vector in vectors], -1), strict=True):
             if vector.detached:
                 continue
-            place = node_of(vector, level)
+            place = place_of(vector, level)
             behind = self.run.values[place].shape[-1] - vector.first - vector.width
             self.add(place, F.pad(part, (vector.first, behind)) if vector.first or behind else part)
 

@@ -51,11 +51,7 @@ class Run(NamedTuple):
 
 
 def run_forward(
-    x: Tensor,
-    params: Sequence[Tensor],
-    table: Table,
-    softmax: Softmax = last_softmax,
-    seed: Tensor | None = None,
+    x: Tensor, params: Sequence[Tensor], table: Table, softmax: Softmax = last_softmax, seed: Tensor | None = None
 ) -> Run:
     """The forward pass, with everything that the backward pass reads."""
     graph = table.graph
@@ -78,11 +74,17 @@ def read(run: Run, vectors: Sequence[Vector], level: int) -> Tensor:
     """The concatenation of vectors that are read in a level, [B, sum of widths]."""
     found = []
     for vector in vectors:
-        value = run.values[node_of(vector, level)]
+        value = run.values[place_of(vector, level)]
         columns = value[:, vector.first : vector.first + vector.width]
         # For those who differentiate this forward by autograd.
         found.append(columns.detach() if vector.detached else columns)
     return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+def place_of(vector: Vector, level: int) -> Place:
+    """Where a vector stands that is read in a level; a plain tuple, as torch.compile tells the two apart."""
+    node = node_of(vector, level)
+    return node.kind, node.place, node.number
 
 
 def own(number: int, params: Sequence[Tensor]) -> Tensor | None:
@@ -138,7 +140,7 @@ def _unit(run: Run, number: int, u: int, unit: Unit, params: Sequence[Tensor], s
         logits = _logits(run, ("gate", number, u), unit.gate, number, params)
         if unit.gate.closed:
             logits = torch.stack([logits[:, j] for j in unit.gate.seen.values()], -1)
-        run.p[place] = softmax(logits.expand(len(x), -1))
+        run.p[place] = softmax(logits.expand(x.shape[0], -1))
         w = dict(zip(unit.gate.seen, run.p[place].unbind(-1), strict=True))
     if unit.static and unit.static.channels:
         values = _static_values(unit.static, params, x, unit.width).view(-1, unit.width)
@@ -146,9 +148,9 @@ def _unit(run: Run, number: int, u: int, unit: Unit, params: Sequence[Tensor], s
     elif unit.static:
         for e, v in zip(unit.static.experts, _static_values(unit.static, params, x, 1), strict=True):
             if e in unit.reads:
-                w[e] = w[e] + v if e in w else v.expand(len(x))
+                w[e] = w[e] + v if e in w else v.expand(x.shape[0])
     run.w[place] = {e: w[e] for e in unit.reads if e in w}
-    total = x.new_zeros(len(x), unit.width)
+    total = x.new_zeros(x.shape[0], unit.width)
     for e in unit.reads:
         total = total + times(run, place, e, y[e])
     return total
@@ -168,7 +170,7 @@ def _logits(run: Run, place: Place, gate: Gate, level: int, params: Sequence[Ten
         z = _mlp(run, place, gate.mlp, level, params)
     elif gate.keys:
         q = read(run, gate.query, level)
-        zero = q.new_zeros(len(q))  # of a key that is not read
+        zero = q.new_zeros(q.shape[0])  # of a key that is not read
         z = torch.stack(
             [zero if j in gate.closed else (q * read(run, key, level)).sum(-1) for j, key in enumerate(gate.keys)], -1
         )
@@ -186,7 +188,7 @@ def _static_values(static: Static, params: Sequence[Tensor], x: Tensor, width: i
 
 def dense(run: Run, number: int, x: Tensor) -> Tensor:
     """w as one tensor [B, U, E], zero where no weight is."""
-    level, zero = run.graph.levels[number], x.new_zeros(len(x))
+    level, zero = run.graph.levels[number], x.new_zeros(x.shape[0])
     return torch.stack(
         [
             torch.stack([run.w.get(("unit", number, u), {}).get(e, zero) for e in range(len(level.experts))], -1)

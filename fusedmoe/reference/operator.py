@@ -89,11 +89,7 @@ from fusedmoe.table import Table
 
 
 def forward(
-    x: Tensor,
-    params: Sequence[Tensor],
-    table: Table,
-    softmax: Softmax = last_softmax,
-    seed: Tensor | None = None,
+    x: Tensor, params: Sequence[Tensor], table: Table, softmax: Softmax = last_softmax, seed: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the output of the network and the mixing weights w of its levels.
 

@@ -38,7 +38,7 @@ def threshold(p: float) -> int:
 
 def words(seed: Tensor, rows: Tensor, columns: Tensor, stream: int) -> Tensor:
     """The random word of each (row, column), as int64."""
-    counter = [rows & WORD, columns // 4, torch.full_like(columns, stream), rows >> 32]
+    counter = [rows & WORD, columns // 4, torch.full_like(columns, stream), (rows >> 32) & WORD]
     counter = list(torch.broadcast_tensors(*counter))
     key = [seed & WORD, (seed >> 32) & WORD]
     for _ in range(ROUNDS):
