@@ -22,10 +22,11 @@ SOURCES := setup.py $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.* csrc/gpu/*.*)
 # What is built: FUSEDMOE_BUILD=cuda, in the environment or behind make, adds the CUDA kernels.
 EXTENSION := $(STAMPS)/extension-$(or $(FUSEDMOE_BUILD),cpu)
 # Tests of kernels that Triton's interpreter runs: it decides at import, so they have a process of their own.
-INTERPRETED := tests/gpu_free/interpreted tests/test_parity.py tests/test_grammar.py tests/test_half.py::test_parity_in_the_norm \
+PARTS := $(addprefix tests/test_,grammar.py systems.py operations.py routes.py dropout.py inputs.py)
+INTERPRETED := tests/gpu_free/interpreted tests/test_parity.py $(PARTS) tests/test_half.py::test_parity_in_the_norm \
   $(addprefix tests/test_backward.py::test_, a_loss_on_some_tasks tensors_without_memory tensors_that_lose_their_memory_before_the_backward)
 # Tests of the CUDA kernels on the emulator, which takes the place of the extension for a whole process.
-EMULATED := tests/cuda_on_cpu/emulated tests/test_parity.py tests/test_grammar.py tests/test_backward.py tests/test_half.py::test_parity
+EMULATED := tests/cuda_on_cpu/emulated tests/test_parity.py $(PARTS) tests/test_backward.py tests/test_half.py::test_parity
 say = @echo "==> $(1)"
 
 help:

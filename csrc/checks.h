@@ -34,6 +34,7 @@ inline std::pair<size_t, int32_t> stored_as(ScalarType dtype) {
     case ScalarType::BFloat16: return {2, aoti_torch_dtype_bfloat16()};
     case ScalarType::Half: return {2, aoti_torch_dtype_float16()};
     case ScalarType::Byte: return {1, aoti_torch_dtype_uint8()};
+    case ScalarType::Long: return {8, aoti_torch_dtype_int64()};
     default: return {4, aoti_torch_dtype_float32()};
   }
 }

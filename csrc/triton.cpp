@@ -55,10 +55,11 @@ class Launches {
 
   // Whether the kernels were compiled for tensors like these: their alignment, and that of every
   // tensor to 16 bytes; numbers of 32 bits.
-  bool supports(std::initializer_list<const Tensor*> tensors, bool weights) {
+  bool supports(std::initializer_list<const Tensor*> tensors, bool weights, bool seeded) {
     constexpr int64_t most = int64_t(1) << 31;
     bool matches_compiled = addresses_ && given_.aligned == bound_.aligned && weights == bound_.weights &&
-                            given_.rows < most && given_.x_row < most && given_.x_slot < most && bound_.total < most;
+                            seeded == bound_.seeded && given_.rows < most && given_.x_row < most &&
+                            given_.x_slot < most && bound_.total < most;
     for (const Tensor* tensor : tensors)
       matches_compiled = matches_compiled && reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0;
     if (!matches_compiled || !driver().ready()) return false;
@@ -71,6 +72,24 @@ class Launches {
                         addresses(),  bound_.ints,   bound_.floats, step.place, given_.rows,
                         given_.x_row, given_.x_slot, bound_.mixing};
     launch("forward", step, blocks(), step.programs, words);
+  }
+
+  void rowwise_forward(const Step& step, const Pointers& of) {
+    const Words words[]{of.x,
+                        of.buffers,
+                        of.out,
+                        of.p,
+                        of.weights ? of.weights : of.x,
+                        addresses(),
+                        bound_.ints,
+                        bound_.floats,
+                        seed(of),
+                        step.place,
+                        given_.rows,
+                        given_.x_row,
+                        given_.x_slot,
+                        bound_.mixing};
+    launch("rowwise_forward", step, row_blocks(), 1, words);
   }
 
   void backward_rows(const Step& step, const Pointers& of, const GradientPointers& to) {
@@ -98,6 +117,30 @@ class Launches {
     launch("backward_rows", step, blocks(), step.programs, words);
   }
 
+  void rowwise_backward(const Step& step, const Pointers& of, const GradientPointers& to) {
+    const Words words[]{of.x,
+                        of.buffers,
+                        of.out,
+                        of.p,
+                        to.dw,
+                        to.d_x,
+                        to.d_buffers,
+                        of.out,
+                        weights(of),
+                        addresses(),
+                        bound_.ints,
+                        bound_.floats,
+                        seed(of),
+                        step.place,
+                        given_.rows,
+                        given_.x_row,
+                        given_.x_slot,
+                        bound_.slots * bound_.width,
+                        bound_.width,
+                        bound_.mixing};
+    launch("rowwise_backward", step, row_blocks(), 1, words);
+  }
+
   void gradients(const Pointers& of, const GradientPointers& to, int64_t, int64_t chunks) {
     const Step &step = bound_.gradients, &add = bound_.add;
     const Words words[]{of.x,         of.buffers,    of.out,         to.dw,         weights(of),
@@ -121,6 +164,9 @@ class Launches {
 
   const void* addresses() const { return addresses_->const_data_ptr(); }
   const void* weights(const Pointers& of) const { return of.weights ? of.weights : of.out; }
+  // The kernels that drop nothing are given the plan, and do not read it.
+  Words seed(const Pointers& of) const { return of.seed ? Words(of.seed) : Words(bound_.ints); }
+  int64_t row_blocks() const { return (given_.rows + bound_.rowwise_tile - 1) / bound_.rowwise_tile; }
   int64_t blocks() const { return (given_.rows + bound_.tile - 1) / bound_.tile; }
 
   template <size_t N>
@@ -149,15 +195,16 @@ const Bound& at(int64_t address) { return *reinterpret_cast<const Bound*>(addres
 // bound: the address of a Bound, which the caller keeps. Nothing where Triton has to launch by
 // itself.
 std::vector<Tensor> network_triton(const Tensor& x, const std::vector<Tensor>& params, int64_t bound, bool mixing,
-                                   const std::optional<Tensor>& addresses) {
-  return forward<Launches>(x, params, at(bound), mixing, addresses);
+                                   const std::optional<Tensor>& seed, const std::optional<Tensor>& addresses) {
+  return forward<Launches>(x, params, at(bound), mixing, seed, addresses);
 }
 
 std::vector<Tensor> network_triton_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights,
                                             const Tensor& x, const std::vector<Tensor>& params, const Tensor& saved,
                                             int64_t bound, int64_t chunk, bool apart,
+                                            const std::optional<Tensor>& seed,
                                             const std::optional<Tensor>& addresses) {
-  return backward<Launches>({d_out, d_weights, saved}, x, params, at(bound), chunk, apart, addresses);
+  return backward<Launches>({d_out, d_weights, saved, seed}, x, params, at(bound), chunk, apart, addresses);
 }
 
 // Keep the array of the parameters' addresses for the calls to come.
@@ -172,10 +219,12 @@ bool network_triton_addresses(const Tensor& addresses, const std::vector<Tensor>
 }  // namespace fusedmoe::gpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedmoe, m) {
-  m.def("network_triton(Tensor x, Tensor[] params, int bound, bool mixing, Tensor? addresses) -> Tensor[]");
+  m.def(
+      "network_triton(Tensor x, Tensor[] params, int bound, bool mixing, Tensor? seed, "
+      "Tensor? addresses) -> Tensor[]");
   m.def(
       "network_triton_backward(Tensor d_out, Tensor? d_weights, Tensor x, Tensor[] params, "
-      "Tensor saved, int bound, int chunk, bool apart, Tensor? addresses)"
+      "Tensor saved, int bound, int chunk, bool apart, Tensor? seed, Tensor? addresses)"
       " -> Tensor[]");
   m.def("network_triton_addresses(Tensor addresses, Tensor[] params, int bound) -> bool");
 }

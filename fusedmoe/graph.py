@@ -8,6 +8,7 @@ table, `codec.py` writes it, and csrc/table.cpp reads it: parameters are numbere
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -204,6 +205,16 @@ class Graph:
             found += [expert.mlp for expert in level.experts if expert.computed]
             found += [u.gate.mlp for u in level.units if u.computed and u.gate and u.gate.sees and u.gate.mlp]
         return (*found, *self.towers)
+
+    @cached_property
+    def uses(self) -> Counter[int]:
+        """By number of a parameter, how many linear maps it is the W of, and how many stages it is the b
+        of; and one more where it is static weights."""
+        found = Counter(stage.weight for mlp in self.mlps for stage in mlp.stages if stage.kind == LINEAR)
+        found.update(stage.bias for mlp in self.mlps for stage in mlp.stages if stage.bias != NOTHING)
+        units = [unit for level in self.levels for unit in level.units if unit.computed]
+        found.update({unit.static.parameter for unit in units if unit.static} - {NOTHING})
+        return found
 
     @cached_property
     def outputs(self) -> tuple[Node, ...]:

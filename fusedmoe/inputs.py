@@ -20,7 +20,7 @@ def join(x: Any, table: Table) -> Any:
     Raises: TypeError, ValueError unless there is one tensor for each of `table.inputs`, of its
         shape, and all of one dtype, device and number of rows.
     """
-    if isinstance(x, Tensor) and len(table.inputs) == 1:
+    if len(table.inputs) == 1 and (isinstance(x, Tensor) or not isinstance(x, Sequence)):
         return x
     if isinstance(x, Tensor) or not isinstance(x, Sequence) or len(x) != len(table.inputs):
         got = f"{len(x)}" if isinstance(x, Sequence) else type(x).__name__

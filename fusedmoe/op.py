@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -41,7 +40,7 @@ from fusedmoe.validation import require_flag
 
 
 def fusion_network(
-    x: Tensor | Sequence[Tensor],
+    x: Any,
     params: Sequence[Tensor],
     table: Table,
     backend: str = "auto",
@@ -92,7 +91,7 @@ def fusion_network(
 
     Source: MMoE eq. 6-8, PLE eq. 2-7, AdaTT eq. 2-10.
     """
-    if isinstance(table, Table) and not (isinstance(x, Tensor) and len(table.inputs) == 1):
+    if isinstance(table, Table):
         x = join(x, table)
     fit = isinstance(x, Tensor) and x.dim() in (2, 3) and x.is_floating_point()
     if not (fit and isinstance(table, Table) and isinstance(params, Iterable)):
@@ -140,7 +139,7 @@ def _run(
 ) -> Any:
     """Run the backend that serves the call, outside of autocast; `cast` as in `check`."""
     slots = x if x.dim() == 3 else x.unsqueeze(1)
-    run = RUN[_serving(options.backend, x, table)]
+    run = RUN[choose(options.backend, x.device, x.dtype)]
     # Towers' outputs leave the operator one by one; those that may share units are taken apart
     # behind it.
     inside = options._replace(tasks_apart=options.tasks_apart and table.has_towers)
@@ -160,22 +159,6 @@ def _run(
         outs = per_task(out) if options.tasks_apart else [out]
     result = outs if options.tasks_apart else outs[0]
     return (result, weights) if options.mixing else result
-
-
-def _serving(backend: str, x: Tensor, table: Table) -> str:
-    """The backend that serves x and the table. "auto" passes over one that has no kernels for it."""
-    chosen = choose(backend, x.device, x.dtype)
-    lack = table.lacking[chosen]
-    if lack is None:
-        return chosen
-    if backend == "auto" and table.lacking["reference"] is None:
-        warnings.warn(f"backend auto: takes the reference, because {chosen} has no kernels for {lack}", stacklevel=3)
-        return "reference"
-    able = [name for name, reason in table.lacking.items() if reason is None]
-    raise RuntimeError(
-        f"backend {chosen}: expected a table that its kernels can run, got one with {lack}"
-        + (f"; able: {', '.join(able)}" if able else "")
-    )
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,6 @@ from typing import Any
 
 from fusedmoe.encoding import read, write
 from fusedmoe.graph import Gate, Graph, Liveness, Node, Reads, Unit, liveness, reads_of_unit, with_liveness
-from fusedmoe.support import LACK, ROUTES
 from fusedmoe.table import Table
 from fusedmoe.validation import require_indices
 
@@ -81,11 +80,6 @@ class Routed(Table):
     def text(self) -> str:  # type: ignore[override]
         """The text of the table and that of the route."""
         return f"{self.base.text} {self.route_text}"
-
-    @cached_property
-    def lacking(self) -> dict[str, str | None]:  # type: ignore[override]
-        """As the table's, whatever the route leaves out."""
-        return {name: lack or (ROUTES if ROUTES in LACK[name] else None) for name, lack in self.base.lacking.items()}
 
     @cached_property
     def route_text(self) -> str:

@@ -22,7 +22,6 @@ from fusedmoe.encoding import write
 from fusedmoe.graph import Graph, Node, Parameter, Reads, live_columns
 from fusedmoe.parts import Draft
 from fusedmoe.resolve import column_of, resolve
-from fusedmoe.support import LACK, lacking
 
 # The words that an encoded table begins with; the number is that of the format.
 VERSION = ("fusedmoe-table", str(TABLE_VERSION))
@@ -39,9 +38,8 @@ class Table(Draft):
         shared: the shapes of learned tensors that static weights and linear maps may share.
 
     `graph` is the table with every reference resolved (`graph.py`), `text` the table as the
-    operator takes it (`codec.py`), `lacking` says by backend what its kernels cannot run of it, and
-    `live_inputs` which inputs have a gradient, `has_dropout` whether some stage that is computed drops
-    out in a call that trains.
+    operator takes it (`codec.py`). `live_inputs` says which inputs have a gradient, and
+    `has_dropout` whether a call that trains drops something out.
 
     Raises: ValueError for a table that contradicts itself, or that is too large: more than 2^20
         slots, units or experts in a level, or a width or shared tensor beyond 2^40. It names the
@@ -50,7 +48,6 @@ class Table(Draft):
 
     graph: Graph = field(init=False, repr=False, compare=False)
     text: str = field(init=False, repr=False, compare=False)
-    lacking: dict[str, str | None] = field(init=False, repr=False, compare=False)
     live_inputs: tuple[bool, ...] = field(init=False, repr=False, compare=False)
     has_dropout: bool = field(init=False, repr=False, compare=False)
 
@@ -59,7 +56,6 @@ class Table(Draft):
         # torch.compile could not trace it.
         graph = resolve(self)
         object.__setattr__(self, "graph", graph)
-        object.__setattr__(self, "lacking", {backend: lacking(graph, backend) for backend in LACK})
         object.__setattr__(self, "live_inputs", self._live_inputs())
         object.__setattr__(self, "has_dropout", any(s.dropout > 0 for mlp in graph.mlps for s in mlp.stages))
         own: list[str] = []

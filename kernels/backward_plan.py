@@ -5,13 +5,28 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fusedmoe.graph import product
 from fusedmoe.kernels import layout
 from fusedmoe.kernels.layout import EXPERT_KIND, MATRIX_KIND, SOURCE_KIND, STATIC_KIND
-from fusedmoe.kernels.plan import Launch, Plan, Writer
-from fusedmoe.kernels.program import COLUMN, NOTHING, Linear, Program, Segment, Source, X, rounded_up
+from fusedmoe.kernels.plan import Plan, launches_of
+from fusedmoe.kernels.program import (
+    COLUMN,
+    NOTHING,
+    Linear,
+    Mix,
+    Program,
+    Rowwise,
+    Segment,
+    Source,
+    Unit,
+    X,
+    rounded_up,
+)
+from fusedmoe.kernels.rowwise import Operations, sources_of
+from fusedmoe.kernels.writer import Launch, Writer
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +68,10 @@ class _BackwardWriter:
         # First row, tiles and distance of a unit's dw.
         self.dw: dict[tuple[int, int], tuple[int, int, int]] = {}
         self.rows = 0
+        # The vectors whose gradients somebody has written so far.
         self.written: set[Source] = set()
+        # What is added up to each element of a parameter that is no linear map's, by its place.
+        self.terms: dict[int, list[list[int]]] = {}
         for number, segment in enumerate(self.program.segments):
             self.reserve(number, segment)
 
@@ -70,9 +88,12 @@ class _BackwardWriter:
             self.rows += tiles * len(unit.reads)
 
     def write(self, whole: bool) -> BackwardPlan:
-        levels = [tuple(range(len(self.program.segments)))] if whole else list(self.program.levels)
         launches = []
-        for segments in reversed(levels):
+        for segments in reversed(launches_of(self.program, whole)):
+            if self.program.segments[segments[0]].operations:
+                records = [record for number in reversed(segments) for record in self.operations(number)]
+                launches.append(self.writer.operations(segments, records))
+                continue
             phases = [tiles for number in reversed(segments) for tiles in (self.experts(number), self.sources(number))]
             if len(segments) == 1 and not whole:
                 launches += [self.launch(segments, [tiles], own=True) for tiles in phases if tiles]
@@ -100,17 +121,52 @@ class _BackwardWriter:
         first = self.writer.put(number for tile in tiles for number in tile)
         return self.writer.launch(segments, first, len(tiles), layout.BACKWARD_TILE.size, own)
 
+    def operations(self, number: int) -> list[tuple[int, int]]:
+        """The operations of a segment from the last to the first, and what makes the gradients zero
+        that they add to."""
+        write, records = _Sums(self, number), []
+        last = number + 1 == len(self.program.segments)
+        for place, operation in reversed(list(enumerate(self.program.segments[number].operations))):
+            given = last or Source(number, operation.column, operation.width) in self.written
+            # A unit's mixing weights have a gradient also where its output has none.
+            if given or isinstance(operation, Mix):
+                records += self.zeros(write, sources_of(operation, given))
+                records.append(write.record(operation, self.softmax[number, place], given))
+        return records + (self.zeros(write, self.slots) if number == 0 else [])
+
+    def zeros(self, write: Operations, sources: Iterable[Source]) -> list[tuple[int, int]]:
+        new = [source for source in dict.fromkeys(sources) if source not in self.written]
+        self.written |= set(new)
+        return [write.zero(source) for source in new]
+
+    @property
+    def slots(self) -> list[Source]:
+        given = self.program.table.graph.inputs[0]
+        return [Source(X, s, given.width) for s in range(given.slots)]
+
+    def reached(self, number: int, unit: Unit) -> bool:
+        """Whether the output of a unit has a gradient."""
+        last = number + 1 == len(self.program.segments)
+        return last or Source(number, unit.column, unit.width) in self.written
+
+    def reached_experts(self, number: int) -> dict[int, Linear]:
+        """The linears of a segment, but for those whose readers have no gradient, by number."""
+        segment = self.program.segments[number]
+        reached = {read.expert for unit in segment.units if self.reached(number, unit) for read in unit.reads}
+        others = {read.expert for unit in segment.units for read in unit.reads} - reached
+        return {e: linear for e, linear in enumerate(segment.experts) if e not in others}
+
     def experts(self, number: int) -> list[tuple[int, int]]:
         segment = self.program.segments[number]
         tiles = []
-        for e, linear in enumerate(segment.experts):
+        for e, linear in self.reached_experts(number).items():
             record = self.writer.linear(linear)
             for tile, column in enumerate(range(0, linear.width, self.block)):
                 readers = [
                     self.reader(number, u, place, tile)
                     for u, unit in enumerate(segment.units)
                     for place, read in enumerate(unit.reads)
-                    if read.expert == e
+                    if read.expert == e and self.reached(number, unit)
                 ]
                 dz = self.dz[number, "expert", e]
                 head = layout.EXPERT_TILE.pack(
@@ -126,7 +182,7 @@ class _BackwardWriter:
             place=self.writer.place(number, self.program.segments[number].units[u].column),
             p=self.softmax[number, u] + place,
             dw=first + tile * stride + place,
-            unit=self.writer.unit(number, u),
+            unit=self.writer.unit(number, self.program.segments[number].units[u]),
             read=place,
         )
 
@@ -134,7 +190,7 @@ class _BackwardWriter:
         segment = self.program.segments[number]
         uses: dict[Source, list[list[int]]] = {}
         selections: dict[Source, list[tuple[int, Linear]]] = {}
-        for e, linear in enumerate(segment.experts):
+        for e, linear in self.reached_experts(number).items():
             first = 0
             for source in linear.sources:
                 dz = self.dz[number, "expert", e]
@@ -148,10 +204,7 @@ class _BackwardWriter:
                 selections.setdefault(unit.gate.sources[0], []).append((u, unit.gate))
         everything = [*uses, *(source for source in selections if source not in uses)]
         if number == 0:
-            slots = [
-                Source(X, s, self.program.table.inputs[0].width) for s in range(self.program.table.inputs[0].slots)
-            ]
-            everything += [slot for slot in slots if slot not in everything and slot not in self.written]
+            everything += [slot for slot in self.slots if slot not in everything and slot not in self.written]
         tiles = []
         for source in everything:
             for column in range(0, source.width, self.block):
@@ -171,8 +224,10 @@ class _BackwardWriter:
 
     def selection(self, number: int, u: int, gate: Linear, store: bool) -> list[int]:
         first, tiles, stride = self.dw[number, u]
+        unit = self.program.segments[number].units[u]
+        tiles = tiles if self.reached(number, unit) else 0
         return layout.SELECTION.pack(
-            unit=self.writer.unit(number, u),
+            unit=self.writer.unit(number, unit),
             weight=gate.weight,
             reduction=gate.reduction,
             dz=self.dz[number, "gate", u],
@@ -184,33 +239,65 @@ class _BackwardWriter:
         )
 
     def tasks(self) -> list[int]:
-        """The records of every tile of a dW, and of every element of a learned static tensor."""
+        """The records of every tile of a dW, and of every element of other parameters."""
         places, _ = self.program.gradients
         tasks: list[int] = []
-        terms: dict[int, list[list[int]]] = {}
+        uses: dict[int, list[tuple[Linear, int]]] = {}
         for number, segment in enumerate(self.program.segments):
-            for e, linear in enumerate(segment.experts):
+            linears = [(linear, self.dz[number, "expert", e]) for e, linear in self.reached_experts(number).items()]
+            linears += [(unit.gate, self.dz[number, "gate", u]) for u, unit in enumerate(segment.units) if unit.gate]
+            for linear, dz in linears:
                 if linear.weight != NOTHING:
-                    tasks += self.matrix(linear, self.dz[number, "expert", e], places)
+                    uses.setdefault(linear.weight, []).append((linear, dz))
             for u, unit in enumerate(segment.units):
-                if unit.gate:
-                    tasks += self.matrix(unit.gate, self.dz[number, "gate", u], places)
-                if unit.static != NOTHING:
-                    first, tiles, stride = self.dw[number, u]
-                    for place, read in enumerate(unit.reads):
-                        if read.element != NOTHING:
-                            mixing = unit.mixing[place] if unit.mixing else NOTHING
-                            term = layout.TERM.pack(dw=first + place, tiles=tiles, stride=stride, mixing=mixing)
-                            terms.setdefault(places[unit.static] + read.element, []).append(term)
-        for static in sorted({unit.static for segment in self.program.segments for unit in segment.units} - {NOTHING}):
-            size = product(self.program.table.parameters[static].shape)
-            for element in range(places[static], places[static] + size):
-                own = terms.get(element, [])
+                first, tiles, stride = self.dw[number, u]
+                elements = [read.element for read in unit.reads]
+                self.add(unit.static, elements, first, tiles * self.reached(number, unit), stride, unit.mixing)
+        for readers in uses.values():
+            tasks += self.matrix(readers, places)
+        for parameter in self.by_element:
+            for element in range(
+                places[parameter], places[parameter] + product(self.program.table.parameters[parameter].shape)
+            ):
+                own = self.terms.get(element, [])
                 head = layout.STATIC_TASK.pack(kind=STATIC_KIND, element=element, terms=len(own))
                 tasks.append(self.writer.put(itertools.chain(head, *own)))
         return tasks
 
-    def matrix(self, linear: Linear, dz: int, places: tuple[int, ...]) -> list[int]:
+    @property
+    def by_element(self) -> list[int]:
+        """The live parameters that are no linear map's."""
+        found = {unit.static for segment in self.program.segments for unit in segment.units}
+        for operation in self.program.operations:
+            if isinstance(operation, Rowwise):
+                found |= {operation.stage.weight, operation.stage.bias, operation.stage.slope}
+            elif isinstance(operation, Mix):
+                found |= {operation.unit.static, operation.free, operation.channels}
+        return sorted(
+            parameter for parameter in found - {NOTHING} if self.program.table.graph.parameters[parameter].live
+        )
+
+    def add(
+        self, parameter: int, elements: Sequence[int], dw: int, tiles: int, stride: int, mixing: Sequence[int]
+    ) -> None:
+        """Add a term to the gradient of each element: a row of dw from `dw` on, in so many parts, and
+        the gradient of a mixing weight."""
+        if parameter == NOTHING:
+            return
+        first = self.program.gradients[0][parameter]
+        for row, element in enumerate(elements):
+            if element != NOTHING:
+                column = mixing[row] if mixing else NOTHING
+                term = layout.TERM.pack(dw=dw + row, tiles=tiles, stride=stride, mixing=column)
+                self.terms.setdefault(first + element, []).append(term)
+
+    def matrix(self, uses: list[tuple[Linear, int]], places: tuple[int, ...]) -> list[int]:
+        """The tasks of a W, by the linears that have it and where their dz begins; several of them read
+        one source each."""
+        (linear, dz), *others = uses
+        further = layout.FURTHER_USES.pack(uses=len(others)) if self.program.shared else []
+        for other, begin in others:
+            further += layout.MATRIX_USE.pack(dz=begin, source=self.writer.source(other.sources[0]))
         tasks, first = [], 0
         for source in linear.sources:
             for row in range(0, linear.width, self.block_n):
@@ -227,6 +314,22 @@ class _BackwardWriter:
                         column=column,
                         source=self.writer.source(source, first),
                     )
-                    tasks.append(self.writer.put(task))
+                    tasks.append(self.writer.put(task + further))
             first += source.width
         return tasks
+
+
+class _Sums(Operations):
+    """Writes the operations of a segment of a backward."""
+
+    def __init__(self, backward: _BackwardWriter, segment: int):
+        super().__init__(backward.writer, segment)
+        self.backward = backward
+
+    def sums(self, parameter: int, elements: Iterable[int], given: bool = True, mixing: Sequence[int] = ()) -> int:
+        if parameter == NOTHING or not self.writer.program.table.graph.parameters[parameter].live:
+            return NOTHING
+        first, elements = self.backward.rows, list(elements)
+        self.backward.rows += len(elements)
+        self.backward.add(parameter, elements, first, int(given), 0, mixing)
+        return first

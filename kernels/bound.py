@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fusedmoe.kernels import device, lowering, tiles
 from fusedmoe.kernels.backward_plan import BackwardPlan, backward_plan_of
-from fusedmoe.kernels.plan import CODES, Launch, Plan, plan_of
+from fusedmoe.kernels.plan import Plan, plan_of
 from fusedmoe.kernels.program import Program
-from fusedmoe.kernels.tiles import CHUNK, Tiles, aligned
+from fusedmoe.kernels.tiles import CHUNK, Tiles, aligned, rowwise
+from fusedmoe.kernels.writer import CODES, Launch
 from fusedmoe.storage import require_memory
 from fusedmoe.table import Table
 
@@ -115,6 +116,11 @@ def store(program: Program, segments: tuple[int, ...], align: int) -> int:
     return align if aligned(sizes, align) else 1
 
 
+def rowwise_alignment(program: Program, align: int) -> int:
+    """The alignment of what row-wise operations read and write: that of everything else, or none."""
+    return align if aligned(program.rowwise_strides, align) else 1
+
+
 @dataclass(frozen=True, eq=False)
 class Bound:
     """What a forward and a backward have in common. ints, floats: the plan on the device. made:
@@ -134,8 +140,13 @@ class Bound:
 
     @functools.cached_property
     def codes(self) -> tuple[int, ...]:
-        """The numbers of the activations that may occur."""
+        """The numbers of the activations that may occur in linears."""
         return tuple(CODES[name] for name in self.program.activations)
+
+    @functools.cached_property
+    def rowwise_codes(self) -> tuple[int, ...]:
+        """As `codes`, of row-wise operations."""
+        return tuple(CODES[name] for name in self.program.rowwise_activations)
 
     @property
     def mixing(self) -> int:
@@ -152,9 +163,14 @@ class Bound:
         else does."""
         return store(self.program, launch.segments, self.lanes) > 1
 
-    def blocks(self, rows: int) -> int:
+    @functools.cached_property
+    def rowwise(self) -> tuple[int, int]:
+        """Rows and columns of the tiles of row-wise operations."""
+        return rowwise(self.program)
+
+    def blocks(self, rows: int, rowwise: bool = False) -> int:
         """How many tiles the rows of a call are."""
-        return -(-rows // self.tiles.rows)
+        return -(-rows // (self.rowwise[0] if rowwise else self.tiles.rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,7 +238,7 @@ class Backward(Bound):
         """Bytes that a backward allocates, or nearly."""
         table, size = self.program.table, self.key.dtype.itemsize
         return self.scratch(rows, -(-rows // chunk)).size + size * (
-            self.total + rows * table.inputs[0].slots * table.inputs[0].width
+            self.total + rows * table.graph.inputs[0].slots * table.graph.inputs[0].width
         )
 
 
@@ -233,8 +249,8 @@ def call_fields(bound: Bound) -> dict[str, object]:
     return {
         "shapes": [p.shape for p in table.parameters],
         "output": table.output,
-        "slots": table.inputs[0].slots,
-        "width": table.inputs[0].width,
+        "slots": table.graph.inputs[0].slots,
+        "width": table.graph.inputs[0].width,
         "mixing": table.mixing,
         "size": bound.key.dtype.itemsize,
         "lanes": bound.lanes,
@@ -245,6 +261,8 @@ def call_fields(bound: Bound) -> dict[str, object]:
         "floats_bytes": bound.floats.nbytes,
         "buffer_width": bound.program.buffer_width,
         "tile": bound.tiles.rows,
+        "rowwise_tile": bound.rowwise[0],
+        "shared": bound.program.shared,
     }
 
 
@@ -252,7 +270,7 @@ def program_of(key: Key) -> Program:
     """The segments that a forward runs: in training what the backward reads, and one slot where x's
     are one."""
     found = lowering.of_text(key.text, key.training)
-    return found if key.apart or found.table.inputs[0].slots == 1 else lowering.of_one_slot(found)
+    return found if key.apart or found.table.graph.inputs[0].slots == 1 else lowering.of_one_slot(found)
 
 
 def _plan(program: Program, chosen: Tiles) -> Plan:
@@ -297,7 +315,7 @@ def check(x: Tensor, params: Sequence[Tensor], table: Table) -> None:
     dtype, place = x.dtype, x.device
     fits = (
         x.dim() == 3
-        and tuple(x.shape[1:]) == (table.inputs[0].slots, table.inputs[0].width)
+        and tuple(x.shape[1:]) == (table.graph.inputs[0].slots, table.graph.inputs[0].width)
         and len(params) == len(table.parameters)
     )
     if not fits or any(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedmoe.kernels import device
 from fusedmoe.kernels.bound import Backward, Bound, Forward, call_fields, chunk_of
-from fusedmoe.kernels.plan import Launch
+from fusedmoe.kernels.writer import Launch
 
 
 @functools.cache
@@ -44,7 +44,10 @@ def _filled(bound: Bound, name: str, launches: Sequence[Launch], **values: objec
     """Fill in the extension's record of what a call is bound to, keep it, and return its address,
     which the operators take."""
     found = _extension().Bound()
-    steps = [_step(place=launch.place, programs=launch.programs, stores=bound.stores(launch)) for launch in launches]
+    steps = [
+        _step(place=launch.place, programs=launch.programs, stores=bound.stores(launch), rowwise=launch.rowwise)
+        for launch in launches
+    ]
     for field, value in {**call_fields(bound), "steps": steps, **values}.items():
         setattr(found, field, value)
     bound.made["record"], bound.made[name] = found, found.address
@@ -84,12 +87,14 @@ def _operator(name: str):
     return getattr(torch.ops.fusedmoe, name).default
 
 
-def forward(bound: Forward, x: Tensor, params: Sequence[Tensor], mixing: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+def forward(
+    bound: Forward, x: Tensor, params: Sequence[Tensor], mixing: bool, seed: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Run a bound forward: out, the mixing weights or None, and what it leaves for the backward."""
     params, addresses = _reachable(params, bound.key.device)
     try:
         out, memory, *weights = _operator("network_cuda")(
-            x, params, bound.made.get("forward") or _forward(bound), mixing, addresses
+            x, params, bound.made.get("forward") or _forward(bound), mixing, seed, addresses
         )
     except RuntimeError:
         device.room(x, bound.needs(x.shape[0]))
@@ -105,6 +110,7 @@ def backward(
     params: Sequence[Tensor],
     memory: Tensor,
     apart: bool,
+    seed: Tensor | None,
 ) -> list[Tensor]:
     """Run a bound backward: d_x, and the gradients of all live parameters, apart or one after
     another in one tensor."""
@@ -112,7 +118,8 @@ def backward(
     chunk = chunk_of(x.shape[0])
     try:
         made = bound.made.get("backward") or _backward(bound)
-        return _operator("network_cuda_backward")(d_out, d_weights, x, params, memory, made, chunk, apart, addresses)
+        run = _operator("network_cuda_backward")
+        return run(d_out, d_weights, x, params, memory, made, chunk, apart, seed, addresses)
     except RuntimeError:
         device.room(x, bound.needs(x.shape[0], chunk))
         raise

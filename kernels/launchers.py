@@ -22,10 +22,10 @@ GRADIENT_LAUNCHES = {"triton": 2, "cuda": 1}
 
 class Launcher(Protocol):
     """Launches what a call is bound to. Both raise ValueError for tensors that are not what the
-    table says."""
+    table says. seed: int64 [1], of dropout; None: nothing is dropped."""
 
     def forward(
-        self, bound: Forward, x: Tensor, params: Sequence[Tensor], mixing: bool
+        self, bound: Forward, x: Tensor, params: Sequence[Tensor], mixing: bool, seed: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return out, the mixing weights or None, and the memory that the backward reads."""
 
@@ -38,6 +38,7 @@ class Launcher(Protocol):
         params: Sequence[Tensor],
         memory: Tensor,
         apart: bool,
+        seed: Tensor | None,
     ) -> list[Tensor]:
         """Return d_x and the gradients of all live parameters, each a tensor (`apart`), or one
         after another in one tensor."""

@@ -23,6 +23,10 @@ NO_SOFTMAX, WRITE_SOFTMAX, WRITE_WEIGHTS = range(3)
 # Kinds of a tile of the backward, and of a task of the parameters' gradients.
 EXPERT_KIND, SOURCE_KIND = range(2)
 MATRIX_KIND, STATIC_KIND = range(2)
+# Kinds of a row-wise operation, the last one of the backward alone; and what a mix takes its logits
+# from: nothing, a vector, a parameter, the products of a query with keys.
+GATHER_KIND, STAGE_KIND, MIX_KIND, PRODUCT_KIND, ZERO_KIND = range(5)
+NO_LOGITS, VECTOR_LOGITS, FREE_LOGITS, KEY_LOGITS = range(4)
 
 
 class Record:
@@ -191,6 +195,7 @@ SELECTION = Record(
 )
 MATRIX_TASK = Record(
     "matrix_task",
+    "where linear maps share parameters, further_uses",
     kind="MATRIX_KIND",
     weight="where dW begins among the gradients",
     bias="where db begins; -1: not of this task",
@@ -201,6 +206,8 @@ MATRIX_TASK = Record(
     column="first column of the tile, counted from the source's",
     source=SOURCE,
 )
+FURTHER_USES = Record("further_uses", "each of them (`matrix_use`)", uses="how many more linears have this W")
+MATRIX_USE = Record("matrix_use", dz="first column of dz", source=SOURCE)
 STATIC_TASK = Record(
     "static_task", "its terms", kind="STATIC_KIND", element="its place among the gradients", terms="how many"
 )
@@ -211,11 +218,78 @@ TERM = Record(
     stride="rows of dw from part to part",
     mixing="column of its mixing weight, or -1",
 )
+# Row-wise operations, both directions. Places of a backward's gradients are those of the values; all
+# are zero before the operations add to them (ZERO_KIND). A parameter's gradient goes row by row to
+# dw, one row of it an element of the parameter, and -1 says that there is none to write: always in a
+# forward.
+OPERATION = Record("operation", kind="GATHER_KIND, STAGE_KIND, ...", record="a gather, stage, mix, product or zero")
+GATHER = Record("gather", "its parts, side by side in the result", place=PLACE, parts="how many")
+# Parts may be of one vector: a backward adds one after another.
+PART = Record(
+    "part",
+    place=PLACE,
+    first="the first column that is read of the vector",
+    width="columns",
+    column="where they go in the result",
+    sends="whether their gradient goes back",
+)
+STAGE = Record(
+    "stage",
+    source=PLACE,
+    place=PLACE,
+    width="columns of both",
+    norm="whether the head is a LayerNorm; else a copy",
+    eps="of the LayerNorm: its place among the floats",
+    weight="number of the parameter gamma, or -1",
+    bias="number of the parameter beta or b, or -1",
+    activation="its code",
+    parameter="of the activation: its place among the floats",
+    slope="number of PReLU's parameter, which then takes the activation's place; or -1",
+    slopes="1 where there is a slope a column, 0 where one serves all",
+    stream="number of the dropout, or -1 for none",
+    threshold="what a random word is compared with, 32 bits without a sign: below it the element is dropped",
+    scale="what is kept is multiplied by: its place among the floats",
+    d_weight="first row of dw of gamma's gradient, or -1",
+    d_bias="of b's or beta's",
+    d_slope="of the slopes': one row where one serves all",
+)
+# The softmax of what the unit's gate sees stands in rows of p, one a read, as that of other units.
+MIX = Record(
+    "mix",
+    "its reads (`mix_read`)",
+    unit="the unit: a record without a gate, whose `seen` are columns of the logits",
+    width="columns of the unit",
+    logits="NO_LOGITS, VECTOR_LOGITS, FREE_LOGITS or KEY_LOGITS",
+    source=PLACE,
+    columns="of the source: the vector of logits, or the query",
+    free="number of the parameter that is the logits, or -1",
+    factor="what logits are multiplied by: its place among the floats",
+    channels="number of the parameter of static weights a column, or -1 (the unit then has no others that are learned)",
+    p="first row of its softmax",
+    given="whether the unit has a gradient; else only its mixing weights have",
+    dw="first row of dw of its learned static weights' gradients, one a read, or -1",
+    d_free="first row of dw of the free logits' gradients, one a read (0 for what is not seen), or -1",
+)
+MIX_READ = Record(
+    "mix_read",
+    place=PLACE,
+    key=PLACE,
+    element="first of the expert's static weights a column among `channels`, or -1",
+    d_channels="first row of dw of their gradients, or -1",
+)
+PRODUCT = Record("product", place=PLACE, width="columns", a=PLACE, b=PLACE)
+ZERO = Record("zero", place=PLACE, width="columns")
 RECORDS = (
     *(PLACE, SOURCE, LINEAR, UNIT, GROUP, RUN, EXPERT_READ, GATE_READ, TILE),
-    *(BACKWARD_TILE, EXPERT_TILE, READER, SOURCE_TILE, USE, SELECTION, MATRIX_TASK, STATIC_TASK, TERM),
+    *(BACKWARD_TILE, EXPERT_TILE, READER, SOURCE_TILE, USE, SELECTION),
+    *(MATRIX_TASK, FURTHER_USES, MATRIX_USE, STATIC_TASK, TERM),
+    *(OPERATION, GATHER, PART, STAGE, MIX, MIX_READ, PRODUCT, ZERO),
 )
-CONSTANTS = ("FROM_X", "FROM_BUFFER", "TO_OUTPUT", "WRITE_SOFTMAX", "WRITE_WEIGHTS", "EXPERT_KIND", "MATRIX_KIND")
+CONSTANTS = (
+    *("FROM_X", "FROM_BUFFER", "TO_OUTPUT", "WRITE_SOFTMAX", "WRITE_WEIGHTS", "EXPERT_KIND", "MATRIX_KIND"),
+    *("GATHER_KIND", "STAGE_KIND", "MIX_KIND", "PRODUCT_KIND", "ZERO_KIND"),
+    *("NO_LOGITS", "VECTOR_LOGITS", "FREE_LOGITS", "KEY_LOGITS"),
+)
 
 
 def header() -> str:

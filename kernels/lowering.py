@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import replace
+from typing import cast
 
 from fusedmoe import codec
-from fusedmoe.graph import NOTHING, Graph, Level, Mlp, Node, Stage, node_of
+from fusedmoe.activation import IDENTITY
+from fusedmoe.graph import COPY, LINEAR, NOTHING, Gate, Graph, Level, Mlp, Node, Stage, Vector, node_of
 from fusedmoe.graph import Unit as GraphUnit
-from fusedmoe.kernels.program import COLUMN, MOST_COLUMNS, Linear, Program, Read, Segment, Source, Unit, X, rounded_up
+from fusedmoe.kernels.program import (
+    COLUMN,
+    MOST_COLUMNS,
+    Gather,
+    Linear,
+    Mix,
+    Operation,
+    Part,
+    Product,
+    Program,
+    Read,
+    Rowwise,
+    Segment,
+    Source,
+    Unit,
+    X,
+    rounded_up,
+    with_sources,
+)
 from fusedmoe.table import Table
 
 
@@ -42,7 +63,7 @@ def _inline_hidden(text: str) -> Program:
     program = _lowered(text)
     segments = list(program.segments)
     for group in program.levels:
-        if len(group) == 2:
+        if len(group) == 2 and not any(segments[number].operations for number in group):
             front, last = group
             linears = {
                 Source(front, unit.column, unit.width): segments[front].experts[e]
@@ -68,13 +89,18 @@ def of_one_slot(program: Program) -> Program:
     the program itself.
     """
 
+    def first(source: Source) -> Source:
+        return source._replace(column=0) if source.segment == X else source
+
     def read(linear: Linear) -> Linear:
-        sources = tuple(source._replace(column=0) if source.segment == X else source for source in linear.sources)
+        sources = tuple(first(source) for source in linear.sources)
         return replace(linear, sources=sources, hidden=linear.hidden and read(linear.hidden))
 
     def segment_of(segment: Segment) -> Segment:
         units = tuple(replace(unit, gate=unit.gate and read(unit.gate)) for unit in segment.units)
-        return replace(segment, experts=tuple(read(linear) for linear in segment.experts), units=units)
+        operations = tuple(with_sources(operation, first) for operation in segment.operations)
+        experts = tuple(read(linear) for linear in segment.experts)
+        return replace(segment, experts=experts, units=units, operations=operations)
 
     return Program(program.table, tuple(segment_of(segment) for segment in program.segments))
 
@@ -90,10 +116,9 @@ def _inlined(linear: Linear, linears: dict[Source, Linear]) -> Linear:
 @functools.lru_cache(maxsize=256)
 def _lowered(text: str) -> Program:
     table = codec.decode(text)
-    if table.lacking["triton"]:
-        raise ValueError(f"table: expected one that the GPU backends can run, got one with {table.lacking['triton']}")
-    for parameter in table.parameters:
-        if max(parameter.shape, default=0) > MOST_COLUMNS and parameter.name.endswith("weight"):
+    weights = {stage.weight for mlp in table.graph.mlps for stage in mlp.stages}
+    for number, parameter in enumerate(table.parameters):
+        if max(parameter.shape, default=0) > MOST_COLUMNS and number in weights:
             raise ValueError(
                 f"{parameter.name}: the GPU backends expect at most {MOST_COLUMNS} columns, got "
                 f"{max(parameter.shape)}; "
@@ -103,23 +128,52 @@ def _lowered(text: str) -> Program:
 
 
 class _Front:
-    """The segments in front of a level's own: hidden linears by their depth, each handed on by a unit
-    that reads it alone."""
+    """The segments in front of a level's own, by their depth: hidden linears, each handed on by a unit
+    that reads it alone, and row-wise operations."""
 
     def __init__(self, first: int):
         self.first = first
-        self.linears: list[list[Linear]] = []
+        self.depths: list[list[Linear | Operation]] = []
+        self.gathered: dict[tuple[Part, ...], tuple[Source, int]] = {}
 
-    def place(self, depth: int, new: Linear) -> Source:
-        """Put a linear into the front segment of this depth; return where its output stands."""
-        while len(self.linears) <= depth:
-            self.linears.append([])
-        column = sum(rounded_up(old.width, COLUMN) for old in self.linears[depth])
-        self.linears[depth].append(new)
-        return Source(self.first + depth, column, new.width)
+    def place(self, depth: int, new: Linear | Operation) -> tuple[Source, int]:
+        """Put a linear or an operation into the first segment of its kind from this depth on; return
+        where its output stands, and from which depth on it can be read.
+
+        Operations of a segment run one after another, so that those behind it can read it too.
+        """
+        dense = isinstance(new, Linear)
+        kinds = [isinstance(there[0], Linear) for there in self.depths]
+        depth = kinds.index(dense, depth) if dense in kinds[depth:] else len(kinds)
+        if depth == len(kinds):
+            self.depths.append([])
+        column = sum(rounded_up(old.width, COLUMN) for old in self.depths[depth])
+        self.depths[depth].append(new if isinstance(new, Linear) else replace(new, column=column))
+        return Source(self.first + depth, column, new.width), depth + dense
+
+    def gather(self, depth: int, parts: tuple[Part, ...]) -> tuple[Source, int]:
+        """Place the concatenation of parts, once."""
+        if parts not in self.gathered:
+            self.gathered[parts] = self.place(depth, Gather(parts, sum(part.width for part in parts), 0))
+        return self.gathered[parts]
 
     def segments(self, name: str, level: int) -> list[Segment]:
-        return [_handing_on(f"{name}, hidden {depth}", level, linears) for depth, linears in enumerate(self.linears)]
+        found = []
+        for depth, content in enumerate(self.depths):
+            linears = [new for new in content if isinstance(new, Linear)]
+            operations = tuple(new for new in content if not isinstance(new, Linear))
+            last = operations[-1] if operations else None
+            found.append(
+                Segment(f"{name}, row-wise {depth}", level, (), (), _behind(last), operations)
+                if last
+                else _handing_on(f"{name}, hidden {depth}", level, linears)
+            )
+        return found
+
+
+def _behind(last: Operation) -> int:
+    """The columns of a buffer of which this operation writes the last ones."""
+    return rounded_up(last.column + last.width, COLUMN)
 
 
 def _handing_on(name: str, level: int, linears: list[Linear]) -> Segment:
@@ -143,6 +197,7 @@ class _Lowering:
             Node("input", 0, s): Source(X, s, graph.inputs[0].width) for s in range(graph.inputs[0].slots)
         }
         self.depths: dict[Node, int] = {}
+        self.uses = graph.uses
         self.mixing = 0
 
     def segments(self) -> list[Segment]:
@@ -154,61 +209,131 @@ class _Lowering:
 
     def level(self, number: int, level: Level) -> None:
         front = _Front(len(self.done))
-        read = _read_experts(level)
-        linears = {}
+        computed = {u: unit for u, unit in enumerate(level.units) if unit.computed}
+        dense = all(_is_dense(unit) for unit in computed.values())
+        # Experts that are read one by one, and not by the level's segment alone.
+        read = _read_experts(level) if dense else set(range(len(level.experts)))
+        linears: dict[int, Linear] = {}
         for e, expert in enumerate(level.experts):
             if not expert.computed:
                 continue
             depth, last = self.mlp(front, number, expert.mlp)
-            if e in read:
-                node = Node("expert", number, e)
-                self.standing[node], self.depths[node] = front.place(depth, last), depth + 1
-                last = Linear((self.standing[node],), last.width)
-            linears[e] = last
-        places = {e: i for i, e in enumerate(linears)}
+            node = Node("expert", number, e)
+            if isinstance(last, Source):
+                self.standing[node], self.depths[node] = last, depth
+            elif not dense and last.weight == NOTHING:
+                self.standing[node], self.depths[node] = last.sources[0], depth
+            elif e in read:
+                self.standing[node], self.depths[node] = front.place(depth, last)
+            linears[e] = last if isinstance(last, Linear) and e not in read else self.copy(node)
         last_level = number + 1 == len(self.graph.levels) and not self.graph.towers
-        units, columns, column = [], {}, 0
-        for u, unit in enumerate(level.units):
-            if not unit.computed:
-                continue
-            gate = self.mlp(front, number, unit.gate.mlp)[1] if unit.gate and unit.gate.sees else None
-            units.append(self.unit(unit, gate, column, places, u * len(level.experts)))
+        columns, column = {}, 0
+        for u, unit in computed.items():
             columns[u] = column
             column += unit.width if last_level else rounded_up(unit.width, COLUMN)
+        units: list[Unit] = []
+        operations: list[Operation] = []
+        if dense:
+            units = [self.dense_unit(front, number, u, columns[u], tuple(linears)) for u in computed]
+        else:
+            operations = [self.operation(front, number, u, columns[u]) for u in computed]
+            linears = {}
         self.done += front.segments(f"level {number}", number)
         for u, first in columns.items():
             self.standing[Node("unit", number, u)] = Source(len(self.done), first, level.units[u].width)
-        self.done.append(Segment(f"level {number}", number, tuple(linears.values()), tuple(units), column))
+        own = tuple(linears.values()), tuple(units), column, tuple(operations)
+        self.done.append(Segment(f"level {number}", number, *own))
         self.mixing += len(level.units) * len(level.experts)
 
-    def mlp(self, front: _Front, level: int, mlp: Mlp) -> tuple[int, Linear]:
-        """Place all stages but the last in front; return the depth of the last one, and its linear."""
-        nodes = [node_of(vector, level) for vector in mlp.sources]
-        sources = tuple(self.standing[node] for node in nodes)
-        depth = max(self.depths.get(node, 0) for node in nodes)
-        for stage in mlp.stages[:-1]:
-            sources = (front.place(depth, _linear(sources, stage)),)
-            depth += 1
-        if not mlp.stages:
-            return depth, Linear(sources, mlp.width)
-        return depth, _linear(sources, mlp.stages[-1])
+    def copy(self, node: Node) -> Linear:
+        return Linear((self.standing[node],), self.standing[node].width)
 
-    def unit(self, unit: GraphUnit, gate: Linear | None, column: int, places: dict[int, int], first: int) -> Unit:
+    def mlp(self, front: _Front, level: int, mlp: Mlp, gate: bool = False) -> tuple[int, Linear | Source]:
+        """Place all stages but the last in front, and the last one too where it is no linear; return
+        from which depth on the last one can be done or read, and the linear or where it stands."""
+        stages = [part for stage in mlp.stages for part in _split(stage, self.uses)]
+        several = bool(stages) and stages[0].kind == LINEAR and self.uses[stages[0].weight] == 1
+        depth, sources = self.sources(front, level, mlp.sources, several and not (gate and len(stages) == 1))
+        if not stages:
+            return depth, (Linear(sources, mlp.width) if _is_whole(mlp.sources) else sources[0])
+        for i, stage in enumerate(stages):
+            linear = stage.kind == LINEAR
+            if linear and i + 1 == len(stages):
+                return depth, _linear(sources, stage)
+            new = _linear(sources, stage) if linear else Rowwise(sources[0], stage, stage.width, 0)
+            source, depth = front.place(depth, new)
+            sources = (source,)
+        return depth, sources[0]
+
+    def sources(
+        self, front: _Front, level: int, vectors: tuple[Vector, ...], several: bool
+    ) -> tuple[int, tuple[Source, ...]]:
+        """Where vectors stand, and from which depth on; one concatenation unless there may be
+        `several`, and all are whole."""
+        nodes = [node_of(vector, level) for vector in vectors]
+        depth = max(self.depths.get(node, 0) for node in nodes)
+        if _is_whole(vectors) or (several and all(_is_whole((vector,)) for vector in vectors)):
+            return depth, tuple(self.standing[node] for node in nodes)
+        parts = tuple(
+            Part(self.standing[node], v.first, v.width, v.detached) for node, v in zip(nodes, vectors, strict=True)
+        )
+        source, depth = front.gather(depth, parts)
+        return depth, (source,)
+
+    def dense_unit(self, front: _Front, level: int, u: int, column: int, experts: tuple[int, ...]) -> Unit:
+        unit = self.graph.levels[level].units[u]
+        places = {e: i for i, e in enumerate(experts)}
+        made = self.unit(level, u, column, places)
+        if not unit.gate or not unit.gate.sees:
+            return made
+        # A gate's last stage is a linear map without more.
+        return replace(made, gate=cast(Linear, self.mlp(front, level, cast(Mlp, unit.gate.mlp), gate=True)[1]))
+
+    def unit(self, level: int, u: int, column: int, places: dict[int, int]) -> Unit:
+        """A unit but for its gate; places: of the experts among those that it reads."""
+        unit, first = self.graph.levels[level].units[u], self.mixing + u * len(self.graph.levels[level].experts)
         static = unit.static
         value = dict(zip(static.experts, static.values, strict=True)) if static and static.values else {}
-        learned = static is not None and static.parameter != NOTHING
+        learned = static is not None and static.parameter != NOTHING and not static.channels
         element = {e: static.offset + j for j, e in enumerate(static.experts)} if static and learned else {}
-        seen = {e: j for j, e in enumerate(unit.gate.sees)} if gate and unit.gate else {}
+        seen = unit.gate.seen if unit.gate else {}
         reads = tuple(
             Read(places[e], seen.get(e, NOTHING), value.get(e, 0.0), element.get(e, NOTHING)) for e in unit.reads
         )
         tensor = static.parameter if static and element else NOTHING
-        return Unit(reads, unit.width, column, gate, tensor, tuple(self.mixing + first + e for e in unit.reads))
+        return Unit(reads, unit.width, column, None, tensor, tuple(first + e for e in unit.reads))
+
+    def operation(self, front: _Front, level: int, u: int, column: int) -> Operation:
+        """A unit of a level that is done row-wise."""
+        unit = self.graph.levels[level].units[u]
+        stands = [self.standing[Node("expert", level, e)] for e in unit.product or unit.reads]
+        if unit.product:
+            return Product(stands[0], stands[1], unit.width, column)
+        made = self.unit(level, u, column, {e: i for i, e in enumerate(unit.reads)})
+        static, channels = unit.static, {}
+        if static and static.channels:
+            channels = {e: static.offset + j * unit.width for j, e in enumerate(static.experts)}
+        elements = tuple(channels.get(e, NOTHING) for e in unit.reads)
+        mix = Mix(made, tuple(stands), elements, static.parameter if static and channels else NOTHING)
+        return self.with_logits(front, level, mix, unit.gate) if unit.gate and unit.gate.sees else mix
+
+    def with_logits(self, front: _Front, level: int, mix: Mix, gate: Gate) -> Mix:
+        if gate.mlp:
+            depth, last = self.mlp(front, level, gate.mlp, gate=True)
+            logits = last if isinstance(last, Source) else front.place(depth, last)[0]
+            return replace(mix, factor=gate.factor, logits=logits)
+        if not gate.keys:
+            return replace(mix, factor=gate.factor, free=gate.free)
+        query = self.sources(front, level, gate.query, False)[1][0]
+        keys = {j: self.sources(front, level, gate.keys[j], False)[1][0] for j in gate.seen.values()}
+        by_read = tuple(keys.get(read.seen) for read in mix.unit.reads)
+        return replace(mix, factor=gate.factor, query=query, keys=by_read)
 
     def towers(self) -> None:
         level = len(self.graph.levels)
         front = _Front(len(self.done))
-        linears = [self.mlp(front, level, tower)[1] for tower in self.graph.towers]
+        lasts = [self.mlp(front, level, tower)[1] for tower in self.graph.towers]
+        linears = [last if isinstance(last, Linear) else Linear((last,), last.width) for last in lasts]
         self.done += front.segments("towers", level)
         width = linears[0].width
         last = _handing_on("towers", level, linears)
@@ -225,8 +350,38 @@ def _linear(sources: tuple[Source, ...], stage: Stage) -> Linear:
     return Linear(sources, stage.width, stage.weight, stage.bias, stage.activation)
 
 
+def _split(stage: Stage, uses: Counter[int]) -> tuple[Stage, ...]:
+    """A stage as a linear with an activation, and what does not fit into one behind it: a bias that
+    is not this linear's alone, PReLU, and dropout."""
+    if stage.kind != LINEAR:
+        return (stage,)
+    shared = stage.bias != NOTHING and max(uses[stage.weight], uses[stage.bias]) > 1
+    late = shared or stage.slope != NOTHING
+    if not late and not stage.dropout:
+        return (stage,)
+    bias, activation = stage.bias if shared else NOTHING, stage.activation if late else IDENTITY
+    own = {"bias": NOTHING if shared else stage.bias, "activation": IDENTITY if late else stage.activation}
+    return (
+        replace(stage, slope=NOTHING, dropout=0.0, stream=NOTHING, **own),
+        replace(stage, kind=COPY, k=stage.width, weight=NOTHING, bias=bias, activation=activation),
+    )
+
+
+def _is_whole(vectors: tuple[Vector, ...]) -> bool:
+    """Whether they are one vector that is read as it stands."""
+    return len(vectors) == 1 and vectors[0].whole and not vectors[0].detached
+
+
+def _is_dense(unit: GraphUnit) -> bool:
+    """Whether a segment of linears has a place for the unit."""
+    gate = unit.gate
+    fits = not gate or not gate.sees or (bool(gate.mlps) and gate.factor == 1.0 and not gate.closed)
+    return fits and not unit.product and not (unit.static and unit.static.channels)
+
+
 def _read_experts(level: Level) -> set[int]:
     """The experts that gates and other experts of this level read."""
-    mlps = [unit.gate.mlp for unit in level.units if unit.computed and unit.gate and unit.gate.sees]
+    gates = [unit.gate for unit in level.units if unit.computed and unit.gate and unit.gate.sees]
+    mlps = [gate.mlp for gate in gates if gate.mlp]
     mlps += [expert.mlp for expert in level.experts if expert.computed]
     return {vector.index for mlp in mlps for vector in mlp.sources if vector.kind == "expert"}

@@ -33,6 +33,7 @@ def forward(
     tiles: Tiles | None = None,
     *,
     backend: str,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Saved]:
     """Run the network: `fusion_network`'s mathematics.
 
@@ -45,11 +46,12 @@ def forward(
             level has one segment of them.
         tiles: None: the shipped ones.
         backend: whose kernels.
+        seed: int64 [1], of dropout; None: nothing is dropped.
 
     Returns: out [B, *table.output], weights [B, table.mixing] or None, and what `backward` takes.
     """
     bound = forward_of(key_of(x, table, training, tiles, backend))
-    out, weights, memory = launcher(backend).forward(bound, x, params, mixing)
+    out, weights, memory = launcher(backend).forward(bound, x, params, mixing, seed)
     return out, weights, Saved(memory, bound.tiles)
 
 
@@ -63,6 +65,7 @@ def backward(
     tiles: Tiles | None = None,
     *,
     backend: str,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return d_x [B, S, D], and one gradient a parameter: None for those on which no output
     depends, for the others views of one tensor.
@@ -74,10 +77,10 @@ def backward(
         saved: what it returned.
         tiles: of the backward, whatever those of the forward were; None: the shipped ones.
         backend: whose kernels.
+        seed: the forward's.
     """
-    d_x, *found = _backward(
-        d_out, d_weights, x, params, saved, _backward_key(x, saved, table, tiles, backend), apart=True
-    )
+    key = _backward_key(x, saved, table, tiles, backend)
+    d_x, *found = _backward(d_out, d_weights, x, params, saved, key, apart=True, seed=seed)
     return d_x, with_dead(found, table)
 
 
@@ -85,7 +88,7 @@ def with_dead(gradients: Iterable[Tensor], table: Table) -> list[Tensor | None]:
     """Return one gradient a parameter, of those of the live ones: None where no output depends on
     it."""
     live = iter(gradients)
-    return [next(live) if p.live else None for p in table.parameters]
+    return [next(live) if p.live else None for p in table.graph.parameters]
 
 
 def flat_backward(
@@ -98,12 +101,12 @@ def flat_backward(
     tiles: Tiles | None = None,
     *,
     backend: str,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return d_x, and the gradients of the live parameters, one after another. The arguments are
     those of `backward`."""
-    d_x, flat = _backward(
-        d_out, d_weights, x, params, saved, _backward_key(x, saved, table, tiles, backend), apart=False
-    )
+    key = _backward_key(x, saved, table, tiles, backend)
+    d_x, flat = _backward(d_out, d_weights, x, params, saved, key, apart=False, seed=seed)
     return d_x, flat
 
 
@@ -113,8 +116,16 @@ def _backward_key(x: Tensor, saved: Saved, table: Table, tiles: Tiles | None, ba
 
 
 def _backward(
-    d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: Saved, key: Key, apart: bool
+    d_out: Tensor,
+    d_weights: Tensor | None,
+    x: Tensor,
+    params: Sequence[Tensor],
+    saved: Saved,
+    key: Key,
+    *,
+    apart: bool,
+    seed: Tensor | None,
 ) -> list[Tensor]:
     # Those of a call that returned no mixing weights are [B, 0].
     d_weights = d_weights if d_weights is not None and d_weights.numel() else None
-    return launcher(key.backend).backward(backward_of(key), d_out, d_weights, x, params, saved.memory, apart)
+    return launcher(key.backend).backward(backward_of(key), d_out, d_weights, x, params, saved.memory, apart, seed)

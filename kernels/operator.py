@@ -56,12 +56,12 @@ def _tuning(backend: str) -> ModuleType | None:
 
 
 def _forward(
-    backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool
+    backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool, seed: Tensor | None
 ) -> tuple[Tensor, Tensor | None, network.Saved]:
     x, search = last_dim_contiguous(x), _tuning(backend)
     with launching(x, backend):
         tiles = search.of_forward(x, params, table, mixing, training) if search else None
-        return network.forward(x, params, table, mixing, training, tiles, backend=backend)
+        return network.forward(x, params, table, mixing, training, tiles, backend=backend, seed=seed)
 
 
 def recomputed(table: Table) -> bool:
@@ -73,16 +73,16 @@ class _Network(torch.autograd.Function):
     """It returns what `outputs.split` does: autograd tells which of the tensors have a gradient."""
 
     @staticmethod
-    def forward(ctx, table: Table, options: outputs.Options, x: Tensor, *params: Tensor):
-        out, weights, saved = _forward(options.backend, x, params, table, options.mixing, training=True)
+    def forward(ctx, table: Table, options: outputs.Options, seed: Tensor | None, x: Tensor, *params: Tensor):
+        out, weights, saved = _forward(options.backend, x, params, table, options.mixing, True, seed)
         ctx.table, ctx.options, ctx.tiles = table, options, saved.tiles
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, None if options.recompute and recomputed(table) else saved.memory, *params)
+        ctx.save_for_backward(x, seed, None if options.recompute and recomputed(table) else saved.memory, *params)
         return outputs.split(out, weights, table, options.tasks_apart)
 
     @staticmethod
     def backward(ctx, *d_outputs: Tensor | None):
-        x, memory, *params = ctx.saved_tensors
+        x, seed, memory, *params = ctx.saved_tensors
         table = ctx.table
         d_out, d_weights, tasks, levels = outputs.join(d_outputs, x, table, ctx.options.tasks_apart)
         if torch.is_grad_enabled():
@@ -91,36 +91,38 @@ class _Network(torch.autograd.Function):
             found = [d_x, *d_params]
         else:
             found = _gradients(
-                ctx.options.backend, table, d_out, d_weights, x, params, network.Saved(memory, ctx.tiles)
+                ctx.options.backend, table, (d_out, d_weights), x, params, network.Saved(memory, ctx.tiles), seed
             )
         wanted = zip(
-            found, outputs.dependent(codec.encode(table), tasks, levels), ctx.needs_input_grad[2:], strict=True
+            found, outputs.dependent(codec.encode(table), tasks, levels), ctx.needs_input_grad[3:], strict=True
         )
-        return None, None, *(d if depends and need else None for d, depends, need in wanted)
+        return None, None, None, *(d if depends and need else None for d, depends, need in wanted)
 
 
 def _gradients(
     backend: str,
     table: Table,
-    d_out: Tensor,
-    d_weights: Tensor | None,
+    upstream: tuple[Tensor, Tensor | None],
     x: Tensor,
     params: Sequence[Tensor],
     saved: network.Saved,
+    seed: Tensor | None,
 ) -> list[Tensor | None]:
-    """d_x and the parameters' gradients. saved: what the forward left, or its tiles alone, by which
-    it is run once more."""
-    x = last_dim_contiguous(x)
+    """d_x and the parameters' gradients. upstream: those of out and of the mixing weights; saved: what
+    the forward left, or its tiles alone, by which it is run once more."""
+    (d_out, d_weights), x = upstream, last_dim_contiguous(x)
     with device_guard(x):
         if saved.memory is None:
-            _, _, saved = network.forward(x, params, table, False, True, saved.tiles, backend=backend)
+            _, _, saved = network.forward(x, params, table, False, True, saved.tiles, backend=backend, seed=seed)
         search = _tuning(backend)
         tiles = search.of_backward(d_out, d_weights, x, params, saved, table) if search else None
-        d_x, d_params = network.backward(d_out, d_weights, x, params, saved, table, tiles, backend=backend)
+        d_x, d_params = network.backward(d_out, d_weights, x, params, saved, table, tiles, backend=backend, seed=seed)
     return [d_x, *d_params]
 
 
-def run(x: Tensor, params: Sequence[Tensor], table: Table, options: outputs.Options) -> tuple[Tensor, ...]:
+def run(
+    x: Tensor, params: Sequence[Tensor], table: Table, options: outputs.Options, seed: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Return what `outputs.split` does: out [B, *table.output], or with `tasks_apart` one [B, O] a
     task; then each level's mixing weights.
 
@@ -130,11 +132,12 @@ def run(x: Tensor, params: Sequence[Tensor], table: Table, options: outputs.Opti
         table: the network.
         options: the backend whose kernels run, and what the call asks for; `recompute` keeps for
             the backward no more than x, what each softmax gave and what each level handed on.
+        seed: int64 [1] on x's device, of dropout; None: nothing is dropped.
 
     Raises: ValueError for tensors that do not fit the table, and for a table that is too wide
         (`lowering.lower`); RuntimeError if the kernels err on this device (`self_test.py`).
     """
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in params)):
-        return _Network.apply(table, options, x, *params)
-    out, weights, _ = _forward(options.backend, x, params, table, options.mixing, training=False)
+        return _Network.apply(table, options, seed, x, *params)
+    out, weights, _ = _forward(options.backend, x, params, table, options.mixing, False, seed)
     return outputs.split(out, weights, table, options.tasks_apart)

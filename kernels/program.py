@@ -8,17 +8,23 @@ units hand on one linear each; the towers are one more level. So one kernel runs
 
 An expert that gates select is computed in such a segment in front, and its level then only copies
 it: its gradient is accumulated like that of any source.
+
+A segment of the second kind has *row-wise operations* in place of linears and units: what needs no
+linear map, a vector of a row at a time. They read vectors that stand anywhere, also those that
+operations before them in the segment wrote.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 from fusedmoe.activation import IDENTITY, Activation
-from fusedmoe.graph import NOTHING, product
+from fusedmoe.graph import NOTHING, Stage, product
 from fusedmoe.table import Table
 
 # Columns of a segment's buffer begin at a multiple of this many numbers: 32 bytes of bfloat16, and
@@ -90,16 +96,100 @@ class Unit:
     mixing: tuple[int, ...] = ()
 
 
+class Part(NamedTuple):
+    """Columns `first` .. `first + width` of a source; no gradient goes back where `detached`."""
+
+    source: Source
+    first: int
+    width: int
+    detached: bool
+
+
+@dataclass(frozen=True)
+class Gather:
+    """The parts side by side, in columns `column`.. of the segment's buffer, as all operations write."""
+
+    parts: tuple[Part, ...]
+    width: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Rowwise:
+    """dropout(act(head h)) of the source h: a stage of the graph without a linear map."""
+
+    source: Source
+    stage: Stage
+    width: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A unit over vectors: `unit.reads` name experts by their place in `experts`, and what they see
+    by the column of the logits.
+
+    elements: the first static weight a column of each expert among the parameter `channels`. The
+    logits are `factor` times one of: the vector `logits`, the parameter `free`, or query . key, with a
+    key for each of `experts` that is seen.
+    """
+
+    unit: Unit
+    experts: tuple[Source, ...]
+    elements: tuple[int, ...] = ()
+    channels: int = NOTHING
+    factor: float = 1.0
+    logits: Source | None = None
+    free: int = NOTHING
+    query: Source | None = None
+    keys: tuple[Source | None, ...] = ()
+
+    @property
+    def width(self) -> int:
+        return self.unit.width
+
+    @property
+    def column(self) -> int:
+        return self.unit.column
+
+
+@dataclass(frozen=True)
+class Product:
+    """a * b, elementwise."""
+
+    a: Source
+    b: Source
+    width: int
+    column: int
+
+
+Operation = Gather | Rowwise | Mix | Product
+
+
+def with_sources(operation: Operation, change: Callable[[Source], Source]) -> Operation:
+    """The operation over other sources."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Source):
+            return change(value)
+        if isinstance(value, Part):
+            return value._replace(source=change(value.source))
+        return tuple(changed(item) for item in value) if isinstance(value, tuple) else value
+
+    return replace(operation, **{field.name: changed(getattr(operation, field.name)) for field in fields(operation)})
+
+
 @dataclass(frozen=True)
 class Segment:
-    """Linears over earlier segments, and the units that mix them; `width` is the stride of the
-    rows of its buffer."""
+    """Linears over earlier segments, and the units that mix them; or row-wise operations, in their
+    order. `width` is the stride of the rows of its buffer."""
 
     name: str
     level: int
     experts: tuple[Linear, ...]
     units: tuple[Unit, ...]
     width: int
+    operations: tuple[Operation, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,6 +231,22 @@ class Program:
         )
 
     @functools.cached_property
+    def operations(self) -> tuple[Operation, ...]:
+        """Every row-wise operation."""
+        return tuple(operation for segment in self.segments for operation in segment.operations)
+
+    @functools.cached_property
+    def shared(self) -> bool:
+        """Whether some linears share a parameter W."""
+        weights = Counter(linear.weight for linear in self.linears if linear.weight != NOTHING)
+        return max(weights.values(), default=0) > 1
+
+    @functools.cached_property
+    def drops(self) -> bool:
+        """Whether there is a dropout."""
+        return any(isinstance(operation, Rowwise) and operation.stage.dropout for operation in self.operations)
+
+    @functools.cached_property
     def hidden(self) -> bool:
         """Whether some linear has a hidden layer inside."""
         return any(linear.hidden for linear in self.linears)
@@ -157,7 +263,7 @@ class Program:
         linears = [*self.linears, *(linear.hidden for linear in self.linears if linear.hidden)]
         return tuple(
             {
-                self.table.inputs[0].width,
+                self.table.graph.inputs[0].width,
                 *(
                     size
                     for linear in linears
@@ -169,7 +275,28 @@ class Program:
     @functools.cached_property
     def reads(self) -> int:
         """The most experts that a unit reads."""
-        return max(len(unit.reads) for segment in self.segments for unit in segment.units)
+        return max((len(unit.reads) for segment in self.segments for unit in segment.units), default=0)
+
+    @functools.cached_property
+    def mixes(self) -> int:
+        """The most vectors that a row-wise unit reads."""
+        return max((len(mix.unit.reads) for mix in self.operations if isinstance(mix, Mix)), default=0)
+
+    @functools.cached_property
+    def rowwise_strides(self) -> tuple[int, ...]:
+        """As `strides`, of row-wise operations: where what they read and write begins and ends."""
+        numbers = {width for segment in self.segments if segment.operations for width in (segment.width,)}
+        for operation in self.operations:
+            numbers |= {operation.width, operation.column}
+            if isinstance(operation, Gather):
+                numbers |= {n for at, first, width, _ in operation.parts for n in (at.width, first, width)}
+        return tuple(numbers)
+
+    @functools.cached_property
+    def rowwise_activations(self) -> tuple[str, ...]:
+        """As `activations`, of row-wise operations."""
+        stages = [operation.stage for operation in self.operations if isinstance(operation, Rowwise)]
+        return tuple(sorted({stage.activation.name for stage in stages}))
 
     @functools.cached_property
     def activations(self) -> tuple[str, ...]:
@@ -187,8 +314,8 @@ class Program:
     def gradients(self) -> tuple[tuple[int, ...], int]:
         """Where the gradient of each live parameter begins among all (NOTHING for the others), and
         how many numbers all are."""
-        sizes = [product(p.shape) if p.live else 0 for p in self.table.parameters]
+        sizes = [product(p.shape) if p.live else 0 for p in self.table.graph.parameters]
         ends = list(itertools.accumulate(sizes, initial=0))
-        return tuple(first if p.live else NOTHING for first, p in zip(ends, self.table.parameters, strict=False)), ends[
-            -1
-        ]
+        return tuple(
+            first if p.live else NOTHING for first, p in zip(ends, self.table.graph.parameters, strict=False)
+        ), ends[-1]

@@ -72,7 +72,7 @@ def worst(device: torch.device, dtype: torch.dtype, table: Table, rows: int, bac
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    x, d_out = draw(rows, table.inputs[0].slots, table.inputs[0].width), draw(rows, *table.output)
+    x, d_out = draw(rows, table.graph.inputs[0].slots, table.graph.inputs[0].width), draw(rows, *table.output)
     params = [draw(*p.shape) / max(p.shape[-1:] or (1,)) ** 0.5 for p in table.parameters]
 
     def on_host(precision: torch.dtype) -> list[Tensor]:

@@ -93,7 +93,7 @@ def chosen(program: Program, dtype: torch.dtype, whole: bool, many: bool, arch: 
     wide = dtype == torch.float32
     most = max(len(segment.units) for segment in program.segments)
     units = next((size for size in GROUPS if size >= most), GROUPS[-1])
-    widest = max(unit.width for segment in program.segments for unit in segment.units)
+    widest = max((unit.width for segment in program.segments for unit in segment.units), default=0)
     hidden = program.hidden and not beside_hidden
     resident = (
         0
@@ -124,6 +124,19 @@ def _resident_columns(program: Program, most: int) -> int:
         return 0
     columns = power_of_two(max((linear.read[0].width for linear in program.linears), default=0), RESIDENT_TILE)
     return columns if columns <= most else 0
+
+
+# Numbers of a tile of row-wise operations: eight of each thread, which leaves registers for two
+# programs more on a multiprocessor than sixteen do.
+ROWWISE_TILE = 1024
+
+
+@functools.lru_cache(maxsize=256)
+def rowwise(program: Program) -> tuple[int, int]:
+    """Rows and columns of the tiles of row-wise operations."""
+    widest = max((operation.width for operation in program.operations), default=0)
+    columns = min(power_of_two(widest, 16), 128)
+    return min(64, ROWWISE_TILE // columns), columns
 
 
 def aligned(numbers: list[int], multiple: int) -> bool:

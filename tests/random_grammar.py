@@ -30,15 +30,11 @@ WEIGHT, BIAS, STATIC = range(3)
 MOST_EXPERTS = 3
 
 
-# What may come: what every backend can run, what `cpu` can, all that the reference can.
-EVERY, CPU, REFERENCE = range(3)
-
-
 class Grammar:
-    """Draws tables of one or two levels."""
+    """Draws tables of one or two levels. plain: of linear maps, linear gates and whole sources alone."""
 
-    def __init__(self, seed: int, most: int):
-        self.random, self.cpu, self.new = Random(seed), most >= CPU, most >= REFERENCE
+    def __init__(self, seed: int, plain: bool = False):
+        self.random, self.all = Random(seed), not plain
 
     def table(self) -> Table:
         inputs = self.random.randint(1, 2)
@@ -57,7 +53,7 @@ class Grammar:
 
     def source(self, counts: list[int], experts: int) -> Source:
         """One whole source, perhaps detached."""
-        detached = self.cpu and self.chance(15)
+        detached = self.all and self.chance(15)
         if experts and self.chance(20):
             return Source("expert", self.random.randrange(experts), detached=detached)
         if self.chance(60):
@@ -72,7 +68,7 @@ class Grammar:
         first = self.source(counts, experts)
         if joined and self.chance(25):
             return (first, self.source(counts, experts))
-        if self.cpu and self.chance(15):
+        if self.all and self.chance(15):
             return (Source(first.kind, first.index, first.place, 1, 2, first.detached),)
         return (first,)
 
@@ -81,19 +77,19 @@ class Grammar:
         ops: list[Op] = []
         for last in [False] * self.random.randint(0, 1) + [True]:
             columns = out if last and out else self.random.randint(2, 5)
-            shared = self.cpu and width == columns == WIDTH and self.chance(40)
+            shared = self.all and width == columns == WIDTH and self.chance(40)
             ops.append(Linear(columns, True, WEIGHT, BIAS) if shared else Linear(columns, self.chance(70)))
             width = columns
-            if self.new and self.chance(25):
+            if self.all and self.chance(25):
                 affine = self.chance(70)
                 ops.append(LayerNorm(affine=affine, bias=self.chance(70)))
-            if self.new and self.chance(15):
+            if self.all and self.chance(15):
                 ops.append(Bias(BIAS if width == WIDTH and self.chance(50) else None))
-            if self.new and self.chance(25):
+            if self.all and self.chance(25):
                 ops.append(PReLU(self.chance(50)))
             elif self.chance(70):
                 ops.append(Activation(self.random.choice(("tanh", "silu", "sigmoid"))))
-            if self.new and self.chance(20):
+            if self.all and self.chance(20):
                 ops.append(Dropout(0.4))
         return tuple(ops)
 
@@ -109,26 +105,26 @@ class Grammar:
 
     def gate(self, counts: list[int], experts: int) -> Gate | Attention:
         sees = self.seen(experts)
-        if self.new and self.chance(30):
+        if self.all and self.chance(30):
             keys = tuple((self.source(counts, experts),) for _ in sees)
             return Attention((self.source(counts, experts),), keys, sees, 0.5)
-        if self.new and self.chance(20):
+        if self.all and self.chance(20):
             return Gate((), sees, temperature=2.0)
-        sources = self.sources(counts, experts, joined=self.cpu)
+        sources = self.sources(counts, experts, joined=self.all)
         width = sum(source.width or WIDTH for source in sources)
         hidden = self.ops(width, None) if self.chance(30) else ()
-        return Gate((sources,), sees, hidden, self.chance(70), 0.5 if self.cpu and self.chance(30) else 1.0)
+        return Gate((sources,), sees, hidden, self.chance(70), 0.5 if self.all and self.chance(30) else 1.0)
 
     def static(self, experts: int) -> Static:
         seen = self.seen(experts)
-        if self.new and self.chance(30):
+        if self.all and self.chance(30):
             return Static(seen, tensor=STATIC, offset=self.random.randint(0, 3), channels=True)
         if self.chance(50):
             return Static(seen, tensor=STATIC, offset=self.random.randint(0, 3))
         return Static(seen, tuple(self.random.uniform(-1, 1) for _ in seen))
 
     def unit(self, counts: list[int], experts: int) -> Unit:
-        if self.new and self.chance(20):
+        if self.all and self.chance(20):
             return Unit(product=(self.random.randrange(experts), self.random.randrange(experts)))
         gate = self.gate(counts, experts) if self.chance(80) else None
         return Unit(gate, self.static(experts) if self.chance(40) or gate is None else None)

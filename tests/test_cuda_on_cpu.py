@@ -14,7 +14,7 @@ from .mutation import mutated, places
 
 NO_NVCC = "cuda_on_cpu: expected nvcc in $CUDA_HOME/bin, /usr/local/cuda/bin or on the path, found none"
 # operation_words of samples.h.
-OPERATION_WORDS = 51
+OPERATION_WORDS = 55
 # Types, as they stand in mangled names, and whether B is [K, N].
 GEMMS = [
     (torch.bfloat16, "13__nv_bfloat16", False),

@@ -17,16 +17,16 @@ def test_the_cuda_header_is_what_the_layout_writes():
 
 def test_triton_reads_the_offsets_of_the_layout():
     pytest.importorskip("triton")
-    from fusedmoe.kernels.triton import backward, forward, records
+    from fusedmoe.kernels.triton import backward, forward, records, rowwise, rowwise_backward
 
     found = {
         name
-        for module in (records, forward, backward)
+        for module in (records, forward, backward, rowwise, rowwise_backward)
         for name, value in vars(module).items()
         if isinstance(value, records.Offsets)
     }
     assert found == {record.name.upper() for record in layout.RECORDS}
-    for module in (records, forward, backward):
+    for module in (records, forward, backward, rowwise, rowwise_backward):
         for name, value in vars(module).items():
             if isinstance(value, records.Offsets):
                 record = getattr(layout, name)
@@ -66,10 +66,12 @@ def test_no_kernel_names_a_field_by_its_number():
 
 def test_arguments_stand_in_the_order_of_the_kernels():
     pytest.importorskip("triton")
-    from fusedmoe.kernels.triton import arguments, backward, forward
+    from fusedmoe.kernels.triton import arguments, backward, forward, rowwise, rowwise_backward
 
     kinds = {
         forward.forward: arguments.ForwardArguments,
+        rowwise.rowwise_forward: arguments.RowwiseArguments,
+        rowwise_backward.rowwise_backward: arguments.RowwiseBackwardArguments,
         backward.backward_rows: arguments.RowsArguments,
         backward.gradients: arguments.GradientsArguments,
         backward.add_chunks: arguments.SumArguments,

@@ -62,7 +62,8 @@ def test_encode_takes_tables_alone():
         encode({})
 
 
-@given(st.text())
+# What begins with @ is a handle, and may be one of this process.
+@given(st.text().filter(lambda text: not text.startswith("@")))
 def test_any_text_is_refused_with_a_value_error(text):
     with pytest.raises(ValueError, match="expected"):
         decode(text)

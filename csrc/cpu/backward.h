@@ -70,6 +70,8 @@ void backward_unit(const BackwardBlock<T>& b, const UnitPlan& unit) {
   T* w = b.d(unit.d_w);
   T* dw = w + unit.reads.count * b.ld;
   mixing_weights(unit.reads, b.call.params, p, b.ld, w);
+  // Not a product with zero, which is NaN where an expert's output is infinite.
+  if (!unit.differentiated) memset(dw, 0, unit.reads.count * b.ld * sizeof(T));
   for (int64_t i = 0; i < unit.reads.count; i++) {
     const Read& read = unit.reads[i];
     T* to = dw + i * b.ld;
@@ -178,7 +180,7 @@ void backward_segment(const BackwardBlock<T>& b, const Segment& segment) {
   for (const UnitPlan& unit : segment.units) {
     if (unit.reads.count < 0) continue;
     backward_unit<Operands>(b, unit);
-    if (!b.plan.linear) beside_the_mix_backward(b, segment, unit);
+    if (!b.plan.linear && unit.differentiated) beside_the_mix_backward(b, segment, unit);
   }
   for (const UnitPlan& unit : segment.units) {
     scatter(b, unit.gate.gather);

@@ -269,6 +269,7 @@ class Builder : Allocation {
     mix.weights = weights;
     mix.reads.count = -1;
     if (!unit.computed) return mix;
+    mix.differentiated = unit.differentiated;
     mix.out = out.panel;
     mix.d_out = out.d;
     std::map<int, Read> reads;
@@ -373,7 +374,7 @@ class Builder : Allocation {
   void uses(Segment& segment) {
     std::vector<std::vector<Use>> lists(segment.experts.count);
     for (int64_t u = 0; u < segment.units.count; u++)
-      for (int64_t i = 0; i < segment.units[u].reads.count; i++)
+      for (int64_t i = 0; i < segment.units[u].reads.count && segment.units[u].differentiated; i++)
         lists[segment.units[u].reads[i].expert].push_back({int(u), i});
     std::vector<Span<Use>> spans;
     for (auto& list : lists) spans.push_back(own(std::move(list)));

@@ -148,6 +148,7 @@ struct UnitPlan {
   Span<Read> reads;     // ascending experts
   int64_t weights;      // column of the mixing weights [B, mixing]
   int64_t d_out, d_w;   // backward: panels of the thread's buffer
+  bool differentiated = true;  // whether a gradient comes to `out`
   double factor = 1;    // of the logits
   Span<int> open;       // places of what the gate sees that the call's route leaves; none: all
 };
@@ -170,7 +171,7 @@ struct Segment {
   Span<UnitPlan> units;              // those that are not computed have reads.count = -1
   Span<UnitGroup> unit_groups;           // of the computed units
   Span<int64_t> d_expert;       // backward: panel of the gradient that readers beside the mix hand to an expert, or -1
-  Span<Span<Use>> uses;         // of each expert, ascending units
+  Span<Span<Use>> uses;         // of each expert, ascending units that have a gradient
   Span<TransposedInput> transposes;
 };
 

@@ -44,16 +44,21 @@ void run_rows(const RowsCall& call, const Tiles& tiles, int programs, Stream str
   tiles.rows == 64 ? run_rows<T, 64, 32>(call, programs, stream) : run_rows<T, 16, 32>(call, programs, stream);
 }
 
-template <class T, int COLUMNS>
+template <class T, int COLUMNS, bool SHARED>
 void run_gradients(const GradientsCall& call, Stream stream) {
   // Three blocks of eight warps a multiprocessor, where its shared memory lets them, have 80
   // registers a thread.
   constexpr int outputs = sizeof(T) == 2 ? 64 : 32, threads = sizeof(T) == 2 ? 256 : 128,
                 blocks = sizeof(T) == 2 ? 3 : 4;
-  using Of = ParameterGradients<T, outputs, COLUMNS, threads>;
+  using Of = ParameterGradients<T, outputs, COLUMNS, threads, SHARED>;
   const unsigned chunks = unsigned((call.of.network.rows + call.to.chunk - 1) / call.to.chunk);
-  launch("gradients", gradients_kernel<T, outputs, COLUMNS, threads, blocks>,
+  launch("gradients", gradients_kernel<T, outputs, COLUMNS, threads, blocks, SHARED>,
          {unsigned(call.of.tasks), chunks, threads, size_t(Of::bytes)}, stream, call);
+}
+
+template <class T, int COLUMNS>
+void run_gradients(const GradientsCall& call, Stream stream) {
+  call.to.shared ? run_gradients<T, COLUMNS, true>(call, stream) : run_gradients<T, COLUMNS, false>(call, stream);
 }
 
 template <class T>

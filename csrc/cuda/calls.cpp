@@ -35,7 +35,7 @@ class Launches {
   }
 
   // Unless addresses are not here.
-  bool supports(std::initializer_list<const Tensor*>, bool) {
+  bool supports(std::initializer_list<const Tensor*>, bool, bool) {
     if (!here_) return false;
     // Of this library's own runtime; that of PyTorch has it already.
     use_device(device_);
@@ -50,23 +50,29 @@ class Launches {
   }
 
   void backward_rows(const Step& step, const Pointers& pointers, const GradientPointers& to) {
-    if (watching()) {
-      std::vector<Reach> reaches = around(pointers, false), more = around(to);
-      reaches.insert(reaches.end(), more.begin(), more.end());
-      tell("backward_rows", reaches);
-    }
+    if (watching()) tell("backward_rows", around(pointers, to));
     cuda::backward_rows(backward(pointers, to), tiles_for(step), int(step.place), int(step.programs), stream_);
+  }
+
+  void rowwise_forward(const Step& step, const Pointers& pointers) {
+    put(pointers);
+    if (watching()) tell("rowwise_forward", around(pointers, true));
+    cuda::rowwise_forward(network_, tiles_.number, pointers.seed, int(step.place), stream_);
+  }
+
+  void rowwise_backward(const Step& step, const Pointers& pointers, const GradientPointers& to) {
+    if (watching()) tell("rowwise_backward", around(pointers, to));
+    cuda::rowwise_backward(backward(pointers, to), tiles_.number, pointers.seed, int(step.place), stream_);
   }
 
   void gradients(const Pointers& pointers, const GradientPointers& to, int64_t chunk, int64_t chunks) {
     if (watching()) {
-      std::vector<Reach> reaches = around(pointers, false), more = around(to);
-      reaches.insert(reaches.end(), more.begin(), more.end());
+      std::vector<Reach> reaches = around(pointers, to);
       reaches.push_back({"parts", to.parts, uint64_t(4 * chunks * bound_.total), true});
       reaches.push_back({"flat", to.flat, uint64_t(bound_.size * bound_.total), true});
       tell("gradients", reaches);
     }
-    const Gradients of{to.parts, to.flat, bound_.total, chunk};
+    const Gradients of{to.parts, to.flat, bound_.total, chunk, bound_.shared};
     cuda::gradients(backward(pointers, to), of, tiles_, int(bound_.gradients.place), stream_);
   }
 
@@ -100,16 +106,20 @@ class Launches {
             {"weights", pointers.weights, pointers.weights ? uint64_t(size * rows * bound_.mixing) : 0, forward},
             {"plan", network_.plan, bound_.plan_bytes, false},
             {"floats", network_.floats, bound_.floats_bytes, false},
+            {"seed", pointers.seed, pointers.seed ? sizeof(*pointers.seed) : 0, false},
             {"addresses", network_.parameters.more,
              network_.parameters.more ? 8 * (given_.parameters.size() - Addresses::count) : 0, false}};
   }
-  std::vector<Reach> around(const GradientPointers& to) const {
+  std::vector<Reach> around(const Pointers& pointers, const GradientPointers& to) const {
     const int64_t rows = given_.rows, size = bound_.size;
-    return {{"d_x", to.d_x, uint64_t(size * rows * bound_.slots * bound_.width), true},
-            {"d_buffers", to.d_buffers, uint64_t(size * bound_.buffer_width * rows), true},
-            {"dw", to.dw, uint64_t(4 * bound_.sums * rows), true},
-            {"dz", to.dz, uint64_t(size * rows * bound_.columns), true},
-            {"arrived", to.arrived, uint64_t(4 * bound_.gradients.programs), true}};
+    std::vector<Reach> reaches = around(pointers, false);
+    const Reach more[]{{"d_x", to.d_x, uint64_t(size * rows * bound_.slots * bound_.width), true},
+                       {"d_buffers", to.d_buffers, uint64_t(size * bound_.buffer_width * rows), true},
+                       {"dw", to.dw, uint64_t(4 * bound_.sums * rows), true},
+                       {"dz", to.dz, uint64_t(size * rows * bound_.columns), true},
+                       {"arrived", to.arrived, uint64_t(4 * bound_.gradients.programs), true}};
+    reaches.insert(reaches.end(), std::begin(more), std::end(more));
+    return reaches;
   }
 
   const Bound& bound_;
@@ -125,24 +135,25 @@ const Bound& at(int64_t address) { return *reinterpret_cast<const Bound*>(addres
 
 // bound: the address of a Bound, which the caller keeps.
 std::vector<Tensor> network_cuda(const Tensor& x, const std::vector<Tensor>& params, int64_t bound, bool mixing,
-                                 const std::optional<Tensor>& addresses) {
-  return gpu::forward<Launches>(x, params, at(bound), mixing, addresses);
+                                 const std::optional<Tensor>& seed, const std::optional<Tensor>& addresses) {
+  return gpu::forward<Launches>(x, params, at(bound), mixing, seed, addresses);
 }
 
 std::vector<Tensor> network_cuda_backward(const Tensor& d_out, const std::optional<Tensor>& d_weights, const Tensor& x,
                                           const std::vector<Tensor>& params, const Tensor& saved, int64_t bound,
-                                          int64_t chunk, bool apart, const std::optional<Tensor>& addresses) {
-  return gpu::backward<Launches>({d_out, d_weights, saved}, x, params, at(bound), chunk, apart, addresses);
+                                          int64_t chunk, bool apart, const std::optional<Tensor>& seed,
+                                          const std::optional<Tensor>& addresses) {
+  return gpu::backward<Launches>({d_out, d_weights, saved, seed}, x, params, at(bound), chunk, apart, addresses);
 }
 
 }  // namespace
 }  // namespace fusedmoe::cuda
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fusedmoe, m) {
-  m.def("network_cuda(Tensor x, Tensor[] params, int bound, bool mixing, Tensor? addresses) -> Tensor[]");
+  m.def("network_cuda(Tensor x, Tensor[] params, int bound, bool mixing, Tensor? seed, Tensor? addresses) -> Tensor[]");
   m.def(
       "network_cuda_backward(Tensor d_out, Tensor? d_weights, Tensor x, Tensor[] params, "
-      "Tensor saved, int bound, int chunk, bool apart, Tensor? addresses)"
+      "Tensor saved, int bound, int chunk, bool apart, Tensor? seed, Tensor? addresses)"
       " -> Tensor[]");
 }
 

@@ -4,7 +4,8 @@
 // Grid: (tasks, chunks of rows). A task is a tile of dW = dz^T h, with db = sum of dz where its
 // columns are W's first; or one element of a learned static weight. Each block adds up its rows;
 // with several chunks it stores float parts, and the block that comes last to a task adds them,
-// chunk by chunk, so that no sum depends on who that is.
+// chunk by chunk, so that no sum depends on who that is. A W that several linear maps share is one
+// task, which adds up all uses: only SHARED kernels look for more than one.
 #pragma once
 #include "columns.h"
 
@@ -17,7 +18,7 @@ struct GradientsCall {
   bool aligned, allow_tf32;
 };
 
-template <class T, int OUTPUTS, int COLUMNS, int THREADS>
+template <class T, int OUTPUTS, int COLUMNS, int THREADS, bool SHARED>
 struct ParameterGradients {
   static constexpr int stages = 3;
   using P = Product<T, OUTPUTS, COLUMNS, THREADS, Major::mn, Major::mn>;
@@ -59,12 +60,20 @@ struct ParameterGradients {
     const Matrix to = matrix_of(record);
     const int n = plan(record + MatrixTaskRecord::row), k = plan(record + MatrixTaskRecord::column),
               dz_row = call.of.dz_row;
-    const T* a = static_cast<const T*>(call.of.dz) + block.row * dz_row + plan(record + MatrixTaskRecord::dz) + n;
+    const T* a = dz(record + MatrixTaskRecord::dz) + n;
     Row<T> b = block.rows_of(record + MatrixTaskRecord::source);
     b.first += k;
-    int left = block.live;
+    int left = block.live, next = record + MatrixTaskRecord::size, uses = 0;
+    if constexpr (SHARED) uses = plan(next), next += FurtherUsesRecord::size;
+    const int steps = (1 + uses) * ((block.live + k_tile<T> - 1) / k_tile<T>);
     // What stands between a linear's dz and the next one's goes into sums that are not stored.
     const auto fetch = [&](int at) {
+      if (SHARED && left <= 0 && uses > 0) {
+        a = dz(next + MatrixUseRecord::dz) + n;
+        b = block.rows_of(next + MatrixUseRecord::source);
+        b.first += k;
+        left = block.live, next += MatrixUseRecord::size, uses--;
+      }
       if (left <= 0) return;
       copy_panel<typename P::PanelA, THREADS>(shared(at), a, padded(to.rows), true, Rows{left, dz_row});
       copy_panel<typename P::PanelB, THREADS>(shared(at) + P::PanelA::bytes, b.first, to.columns, call.aligned,
@@ -79,7 +88,7 @@ struct ParameterGradients {
     Ring<stages> ring;
     ring.start(fetch);
     FUSEDMOE_CUDA_ROLLED
-    for (int row = 0; row < block.live; row += k_tile<T>) {
+    for (int step = 0; step < steps; step++) {
       const char* at = shared(ring.step(fetch));
       P::multiply(at, at + P::PanelA::bytes, sums, call.allow_tf32, to.columns);
       if (to.bias >= 0) bias += rows_of_bias(at);
@@ -88,6 +97,10 @@ struct ParameterGradients {
     store_matrix(to, sums);
     if (to.bias >= 0) store_bias(to, bias);
     if (arrives_last()) add_matrix(to);
+  }
+  // The chunk's rows of dz, from the column on that stands at `at`.
+  __device__ __forceinline__ const T* dz(int at) const {
+    return static_cast<const T*>(call.of.dz) + block.row * call.of.dz_row + plan(at);
   }
   // Of a panel of dz every thread adds up some rows of one column.
   static __device__ __forceinline__ float rows_of_bias(const char* panel) {
@@ -200,10 +213,10 @@ struct ParameterGradients {
   }
 };
 
-template <class T, int OUTPUTS, int COLUMNS, int THREADS, int BLOCKS>
+template <class T, int OUTPUTS, int COLUMNS, int THREADS, int BLOCKS, bool SHARED>
 __global__ void __launch_bounds__(THREADS, BLOCKS) gradients_kernel(const __grid_constant__ GradientsCall call) {
   const int64_t row = int64_t(block_y()) * call.to.chunk, left = call.of.network.rows - row;
-  ParameterGradients<T, OUTPUTS, COLUMNS, THREADS>{
+  ParameterGradients<T, OUTPUTS, COLUMNS, THREADS, SHARED>{
       call, {call.of.network, row, int(left < call.to.chunk ? left : call.to.chunk)}}
       .run();
 }

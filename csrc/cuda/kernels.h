@@ -55,8 +55,8 @@ void forward(const Network& network, const Tiles& tiles, int place, int programs
 
 // What the backward reads and writes beside the network. below: d_x, the buffers' gradients, and
 // the given d_out; dw: parts of the gradients of every read's weight [parts, B]; dz [B, dz_row];
-// arrived: a number for each of the `tasks` of `gradients`, which every launch of backward_rows
-// makes zero.
+// arrived: a number for each of the `tasks` of `gradients`, which every launch of backward_rows and
+// of rowwise_backward makes zero.
 struct Backward {
   Network network;
   Places below;
@@ -67,11 +67,13 @@ struct Backward {
 };
 
 // What `gradients` makes: grads [total], by parts [chunks, total] of so many rows each, which
-// nobody needs where there is one chunk.
+// nobody needs where there is one chunk. shared: linear maps share parameters, and so their tasks
+// have further uses.
 struct Gradients {
   float* parts;
   void* grads;
   int64_t total, chunk;
+  bool shared;
 };
 
 // Run the tiles of kernels/backward_plan.py whose programs stand at `place`, for every block of
@@ -81,5 +83,10 @@ void backward_rows(const Backward& backward, const Tiles& tiles, int place, int 
 // Add up the gradients of all parameters, whose tasks stand at `place`. The block that comes last
 // to a task adds its chunks in their order. Raises: as `forward`.
 void gradients(const Backward& backward, const Gradients& gradients, const Tiles& tiles, int place, Stream stream);
+
+// Run the row-wise operations at `place` for every row. seed: of dropout, on the device; null:
+// nothing is dropped. Raises: std::runtime_error, as `launch`.
+void rowwise_forward(const Network& network, Number number, const int64_t* seed, int place, Stream stream);
+void rowwise_backward(const Backward& backward, Number number, const int64_t* seed, int place, Stream stream);
 
 }  // namespace fusedmoe::cuda

@@ -6,7 +6,9 @@
 namespace fusedmoe::cuda {
 
 constexpr int from_x = 0, from_buffer = 1, to_output = 2, write_softmax = 1, write_weights = 2,
-              expert_kind = 0, matrix_kind = 0;
+              expert_kind = 0, matrix_kind = 0, gather_kind = 0, stage_kind = 1, mix_kind = 2,
+              product_kind = 3, zero_kind = 4, no_logits = 0, vector_logits = 1, free_logits = 2,
+              key_logits = 3;
 
 struct PlaceRecord {
   static constexpr int kind = 0, column = 1, stride = 2, buffer = 3, size = 4;
@@ -61,11 +63,45 @@ struct MatrixTaskRecord {
   static constexpr int kind = 0, weight = 1, bias = 2, outputs = 3, reduction = 4, dz = 5, row = 6,
                        column = 7, source = 8, size = 14;
 };
+struct FurtherUsesRecord {
+  static constexpr int uses = 0, size = 1;
+};
+struct MatrixUseRecord {
+  static constexpr int dz = 0, source = 1, size = 7;
+};
 struct StaticTaskRecord {
   static constexpr int kind = 0, element = 1, terms = 2, size = 3;
 };
 struct TermRecord {
   static constexpr int dw = 0, tiles = 1, stride = 2, mixing = 3, size = 4;
+};
+struct OperationRecord {
+  static constexpr int kind = 0, record = 1, size = 2;
+};
+struct GatherRecord {
+  static constexpr int place = 0, parts = 4, size = 5;
+};
+struct PartRecord {
+  static constexpr int place = 0, first = 4, width = 5, column = 6, sends = 7, size = 8;
+};
+struct StageRecord {
+  static constexpr int source = 0, place = 4, width = 8, norm = 9, eps = 10, weight = 11, bias = 12,
+                       activation = 13, parameter = 14, slope = 15, slopes = 16, stream = 17,
+                       threshold = 18, scale = 19, d_weight = 20, d_bias = 21, d_slope = 22, size =
+                       23;
+};
+struct MixRecord {
+  static constexpr int unit = 0, width = 1, logits = 2, source = 3, columns = 7, free = 8, factor =
+                       9, channels = 10, p = 11, given = 12, dw = 13, d_free = 14, size = 15;
+};
+struct MixReadRecord {
+  static constexpr int place = 0, key = 4, element = 8, d_channels = 9, size = 10;
+};
+struct ProductRecord {
+  static constexpr int place = 0, width = 4, a = 5, b = 9, size = 13;
+};
+struct ZeroRecord {
+  static constexpr int place = 0, width = 4, size = 5;
 };
 
 }  // namespace fusedmoe::cuda

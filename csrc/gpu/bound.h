@@ -14,11 +14,12 @@ using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
 // One launch. place, programs: where the plan has its programs, and how many a block of rows has;
-// stores: whether what it writes begins at multiples of a vector load where everything else does.
+// stores: whether what it writes begins at multiples of a vector load where everything else does;
+// rowwise: whether it runs row-wise operations, and not tiles.
 // Of a compiled kernel of Triton's: CUDA's function, threads, bytes of shared memory.
 struct Step {
   int64_t place = 0, programs = 0;
-  bool stores = true;
+  bool stores = true, rowwise = false;
   uintptr_t function = 0;
   int64_t threads = 0, shared_bytes = 0;
 };
@@ -64,17 +65,20 @@ struct Bound {
   int64_t lanes = 1;
   bool vectorizable = false;
   // The plan on the device. softmax: rows of the softmax; buffer_width: elements of the buffers a
-  // row; tile: rows of a tile.
+  // row; tile: rows of a tile; rowwise_tile: of a block that runs row-wise operations.
   uintptr_t ints = 0, floats = 0;
   uint64_t plan_bytes = 0, floats_bytes = 0;
-  int64_t softmax = 0, buffer_width = 0, tile = 0;
+  int64_t softmax = 0, buffer_width = 0, tile = 0, rowwise_tile = 1;
   std::vector<Step> steps;
-  // What Triton's kernels were compiled for: vector loads, and mixing weights or their gradients.
-  bool aligned = false, weights = false;
+  // What Triton's kernels were compiled for: vector loads, mixing weights or their gradients, and
+  // a seed.
+  bool aligned = false, weights = false, seeded = false;
   // Of a backward. columns: of dz; sums: rows of dw; total: numbers of all gradients; grads: where
   // each parameter's begins, or -1; those two launches.
   int64_t columns = 0, sums = 0, total = 0;
   Sizes grads;
+  // Whether linear maps share parameters: their tasks then have further uses.
+  bool shared = false;
   Step gradients, add;
   // How often every kernel is launched: more than once for who wants to know what the launches
   // alone take (bench/gpu_host.py).

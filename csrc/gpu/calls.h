@@ -73,9 +73,10 @@ struct Given {
 };
 
 // What both directions read and write. weights: mixing weights, or the gradients that they were
-// given; null: none.
+// given; null: none. seed: of dropout; null: nothing is dropped.
 struct Pointers {
   void *x, *buffers, *out, *p, *weights;
+  const int64_t* seed;
 };
 
 // What a backward writes besides.
@@ -91,13 +92,20 @@ struct GradientPointers {
 inline char* at(const Tensor& memory, int64_t first) { return static_cast<char*>(memory.data_ptr()) + first; }
 inline void* read(const Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
 
+// Dropout's seed, which the kernels read: a CUDA graph that is replayed takes the seed of then.
+inline const int64_t* seed_of(const std::optional<Tensor>& seed, const Tensor& x) {
+  if (!seed) return nullptr;
+  check(*seed, {1}, x, "seed", ScalarType::Long);
+  return static_cast<const int64_t*>(seed->const_data_ptr());
+}
+
 // {out, what backward takes, mixing weights if they are asked for}.
 template <class Launches>
 std::vector<Tensor> forward(const Tensor& x, const std::vector<Tensor>& params, const typename Launches::Of& bound,
-                            bool mixing, const std::optional<Tensor>& addresses) {
+                            bool mixing, const std::optional<Tensor>& seed, const std::optional<Tensor>& addresses) {
   const Given given(bound, x, params);
   Launches launches(bound, given, addresses);
-  if (given.rows && !launches.supports({&x}, mixing)) return {};
+  if (given.rows && !launches.supports({&x}, mixing, seed.has_value())) return {};
   const Saved saved(bound, given.rows);
   Sizes sizes = bound.output;
   sizes.insert(sizes.begin(), given.rows);
@@ -109,9 +117,10 @@ std::vector<Tensor> forward(const Tensor& x, const std::vector<Tensor>& params, 
   if (!given.rows) return results;
   const Tensor& memory = results[1];
   const Pointers pointers{read(x), at(memory, saved.buffers), results[0].data_ptr(), at(memory, 0),
-                          mixing ? results[2].data_ptr() : nullptr};
+                          mixing ? results[2].data_ptr() : nullptr, seed_of(seed, x)};
   for (const Step& step : bound.steps)
-    for (int64_t again = 0; again < bound.times; again++) launches.forward(step, pointers);
+    for (int64_t again = 0; again < bound.times; again++)
+      step.rowwise ? launches.rowwise_forward(step, pointers) : launches.forward(step, pointers);
   return results;
 }
 
@@ -128,12 +137,13 @@ inline void split(const Tensor& flat, const Bound& bound, std::vector<Tensor>& t
   }
 }
 
-// What a backward is given: the gradients of `out` and, maybe, of the mixing weights, and what the
-// forward left.
+// What a backward is given: the gradients of `out` and, maybe, of the mixing weights, what the
+// forward left, and its seed.
 struct Upstream {
   const Tensor& d_out;
   const std::optional<Tensor>& d_weights;
   const Tensor& saved;
+  const std::optional<Tensor>& seed;
 };
 
 // {d_x, the gradients of all live parameters one after another}, or these apart (`apart`). chunk:
@@ -156,7 +166,9 @@ std::vector<Tensor> backward(const Upstream& upstream, const Tensor& x, const st
     d_weights = contiguous_aligned(*upstream.d_weights);
   }
   Launches launches(bound, given, addresses);
-  if (rows && !launches.supports({&x, &d_out, &memory, d_weights ? &*d_weights : &x}, d_weights.has_value())) return {};
+  if (rows && !launches.supports({&x, &d_out, &memory, d_weights ? &*d_weights : &x}, d_weights.has_value(),
+                                 upstream.seed.has_value()))
+    return {};
   const Sizes total{bound.total};
   std::vector<Tensor> results{empty(x, {rows, bound.slots, bound.width})};
   const Tensor flat = rows ? empty(x, total) : torch::stable::new_zeros(x, {total.data(), total.size()});
@@ -164,14 +176,16 @@ std::vector<Tensor> backward(const Upstream& upstream, const Tensor& x, const st
     const Scratch scratch(bound, rows, chunks);
     const Tensor own = bytes(x, scratch.bytes);
     const Pointers pointers{read(x), at(memory, saved.buffers), read(d_out), at(memory, 0),
-                            d_weights ? read(*d_weights) : nullptr};
+                            d_weights ? read(*d_weights) : nullptr, seed_of(upstream.seed, x)};
     const auto floats = [&](int64_t first) { return reinterpret_cast<float*>(at(own, first)); };
     const GradientPointers gradients{results[0].data_ptr(),   at(own, scratch.buffers),
                                      pointers.out,            floats(0),
                                      at(own, scratch.dz),     reinterpret_cast<int32_t*>(at(own, scratch.arrived)),
                                      floats(scratch.parts),   flat.data_ptr()};
     for (const Step& step : bound.steps)
-      for (int64_t again = 0; again < bound.times; again++) launches.backward_rows(step, pointers, gradients);
+      for (int64_t again = 0; again < bound.times; again++)
+        step.rowwise ? launches.rowwise_backward(step, pointers, gradients)
+                     : launches.backward_rows(step, pointers, gradients);
     for (int64_t again = 0; again < (bound.total ? bound.times : 0); again++)
       launches.gradients(pointers, gradients, chunk, chunks);
   }

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedmoe.graph import LINEAR, NORM, NOTHING, Gate, Graph, Mlp, Stage, Static, Unit, Vector, node_of
-from fusedmoe.reference.activation import apply
 from fusedmoe.reference import philox
+from fusedmoe.reference.activation import apply
 from fusedmoe.table import Table
 
 Softmax = Callable[[Tensor], Tensor]

@@ -4,7 +4,7 @@ kink, stand in `reference/activation.py`."""
 import triton
 import triton.language as tl
 
-from fusedmoe.kernels.plan import CODES
+from fusedmoe.kernels.writer import CODES
 from fusedmoe.reference import activation as reference
 
 RELU, SIGMOID, TANH, SILU, GELU, GELU_TANH, LEAKY_RELU, ELU, SOFTPLUS = (

@@ -30,6 +30,52 @@ class ForwardArguments(NamedTuple):
     mixing: int
 
 
+class RowwiseArguments(NamedTuple):
+    """Of `rowwise.rowwise_forward`."""
+
+    x: Tensor
+    buffers: Tensor
+    out: Tensor
+    p: Tensor
+    weights: Tensor
+    addresses: Tensor
+    plan: Tensor
+    floats: Tensor
+    # Of dropout, int64 [1]; the plan where nothing is dropped, which is then not read.
+    seed: Tensor
+    place: int
+    B: int
+    x_row: int
+    x_slot: int
+    mixing: int
+
+
+class RowwiseBackwardArguments(NamedTuple):
+    """Of `rowwise.rowwise_backward`."""
+
+    x: Tensor
+    buffers: Tensor
+    # Not read.
+    out: Tensor
+    p: Tensor
+    dw: Tensor
+    d_x: Tensor
+    d_buffers: Tensor
+    d_out: Tensor
+    d_weights: Tensor
+    addresses: Tensor
+    plan: Tensor
+    floats: Tensor
+    seed: Tensor
+    place: int
+    B: int
+    x_row: int
+    x_slot: int
+    d_row: int
+    d_slot: int
+    mixing: int
+
+
 class RowsArguments(NamedTuple):
     """Of `backward.backward_rows`."""
 
@@ -89,4 +135,6 @@ class SumArguments(NamedTuple):
     chunks: int
 
 
-Arguments = ForwardArguments | RowsArguments | GradientsArguments | SumArguments
+Arguments = (
+    ForwardArguments | RowwiseArguments | RowsArguments | RowwiseBackwardArguments | GradientsArguments | SumArguments
+)

@@ -47,6 +47,7 @@ BACKWARD_TILE, EXPERT_TILE, SOURCE_TILE = (
 )
 READER, USE, SELECTION = Offsets(layout.READER), Offsets(layout.USE), Offsets(layout.SELECTION)
 MATRIX_TASK, STATIC_TASK, TERM = Offsets(layout.MATRIX_TASK), Offsets(layout.STATIC_TASK), Offsets(layout.TERM)
+FURTHER_USES, MATRIX_USE = Offsets(layout.FURTHER_USES), Offsets(layout.MATRIX_USE)
 
 
 class Gradients(NamedTuple):
@@ -118,6 +119,17 @@ def expert_tile(block, below, shape: tl.constexpr, grads, record):
 
 
 @triton.jit
+def softmax_gradient(soft, d):
+    """dz of a softmax p [BLOCK_B, READS] with the gradient d."""
+    # What is not seen has p = 0, and may have a d that is not finite. The mean under p is taken off
+    # first, then what its rounding left of it: what is nearly the mean keeps its digits.
+    d = tl.where(soft == 0.0, 0.0, d)
+    d -= tl.sum(soft * d, 1)[:, None]
+    rest = tl.sum(soft * d, 1)[:, None]
+    return tl.where(soft == 0.0, 0.0, soft * (d - rest))
+
+
+@triton.jit
 def logits_gradient(block, grads, selection, WEIGHTS: tl.constexpr, READS: tl.constexpr, BLOCK_B: tl.constexpr):
     """dz of a gate in the order of its unit's reads, [BLOCK_B, READS], and the rows of the gate
     that they belong to (-1: not seen)."""
@@ -147,12 +159,7 @@ def logits_gradient(block, grads, selection, WEIGHTS: tl.constexpr, READS: tl.co
     # while loop yields it does not rematerialise.
     times = 0
     while times < 1:
-        # What is not seen has p = 0, and may have a d that is not finite. The mean under p is taken
-        # off first, then what its rounding left of it: what is nearly the mean keeps its digits.
-        d = tl.where(soft == 0.0, 0.0, d)
-        d -= tl.sum(soft * d, 1)[:, None]
-        rest = tl.sum(soft * d, 1)[:, None]
-        d_z = tl.where(soft == 0.0, 0.0, soft * (d - rest)).to(grads.dz.dtype.element_ty)
+        d_z = softmax_gradient(soft, d).to(grads.dz.dtype.element_ty)
         times += 1
     seen = tl.load(block.plan + tl.load(block.plan + unit + UNIT.seen) + reads, mask=inside, other=-1)
     if tl.load(block.plan + selection + SELECTION.store) != 0:
@@ -266,7 +273,9 @@ def backward_rows(
 
 
 @triton.jit
-def matrix_tile(block, shape: tl.constexpr, record, dz, dz_row, parts, count, BLOCK_N: tl.constexpr):
+def matrix_tile(
+    block, shape: tl.constexpr, record, dz, dz_row, parts, count, BLOCK_N: tl.constexpr, SHARED: tl.constexpr
+):
     """dW = dz^T h and db = sum of dz, over `count` rows of the block."""
     n = load_aligned(block, record + MATRIX_TASK.row, COLUMN) + tl.arange(0, BLOCK_N)
     k = load_aligned(block, record + MATRIX_TASK.column, shape.ALIGN) + tl.arange(0, shape.BLOCK_H)
@@ -279,6 +288,20 @@ def matrix_tile(block, shape: tl.constexpr, record, dz, dz_row, parts, count, BL
     first = dz + block.row * dz_row + load_aligned(block, record + MATRIX_TASK.dz, COLUMN)
     d = tl.zeros((BLOCK_N, shape.BLOCK_H), tl.float32)
     sums = tl.zeros((BLOCK_N,), tl.float32)
+    if SHARED:
+        uses = record + MATRIX_TASK.size
+        for i in range(tl.load(block.plan + uses + FURTHER_USES.uses)):
+            use = uses + FURTHER_USES.size + i * MATRIX_USE.size
+            other, distance = rows_of(block, use + MATRIX_USE.source, shape.ALIGN)
+            own = dz + block.row * dz_row + load_aligned(block, use + MATRIX_USE.dz, COLUMN)
+            for r in tl.range(0, count, shape.BLOCK_K, num_stages=shape.STAGES):
+                rows = r + tl.arange(0, shape.BLOCK_K)
+                live = rows < count
+                a = tl.load(own + rows[None, :] * dz_row + n[:, None], mask=live[None, :] & inside[:, None], other=0.0)
+                b = tl.load(
+                    other + rows[:, None] * distance + k[None, :], mask=live[:, None] & live_k[None, :], other=0.0
+                )
+                d = tl.dot(a, b, d, input_precision=shape.PRECISION)
     for r in tl.range(0, count, shape.BLOCK_K, num_stages=shape.STAGES):
         rows = r + tl.arange(0, shape.BLOCK_K)
         live = rows < count
@@ -322,7 +345,7 @@ def static_element(block, shape: tl.constexpr, grads, record, parts, count, WEIG
 def gradients(
     x, buffers, out, dw, d_weights, dz, parts, plan, place, B, x_row, x_slot, dz_row, mixing, total, WEIGHTS:
     tl.constexpr, ALIGN: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """parts [chunks, total]: the gradients of all parameters over each chunk of rows."""
     record = tl.load(plan + place + tl.program_id(0))
@@ -347,7 +370,7 @@ def gradients(
     grads = Gradients(dw, dw, dz, dz_row, d_weights, mixing)
     parts += tl.program_id(1).to(tl.int64) * total
     if tl.load(plan + record + MATRIX_TASK.kind) == MATRIX_KIND:
-        matrix_tile(block, shape, record, dz, dz_row, parts, count, BLOCK_N)
+        matrix_tile(block, shape, record, dz, dz_row, parts, count, BLOCK_N, SHARED)
     else:
         static_element(block, shape, grads, record, parts, count, WEIGHTS)
 

@@ -36,6 +36,14 @@ EXPERT_READ, GATE_READ = Offsets(layout.EXPERT_READ), Offsets(layout.GATE_READ)
 
 
 @triton.jit
+def normalised(z, seen):
+    """The softmax of z [BLOCK_B, READS] over the columns that are `seen` (not negative), 0 elsewhere."""
+    z = tl.where(seen[None, :] >= 0, z, NEVER)
+    exponential = tl.exp(z - tl.max(z, 1)[:, None])
+    return exponential / tl.sum(exponential, 1)[:, None]
+
+
+@triton.jit
 def softmax(block, shape: tl.constexpr, unit, h, p, READS: tl.constexpr):
     """Write p of a unit, one row of `p` a read: the softmax over what its gate sees, 0 elsewhere."""
     gate = tl.load(block.plan + unit + UNIT.gate)
@@ -45,9 +53,7 @@ def softmax(block, shape: tl.constexpr, unit, h, p, READS: tl.constexpr):
     if gate >= 0:
         seen = tl.load(block.plan + tl.load(block.plan + unit + UNIT.seen) + reads, mask=inside, other=-1)
         z = linear_forward(block, shape, gate, 0, h, seen, seen >= 0, shape.RESIDENT, READS)
-        z = tl.where(seen[None, :] >= 0, z, NEVER)
-        exponential = tl.exp(z - tl.max(z, 1)[:, None])
-        result = exponential / tl.sum(exponential, 1)[:, None]
+        result = normalised(z, seen)
     pointers = p + reads[None, :].to(tl.int64) * block.B + block.rows[:, None]
     tl.store(pointers, result, mask=block.live[:, None] & inside[None, :])
 

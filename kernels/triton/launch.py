@@ -16,9 +16,29 @@ from torch import Tensor
 from triton import knobs
 
 from fusedmoe.kernels import device
-from fusedmoe.kernels.bound import Backward, Bound, Forward, alignment, call_fields, check, chunk_of, split, store
-from fusedmoe.kernels.triton.arguments import ForwardArguments, GradientsArguments, RowsArguments, SumArguments
-from fusedmoe.kernels.triton.step import CURED, OPTIONS, VERSION, Step, constants, function_of
+from fusedmoe.kernels.bound import (
+    Backward,
+    Bound,
+    Forward,
+    alignment,
+    call_fields,
+    check,
+    chunk_of,
+    rowwise_alignment,
+    split,
+    store,
+)
+from fusedmoe.kernels.tiles import power_of_two
+from fusedmoe.kernels.triton.arguments import (
+    ForwardArguments,
+    GradientsArguments,
+    RowsArguments,
+    RowwiseArguments,
+    RowwiseBackwardArguments,
+    SumArguments,
+)
+from fusedmoe.kernels.triton.step import CURED, OPTIONS, VERSION, Step, constants, fixed_options, function_of
+from fusedmoe.kernels.writer import Launch
 from fusedmoe.storage import require_memory
 
 ADD_BLOCK = 1024
@@ -59,7 +79,7 @@ def _step(step: Step) -> object | None:
         return None
     record = _extension().Step()
     record.function, record.threads, record.shared_bytes = found
-    record.place, record.programs = step.place, step.programs
+    record.place, record.programs, record.rowwise = step.place, step.programs, step.rowwise
     return record
 
 
@@ -105,6 +125,20 @@ def _shared(bound: Bound, align: int) -> dict[str, object]:
     }
 
 
+def _rowwise(bound: Bound, align: int, weights: bool, seeded: bool) -> dict[str, object]:
+    """What launches of row-wise operations are compiled with."""
+    rows, columns = bound.rowwise
+    return {
+        "ACTS": bound.rowwise_codes,
+        "DROPS": seeded and bound.program.drops,
+        "WEIGHTS": weights,
+        "ALIGN": rowwise_alignment(bound.program, align),
+        "READS": power_of_two(bound.program.mixes, 16),
+        **{"BLOCK_B": rows, "BLOCK_H": columns, "num_warps": 4},
+        **fixed_options(bound.key.arch),
+    }
+
+
 def _ahead(bound: Forward) -> int:
     """Pipeline stages over experts that share a source. Triton 3.6 crashes on sm_90 where such a
     loop computes one product an iteration, of a source that is kept as one tile (`PassManager::run
@@ -114,8 +148,8 @@ def _ahead(bound: Forward) -> int:
     return 1 if one_tile and bound.key.arch == "sm_90" and VERSION < CURED else bound.tiles.ahead
 
 
-def _forward_steps(bound: Forward, align: int, mixing: bool) -> list[Step]:
-    key = align, mixing
+def _forward_steps(bound: Forward, align: int, mixing: bool, seeded: bool) -> list[Step]:
+    key = align, mixing, seeded
     if key not in bound.made:
         more = {
             "UNITS": bound.plan.units,
@@ -125,39 +159,67 @@ def _forward_steps(bound: Forward, align: int, mixing: bool) -> list[Step]:
             "RESIDENT": bound.tiles.resident,
         }
         more = {**_shared(bound, align), **more, "AHEAD": _ahead(bound)}
-        steps = [
-            ({**more, "STORE": store(bound.program, launch.segments, align)}, launch) for launch in bound.plan.launches
-        ]
-        bound.made[key] = [Step("forward", launch.place, launch.programs, fixed) for fixed, launch in steps]
+        rowwise = _rowwise(bound, align, mixing, seeded)
+        bound.made[key] = _steps(bound, bound.plan.launches, ("forward", "rowwise_forward"), (more, rowwise), align)
     return bound.made[key]
 
 
-def forward(bound: Forward, x: Tensor, params: Sequence[Tensor], mixing: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+def _steps(
+    bound: Bound,
+    launches: Sequence[Launch],
+    names: tuple[str, str],
+    fixed: tuple[dict[str, object], dict[str, object]],
+    align: int,
+) -> list[Step]:
+    """A step for each launch over rows. names, fixed: the kernel's name and constants, and those of
+    row-wise operations."""
+    found = []
+    for launch in launches:
+        own = {} if launch.rowwise else {"STORE": store(bound.program, launch.segments, align)}
+        constants = {**fixed[launch.rowwise], **own}
+        found.append(Step(names[launch.rowwise], launch.place, launch.programs, constants))
+    return found
+
+
+def forward(
+    bound: Forward, x: Tensor, params: Sequence[Tensor], mixing: bool, seed: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Run a bound forward: out, the mixing weights or None, and what it leaves for the backward."""
-    quick = _known(bound, mixing)
+    key, asked = (mixing, seed is not None), (mixing, seed)
+    quick = _known(bound, key)
     if quick is None:
         check(x, params, bound.program.table)
     else:
-        found = _run(bound, x, params, quick, mixing, None)
+        found = _run(bound, x, params, quick, asked, None)
         if found:
             return found
     params = [p.contiguous() for p in params]
     addresses, aligned16 = _addresses(bound, params, quick)
-    found = _run(bound, x, params, quick, mixing, addresses) if quick is not None else None
+    found = _run(bound, x, params, quick, asked, addresses) if quick is not None else None
     if found:
         return found
     align = alignment(x, aligned16, bound.program)
-    steps, rows = _forward_steps(bound, align, mixing), x.shape[0]
-    out, weights, memory = _launched(bound, x, steps, mixing, addresses)
+    steps, rows = _forward_steps(bound, align, *key), x.shape[0]
+    out, weights, memory = _launched(bound, x, steps, asked, addresses)
     if rows:
-        _keep(bound, mixing, steps, softmax=bound.plan.softmax, aligned=align > 1, weights=mixing)
+        compiled = {"aligned": align > 1, "weights": mixing, "seeded": seed is not None}
+        _keep(bound, key, steps, softmax=bound.plan.softmax, **compiled)
     return out, weights, memory
 
 
-def _run(bound: Forward, x: Tensor, params: Sequence[Tensor], quick: Quick, mixing: bool, addresses: Tensor | None):
-    """As `forward`, in C++; None where that is not for these tensors."""
+def _run(
+    bound: Forward,
+    x: Tensor,
+    params: Sequence[Tensor],
+    quick: Quick,
+    asked: tuple[bool, Tensor | None],
+    addresses: Tensor | None,
+):
+    """As `forward`, in C++; None where that is not for these tensors. asked: for the mixing weights, and
+    the seed."""
+    mixing, seed = asked
     try:
-        found = _operator("network_triton")(x, params, quick.address, mixing, addresses)
+        found = _operator("network_triton")(x, params, quick.address, mixing, seed, addresses)
     except RuntimeError:
         device.room(x, bound.needs(x.shape[0]))
         raise
@@ -165,32 +227,27 @@ def _run(bound: Forward, x: Tensor, params: Sequence[Tensor], quick: Quick, mixi
 
 
 def _launched(
-    bound: Forward, x: Tensor, steps: list[Step], mixing: bool, addresses: Tensor
+    bound: Forward, x: Tensor, steps: list[Step], asked: tuple[bool, Tensor | None], addresses: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """As `forward`, by Triton's launches."""
-    rows, (x_row, x_slot, _) = x.shape[0], x.stride()
+    """As `_run`, by Triton's launches."""
+    (mixing, seed), rows, (x_row, x_slot, _) = asked, x.shape[0], x.stride()
     first_buffer, size = bound.saved(rows)
     out, memory = x.new_empty((rows, *bound.output)), x.new_empty(size, dtype=torch.uint8)
     weights = x.new_zeros(rows, bound.mixing) if mixing else None
     p = region(memory, 0, bound.plan.softmax * rows, torch.float32)
     buffers = region(memory, first_buffer, bound.program.buffer_width * rows, x.dtype)
+    shared = {
+        **{"x": x, "buffers": buffers, "out": out, "p": p, "weights": x if weights is None else weights},
+        **{"addresses": addresses, "plan": bound.ints, "floats": bound.floats, "B": rows},
+        **{"x_row": x_row, "x_slot": x_slot, "mixing": bound.mixing},
+    }
     for step in steps if rows else ():
-        arguments = ForwardArguments(
-            x=x,
-            buffers=buffers,
-            out=out,
-            p=p,
-            weights=x if weights is None else weights,
-            addresses=addresses,
-            plan=bound.ints,
-            floats=bound.floats,
-            place=step.place,
-            B=rows,
-            x_row=x_row,
-            x_slot=x_slot,
-            mixing=bound.mixing,
+        arguments = (
+            RowwiseArguments(**shared, place=step.place, seed=bound.ints if seed is None else seed)
+            if step.rowwise
+            else ForwardArguments(**shared, place=step.place)
         )
-        step.launch(bound.blocks(rows), step.programs, arguments)
+        step.launch(bound.blocks(rows, step.rowwise), step.programs, arguments)
     return out, weights, memory
 
 
@@ -202,15 +259,13 @@ class _BackwardSteps(NamedTuple):
     add: Step | None
 
 
-def _backward_steps(bound: Backward, align: int, given: bool, chunk: int) -> _BackwardSteps:
-    key = align, given, chunk
+def _backward_steps(bound: Backward, align: int, given: bool, chunk: int, seeded: bool) -> _BackwardSteps:
+    key = align, given, chunk, seeded
     if key not in bound.made:
         shared, plan = {**_shared(bound, align), "WEIGHTS": given}, bound.plan
-        steps = [
-            ({**shared, "STORE": store(bound.program, launch.segments, align)}, launch) for launch in plan.launches
-        ]
-        rows = [Step("backward_rows", launch.place, launch.programs, fixed) for fixed, launch in steps]
-        of_parameters = {**shared, "CHUNK": chunk, "BLOCK_N": bound.tiles.outputs}
+        fixed = shared, _rowwise(bound, align, given, seeded)
+        rows = _steps(bound, plan.launches, ("backward_rows", "rowwise_backward"), fixed, align)
+        of_parameters = {**shared, "CHUNK": chunk, "BLOCK_N": bound.tiles.outputs, "SHARED": bound.program.shared}
         for name in ("READS", "ACTS", "BLOCK_B"):
             del of_parameters[name]
         added = {"BLOCK": ADD_BLOCK, "num_warps": 4, **OPTIONS}
@@ -230,12 +285,14 @@ def backward(
     params: Sequence[Tensor],
     memory: Tensor,
     apart: bool,
+    seed: Tensor | None,
 ) -> list[Tensor]:
     """Run a bound backward: d_x, and the gradients of all live parameters, apart or one after
     another in one tensor."""
     given, chunk = d_weights is not None, chunk_of(x.shape[0])
-    quick = _known(bound, (given, chunk))
-    tensors = (d_out, d_weights, x, params, memory)
+    key = given, chunk, seed is not None
+    quick = _known(bound, key)
+    tensors = (d_out, d_weights, x, params, memory, seed)
     found = quick and _run_backward(bound, tensors, quick, chunk, apart, None)
     if found:
         return found
@@ -245,11 +302,12 @@ def backward(
             require_memory(tensor, name)
     params = [p.contiguous() for p in params]
     addresses, aligned16 = _addresses(bound, params, quick)
-    found = quick and _run_backward(bound, (d_out, d_weights, x, params, memory), quick, chunk, apart, addresses)
+    tensors = (d_out, d_weights, x, params, memory, seed)
+    found = quick and _run_backward(bound, tensors, quick, chunk, apart, addresses)
     if found:
         return found
     align = alignment(x, aligned16, bound.program)
-    steps = _backward_steps(bound, align, given, chunk)
+    steps = _backward_steps(bound, align, *key)
     # Rows of the output are read in vectors of 16 bytes, where their distance allows it; what a
     # hook has put aside may lie anywhere.
     d_out, d_weights, memory = (
@@ -258,7 +316,7 @@ def backward(
         else t.clone(memory_format=torch.contiguous_format)
         for t in (d_out, d_weights, memory)
     )
-    d_x, flat = _launched_backward(bound, (d_out, d_weights, x, memory, addresses), steps, chunk)
+    d_x, flat = _launched_backward(bound, (d_out, d_weights, x, memory, addresses, seed), steps, chunk)
     if x.shape[0] and steps.gradients:
         more = {
             "columns": bound.plan.columns,
@@ -267,7 +325,7 @@ def backward(
             "grads": bound.program.gradients[0],
         }
         more |= {"softmax": bound.forward.softmax, "gradients": steps.gradients, "add": steps.add}
-        _keep(bound, (given, chunk), steps.rows, aligned=align > 1, weights=given, **more)
+        _keep(bound, key, steps.rows, aligned=align > 1, weights=given, seeded=seed is not None, **more)
     return [d_x, *split(flat, bound.program)] if apart else [d_x, flat]
 
 
@@ -276,7 +334,7 @@ def _run_backward(
 ) -> list[Tensor]:
     """As `backward`, in C++; nothing where that is not for these tensors."""
     try:
-        return _operator("network_triton_backward")(*tensors, quick.address, chunk, apart, addresses)
+        return _operator("network_triton_backward")(*tensors[:5], quick.address, chunk, apart, tensors[5], addresses)
     except RuntimeError:
         x = tensors[2]
         device.room(x, bound.needs(x.shape[0], chunk))
@@ -285,7 +343,7 @@ def _run_backward(
 
 def _launched_backward(bound: Backward, tensors: tuple, steps: _BackwardSteps, chunk: int) -> tuple[Tensor, Tensor]:
     """d_x and the gradients one after another, by Triton's launches."""
-    d_out, d_weights, x, memory, addresses = tensors
+    d_out, d_weights, x, memory, addresses, seed = tensors
     rows, (x_row, x_slot, _), total = x.shape[0], x.stride(), bound.total
     d_x = x.new_empty(x.shape)
     if not rows:
@@ -301,25 +359,23 @@ def _launched_backward(bound: Backward, tensors: tuple, steps: _BackwardSteps, c
     dz = region(scratch, places.dz, rows * bound.plan.columns, x.dtype)
     d_buffers = region(scratch, places.buffers, buffer_size, x.dtype)
     shared = {
-        **{"x": x, "buffers": buffers, "out": d_out, "dw": dw, "d_weights": weights, "dz": dz, "plan": bound.ints},
-        **{"B": rows, "x_row": x_row, "x_slot": x_slot, "dz_row": bound.plan.columns, "mixing": bound.mixing},
+        **{"x": x, "buffers": buffers, "out": d_out, "dw": dw, "d_weights": weights, "plan": bound.ints},
+        **{"B": rows, "x_row": x_row, "x_slot": x_slot, "mixing": bound.mixing},
     }
+    of_rows = {
+        **{"p": p, "d_x": d_x, "d_buffers": d_buffers, "d_out": d_out, "addresses": addresses},
+        **{"floats": bound.floats, "d_row": d_x.stride(0), "d_slot": d_x.stride(1), **shared},
+    }
+    of_linears = {"dz": dz, "dz_row": bound.plan.columns}
     for step in steps.rows:
-        arguments = RowsArguments(
-            p=p,
-            d_x=d_x,
-            d_buffers=d_buffers,
-            d_out=d_out,
-            addresses=addresses,
-            floats=bound.floats,
-            place=step.place,
-            d_row=d_x.stride(0),
-            d_slot=d_x.stride(1),
-            **shared,
+        arguments = (
+            RowwiseBackwardArguments(**of_rows, place=step.place, seed=bound.ints if seed is None else seed)
+            if step.rowwise
+            else RowsArguments(**of_rows, **of_linears, place=step.place)
         )
-        step.launch(bound.blocks(rows), step.programs, arguments)
+        step.launch(bound.blocks(rows, step.rowwise), step.programs, arguments)
     if steps.gradients:
-        arguments = GradientsArguments(parts=parts, place=steps.gradients.place, total=total, **shared)
+        arguments = GradientsArguments(**shared, **of_linears, parts=parts, place=steps.gradients.place, total=total)
         steps.gradients.launch(steps.gradients.programs, chunks, arguments)
         steps.add.launch(steps.add.programs, 1, SumArguments(parts, flat, total, chunks))
     return d_x, flat

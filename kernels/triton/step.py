@@ -13,6 +13,8 @@ from fusedmoe.kernels.triton.backward import add_chunks
 from fusedmoe.kernels.triton.backward import backward_rows as backward_rows_kernel
 from fusedmoe.kernels.triton.backward import gradients as gradients_kernel
 from fusedmoe.kernels.triton.forward import forward as forward_kernel
+from fusedmoe.kernels.triton.rowwise import rowwise_forward
+from fusedmoe.kernels.triton.rowwise_backward import rowwise_backward
 
 # By name: Triton 3.9 warns where a launch does not say whether to fuse multiplications and
 # additions, and 3.10 will not fuse then.
@@ -39,15 +41,21 @@ def constants(tiles: Tiles, align: int, precision: str, arch: str) -> dict[str, 
         "STAGES": tiles.stages,
         "PRECISION": precision,
         "num_warps": tiles.warps,
-        **OPTIONS,
-        **({} if arch.startswith("gfx") else REGISTERS),
+        **fixed_options(arch),
     }
+
+
+def fixed_options(arch: str) -> dict[str, object]:
+    """What every launch over rows on an architecture is compiled with."""
+    return OPTIONS if arch.startswith("gfx") else {**OPTIONS, **REGISTERS}
 
 
 def _kernel(name: str):
     return {
         "forward": forward_kernel,
+        "rowwise_forward": rowwise_forward,
         "backward_rows": backward_rows_kernel,
+        "rowwise_backward": rowwise_backward,
         "gradients": gradients_kernel,
         "add_chunks": add_chunks,
     }[name]
@@ -64,6 +72,10 @@ class Step:
     def __init__(self, kernel: str, place: int, programs: int, constants: dict[str, object]):
         self.kernel, self.place, self.programs, self.constants = kernel, place, programs, constants
         self.compiled: object = None
+
+    @property
+    def rowwise(self) -> bool:
+        return self.kernel.startswith("rowwise")
 
     def launch(self, x: int, y: int, arguments: Arguments) -> None:
         """Launch x times y programs.

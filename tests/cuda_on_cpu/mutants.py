@@ -167,11 +167,83 @@ FORMULAS = {
     ),
     "the last chunk not added": Mutant("gradients.h", "$chunk < blocks_y(); $chunk++", "$chunk < blocks_y() - 1; $chunk++", _BACKWARD, "plain", _ODD, WRONG),
     "a gradient of another expert's columns": Mutant(
-        "gradients.h", "$dz_row + plan($record + $r::$dz) + $n;", "$dz_row + $n;", _BACKWARD, "plain", _WHOLE, WRONG
+        "gradients.h", "$call.$of.$dz_row + plan($at);", "$call.$of.$dz_row;", _BACKWARD, "plain", _WHOLE, WRONG
     ),
 }  # fmt: skip
 
-MUTANTS = {**BARRIERS, **COPIES, **ADDRESSES, **FORMULAS}
+_ROWWISE = f"{_FOLDER}test_rowwise.py::"
+
+
+def _table(name: str, form: str = "a launch a level") -> str:
+    return f"{_ROWWISE}test_tables[{name}-torch.float32-{form}]"
+
+
+_STAGES, _GATHERS, _MIXES = _table("stages, odd"), _table("gathers, odd"), _table("mixes, odd")
+_DROPOUT = f"{_ROWWISE}test_dropout_is_philox[7-torch.float32]"
+
+ROWWISE = {
+    "no barrier of the warp between operations": Mutant(
+        "rowwise.h", "sync_warp();\n      if ($kind == gather_kind)", "if ($kind == gather_kind)", "rowwise", "plain", _table("copies"), WRONG, (1, "lazy")
+    ),
+    "no barrier of the warp between parts of a vector, in threads": Mutant(
+        "rowwise.h", "sync_warp();\n      T* $to = gradients($part", "T* $to = gradients($part", "rowwise", "threads", _GATHERS, RACE
+    ),
+    "no barrier of the warp between logits and their softmax, in threads": Mutant(
+        "rowwise_mix.h", "store_logits($of);\n    sync_warp();", "store_logits($of);", "rowwise", "threads", _MIXES, RACE
+    ),
+    "no barrier of the warp between a softmax and its mix": Mutant(
+        "rowwise_mix.h", "normalize($of);\n    sync_warp();", "normalize($of);", "rowwise", "plain", _MIXES, WRONG, (1, "lazy")
+    ),
+    "rows beyond the last one": Mutant(
+        "rowwise.h", "if ($row < $call.$of.$network.$rows) Rowwise", "Rowwise", "rowwise", "plain", _STAGES, rf"{OUTSIDE}|race: expected a load"
+    ),
+    "what counts arrivals not made zero": Mutant(
+        "rowwise.h", "store_global($call.$of.$arrived + $i, 0);", ";", "rowwise", "plain", _table("copies"), WRONG
+    ),
+    "a slope a column where there is one": Mutant(
+        "rowwise.h", "value($slope, $slopes * $column)", "value($slope, $column)", "rowwise", "plain", _STAGES, OUTSIDE
+    ),
+    "a mean left out of LayerNorm's gradient": Mutant(
+        "rowwise.h", "($d_z - $mean - $o * $along)", "($d_z - $o * $along)", "rowwise", "plain", _STAGES, WRONG
+    ),
+    "a variance around zero": Mutant(
+        "rowwise.h", "value($of.$h, $column) - $of.$mean;", "value($of.$h, $column);", "rowwise", "plain", _STAGES, WRONG
+    ),
+    "what is dropped and what is kept exchanged": Mutant(
+        "rowwise.h", "$word < uint32_t(", "$word >= uint32_t(", "rowwise", "plain", _DROPOUT, WRONG
+    ),
+    "the random word of another column": Mutant("philox.h", "$column % 4 < 2", "$column % 2 < 1", "rowwise", "plain", _DROPOUT, WRONG),
+    "the random words of another stream": Mutant("philox.h", "uint32_t($column / 4), uint32_t($stream)", "uint32_t($column / 4), 0", "rowwise", "plain", _DROPOUT, WRONG),
+    "what is dropped multiplied by zero": Mutant(
+        "rowwise.h", "? 0.0f : $x * number(", "? 0.0f * $x : $x * number(", "rowwise", "plain", f"{_ROWWISE}test_a_dropped_number_is_zero_whatever_it_is", "assert"
+    ),
+    "a temperature left out": Mutant("rowwise_mix.h", "number($of.$record + $r::$factor) * $z", "$z", "rowwise", "plain", _MIXES, WRONG),
+    "weights a column left out": Mutant(
+        "rowwise_mix.h", "$sum += ($v ? $w + value($v, $column) : $w)", "$sum += $w", "rowwise", "plain", _MIXES, WRONG
+    ),
+    "a mean left out of the softmax's gradient": Mutant(
+        "rowwise_mix.h", "$p * ($d - $off - $rest)", "$p * $d", "rowwise", "plain", _MIXES, WRONG
+    ),
+    "the first reads again beyond a warp": Mutant(
+        "rowwise_mix.h", "$pass == 0 || $of.$reads > 32", "$pass == 0", "rowwise", "plain", _table("mixes of more than a warp"), WRONG
+    ),
+    "a gradient of what has none": Mutant(
+        "rowwise_mix.h", "$given && $read < $end", "$read < $end", "rowwise", "plain", _table("branches"), f"{OUTSIDE}|{WRONG}"
+    ),
+    "a product's gradient by the same factor": Mutant(
+        "rowwise.h", "add(d_b, $column, value($g, $column) * value(a, $column))", "add(d_b, $column, value($g, $column) * value(b, $column))",
+        "rowwise", "plain", _MIXES, WRONG,
+    ),
+    "a detached part's gradient": Mutant("rowwise.h", "if (plan($part + $r::$sends) == 0) return;", "", "rowwise", "plain", _GATHERS, f"{OUTSIDE}|{WRONG}"),
+    "the first use alone of a shared weight": Mutant(
+        "gradients.h", "(1 + $uses) *", "1 *", _BACKWARD, "plain", _table("shares, odd"), WRONG
+    ),
+    "the same rows of each use of a shared weight": Mutant(
+        "gradients.h", "$b = $block.rows_of($next + MatrixUseRecord::$source);", "", _BACKWARD, "plain", _table("shares, odd"), f"{OUTSIDE}|{WRONG}"
+    ),
+}  # fmt: skip
+
+MUTANTS = {**BARRIERS, **COPIES, **ADDRESSES, **FORMULAS, **ROWWISE}
 # Found in half a minute; others take up to two.
 QUICK = ("a row mask lost on a load",)
 

@@ -1,4 +1,4 @@
-#include "cuda/device.h"
+#include "cuda/philox.h"
 #include "samples.h"
 
 namespace fusedmoe::cuda::samples {
@@ -40,6 +40,16 @@ __device__ __forceinline__ void write_product(Writer& out, const uint32_t* from)
   for (int i = 0; i < 2; i++) b[i] = load_global(from + (32 * i + lane() + 128) % 256) & used;
   multiply_add<T>(c, a, b);
   for (int i = 0; i < 4; i++) out.number(c[i]);
+}
+
+// Of Random123's known answers, each of three in every third lane.
+__device__ __forceinline__ Philox counter_of(int lane) {
+  if (lane % 3 == 2) return {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344};
+  const uint32_t all = lane % 3 ? 0xffffffff : 0;
+  return {all, all, all, all};
+}
+__device__ __forceinline__ uint64_t key_of(int lane) {
+  return lane % 3 == 2 ? 0x299f31d0a4093822 : lane % 3 ? ~uint64_t(0) : 0;
 }
 
 __global__ void __launch_bounds__(32) operations_kernel(const uint32_t* from, uint32_t* to) {
@@ -87,6 +97,7 @@ __global__ void __launch_bounds__(32) operations_kernel(const uint32_t* from, ui
   write_product<bfloat16>(out, from);
   write_product<float16>(out, from);
   write_product<float>(out, from);
+  out.words(philox(counter_of(lane()), key_of(lane())).at);
 }
 
 }  // namespace

@@ -25,8 +25,8 @@ void gemm(const Gemm& call, Stream stream);
 // to [rows, n] = the softmax of each row of `from`, backwards; n <= 32.
 void softmax(const float* from, float* to, int rows, int n, Stream stream);
 
-// Every operation of device.h once, by one warp: what lane l got as word i stands in to[32 i + l].
-constexpr int operation_words = 51;
+// Every operation of device.h once, and Philox, by one warp: what lane l got as word i stands in to[32 i + l].
+constexpr int operation_words = 55;
 // Pairs of numbers that are short in either 16-bit type, signs mixed: the sums of their products
 // are exact in float, whatever their order.
 inline std::vector<uint32_t> operation_input() {

@@ -139,6 +139,14 @@ void check_product(Expected& e, const std::vector<uint32_t>& from) {
         "multiply_add");
 }
 
+// kat_vectors of Random123, "philox4x32 10".
+void check_philox(Expected& e) {
+  constexpr uint32_t answers[3][4] = {{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
+                                      {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
+                                      {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}};
+  for (int i = 0; i < 4; i++) e.word([&](int l) { return answers[l % 3][i]; }, "philox");
+}
+
 // Every float16, and floats around each and half way to the next, against the compiler's own
 // conversion.
 int check_float16() {
@@ -180,6 +188,7 @@ int check_operations() {
   check_product<bfloat16>(e, from);
   check_product<float16>(e, from);
   check_product<float>(e, from);
+  check_philox(e);
   if (e.words() != cuda::samples::operation_words)
     throw std::logic_error("expected a check of every word, got " + std::to_string(e.words()));
   check_float16();

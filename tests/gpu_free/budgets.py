@@ -30,7 +30,22 @@ if __name__ == "__main__":
 
 from fusedmoe.activation import Activation
 from fusedmoe.families import adatt_sp
-from fusedmoe.parts import Source
+from fusedmoe.parts import (
+    Attention,
+    Dropout,
+    Expert,
+    Gate,
+    Input,
+    LayerNorm,
+    Level,
+    Linear,
+    PReLU,
+    Source,
+    Static,
+    Task,
+    Unit,
+    from_slots,
+)
 from fusedmoe.speed.subjects import SUBJECTS, build
 from fusedmoe.table import Table
 
@@ -43,7 +58,7 @@ PATH = Path(__file__).with_suffix(".json")
 LAYERS = ("AdaTT T3m2", "MMoE T3e8", "AdaTT T8m2", "PLE T3m2s1")
 # And what they lack: two and five units, a source too wide to be kept by a launch a level, several
 # activations, an expert that a gate selects.
-OTHERS = ("AdaTT T2m2 of 512", "AdaTT T5m2 of 512", "AdaTT T3m2 with every record")
+OTHERS = ("AdaTT T2m2 of 512", "AdaTT T5m2 of 512", "AdaTT T3m2 with every record", "every row-wise operation")
 DTYPES = {"bfloat16": (*LAYERS, *OTHERS), "float16": LAYERS[:1], "float32": LAYERS[:1]}
 # One launch, and a launch a level.
 ROWS = (64, 4096)
@@ -70,6 +85,8 @@ def table_of(name: str) -> Table:
     """The table of one of LAYERS or OTHERS."""
     if name in LAYERS:
         return build(SUBJECTS[name]).table
+    if name == "every row-wise operation":
+        return rowwise()
     if name != "AdaTT T3m2 with every record":
         return adatt_sp(512, [[512], [256]], int(name.removeprefix("AdaTT T")[0]), 2)
     table = adatt_sp(256, [[256], [128]], 3, 2, activation="silu")
@@ -81,6 +98,26 @@ def table_of(name: str) -> Table:
         for e, expert in enumerate(level.experts)
     )
     return replace(table, levels=(replace(level, units=(selecting, *units), experts=experts), *table.levels[1:]))
+
+
+def rowwise() -> Table:
+    """What is no segment of linears and units: LayerNorm, PReLU and dropout, some columns, shared linear
+    maps, every kind of gate, static weights a column, a product; its parts as wide as those of the others."""
+    x, some, both = Source("slot"), Source("slot", first=128, width=128), (Source("expert", 0), Source("expert", 1))
+    shared = Linear(256, True, 0)
+    experts = (
+        Expert((x,), (shared, LayerNorm(), Activation("silu"), Dropout(0.1))),
+        Expert((Source("slot", detached=True),), (shared, PReLU(True))),
+        Expert((some, some), ()),
+    )
+    units = (
+        Unit(Gate(((x, x),), (0, 1, 2), temperature=2.0), Static((0, 1), tensor=1, channels=True)),
+        Unit(Attention((x,), ((both[0],), (both[1],)), (0, 1))),
+        Unit(Gate((), (0, 1, 2))),
+        Unit(product=(0, 1)),
+    )
+    towers = tuple(Task(from_slots(u, u + 1), (Linear(1), PReLU())) for u in (0, 2))
+    return Table((Input(1, 256),), (Level(experts, units),), towers, ((256, 256), (2, 256)))
 
 
 @cache

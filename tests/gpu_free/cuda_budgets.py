@@ -29,14 +29,17 @@ from .budgets import worse, written
 from .compiled import LIMITS, NVIDIA, mma_of, occupancy
 
 PATH = Path(__file__).with_suffix(".json")
-SOURCES = ("forward_bfloat16", "forward_float16", "forward_float32", "backward")
+SOURCES = ("forward_bfloat16", "forward_float16", "forward_float32", "backward", "rowwise")
 ARCHS = run.ARCHS
 # How sizes of a kernel stand in its name, as template arguments behind the type.
 KERNELS = {
     "forward": ("rows", "columns", "units", "threads", "blocks", "inner"),
     "backward_rows": ("rows", "columns", "threads", "blocks"),
-    "gradients": ("outputs", "columns", "threads", "blocks"),
+    "gradients": ("outputs", "columns", "threads", "blocks", "shared"),
+    "rowwise": ("backward", "threads", "blocks"),
 }
+# Sizes that are true or false, and how a kernel is named for which they are true.
+FLAGS = {"inner": "a map inside", "shared": "shared parameters", "backward": "backward"}
 # By nvcc's names of them, and by csrc/cuda's.
 TYPES = {"float": "float", "__nv_bfloat16": "bfloat16", "__half": "float16"}
 DTYPES = {"float": "float32", "bfloat16": "bfloat16", "float16": "float16"}
@@ -54,8 +57,9 @@ class Instance(NamedTuple):
     sizes: tuple[tuple[str, int], ...]
 
     def __str__(self) -> str:
-        sizes = ", ".join(f"{value} {name}" for name, value in self.sizes if name != "inner")
-        return f"{self.kernel} of {DTYPES[self.number]}, {sizes}{', a map inside' if self.inner else ''}"
+        sizes = [f"{value} {name}" for name, value in self.sizes if name not in FLAGS]
+        flags = [FLAGS[name] for name, value in self.sizes if name in FLAGS and value]
+        return f"{self.kernel} of {DTYPES[self.number]}, {', '.join(sizes + flags)}"
 
     @property
     def inner(self) -> bool:
@@ -93,7 +97,10 @@ class Instance(NamedTuple):
             )
         if self.kernel == "backward_rows":
             return f"RowsBackward<{self.number}, {of['rows']}, {of['columns']}, {of['threads']}>::bytes"
-        return f"ParameterGradients<{self.number}, {of['outputs']}, {of['columns']}, {of['threads']}>::bytes"
+        if self.kernel == "rowwise":
+            return "0"
+        shared = str(bool(of["shared"])).lower()
+        return f"ParameterGradients<{self.number}, {of['outputs']}, {of['columns']}, {of['threads']}, {shared}>::bytes"
 
 
 @cache
@@ -209,7 +216,8 @@ def written_by() -> str:
 
 def source_of(name: str) -> str:
     """The file of SOURCES that makes a kernel."""
-    return f"forward_{name.split()[2].rstrip(',')}" if name.startswith("forward") else "backward"
+    kernel, _, number = name.replace(",", "").split()[:3]
+    return f"forward_{number}" if kernel == "forward" else "rowwise" if kernel == "rowwise" else "backward"
 
 
 def faults(source: str, arch: str, kept: Mapping[str, Mapping[str, Mapping[str, object]]]) -> list[str]:

@@ -22,7 +22,10 @@ from fusedmoe.table import Table
 
 from .compiled import target_of
 
-KERNELS = ("forward_kernel", "backward_rows_kernel", "gradients_kernel", "add_chunks")
+KERNELS = (
+    *("forward_kernel", "backward_rows_kernel", "gradients_kernel", "add_chunks"),
+    *("rowwise_forward", "rowwise_backward"),
+)
 
 
 class Variant(NamedTuple):
@@ -100,9 +103,11 @@ def variants(table: Table, dtype: torch.dtype, rows: int, training: bool, arch: 
     params = [torch.empty(p.shape, dtype=dtype, device="meta") for p in table.parameters]
     x = torch.empty(rows, table.inputs[0].slots, table.inputs[0].width, dtype=dtype, device="meta")
     with patch.object(device, "architecture", lambda _: arch), standing_in(partial(_Recorder, arch, found)):
-        out, _, saved = network.forward(x, params, table, False, training, backend="triton")
+        # Only what trains drops anything.
+        seed = torch.empty(1, dtype=torch.int64, device="meta") if training else None
+        out, _, saved = network.forward(x, params, table, False, training, backend="triton", seed=seed)
         if training:
-            network.backward(torch.empty_like(out), None, x, params, saved, table, backend="triton")
+            network.backward(torch.empty_like(out), None, x, params, saved, table, backend="triton", seed=seed)
     return list(found)
 
 

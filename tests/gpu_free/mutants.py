@@ -51,6 +51,11 @@ def _executed(case: str) -> str:
     return f"tests/gpu_free/test_executed.py::test_parity[{case}]"
 
 
+def _by_hand(operation: str) -> str:
+    return f"tests/test_operations.py::test_a_backend_is_the_reference[triton-{operation}-torch.float32]"
+
+
+_DROPOUT = "tests/test_dropout.py::test_masks_are_those_of_philox[triton-0-0.5]"
 _ACCESSES = "tests/gpu_free/interpreted/test_accesses.py"
 _SIZES = "tests/gpu_free/interpreted/test_sizes.py"
 _WATCHED = f"{_ACCESSES}::test_accesses[mmoe-odd-a launch a level]"
@@ -155,7 +160,7 @@ FORWARD = {
         EXECUTED, _executed("ple-torch.float32-one launch"), WRONG,
     ),
     "a launch for every stage": Mutant(
-        "plan.py", "else $program.$levels", "else tuple((segment,) for segment in range(len($program.segments)))",
+        "plan.py", "else $program.$levels:", "else tuple((segment,) for segment in range(len($program.segments))):",
         INTERPRETED, f"{_ACCESSES}::test_launches[towers1-1]", LAUNCHES,
     ),
 }  # fmt: skip
@@ -189,7 +194,61 @@ BACKWARD = {
     ),
 }  # fmt: skip
 
-MUTANTS = {**MEMORY, **FORWARD, **BACKWARD}
+ROWWISE = {
+    "eps left out": Mutant("triton/rowwise.py", "$square / $width + $eps", "$square / $width", INTERPRETED, _by_hand("LayerNorm without parameters"), WRONG),
+    "one slope for all columns": Mutant(
+        "triton/rowwise.py", "(column + tl.arange(0, $kind.$BLOCK_H)) * tl.load($block.plan + $stage + $STAGE.slopes)",
+        "tl.arange(0, $kind.$BLOCK_H) * 0", INTERPRETED, _by_hand("PReLU by column"), WRONG,
+    ),
+    "a part from the first column on": Mutant(
+        "triton/rowwise.py", "$part + PART.place, $there + $column, $there + $width", "$part + PART.place, $column, $width",
+        INTERPRETED, _by_hand("some columns"), WRONG,
+    ),
+    "logits without their factor": Mutant(
+        "triton/rowwise.py", "return $z * tl.load($block.floats + tl.load($block.plan + $mix + $MIX.factor))", "return $z",
+        INTERPRETED, _by_hand("a temperature"), WRONG,
+    ),
+    "static weights of the first expert's columns": Mutant(
+        "triton/rowwise.py", "$channels, $element, $column, $width, 0.0", "$channels, 0, $column, $width, 0.0",
+        INTERPRETED, _by_hand("static weights by column"), WRONG,
+    ),
+    "random words in another order": Mutant(
+        "triton/rowwise.py", "tl.interleave(tl.interleave($a, $c), tl.interleave($b, $d))",
+        "tl.interleave(tl.interleave($a, $b), tl.interleave($c, $d))", INTERPRETED, _DROPOUT, "assert",
+    ),
+    "the words of another dropout": Mutant(
+        "triton/rowwise.py", "$none + tl.load($block.plan + $stage + $STAGE.stream).to(tl.uint32)", "$none", INTERPRETED, _DROPOUT, "assert"
+    ),
+    "dropout at the threshold": Mutant(
+        "triton/rowwise.py", "tl.load($block.plan + $stage + $STAGE.threshold).to(tl.uint32, bitcast=True)", "tl.load($block.plan + $stage + $STAGE.threshold)",
+        INTERPRETED, _DROPOUT, "assert",
+    ),
+    "a gradient of what is detached": Mutant(
+        "triton/rowwise_backward.py", "if tl.load($block.plan + $part + $PART.sends) != 0:", "if True:",
+        INTERPRETED, _by_hand("a detached source"), WRONG,
+    ),
+    "gradients that do not begin at zero": Mutant(
+        "backward_plan.py", "$records += self.zeros($write, sources_of($operation, $given))", "", INTERPRETED, _by_hand("products"), WRONG
+    ),
+    "a LayerNorm's gradient without what goes along it": Mutant(
+        "triton/rowwise_backward.py", "- o * ($along / $width)[:, None]", "", INTERPRETED, _by_hand("LayerNorm"), WRONG
+    ),
+    "a slope's gradient from above zero too": Mutant(
+        "triton/rowwise_backward.py", "tl.where(($z > 0.0) | ($g == 0.0), 0.0, $g * $z)", "$g * $z", INTERPRETED, _by_hand("PReLU"), WRONG
+    ),
+    "a key's gradient from itself": Mutant("triton/rowwise_backward.py", "$own * q)", "$own * k)", INTERPRETED, _by_hand("attention"), WRONG),
+    "a factor's gradient by itself": Mutant("triton/rowwise_backward.py", "$g * b)", "$g * a)", INTERPRETED, _by_hand("products"), WRONG),
+    "a row mask lost on dw": Mutant(
+        "triton/rowwise_backward.py", "$block.row + $block.rows, $value, mask=$block.live)", "$block.row + $block.rows, $value)",
+        INTERPRETED, f"{_ACCESSES}::test_accesses_of_operations[PReLU-one launch]", f"{OUTSIDE}|{SHARED}",
+    ),
+    "one use of a shared W": Mutant(
+        "triton/backward.py", "range(tl.load($block.plan + $uses + $FURTHER_USES.uses))", "range(0)",
+        INTERPRETED, _by_hand("a linear map of two experts"), WRONG,
+    ),
+}  # fmt: skip
+
+MUTANTS = {**MEMORY, **FORWARD, **BACKWARD, **ROWWISE}
 # One of each way to find a mutant, in seconds.
 QUICK = (
     "a row mask lost on a store",

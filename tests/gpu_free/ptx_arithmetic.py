@@ -40,6 +40,28 @@ def valued(slots: list[int], function: Function, kind: Kind, result: Kind) -> Co
     return lambda lanes: numbers.written(function(*(numbers.read(lanes[slot], kind) for slot in slots)), result)
 
 
+def is_paired(one: Instruction) -> bool:
+    """Whether an instruction computes two numbers of 16 bits in a register."""
+    return one.parts[-1] in ("bf16x2", "f16x2")
+
+
+def paired(scope: Scope, one: Instruction, function: Function) -> Step:
+    """As `elementwise`, of both halves of registers."""
+    kind = numbers.kind_of(one.parts[-1].removesuffix("x2"))
+    slots = [scope.source(operand, 32) for operand in one.operands[1:]]
+
+    def compute(lanes: Lanes) -> np.ndarray:
+        low, high = (
+            numbers.written(
+                function(*(numbers.read((lanes[slot] >> shift).astype(np.uint16), kind) for slot in slots)), kind
+            ).astype(np.uint32)
+            for shift in np.array([0, 16], np.uint32)
+        )
+        return low | high << np.uint32(16)
+
+    return assigned(scope.destination(one.operands[0], 32), compute)
+
+
 def flushing(function: Function) -> Function:
     """`function` with subnormal arguments and results as zeros."""
     return lambda *values: numbers.flushed(function(*map(numbers.flushed, values)))
@@ -66,8 +88,10 @@ PROPAGATING = {"min": np.minimum, "max": np.maximum}
 def arithmetic(scope: Scope, one: Instruction) -> Step:
     """dest = a op b, or op a. What the hardware approximates (ex2, lg2, rcp, div.full ...) is
     NumPy's float32 here, a roundoff or two away."""
-    kind = kinds(one)[0]
     name = one.parts[0]
+    if is_paired(one):
+        return paired(scope, one, (PROPAGATING if "NaN" in modifiers(one, "rn", "NaN") else FLOAT)[name])
+    kind = kinds(one)[0]
     if kind.letter not in FLOATING:
         modifiers(one)
         if name not in INTEGER:
@@ -82,6 +106,9 @@ def arithmetic(scope: Scope, one: Instruction) -> Step:
 def multiply(scope: Scope, one: Instruction) -> Step:
     """Floats: the product. Integers: its lower half (lo), its upper half (hi), or all of it (wide);
     mad adds a third operand."""
+    if is_paired(one):
+        modifiers(one, "rn")
+        return paired(scope, one, np.multiply)
     kind = kinds(one)[0]
     if kind.letter in FLOATING:
         if one.parts[0] == "mad":
@@ -116,7 +143,11 @@ def _product(kind: Kind, which: set[str]) -> Function:
 
 @instruction("fma")
 def fused_multiply_add(scope: Scope, one: Instruction) -> Step:
-    """a b + c, rounded once."""
+    """a b + c, rounded once; of bfloat16 first to float32, which moves it only where that falls on the
+    middle between two numbers."""
+    if is_paired(one):
+        modifiers(one, "rn")
+        return paired(scope, one, numbers.fused)
     kind = kinds(one)[0]
     given = modifiers(one, "rn", "ftz")
     if kind.dtype != np.float32 or kind.bits != 32:

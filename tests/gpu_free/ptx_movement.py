@@ -226,6 +226,15 @@ def shuffle(scope: Scope, one: Instruction) -> Step:
     return step
 
 
+@instruction("bar")
+def warp_barrier(scope: Scope, one: Instruction) -> Step:
+    """Lanes of a warp wait for each other, as they do here between any two instructions. Barriers of a
+    block are jumps (`ptx.py`)."""
+    if one.parts != ("bar", "warp", "sync") or one.operands not in (("-1",), ("0xffffffff",)):
+        raise PtxError("expected a barrier of whole warps")
+    return lambda lanes, mask: whole_warps(mask)
+
+
 SHUFFLES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "up": np.subtract, "down": np.add, "bfly": np.bitwise_xor, "idx": lambda lane, index: index % WARP,
 }  # fmt: skip

@@ -58,7 +58,7 @@ def test_a_launch_raises_by_name_and_leaves_nothing_behind(built):
 bound, x = _cuda.Bound(), torch.zeros(3, 1, 2)
 bound.slots, bound.width, bound.output, bound.size = 1, 2, [1, 1], 4
 for _ in range(2):
-  try: torch.ops.fusedmoe.network_cuda(x, [], bound.address, False, None)
+  try: torch.ops.fusedmoe.network_cuda(x, [], bound.address, False, None, None)
   except RuntimeError as error: print(error)
 """
     lines = said_by(built, program).splitlines()

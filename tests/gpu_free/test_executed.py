@@ -26,6 +26,8 @@ pytest.importorskip("triton", reason="gpu_free: expected the package triton, whi
 from fusedmoe.kernels import operator, tiles
 from fusedmoe.outputs import Options, for_tasks
 
+from .. import test_operations as test_operations_by_hand
+from ..random_tables import start
 from . import executed
 from .ptx import Counts, KernelFault
 
@@ -41,6 +43,20 @@ TABLES = {
     "adatt_sp, whole vectors": build("adatt_sp", 96, [[80], [32]], 2, 2),
 }
 ROWS = 19
+ROWWISE = "rowwise_forward", "rowwise_backward"
+# Every kind of operation; the last one of an odd width.
+OPERATIONS = {
+    name: test_operations_by_hand.TABLES[name]
+    for name in (
+        "LayerNorm",
+        "PReLU by column",
+        "overlapping columns",
+        "attention of experts",
+        "static weights by column",
+        "a linear map of two experts",
+        "columns from an odd one on",
+    )
+}
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +120,17 @@ def test_parity(name, dtype, form, monkeypatch):
     take(form, monkeypatch)
     values, counts = run(given(name, dtype))
     assert_close(values, expectation(given(name, dtype)))
-    assert all(count.launches for count in counts.values()) and counts["forward_kernel"].mmas
+    assert all(count.launches for name, count in counts.items() if name not in ROWWISE)
+    assert counts["forward_kernel"].mmas
+
+
+@pytest.mark.parametrize(("what", "dtype"), slow_but_bfloat16([(w, dtype) for w in OPERATIONS for dtype in DTYPES]))
+def test_operations(what, dtype):
+    """Row-wise operations, with dropout off; columns in several tiles, in vectors and one by one."""
+    one = start(OPERATIONS[what], 11, dtype)
+    values, counts = run(one)
+    assert_close(values, expectation(one))
+    assert all(counts[name].launches for name in ROWWISE)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from fusedmoe.kernels import network, tiles
 from fusedmoe.op import fusion_network
 from fusedmoe.testing import Case, build, cases, problem
 
+from ...random_tables import start
+from ...test_operations import TABLES as OPERATIONS
 from ..interpreter import Operators, watched
 
 CASES = cases()
@@ -56,6 +58,13 @@ def run(problem, mixing: bool = True):
 def test_accesses(name, form, monkeypatch):
     monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form])
     run(given(name))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("what", OPERATIONS)
+def test_accesses_of_operations(what, form, monkeypatch):
+    monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form])
+    run(start(OPERATIONS[what], 11, torch.float32))
 
 
 def counts(launches: list[str]) -> tuple[int, int, int]:
