@@ -34,7 +34,6 @@ from fusedmoe.inputs import join
 from fusedmoe.outputs import Options, apart, by_level, for_tasks, needs_gradient, per_task, without_graph
 from fusedmoe.reference import autograd
 from fusedmoe.reference.philox import draw_seed
-from fusedmoe.route import Route, Routed
 from fusedmoe.table import Table
 from fusedmoe.validation import require_flag
 
@@ -48,7 +47,6 @@ def fusion_network(
     recompute: bool = False,
     tasks_apart: bool = False,
     training: bool = False,
-    route: Route | None = None,
 ) -> Any:
     """Run a network: every level in turn, and its task towers if it has any.
 
@@ -63,7 +61,7 @@ def fusion_network(
         x: [B, S, D], or [B, D] if the table has one slot; any strides (an expanded x is read once).
             A list of such tensors, one for each of `table.inputs`, if there are several.
         params: the tensors of `table.parameters`, in that order, of x's dtype and device.
-        table: what reads what.
+        table: what reads what, or a `Routed` one, a route through it.
         backend: "auto" (the first that can serve the call), or a name out of
             `fusedmoe.available_backends()`.
         return_mixing_weights: return the mixing weights w too; they are differentiable.
@@ -74,9 +72,6 @@ def fusion_network(
             loss then gets the gradient None.
         training: apply the table's Dropout. Its seed is drawn from torch's generator for x's
             device, once a call; the mask depends on the seed, the row and the column alone.
-        route: of every level, of every unit a `Choice`, or None for all experts and the first
-            selector (`fusedmoe.route`). What it leaves out is skipped; experts and parameters that
-            no unit needs then get the gradient None.
 
     Returns: out, of x's dtype: [B, T, O] with towers; [B, U, H] if the table has no tasks;
         otherwise [B, T, H'], the concatenation of the units that each task reads. (A single unit
@@ -84,11 +79,9 @@ def fusion_network(
         with [B, U, E] for each level), zero where a unit does not read an expert.
     Raises: TypeError, ValueError if x, the parameters and the table do not fit together; says
         which, expected and got. TypeError for an option that is neither True nor False.
-        ValueError for a route that leaves a unit no expert, or names one that its gate does not
-        see. RuntimeError if the backend cannot run here, or not with these tensors; says why.
+        RuntimeError if the backend cannot run here, or not with these tensors; says why.
 
     The module's docstring says what holds for gradients, dtypes and autocast.
-
     Source: MMoE eq. 6-8, PLE eq. 2-7, AdaTT eq. 2-10.
     """
     if isinstance(table, Table):
@@ -98,16 +91,9 @@ def fusion_network(
         check(x, params, table)
     # One comparison where all are right, for every call passes here.
     if not type(return_mixing_weights) is type(recompute) is type(tasks_apart) is type(training) is bool:
-        require_flag(return_mixing_weights, "return_mixing_weights")
-        require_flag(recompute, "recompute")
-        require_flag(tasks_apart, "tasks_apart")
-        require_flag(training, "training")
-    if route is not None:
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "route: expected a call outside of torch.compile, got one inside, where a route is fixed"
-            )
-        table = Routed(table, route)
+        names = ("return_mixing_weights", "recompute", "tasks_apart", "training")
+        for name, flag in zip(names, (return_mixing_weights, recompute, tasks_apart, training), strict=True):
+            require_flag(flag, name)
     params, options = list(params), Options(backend, return_mixing_weights, recompute, tasks_apart)
     seed = draw_seed(x.device) if training and table.has_dropout else None
     run = _run_under_autocast if _autocast_on(x) else _run

@@ -74,10 +74,7 @@ class LayerNorm:
 
 @dataclass(frozen=True)
 class Dropout:
-    """h / (1 - p) with probability 1 - p, else 0; in a call that trains. Otherwise h.
-
-    No backend runs it yet (`support.py`).
-    """
+    """h / (1 - p) with probability 1 - p, else 0; in a call that trains. Otherwise h."""
 
     p: float = 0.5
 
@@ -112,8 +109,8 @@ class Gate:
 
     Args:
         selectors: what the gate reads, one concatenation of sources. Empty: the logits are a
-            parameter [len(sees)], the same for every row. Several are alternatives of one width,
-            which no backend runs yet (`support.py`).
+            parameter [len(sees)], the same for every row. Several are alternatives of one width, of
+            which a route chooses (`route.py`); without a route the first one is read.
         sees: the experts.
         hidden: what comes before the last linear map.
         bias: whether that has one.
@@ -197,7 +194,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Input:
-    """One input tensor: [B, slots, width], or [B, width] for one slot. No backend runs several yet."""
+    """One input tensor: [B, slots, width], or [B, width] for one slot."""
 
     slots: int
     width: int
@@ -211,6 +208,17 @@ class Draft:
     levels: tuple[Level, ...]
     tasks: tuple[Task, ...] = ()
     shared: tuple[tuple[int, ...], ...] = ()
+
+
+def joined(inputs: tuple[Input, ...]) -> tuple[Input, ...]:
+    """The inputs of a graph: several inputs are the columns of one slot, one after another."""
+    return inputs if len(inputs) == 1 else (Input(1, column_of(inputs, len(inputs), 0)),)
+
+
+def column_of(inputs: tuple[Input, ...], number: int, slot: int) -> int:
+    """The column at which a slot of an input begins where all inputs are one vector."""
+    before = sum(given.slots * given.width for given in inputs[:number])
+    return before + (slot * inputs[number].width if slot else 0)
 
 
 def from_slots(*indices: int) -> tuple[Source, ...]:

@@ -79,7 +79,7 @@ class _Resolver:
         self.named += [_Named(f"shared.{i}", tuple(shape)) for i, shape in enumerate(draft.shared)]
         output = (len(towers), towers[0].width) if towers else (len(levels[-1].units), self.widths[-1][0])
         parameters = tuple(Parameter(p.name, p.shape, False, False) for p in self.named)
-        numbered = Graph(joined(draft.inputs), levels, towers, tasks, parameters, output)
+        numbered = Graph(parts.joined(draft.inputs), levels, towers, tasks, parameters, output)
         numbered = with_shared(numbered, first)
         return with_liveness(numbered, liveness(numbered.reads, numbered.outputs))
 
@@ -166,7 +166,7 @@ class _Resolver:
             )
         require_instance(source.detached, bool, f"{where}, detached")
         if kind == "input" and len(self.draft.inputs) > 1:
-            first = column_of(self.draft.inputs, place, source.index) + source.first
+            first = parts.column_of(self.draft.inputs, place, source.index) + source.first
             return Vector(kind, 0, 0, first, width, False, source.detached)
         place = 0 if kind == "expert" else place
         return Vector(kind, place, source.index, source.first, width, width == whole, source.detached)
@@ -387,17 +387,6 @@ class _Fold:
         if tuple(found) != shape:
             raise ValueError(f"{where}, {name}: expected shared tensor {tensor} of {list(shape)}, got {list(found)}")
         return _shared(tensor)
-
-
-def joined(inputs: tuple[Input, ...]) -> tuple[Input, ...]:
-    """The inputs of a graph: several inputs are the columns of one slot, one after another."""
-    return inputs if len(inputs) == 1 else (Input(1, column_of(inputs, len(inputs), 0)),)
-
-
-def column_of(inputs: tuple[Input, ...], number: int, slot: int) -> int:
-    """The column at which a slot of an input begins where all inputs are one vector."""
-    before = sum(given.slots * given.width for given in inputs[:number])
-    return before + (slot * inputs[number].width if slot else 0)
 
 
 def _is_finite(value: object) -> bool:

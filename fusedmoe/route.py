@@ -39,9 +39,20 @@ Route = Sequence[Sequence[Choice | None]]
 
 
 class Routed(Table):
-    """A table of which a call takes one route.
+    """A table of which a call takes one route: what `fusion_network` takes in its place.
 
-    It has the levels, the parameters and the shapes of its table; `graph` is that of the route.
+    It has the levels, the parameters and the shapes of its table; `graph` is that of the route. What
+    a route leaves out is skipped; experts and parameters that no unit needs then have the gradient
+    None. It costs a small part of a training step: little is worked out, and no table is built.
+
+    Args:
+        table: the network.
+        route: of every level, of every unit a `Choice`, or None for all experts and the first
+            selector.
+
+    Raises: TypeError, ValueError for a route that leaves a unit no expert, or names an expert that
+        its gate does not see or a selector that it does not have.
+    Source: MTNAS, the routes that its search draws.
     """
 
     def __init__(self, table: Table, route: Route):
@@ -52,11 +63,13 @@ class Routed(Table):
         for (number, u), unit in self.changed.items():
             reads.update(reads_of_unit(unit, number, u))
         vars(self).update(reads=reads, liveness=liveness(reads, table.graph.outputs))
+        vars(self).update(route_text=(words := self._words()), text=f"{table.text} {words}")
 
     base: Table
     changed: dict[tuple[int, int], Unit]
     liveness: Liveness
     reads: dict[Node, Reads]
+    route_text: str
 
     def computes(self, node: Node) -> bool:
         """As the table's."""
@@ -76,13 +89,7 @@ class Routed(Table):
         )
         return with_liveness(replace(self.whole, levels=levels), self.liveness)
 
-    @cached_property
-    def text(self) -> str:  # type: ignore[override]
-        """The text of the table and that of the route."""
-        return f"{self.base.text} {self.route_text}"
-
-    @cached_property
-    def route_text(self) -> str:
+    def _words(self) -> str:
         """The route as words: of each level a digit an expert; of each unit a digit, the selector and
         the places that its gate leaves out; a digit a parameter. A digit is 1 for what is computed,
         2 more for what has a gradient."""

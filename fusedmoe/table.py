@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from fusedmoe.backends import TABLE_VERSION
 from fusedmoe.encoding import write
 from fusedmoe.graph import Graph, Node, Parameter, Reads, live_columns
-from fusedmoe.parts import Draft
-from fusedmoe.resolve import column_of, resolve
+from fusedmoe.parts import Draft, column_of
+from fusedmoe.resolve import resolve
 
 # The words that an encoded table begins with; the number is that of the format.
 VERSION = ("fusedmoe-table", str(TABLE_VERSION))

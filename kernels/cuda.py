@@ -109,8 +109,8 @@ def backward(
     x: Tensor,
     params: Sequence[Tensor],
     memory: Tensor,
-    apart: bool,
     seed: Tensor | None,
+    apart: bool,
 ) -> list[Tensor]:
     """Run a bound backward: d_x, and the gradients of all live parameters, apart or one after
     another in one tensor."""

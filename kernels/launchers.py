@@ -37,8 +37,8 @@ class Launcher(Protocol):
         x: Tensor,
         params: Sequence[Tensor],
         memory: Tensor,
-        apart: bool,
         seed: Tensor | None,
+        apart: bool,
     ) -> list[Tensor]:
         """Return d_x and the gradients of all live parameters, each a tensor (`apart`), or one
         after another in one tensor."""

@@ -17,11 +17,12 @@ from fusedmoe.table import Table
 class Saved(NamedTuple):
     """What the forward leaves for the backward: the softmax of every unit [rows, B] in float32 and
     the segments' buffers [B x buffer_width] in one tensor of bytes (`bound.saved_bytes`), and the tiles that
-    say which row is whose; None: the shipped ones.
+    say which row is whose, None: the shipped ones; and the seed of its dropout, or None.
     """
 
     memory: Tensor
     tiles: Tiles | None = None
+    seed: Tensor | None = None
 
 
 def forward(
@@ -52,7 +53,7 @@ def forward(
     """
     bound = forward_of(key_of(x, table, training, tiles, backend))
     out, weights, memory = launcher(backend).forward(bound, x, params, mixing, seed)
-    return out, weights, Saved(memory, bound.tiles)
+    return out, weights, Saved(memory, bound.tiles, seed)
 
 
 def backward(
@@ -65,7 +66,6 @@ def backward(
     tiles: Tiles | None = None,
     *,
     backend: str,
-    seed: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return d_x [B, S, D], and one gradient a parameter: None for those on which no output
     depends, for the others views of one tensor.
@@ -77,10 +77,9 @@ def backward(
         saved: what it returned.
         tiles: of the backward, whatever those of the forward were; None: the shipped ones.
         backend: whose kernels.
-        seed: the forward's.
     """
     key = _backward_key(x, saved, table, tiles, backend)
-    d_x, *found = _backward(d_out, d_weights, x, params, saved, key, apart=True, seed=seed)
+    d_x, *found = _backward(d_out, d_weights, x, params, saved, key, apart=True)
     return d_x, with_dead(found, table)
 
 
@@ -101,12 +100,11 @@ def flat_backward(
     tiles: Tiles | None = None,
     *,
     backend: str,
-    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return d_x, and the gradients of the live parameters, one after another. The arguments are
     those of `backward`."""
     key = _backward_key(x, saved, table, tiles, backend)
-    d_x, flat = _backward(d_out, d_weights, x, params, saved, key, apart=False, seed=seed)
+    d_x, flat = _backward(d_out, d_weights, x, params, saved, key, apart=False)
     return d_x, flat
 
 
@@ -116,16 +114,9 @@ def _backward_key(x: Tensor, saved: Saved, table: Table, tiles: Tiles | None, ba
 
 
 def _backward(
-    d_out: Tensor,
-    d_weights: Tensor | None,
-    x: Tensor,
-    params: Sequence[Tensor],
-    saved: Saved,
-    key: Key,
-    *,
-    apart: bool,
-    seed: Tensor | None,
+    d_out: Tensor, d_weights: Tensor | None, x: Tensor, params: Sequence[Tensor], saved: Saved, key: Key, apart: bool
 ) -> list[Tensor]:
     # Those of a call that returned no mixing weights are [B, 0].
     d_weights = d_weights if d_weights is not None and d_weights.numel() else None
-    return launcher(key.backend).backward(backward_of(key), d_out, d_weights, x, params, saved.memory, apart, seed)
+    run = launcher(key.backend).backward
+    return run(backward_of(key), d_out, d_weights, x, params, saved.memory, saved.seed, apart)

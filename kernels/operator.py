@@ -86,12 +86,14 @@ class _Network(torch.autograd.Function):
         table = ctx.table
         d_out, d_weights, tasks, levels = outputs.join(d_outputs, x, table, ctx.options.tasks_apart)
         if torch.is_grad_enabled():
-            # Gradients that are to be differentiated again are plain PyTorch's.
+            # Gradients that are to be differentiated again are plain PyTorch's, which drops nothing yet.
+            if seed is not None:
+                raise RuntimeError("dropout: expected gradients that are not differentiated again, got create_graph")
             d_x, d_params = reference.backward(x, params, table, d_out, outputs.by_level(d_weights, table))
             found = [d_x, *d_params]
         else:
             found = _gradients(
-                ctx.options.backend, table, (d_out, d_weights), x, params, network.Saved(memory, ctx.tiles), seed
+                ctx.options.backend, table, d_out, d_weights, x, params, network.Saved(memory, ctx.tiles, seed)
             )
         wanted = zip(
             found, outputs.dependent(codec.encode(table), tasks, levels), ctx.needs_input_grad[3:], strict=True
@@ -102,21 +104,21 @@ class _Network(torch.autograd.Function):
 def _gradients(
     backend: str,
     table: Table,
-    upstream: tuple[Tensor, Tensor | None],
+    d_out: Tensor,
+    d_weights: Tensor | None,
     x: Tensor,
     params: Sequence[Tensor],
     saved: network.Saved,
-    seed: Tensor | None,
 ) -> list[Tensor | None]:
-    """d_x and the parameters' gradients. upstream: those of out and of the mixing weights; saved: what
-    the forward left, or its tiles alone, by which it is run once more."""
-    (d_out, d_weights), x = upstream, last_dim_contiguous(x)
+    """d_x and the parameters' gradients. saved: what the forward left, or its tiles and seed alone, by
+    which it is run once more."""
+    x = last_dim_contiguous(x)
     with device_guard(x):
         if saved.memory is None:
-            _, _, saved = network.forward(x, params, table, False, True, saved.tiles, backend=backend, seed=seed)
+            _, _, saved = network.forward(x, params, table, False, True, saved.tiles, backend=backend, seed=saved.seed)
         search = _tuning(backend)
         tiles = search.of_backward(d_out, d_weights, x, params, saved, table) if search else None
-        d_x, d_params = network.backward(d_out, d_weights, x, params, saved, table, tiles, backend=backend, seed=seed)
+        d_x, d_params = network.backward(d_out, d_weights, x, params, saved, table, tiles, backend=backend)
     return [d_x, *d_params]
 
 

@@ -26,8 +26,8 @@ def forward(
     mixing: bool,
     recompute: bool,
     backend: str,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return out, weights, and what backward takes: `network.forward`; of that nothing where the
     backward is to work it out again."""
     table = codec.decode(table_text)
@@ -39,7 +39,7 @@ def forward(
 
 
 @forward.register_fake
-def _(x, params, table_text, training, mixing, recompute, backend, seed=None):
+def _(x, params, table_text, training, mixing, recompute, backend, seed):
     program, rows = _program(table_text, training), x.shape[0]
     weights = x.new_empty(rows, program.table.mixing if mixing else 0)
     if recompute and recomputed(program.table):
@@ -58,7 +58,7 @@ def backward(
     memory: Tensor,
     table_text: str,
     backend: str,
-    seed: Tensor | None = None,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return d_x, and the gradients of all live parameters one after another: an operator's results
     must not share memory."""
@@ -66,15 +66,15 @@ def backward(
     with device_guard(x):
         # Where it is empty, the forward is run once more.
         saved = (
-            network.Saved(memory)
+            network.Saved(memory, seed=seed)
             if memory.numel()
             else network.forward(x, params, table, False, True, backend=backend, seed=seed)[2]
         )
-        return network.flat_backward(d_out, d_weights, x, params, saved, table, backend=backend, seed=seed)
+        return network.flat_backward(d_out, d_weights, x, params, saved, table, backend=backend)
 
 
 @backward.register_fake
-def _(d_out, d_weights, x, params, memory, table_text, backend, seed=None):
+def _(d_out, d_weights, x, params, memory, table_text, backend, seed):
     return x.new_empty(x.shape), x.new_empty(_program(table_text, True).gradients[1])
 
 

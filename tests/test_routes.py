@@ -1,6 +1,8 @@
 """Routes of a call: pairs that are left out, selectors that are chosen; against loops, on every
 backend that takes them; what is left out has no gradient, and its numbers do not matter."""
 
+import copy
+import pickle
 import random
 from functools import partial
 
@@ -79,10 +81,10 @@ def test_a_route_is_the_loops_without_what_it_leaves_out(seed):
 def test_outputs_and_gradients_of_a_route(seed, backend, dtype):
     table, route = of(seed)
     given = start(table, 19, dtype, seed)
-    truth = expectation(given, lambda x, params, _: reference.forward(x, params, Routed(table, route)))
-    ours = evaluate(partial(on(backend), route=route), given)
-    assert_close(ours, truth)
-    again = evaluate(partial(on(backend), route=route, recompute=True), given)
+    given = given._replace(table=Routed(table, route))
+    ours = evaluate(on(backend), given)
+    assert_close(ours, expectation(given))
+    again = evaluate(partial(on(backend), recompute=True), given)
     assert [name for name in ours if not same(ours[name], again[name])] == []
 
 
@@ -96,7 +98,7 @@ def test_what_a_route_leaves_out_has_no_gradient_and_cannot_spoil_the_rest(backe
     for name, parameter in zip(names, params, strict=True):
         parameter.fill_(float("nan")) if name in left_out else None
         parameter.requires_grad_()
-    out = fusion_network(torch.randn(9, 4, dtype=DTYPES[0]), params, table, backend, route=route)
+    out = fusion_network(torch.randn(9, 4, dtype=DTYPES[0]), params, Routed(table, route), backend)
     out.sum().backward()
     assert {name for name, p in zip(names, params, strict=True) if p.grad is None} == left_out
     assert all(p.grad.isfinite().all() for p in params if p.grad is not None)
@@ -108,11 +110,11 @@ def test_many_routes_before_their_backward(backend):
     given = start(table, 5, DTYPES[0])
     params = [p.requires_grad_() for p in given.params]
     routes = [drawn_route(table, seed) for seed in range(3 if GPU else 200)]
-    losses = [fusion_network(given.x, params, table, backend, route=route).sum() for route in routes]
+    losses = [fusion_network(given.x, params, Routed(table, route), backend).sum() for route in routes]
     together = torch.autograd.grad(sum(losses), params)
     apart = [torch.zeros_like(p) for p in params]
     for route in routes:
-        loss = fusion_network(given.x, params, table, "reference", route=route).sum()
+        loss = fusion_network(given.x, params, Routed(table, route), "reference").sum()
         for total, d in zip(apart, torch.autograd.grad(loss, params, allow_unused=True), strict=True):
             total.add_(0 if d is None else d)
     for a, b in zip(together, apart, strict=True):
@@ -126,7 +128,7 @@ def test_second_derivatives_of_a_route():
     inputs = [given.x.requires_grad_(), *(p.requires_grad_() for p in given.params)]
     for backend in ("cpu", "reference"):
         assert torch.autograd.gradgradcheck(
-            lambda x, *params, backend=backend: fusion_network(x, params, table, backend, route=route), inputs
+            lambda x, *params, backend=backend: fusion_network(x, params, Routed(table, route), backend), inputs
         )
 
 
@@ -163,12 +165,27 @@ WRONG = {
 def test_a_wrong_route_is_refused_before_anything_is_computed(case):
     table = supernet()
     route, message = WRONG[case]
-    params = [torch.full(p.shape, float("nan")) for p in table.parameters]
     with pytest.raises((TypeError, ValueError), match=message):
-        fusion_network(torch.zeros(2, 4), params, table, route=route)
+        Routed(table, route)
 
 
 def test_a_unit_without_a_gate_has_nothing_to_choose():
     level = Level((Expert(from_slots(0)),), (Unit(static=Static((0,), (1.0,))),))
     with pytest.raises(ValueError, match="level 0, unit 0: expected None, because the unit has no gate"):
-        fusion_network(torch.zeros(2, 4), [], Table((Input(1, 4),), (level,)), route=((Choice((0,)),),))
+        Routed(Table((Input(1, 4),), (level,)), ((Choice((0,)),),))
+
+
+def test_a_route_is_compiled_whole():
+    table = supernet()
+    given = start(Routed(table, drawn_route(table, 2)), 5, torch.float32)
+    compiled = torch.compile(
+        lambda x, params: fusion_network(x, params, given.table, "cpu"), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(given.x, given.params), fusion_network(given.x, given.params, given.table, "cpu"))
+
+
+def test_a_routed_table_is_copied_and_pickled():
+    table = supernet()
+    routed = Routed(table, drawn_route(table, 4))
+    for copied in (copy.deepcopy(routed), pickle.loads(pickle.dumps(routed))):
+        assert copied.text == routed.text and copied.graph == routed.graph

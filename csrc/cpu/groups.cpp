@@ -55,4 +55,46 @@ std::vector<std::vector<const Stage*>> sharing(const std::vector<Stage*>& linear
   return groups;
 }
 
+std::vector<graph::Stage> dropout_apart(const std::vector<graph::Stage>& stages) {
+  std::vector<graph::Stage> result;
+  for (const graph::Stage& stage : stages) {
+    result.push_back(stage);
+    if (stage.dropout == 0 || stage.slope >= 0 ||
+        (stage.act != Act::sigmoid && stage.act != Act::tanh))
+      continue;
+    result.back().dropout = 0;
+    graph::Stage alone;
+    alone.k = alone.width = stage.width;
+    alone.dropout = stage.dropout;
+    alone.stream = stage.stream;
+    result.push_back(alone);
+  }
+  return result;
+}
+
+std::set<int> read_beside_the_mix(const graph::Level& level) {
+  std::set<int> result;
+  const auto add = [&](const std::vector<graph::Vector>& sources) {
+    for (const graph::Vector& v : sources)
+      if (v.kind == graph::VectorKind::expert && !v.detached) result.insert(v.index);
+  };
+  for (const graph::Expert& expert : level.experts)
+    if (expert.differentiated) add(expert.mlp.sources);
+  for (const graph::Unit& unit : level.units)
+    if (unit.computed) {
+      if (unit.gate && !unit.gate->sees.empty()) {
+        const graph::Gate& gate = *unit.gate;
+        if (!gate.mlps.empty()) add(gate.mlps[gate.choice].sources);
+        add(gate.query);
+        for (size_t j = 0; j < gate.keys.size(); j++)
+          if (!gate.closes(int(j))) add(gate.keys[j]);
+      }
+      result.insert(unit.product.begin(), unit.product.end());
+      if (unit.static_weights && unit.static_weights->channels)
+        for (int e : unit.static_weights->experts)
+          if (unit.reads_expert(e)) result.insert(e);
+    }
+  return result;
+}
+
 }  // namespace fusedmoe::cpu

@@ -1,5 +1,7 @@
 // What a plan puts together: units that are mixed in one pass, and linear maps that share parameters.
 #pragma once
+#include <set>
+
 #include "plan.h"
 
 namespace fusedmoe::cpu {
@@ -14,5 +16,12 @@ std::vector<Mixed> mixed_together(const std::vector<UnitPlan>& units);
 // Linear maps in groups of those that share a weight or a bias, whose gradients are summed by one
 // task. Sets first_of_weight and first_of_bias of each.
 std::vector<std::vector<const Stage*>> sharing(const std::vector<Stage*>& linears);
+
+// Dropout behind an activation whose derivative is told from its output, which dropout changes,
+// is a stage of its own; but for the identity and relu, whose derivative stays what it is.
+std::vector<graph::Stage> dropout_apart(const std::vector<graph::Stage>& stages);
+
+// The experts that others than the mix read, with a gradient.
+std::set<int> read_beside_the_mix(const graph::Level& level);
 
 }  // namespace fusedmoe::cpu

@@ -33,7 +33,8 @@ void drop_out(const Block<T>& b, const Stage& stage, T* panel) {
       philox(b.call.seed, b.row + v, uint32_t(n / 4), uint32_t(stage.stream), words);
       for (int64_t c = 0; c < 4 && n + c < stage.n; c++) {
         T* to = panel + (n + c) * b.ld + v;
-        for (int64_t l = 0; l < lane_multiple; l++) to[l] = words[c][l] >= stage.threshold ? to[l] * T(stage.kept) : T(0);
+        for (int64_t l = 0; l < lane_multiple; l++)
+          to[l] = words[c][l] >= stage.threshold ? to[l] * T(stage.kept) : T(0);
       }
     }
 }

@@ -114,7 +114,7 @@ class Builder : Allocation {
       plan_.backward_reads_inputs = plan_.backward_reads_inputs || result.reads_x;
       return result;
     }
-    const std::vector<graph::Stage> given = without_hidden_derivatives(from.stages);
+    const std::vector<graph::Stage> given = plan_.training ? dropout_apart(from.stages) : from.stages;
     std::vector<Stage> stages(given.size());
     // Later MLPs read the operand of `in` too, so it stands before the space that they may take.
     const bool makes =
@@ -146,25 +146,6 @@ class Builder : Allocation {
     for (Stage& stage : result.stages)
       if (plan_.training && differentiated && stage.kind == graph::StageKind::linear)
         stage.transposed = transposed(stage.in);
-    return result;
-  }
-
-  // Dropout behind an activation whose derivative is told from its output, which dropout changes,
-  // is a stage of its own; but for the identity and relu, whose derivative stays what it is.
-  std::vector<graph::Stage> without_hidden_derivatives(const std::vector<graph::Stage>& stages) const {
-    std::vector<graph::Stage> result;
-    for (const graph::Stage& stage : stages) {
-      result.push_back(stage);
-      if (!plan_.training || stage.dropout == 0 || stage.slope >= 0 ||
-          (stage.act != Act::sigmoid && stage.act != Act::tanh))
-        continue;
-      result.back().dropout = 0;
-      graph::Stage alone;
-      alone.k = alone.width = stage.width;
-      alone.dropout = stage.dropout;
-      alone.stream = stage.stream;
-      result.push_back(alone);
-    }
     return result;
   }
 
@@ -217,32 +198,6 @@ class Builder : Allocation {
     // makes its own.
     std::erase_if(operands_, [&](const auto& operand) { return operand.second >= base; });
     return segment;
-  }
-
-  // The experts that others than the mix read, with a gradient.
-  std::set<int> read_beside_the_mix(const graph::Level& level) const {
-    std::set<int> result;
-    const auto add = [&](const std::vector<graph::Vector>& sources) {
-      for (const graph::Vector& v : sources)
-        if (v.kind == graph::VectorKind::expert && !v.detached) result.insert(v.index);
-    };
-    for (const graph::Expert& expert : level.experts)
-      if (expert.differentiated) add(expert.mlp.sources);
-    for (const graph::Unit& unit : level.units)
-      if (unit.computed) {
-        if (unit.gate && !unit.gate->sees.empty()) {
-          const graph::Gate& gate = *unit.gate;
-          if (!gate.mlps.empty()) add(gate.mlps[gate.choice].sources);
-          add(gate.query);
-          for (size_t j = 0; j < gate.keys.size(); j++)
-            if (!gate.closes(int(j))) add(gate.keys[j]);
-        }
-        result.insert(unit.product.begin(), unit.product.end());
-        if (unit.static_weights && unit.static_weights->channels)
-          for (int e : unit.static_weights->experts)
-            if (unit.reads_expert(e)) result.insert(e);
-      }
-    return result;
   }
 
   void experts(const graph::Level& level, Segment& segment) {

@@ -6,18 +6,17 @@
 namespace fusedmoe::cuda {
 namespace {
 
-// Eight warps a block: their rows are 32 bytes of a row of dw. Four blocks a multiprocessor have 64
-// registers a thread.
-constexpr int threads = 256, blocks = 4;
-
 template <bool BACKWARD>
 void run(const char* name, const RowwiseCall& call, Number number, Stream stream) {
-  constexpr int rows = threads / 32;
+  // Eight warps a block: their rows are 32 bytes of a row of dw. Four blocks a multiprocessor have 64
+  // registers a thread, five 48.
+  constexpr int threads = 256, rows = threads / 32, blocks = BACKWARD ? 4 : 5;
   const Shape shape{unsigned((call.of.network.rows + rows - 1) / rows), 1, threads, 0};
+  const auto launch_one = [&](auto kernel) { launch(name, kernel, shape, stream, call); };
   switch (number) {
-    case Number::bfloat16: return launch(name, rowwise_kernel<bfloat16, BACKWARD, threads, blocks>, shape, stream, call);
-    case Number::float16: return launch(name, rowwise_kernel<float16, BACKWARD, threads, blocks>, shape, stream, call);
-    case Number::float32: return launch(name, rowwise_kernel<float, BACKWARD, threads, blocks>, shape, stream, call);
+    case Number::bfloat16: return launch_one(rowwise_kernel<bfloat16, BACKWARD, threads, blocks>);
+    case Number::float16: return launch_one(rowwise_kernel<float16, BACKWARD, threads, blocks>);
+    case Number::float32: return launch_one(rowwise_kernel<float, BACKWARD, threads, blocks>);
   }
 }
 

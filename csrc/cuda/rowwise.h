@@ -56,7 +56,7 @@ struct Rowwise : RowwiseRow<T> {
     const T *h, *weight, *bias, *slope;
     int width, slopes, activation;
     float parameter, mean, scale;
-    bool norm;
+    bool norm, drops;
 
     __device__ __forceinline__ float normal(int column) const { return (value(h, column) - mean) * scale; }
     __device__ __forceinline__ float z(int column) const {
@@ -82,8 +82,9 @@ struct Rowwise : RowwiseRow<T> {
   __device__ __forceinline__ Stage stage_of(int record) const {
     using Of = StageRecord;
     Stage of{values(record + Of::source), parameter(record + Of::weight), parameter(record + Of::bias),
-             parameter(record + Of::slope), plan(record + Of::width),     plan(record + Of::slopes),
-             plan(record + Of::activation), number(record + Of::parameter), 0.0f, 1.0f, plan(record + Of::norm) != 0};
+             parameter(record + Of::slope), plan(record + Of::width), plan(record + Of::slopes),
+             plan(record + Of::activation), number(record + Of::parameter), 0.0f, 1.0f, plan(record + Of::norm) != 0,
+             call.seed && plan(record + Of::stream) >= 0};
     if (!of.norm) return of;
     float sum = 0.0f, squares = 0.0f;
     each_column(of.width, [&](int column) { sum += value(of.h, column); });
@@ -96,9 +97,9 @@ struct Rowwise : RowwiseRow<T> {
     return of;
   }
   // s x: of a number that is dropped 0, whatever it is.
-  __device__ __forceinline__ float dropped(int record, int column, float x) const {
+  __device__ __forceinline__ float dropped(const Stage& of, int record, int column, float x) const {
+    if (!of.drops) return x;
     const int stream = plan(record + StageRecord::stream);
-    if (stream < 0 || !call.seed) return x;
     const uint32_t word = random_word(uint64_t(load_global(call.seed)), block.row, column, stream);
     return word < uint32_t(plan(record + StageRecord::threshold)) ? 0.0f : x * number(record + StageRecord::scale);
   }
@@ -107,7 +108,7 @@ struct Rowwise : RowwiseRow<T> {
     const Stage of = stage_of(record);
     T* to = values(record + StageRecord::place);
     each_column(of.width, [&](int column) {
-      put(to, column, dropped(record, column, of.activated(of.z(column), column)));
+      put(to, column, dropped(of, record, column, of.activated(of.z(column), column)));
     });
   }
   __device__ __forceinline__ void stage_backward(int record) const {
@@ -123,7 +124,7 @@ struct Rowwise : RowwiseRow<T> {
       const bool first = pass == 0 || !of.norm;
       each_column(of.width, [&](int column) {
         const float z = of.z(column), o = of.norm ? of.normal(column) : 0.0f,
-                    d = dropped(record, column, value(g, column));
+                    d = dropped(of, record, column, value(g, column));
         float d_z = of.through(d, z, column);
         if (first) {
           const float below = z > 0.0f ? 0.0f : d * z;

@@ -274,8 +274,8 @@ def backward_rows(
 
 @triton.jit
 def matrix_tile(
-    block, shape: tl.constexpr, record, dz, dz_row, parts, count, BLOCK_N: tl.constexpr, SHARED: tl.constexpr
-):
+    block, shape: tl.constexpr, grads, record, parts, count, BLOCK_N: tl.constexpr, SHARED: tl.constexpr
+):  # fmt: skip
     """dW = dz^T h and db = sum of dz, over `count` rows of the block."""
     n = load_aligned(block, record + MATRIX_TASK.row, COLUMN) + tl.arange(0, BLOCK_N)
     k = load_aligned(block, record + MATRIX_TASK.column, shape.ALIGN) + tl.arange(0, shape.BLOCK_H)
@@ -285,7 +285,7 @@ def matrix_tile(
     source = record + MATRIX_TASK.source
     live_k = k < load_aligned(block, source + SOURCE.width, shape.ALIGN)
     h, stride = rows_of(block, source, shape.ALIGN)
-    first = dz + block.row * dz_row + load_aligned(block, record + MATRIX_TASK.dz, COLUMN)
+    first = grads.dz + block.row * grads.dz_row + load_aligned(block, record + MATRIX_TASK.dz, COLUMN)
     d = tl.zeros((BLOCK_N, shape.BLOCK_H), tl.float32)
     sums = tl.zeros((BLOCK_N,), tl.float32)
     if SHARED:
@@ -293,11 +293,13 @@ def matrix_tile(
         for i in range(tl.load(block.plan + uses + FURTHER_USES.uses)):
             use = uses + FURTHER_USES.size + i * MATRIX_USE.size
             other, distance = rows_of(block, use + MATRIX_USE.source, shape.ALIGN)
-            own = dz + block.row * dz_row + load_aligned(block, use + MATRIX_USE.dz, COLUMN)
+            own = grads.dz + block.row * grads.dz_row + load_aligned(block, use + MATRIX_USE.dz, COLUMN)
             for r in tl.range(0, count, shape.BLOCK_K, num_stages=shape.STAGES):
                 rows = r + tl.arange(0, shape.BLOCK_K)
                 live = rows < count
-                a = tl.load(own + rows[None, :] * dz_row + n[:, None], mask=live[None, :] & inside[:, None], other=0.0)
+                a = tl.load(
+                    own + rows[None, :] * grads.dz_row + n[:, None], mask=live[None, :] & inside[:, None], other=0.0
+                )
                 b = tl.load(
                     other + rows[:, None] * distance + k[None, :], mask=live[:, None] & live_k[None, :], other=0.0
                 )
@@ -305,7 +307,7 @@ def matrix_tile(
     for r in tl.range(0, count, shape.BLOCK_K, num_stages=shape.STAGES):
         rows = r + tl.arange(0, shape.BLOCK_K)
         live = rows < count
-        a = tl.load(first + rows[None, :] * dz_row + n[:, None], mask=live[None, :] & inside[:, None], other=0.0)
+        a = tl.load(first + rows[None, :] * grads.dz_row + n[:, None], mask=live[None, :] & inside[:, None], other=0.0)
         b = tl.load(h + rows[:, None] * stride + k[None, :], mask=live[:, None] & live_k[None, :], other=0.0)
         d = tl.dot(a, b, d, input_precision=shape.PRECISION)
         sums += tl.sum(a.to(tl.float32), 1)
@@ -370,7 +372,7 @@ def gradients(
     grads = Gradients(dw, dw, dz, dz_row, d_weights, mixing)
     parts += tl.program_id(1).to(tl.int64) * total
     if tl.load(plan + record + MATRIX_TASK.kind) == MATRIX_KIND:
-        matrix_tile(block, shape, record, dz, dz_row, parts, count, BLOCK_N, SHARED)
+        matrix_tile(block, shape, grads, record, parts, count, BLOCK_N, SHARED)
     else:
         static_element(block, shape, grads, record, parts, count, WEIGHTS)
 

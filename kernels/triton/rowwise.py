@@ -138,8 +138,10 @@ def moments(block, kind: tl.constexpr, stage, width):
 
 
 @triton.jit
-def head(block, kind: tl.constexpr, stage, column, width, mean, scale):
-    """(o, gamma, z) of columns `column`..: z = gamma o + beta, where o is h or what LayerNorm makes of it."""
+def head(block, kind: tl.constexpr, stage, column, width, found):
+    """(o, gamma, z) of columns `column`..: z = gamma o + beta, where o is h or what LayerNorm makes of it
+    by its `moments`."""
+    mean, scale = found
     o = (read(block, kind, stage + STAGE.source, column, width) - mean[:, None]) * scale[:, None]
     gamma = parameters(block, kind, tl.load(block.plan + stage + STAGE.weight), 0, column, width, 1.0)
     b = parameters(block, kind, tl.load(block.plan + stage + STAGE.bias), 0, column, width, 0.0)
@@ -157,9 +159,9 @@ def slopes_of(block, kind: tl.constexpr, stage, column, width):
 @triton.jit
 def stage_forward(block, kind: tl.constexpr, stage, seed):
     width = load_aligned(block, stage + STAGE.width, kind.ALIGN)
-    mean, scale = moments(block, kind, stage, width)
+    found = moments(block, kind, stage, width)
     for column in range(0, width, kind.BLOCK_H):
-        _, _, z = head(block, kind, stage, column, width, mean, scale)
+        _, _, z = head(block, kind, stage, column, width, found)
         if tl.load(block.plan + stage + STAGE.slope) >= 0:
             y = tl.where(z > 0.0, z, z * slopes_of(block, kind, stage, column, width)[None, :])
         else:

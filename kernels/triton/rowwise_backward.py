@@ -83,9 +83,9 @@ def vector_of(sums, block, row, value):
 
 
 @triton.jit
-def stage_gradient(block, kind: tl.constexpr, sums, stage, seed, column, width, mean, scale):
+def stage_gradient(block, kind: tl.constexpr, sums, stage, seed, column, width, found):
     """(o, gamma, dz, ds) of columns `column`..: ds is what the slopes' gradients are summed from."""
-    o, gamma, z = head(block, kind, stage, column, width, mean, scale)
+    o, gamma, z = head(block, kind, stage, column, width, found)
     g = read(sums.below, kind, stage + STAGE.place, column, width)
     g = dropped(block, kind, stage, seed, column, g)
     inside = (column + tl.arange(0, kind.BLOCK_H) < width)[None, :]
@@ -105,7 +105,8 @@ def stage_gradient(block, kind: tl.constexpr, sums, stage, seed, column, width, 
 @triton.jit
 def stage_backward(block, kind: tl.constexpr, sums, stage, seed):
     width = load_aligned(block, stage + STAGE.width, kind.ALIGN)
-    mean, scale = moments(block, kind, stage, width)
+    found = moments(block, kind, stage, width)
+    _, scale = found
     norm = tl.load(block.plan + stage + STAGE.norm) != 0
     d_slope_row = tl.load(block.plan + stage + STAGE.d_slope)
     each = tl.load(block.plan + stage + STAGE.slopes)
@@ -113,7 +114,7 @@ def stage_backward(block, kind: tl.constexpr, sums, stage, seed):
     along = tl.zeros((kind.BLOCK_B,), tl.float32)
     slope = tl.zeros((kind.BLOCK_B,), tl.float32)
     for column in range(0, width, kind.BLOCK_H):
-        o, gamma, dz, d_slope = stage_gradient(block, kind, sums, stage, seed, column, width, mean, scale)
+        o, gamma, dz, d_slope = stage_gradient(block, kind, sums, stage, seed, column, width, found)
         write_sums(block, kind, sums, tl.load(block.plan + stage + STAGE.d_weight), column, width, dz * o)
         write_sums(block, kind, sums, tl.load(block.plan + stage + STAGE.d_bias), column, width, dz)
         write_sums(block, kind, sums, tl.where(each != 0, d_slope_row, -1), column, width, d_slope)
@@ -126,7 +127,7 @@ def stage_backward(block, kind: tl.constexpr, sums, stage, seed):
         vector_of(sums, block, d_slope_row, slope)
     if norm:
         for column in range(0, width, kind.BLOCK_H):
-            o, gamma, dz, _ = stage_gradient(block, kind, sums, stage, seed, column, width, mean, scale)
+            o, gamma, dz, _ = stage_gradient(block, kind, sums, stage, seed, column, width, found)
             d = dz * gamma[None, :] - (middle / width)[:, None] - o * (along / width)[:, None]
             add(sums.below, kind, stage + STAGE.source, column, width, d * scale[:, None])
 

@@ -107,7 +107,7 @@ def variants(table: Table, dtype: torch.dtype, rows: int, training: bool, arch: 
         seed = torch.empty(1, dtype=torch.int64, device="meta") if training else None
         out, _, saved = network.forward(x, params, table, False, training, backend="triton", seed=seed)
         if training:
-            network.backward(torch.empty_like(out), None, x, params, saved, table, backend="triton", seed=seed)
+            network.backward(torch.empty_like(out), None, x, params, saved, table, backend="triton")
     return list(found)
 
 

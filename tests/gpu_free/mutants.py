@@ -219,10 +219,7 @@ ROWWISE = {
     "the words of another dropout": Mutant(
         "triton/rowwise.py", "$none + tl.load($block.plan + $stage + $STAGE.stream).to(tl.uint32)", "$none", INTERPRETED, _DROPOUT, "assert"
     ),
-    "dropout at the threshold": Mutant(
-        "triton/rowwise.py", "tl.load($block.plan + $stage + $STAGE.threshold).to(tl.uint32, bitcast=True)", "tl.load($block.plan + $stage + $STAGE.threshold)",
-        INTERPRETED, _DROPOUT, "assert",
-    ),
+    "what is kept not scaled": Mutant("triton/rowwise.py", "$value * $scale, 0.0)", "$value, 0.0)", INTERPRETED, _DROPOUT, "assert"),
     "a gradient of what is detached": Mutant(
         "triton/rowwise_backward.py", "if tl.load($block.plan + $part + $PART.sends) != 0:", "if True:",
         INTERPRETED, _by_hand("a detached source"), WRONG,

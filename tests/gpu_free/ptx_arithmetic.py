@@ -150,8 +150,8 @@ def fused_multiply_add(scope: Scope, one: Instruction) -> Step:
         return paired(scope, one, numbers.fused)
     kind = kinds(one)[0]
     given = modifiers(one, "rn", "ftz")
-    if kind.dtype != np.float32 or kind.bits != 32:
-        raise PtxError(f"expected f32, got {one.parts[-1]}")
+    if kind.dtype != np.float32:
+        raise PtxError(f"expected f32 or bf16, got {one.parts[-1]}")
     return elementwise(scope, one, flushing(numbers.fused) if "ftz" in given else numbers.fused, kind)
 
 

@@ -45,9 +45,10 @@ def test_no_stack_and_no_spills():
 
 
 def test_registers_suffice_for_the_blocks_that_are_planned():
-    """128 for two blocks of eight warps a multiprocessor, or four of four; 85 for three of eight."""
+    """128 for two blocks of eight warps a multiprocessor, or four of four; 85 for three of eight, 64 for four and
+    51 for five of row-wise operations."""
     assert [name for name, figures in BY_NAME.items() if figures["registers"] > figures["most"]] == []
-    assert {figures["most"] for figures in BY_NAME.values()} == {85, 128, 256}
+    assert {figures["most"] for figures in BY_NAME.values()} == {51, 64, 85, 128, 256}
     assert all("1 blocks" in name for (name, _), figures in BY_NAME.items() if figures["most"] > 128)
 
 
@@ -60,7 +61,8 @@ def test_shared_memory_fits():
 
 
 def test_products_run_on_tensor_cores():
-    assert {figures["mma"] for figures in BY_NAME.values()} == {"HMMA"}
+    dense = {figures["mma"] for (name, _), figures in BY_NAME.items() if not name.startswith("rowwise")}
+    assert dense == {"HMMA"}
 
 
 def test_a_worse_figure_is_noticed():

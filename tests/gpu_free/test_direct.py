@@ -25,10 +25,15 @@ PROGRAM = """
 import os
 import torch
 from fusedmoe.op import fusion_network
+from fusedmoe.parts import Dropout, Expert, Gate, Input, LayerNorm, Level, Linear, Unit, from_slots
+from fusedmoe.table import Table
 from fusedmoe.testing import build
 from fusedmoe.kernels.triton import step
 
 table = build("adatt_sp", 16, [[16], [16]], 2, 2, towers=(16, 1))
+if ROWWISE:
+    experts = Expert(from_slots(0), (Linear(16), LayerNorm(), Dropout(0.5))), Expert(from_slots(1))
+    table = Table((Input(2, 16),), (Level(experts, (Unit(Gate((), (0, 1))), Unit(product=(0, 1)))),))
 params = [torch.zeros(p.shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for p in table.parameters]
 wide = torch.zeros(ROWS * 32 + 8, device="cuda", dtype=torch.bfloat16)
 results, by_triton, plain = [], [], step.Step.launch
@@ -57,9 +62,11 @@ def stub():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rows", "dtype"), [(16, "bfloat16"), (300, "float32")], ids=["one launch", "a launch a level"]
+    ("rows", "dtype", "rowwise"),
+    [(16, "bfloat16", False), (300, "float32", False), (300, "bfloat16", True)],
+    ids=["one launch", "a launch a level", "row-wise operations"],
 )
-def test_the_driver_is_given_the_same_words(rows, dtype, stub, tmp_path):
+def test_the_driver_is_given_the_same_words(rows, dtype, rowwise, stub, tmp_path):
     """The same kernels, grids, shared memory and numbers, launch by launch; of addresses, that
     there are as many."""
     log = tmp_path / "launches"
@@ -71,7 +78,11 @@ def test_the_driver_is_given_the_same_words(rows, dtype, stub, tmp_path):
     }
     environment.pop("TRITON_INTERPRET", None)
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM.replace("ROWS", str(rows)).replace("bfloat16", dtype)],
+        [
+            sys.executable,
+            "-c",
+            PROGRAM.replace("ROWWISE", str(rowwise)).replace("ROWS", str(rows)).replace("bfloat16", dtype),
+        ],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -86,7 +97,7 @@ def test_the_driver_is_given_the_same_words(rows, dtype, stub, tmp_path):
         assert words(triton) == words(direct)
 
 
-KERNELS = ("forward", "backward_rows", "gradients", "add_chunks")
+KERNELS = ("forward", "rowwise_forward", "backward_rows", "rowwise_backward", "gradients", "add_chunks")
 
 
 def words(launch: dict) -> dict:

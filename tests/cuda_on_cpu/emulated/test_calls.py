@@ -136,6 +136,7 @@ def test_compiled_calls_are_the_eager_ones():
         True,
         False,
         "cuda",
+        None,
     )
     library.opcheck(registered.forward, arguments, test_utils=checks)
     module = AdaTTSp(8, [[8], [8]], 2, 2, backend="cuda")

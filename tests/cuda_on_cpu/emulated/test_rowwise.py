@@ -4,6 +4,7 @@ and form, watched, under every schedule."""
 from contextlib import ExitStack
 from functools import cache, partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,6 +80,16 @@ def test_tables_of_schedules(name, dtype, seed, eager, monkeypatch):
         check_table(name, dtype, "a launch a level", monkeypatch)
     finally:
         control().fusedmoe_schedule(0, False)
+
+
+@pytest.mark.slow
+def test_rows_beyond_32_bits():
+    """As in test_matrix.py."""
+    given = start(TABLES["copies"], 2100, torch.float32)
+    far = torch.from_numpy(np.empty(len(given.x) << 20, np.float32)).as_strided(given.x.shape, (1 << 20, 32, 1))
+    far.copy_(given.x)
+    with torch.no_grad():
+        assert torch.equal(NETWORK(far, given.params, given.table)[0], NETWORK(given.x, given.params, given.table)[0])
 
 
 def dropping(monkeypatch, seed: int | None) -> None:

@@ -5,11 +5,17 @@ import pytest
 import torch
 from torch import library
 
+from fusedmoe.activation import Activation
 from fusedmoe.codec import encode
-from fusedmoe.kernels import registered
+from fusedmoe.kernels import operator, registered
 from fusedmoe.nn import AdaTTSp
 from fusedmoe.op import fusion_network
+from fusedmoe.outputs import Options
+from fusedmoe.parts import Dropout, Expert, Level, Linear, Static, Unit, from_slots
+from fusedmoe.table import Table
 from fusedmoe.testing import Case, build, problem
+
+from ...random_tables import start
 
 TABLE = build("adatt_sp", 6, [[5, 4], [3]], 2, 2, activation="silu", towers=(3, 1))
 
@@ -23,8 +29,34 @@ def test_the_operators_are_registered_for_it(mixing, recompute):
     # that; the tests below run it.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     library.opcheck(
-        registered.forward, (x, params, encode(TABLE), True, mixing, recompute, "triton"), test_utils=checks
+        registered.forward, (x, params, encode(TABLE), True, mixing, recompute, "triton", None), test_utils=checks
     )
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_operators_take_a_seed(recompute):
+    """Results and gradients under torch.compile are those of eager calls with the same seed, and not with
+    another one."""
+    ops = (Linear(6), Dropout(0.4), Linear(6), Activation("tanh"), Dropout(0.3))
+    table = Table(TABLE.inputs, (Level((Expert(from_slots(0), ops),), (Unit(static=Static((0,), (1.0,))),)),))
+    given = start(table, 5, torch.float32)
+
+    def run(seed, compiled):
+        x, params = given.x.clone().requires_grad_(), [p.clone().requires_grad_() for p in given.params]
+
+        def call(x, params, seed):
+            return registered.forward(x, params, encode(table), True, False, recompute, "triton", seed)[0]
+
+        out = (torch.compile(call, backend="aot_eager", fullgraph=True) if compiled else call)(x, params, seed)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), [x, *params])]
+
+    eager = run(torch.tensor([3]), compiled=False)
+    assert all(map(torch.equal, eager, run(torch.tensor([3]), compiled=True)))
+    assert not torch.equal(eager[0], run(torch.tensor([4]), compiled=True)[0])
+    x = given.x.clone().requires_grad_()
+    options = Options("triton", mixing=False, recompute=recompute, tasks_apart=False)
+    out, *_ = operator.run(x, given.params, table, options, torch.tensor([3]))
+    assert torch.equal(out, eager[0]) and torch.equal(torch.autograd.grad(out.square().sum(), x)[0], eager[1])
 
 
 def test_a_compiled_layer_is_one_graph():
