@@ -106,7 +106,7 @@ def stage_gradient(block, kind: tl.constexpr, sums, stage, seed, column, width, 
 def stage_backward(block, kind: tl.constexpr, sums, stage, seed):
     width = load_aligned(block, stage + STAGE.width, kind.ALIGN)
     found = moments(block, kind, stage, width)
-    _, scale = found
+    scale = found[1]
     norm = tl.load(block.plan + stage + STAGE.norm) != 0
     d_slope_row = tl.load(block.plan + stage + STAGE.d_slope)
     each = tl.load(block.plan + stage + STAGE.slopes)
