@@ -63,9 +63,12 @@ struct ParameterGradients {
     const T* a = dz(record + MatrixTaskRecord::dz) + n;
     Row<T> b = block.rows_of(record + MatrixTaskRecord::source);
     b.first += k;
-    int left = block.live, next = record + MatrixTaskRecord::size, uses = 0;
-    if constexpr (SHARED) uses = plan(next), next += FurtherUsesRecord::size;
-    const int steps = (1 + uses) * ((block.live + k_tile<T> - 1) / k_tile<T>);
+    int left = block.live, rows = block.live, next = record + MatrixTaskRecord::size, uses = 0;
+    if constexpr (SHARED) {
+      // Each use has k-tiles of its own.
+      uses = plan(next), next += FurtherUsesRecord::size;
+      rows = (1 + uses) * ((rows + k_tile<T> - 1) / k_tile<T> * k_tile<T>);
+    }
     // What stands between a linear's dz and the next one's goes into sums that are not stored.
     const auto fetch = [&](int at) {
       if (SHARED && left <= 0 && uses > 0) {
@@ -88,7 +91,7 @@ struct ParameterGradients {
     Ring<stages> ring;
     ring.start(fetch);
     FUSEDMOE_CUDA_ROLLED
-    for (int step = 0; step < steps; step++) {
+    for (int row = 0; row < rows; row += k_tile<T>) {
       const char* at = shared(ring.step(fetch));
       P::multiply(at, at + P::PanelA::bytes, sums, call.allow_tf32, to.columns);
       if (to.bias >= 0) bias += rows_of_bias(at);

@@ -236,7 +236,7 @@ ROWWISE = {
     ),
     "a detached part's gradient": Mutant("rowwise.h", "if (plan($part + $r::$sends) == 0) return;", "", "rowwise", "plain", _GATHERS, f"{OUTSIDE}|{WRONG}"),
     "the first use alone of a shared weight": Mutant(
-        "gradients.h", "(1 + $uses) *", "1 *", _BACKWARD, "plain", _table("shares, odd"), WRONG
+        "gradients.h", "$rows = (1 + $uses) *", "$rows = 1 *", _BACKWARD, "plain", _table("shares, odd"), WRONG
     ),
     "the same rows of each use of a shared weight": Mutant(
         "gradients.h", "$b = $block.rows_of($next + MatrixUseRecord::$source);", "", _BACKWARD, "plain", _table("shares, odd"), f"{OUTSIDE}|{WRONG}"

@@ -134,7 +134,7 @@ FORWARD = {
         "triton/forward.py", "tl.where($seen[None, :] >= 0, $z, $NEVER)", "tl.where($seen[None, :] >= 0, $z, 0.0)", INTERPRETED, _parity("ml_mmoe-one_row"), WRONG
     ),
     "all slots taken for one": Mutant(
-        "bound.py", "$found if $key.$apart or $found.$table.$inputs[0].$slots == 1 else $program.$of_one_slot($found)", "$program.$of_one_slot($found)",
+        "bound.py", "$found if $key.$apart or $found.$table.$graph.$inputs[0].$slots == 1 else $program.$of_one_slot($found)", "$program.$of_one_slot($found)",
         INTERPRETED, _parity("adatt_sp-odd"), WRONG,
     ),
     "gates that all read one source": Mutant(
