@@ -120,7 +120,9 @@ def main(path: str) -> None:
         cells = {
             "DML (CTFM and GKD) over PLE, 2 tasks": compared(dml(2, sizes=PAPER)),
             "DML (CTFM and GKD) over PLE, 3 tasks": compared(dml(3, sizes=PAPER)),
-            "DML (CTFM and GKD) over PLE, 3 tasks, a quarter as wide": compared(dml(3, sizes=Sizes(120, (32, 32), (32, 20), 20))),
+            "DML (CTFM and GKD) over PLE, 3 tasks, a quarter as wide": compared(
+                dml(3, sizes=Sizes(120, (32, 32), (32, 20), 20))
+            ),
             "mix of 8 given vectors of 128, 3 units": compared(mix()),
             "AdaTT T3m2, training step with a route": routed(),
         }

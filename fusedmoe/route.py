@@ -57,7 +57,9 @@ class Routed(Table):
 
     def __init__(self, table: Table, route: Route):
         fields = {name: value for name, value in vars(table).items() if name in ("inputs", "levels", "tasks", "shared")}
-        vars(self).update(fields, base=table, live_inputs=table.live_inputs, has_dropout=table.has_dropout)
+        vars(self).update(
+            fields, base=table, whole=table.graph, live_inputs=table.live_inputs, has_dropout=table.has_dropout
+        )
         vars(self).update(changed=_changed(table, route))
         reads = dict(table.graph.reads)
         for (number, u), unit in self.changed.items():
@@ -74,11 +76,6 @@ class Routed(Table):
     def computes(self, node: Node) -> bool:
         """As the table's."""
         return node in self.liveness.computed
-
-    @property
-    def whole(self) -> Graph:
-        """The graph of the table."""
-        return self.base.graph
 
     @cached_property
     def graph(self) -> Graph:  # type: ignore[override]

@@ -47,6 +47,8 @@ class Table(Draft):
     """
 
     graph: Graph = field(init=False, repr=False, compare=False)
+    # The graph of all experts and selectors, also where a call's route cuts it down (`route.py`).
+    whole: Graph = field(init=False, repr=False, compare=False)
     text: str = field(init=False, repr=False, compare=False)
     live_inputs: tuple[bool, ...] = field(init=False, repr=False, compare=False)
     has_dropout: bool = field(init=False, repr=False, compare=False)
@@ -56,6 +58,7 @@ class Table(Draft):
         # torch.compile could not trace it.
         graph = resolve(self)
         object.__setattr__(self, "graph", graph)
+        object.__setattr__(self, "whole", graph)
         object.__setattr__(self, "live_inputs", self._live_inputs())
         object.__setattr__(self, "has_dropout", any(s.dropout > 0 for mlp in graph.mlps for s in mlp.stages))
         own: list[str] = []
@@ -77,11 +80,6 @@ class Table(Draft):
             any(first < end and begin < first + width for first, width in columns)
             for begin, end in itertools.pairwise(ends)
         )
-
-    @property
-    def whole(self) -> Graph:
-        """The graph of all experts and selectors, which a call's route cuts down (`route.py`)."""
-        return self.graph
 
     @property
     def reads(self) -> Mapping[Node, Reads]:

@@ -86,10 +86,8 @@ class _Network(torch.autograd.Function):
         table = ctx.table
         d_out, d_weights, tasks, levels = outputs.join(d_outputs, x, table, ctx.options.tasks_apart)
         if torch.is_grad_enabled():
-            # Gradients that are to be differentiated again are plain PyTorch's, which drops nothing yet.
-            if seed is not None:
-                raise RuntimeError("dropout: expected gradients that are not differentiated again, got create_graph")
-            d_x, d_params = reference.backward(x, params, table, d_out, outputs.by_level(d_weights, table))
+            # Gradients that are to be differentiated again are plain PyTorch's.
+            d_x, d_params = reference.backward(x, params, table, d_out, outputs.by_level(d_weights, table), seed)
             found = [d_x, *d_params]
         else:
             found = _gradients(
