@@ -3,7 +3,7 @@
 
 SHELL := bash
 .DELETE_ON_ERROR:
-.PHONY: help demo picture drawings test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda test-cuda-all test-mutants test-oldest test-rehearsal gpu gpu-report lint docs bench bench-all report model build wheel clean
+.PHONY: help demo picture drawings test test-cpp test-cpp-sanitized test-cpp-neon test-cpp-all test-gpu-free test-interpreted test-cuda test-cuda-all test-mutants test-oldest test-rehearsal gpu gpu-report lint docs bench bench-all bench-parts report model build wheel clean
 
 ifdef VIRTUAL_ENV
 VENV := $(VIRTUAL_ENV)
@@ -51,6 +51,7 @@ help:
 	@echo "make docs    build the pages of docs/ and the API reference into build/docs; a warning is an error"
 	@echo "make bench   time what the backend's floors name, ten minutes to an hour by machine; save bench/results/cpu.json"
 	@echo "make bench-all  the whole grid, hours; goes on where an earlier run of the same commit stopped"
+	@echo "make bench-parts  time DML, a mix of given vectors and a fresh route; save bench/results/parts.json"
 	@echo "make report  write README's speeds, docs/speed.md and the pictures from that JSON"
 	@echo "make model   write docs/gpu_model.md's tables of times modelled from the kernels' plans; no GPU is needed"
 	@echo "make build   set up and build the extension only; FUSEDMOE_BUILD=cuda adds the CUDA kernels, here and wherever make builds"
@@ -150,6 +151,10 @@ docs: build
 bench: build
 	$(call say,timing what the floors name: ten minutes to an hour by machine; keep the machine idle)
 	@$(PYTHON) -m fusedmoe bench --grid floors --json bench/results/cpu.json
+
+bench-parts: build
+	$(call say,timing what no family has yet)
+	@PYTHONPATH=. $(PYTHON) bench/parts.py bench/results/parts.json
 
 bench-all: build
 	$(call say,timing the whole grid: hours; keep the machine idle)

@@ -1,5 +1,5 @@
 """Times of what no family has yet, one thread, interleaved: DML over PLE, a mix of given vectors, a
-step with a fresh route. python bench/parts.py bench/results/parts.json
+step with a fresh route. PYTHONPATH=. python bench/parts.py bench/results/parts.json
 
 Eager is the same mathematics by PyTorch's own operations (`tests/systems.py`, and below).
 """
@@ -18,14 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 from fusedmoe.op import fusion_network
 from fusedmoe.parts import Expert, Gate, Input, Level, Unit, from_slots
 from fusedmoe.route import Choice, Routed
-from fusedmoe.speed.machine import description
-from fusedmoe.speed.measuring import pinned
+from fusedmoe.speed.machine import describe
+from fusedmoe.speed.measuring import pinned, repeats_of, seconds_of, times_of
 from fusedmoe.speed.subjects import SUBJECTS, build
 from fusedmoe.table import Table
 from tests.systems import Sizes, System, dml
@@ -56,21 +53,14 @@ def tensors_of(table: Table) -> tuple[Tensor, list[Tensor]]:
     return x, [p.requires_grad_() for p in params]
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def medians(arms: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Milliseconds by arm, one call of each in turn."""
-    for call in arms.values():
-        call(), call()
+    """Milliseconds by arm, a few calls of each in turn."""
+    repeats = {name: repeats_of(call) for name, call in arms.items()}
     times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(ROUNDS):
         for name, call in arms.items():
-            times[name].append(seconds(call))
-    return {name: round(1e3 * statistics.median(found), 4) for name, found in times.items()}
+            times[name].append(seconds_of(call, repeats[name]))
+    return {name: round(1e3 * times_of(found).median, 4) for name, found in times.items()}
 
 
 def compared(system: System) -> dict[str, dict[str, float]]:
@@ -95,27 +85,30 @@ def routed() -> dict[str, float]:
     """A training step of AdaTT T3m2 with a route that no call had, and once more with the same one."""
     table = build(SUBJECTS["AdaTT T3m2"]).wiring.table
     x, params = tensors_of(table)
-    draw, route = random.Random(0), []
+    draw = random.Random(0)
 
     def choice(unit: Unit) -> Choice | None:
         sees = unit.gate.sees if unit.gate else ()
         return Choice(tuple(draw.sample(sees, draw.randint(1, len(sees))))) if sees else None
 
-    def step(fresh: bool) -> None:
-        if fresh:
-            route[:] = [tuple(choice(unit) for unit in level.units) for level in table.levels]
-        elif len(route) == len(table.levels):
-            # A known table is one that its user keeps.
-            route.append(Routed(table, tuple(route)))
-        given = Routed(table, tuple(route)) if fresh else route[-1]
-        fusion_network(x, params, given, "cpu").sum().backward()
+    def drawn() -> Routed:
+        return Routed(table, tuple(tuple(choice(unit) for unit in level.units) for level in table.levels))
 
-    found = medians({"fresh": partial(step, True), "known": partial(step, False)})
-    return {**found, "fresh over known": round(found["fresh"] / found["known"], 3)}
+    def seconds(given: Callable[[], Routed]) -> float:
+        start = time.perf_counter()
+        fusion_network(x, params, given(), "cpu").sum().backward()
+        return time.perf_counter() - start
+
+    fresh, known = [], []
+    for _ in range(3 * ROUNDS):
+        routes: list[Routed] = []
+        fresh.append(seconds(lambda kept=routes: kept.append(drawn()) or kept[0]))
+        known.append(seconds(lambda kept=routes: kept[0]))
+    found = {"fresh": 1e3 * statistics.median(fresh), "known": 1e3 * statistics.median(known)}
+    return {**found, "fresh over known": round(statistics.median(a / b for a, b in zip(fresh, known, strict=True)), 3)}
 
 
 def main(path: str) -> None:
-    torch.set_num_threads(1)
     with pinned(1):
         cells = {
             "DML (CTFM and GKD) over PLE, 2 tasks": compared(dml(2, sizes=PAPER)),
@@ -126,7 +119,7 @@ def main(path: str) -> None:
             "mix of 8 given vectors of 128, 3 units": compared(mix()),
             "AdaTT T3m2, training step with a route": routed(),
         }
-    found = {"rows": ROWS, "threads": 1, "unit": "ms", "machine": description(), "cells": cells}
+    found = {"rows": ROWS, "threads": 1, "unit": "ms", "machine": describe(), "cells": cells}
     Path(path).write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(cells, indent=1))
 

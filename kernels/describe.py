@@ -42,5 +42,6 @@ def launches(program: Program, dtype: torch.dtype, rows: int, arch: str, backend
 def _segments(program: Program) -> str:
     """The segments before the levels' own: hidden layers in memory, experts that gates select."""
     front = [program.segments[number] for group in program.levels for number in group[:-1]]
-    counts = [(segment.name, len(segment.units)) for segment in front if segment.units]
-    return "; ".join(f"{name} ({count} linear{'s' * (count != 1)})" for name, count in counts) or "none"
+    counts = [(segment.name, "linear", len(segment.units)) for segment in front if segment.units]
+    counts += [(one.name, "operation", len(one.operations)) for one in front if one.operations]
+    return "; ".join(f"{name} ({count} {what}{'s' * (count != 1)})" for name, what, count in counts) or "none"

@@ -34,13 +34,15 @@ def device_guard(x: Tensor):
     return _HERE if not x.is_cuda or x.get_device() == torch.cuda.current_device() else torch.cuda.device(x.device)
 
 
-def launching(x: Tensor, backend: str):
+def launching(x: Tensor, table: Table, backend: str):
     """A block that launches: the device has passed its self-test and is current.
 
     Raises: RuntimeError if the kernels err on it (`self_test.py`).
     """
     if x.is_cuda:
         self_test.check(x.device, x.dtype, backend)
+        if lower(table).operations:
+            self_test.check(x.device, x.dtype, backend, rowwise=True)
     return device_guard(x)
 
 
@@ -59,7 +61,7 @@ def _forward(
     backend: str, x: Tensor, params: Sequence[Tensor], table: Table, mixing: bool, training: bool, seed: Tensor | None
 ) -> tuple[Tensor, Tensor | None, network.Saved]:
     x, search = last_dim_contiguous(x), _tuning(backend)
-    with launching(x, backend):
+    with launching(x, table, backend):
         tiles = search.of_forward(x, params, table, mixing, training) if search else None
         return network.forward(x, params, table, mixing, training, tiles, backend=backend, seed=seed)
 

@@ -31,7 +31,7 @@ def forward(
     """Return out, weights, and what backward takes: `network.forward`; of that nothing where the
     backward is to work it out again."""
     table = codec.decode(table_text)
-    with launching(x, backend):
+    with launching(x, table, backend):
         x = last_dim_contiguous(x)
         out, weights, saved = network.forward(x, params, table, mixing, training, backend=backend, seed=seed)
     memory = x.new_empty(0, dtype=torch.uint8) if recompute and recomputed(table) else saved.memory

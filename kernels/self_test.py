@@ -9,15 +9,18 @@ from __future__ import annotations
 import functools
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from fusedmoe.activation import Activation
 from fusedmoe.dtype import row
 from fusedmoe.families import adatt_sp, mmoe
 from fusedmoe.kernels import network
 from fusedmoe.kernels.device import architecture, before_capture
 from fusedmoe.kernels.tiles import MANY_ROWS, WHOLE_ROWS
+from fusedmoe.parts import Attention, Expert, Gate, Input, LayerNorm, Level, Linear, Source, Static, Unit
 from fusedmoe.reference import operator as reference
 from fusedmoe.table import Table
 
@@ -28,9 +31,18 @@ KNOWN: dict[tuple[str, str], str] = {}
 ROWS = (40, WHOLE_ROWS + 44, MANY_ROWS)
 
 
-def tables() -> list[Table]:
+def tables(rowwise: bool = False) -> list[Table]:
     """A network of two levels with static weights, hidden layers and towers, and one whose gates
-    read the root; smooth, so that no row is near a kink."""
+    read the root; or one of row-wise operations of every kind. Smooth, so that no row is near a kink."""
+    if rowwise:
+        x, experts = Source("slot"), (Source("expert", 0), Source("expert", 1))
+        mlps = Expert((x,), (Linear(40), LayerNorm(), Activation("silu"))), Expert((replace(x, first=1, width=40),))
+        units = (
+            Unit(Attention((experts[0],), ((experts[0],), (experts[1],)), (0, 1), 0.2)),
+            Unit(Gate((), (0, 1)), Static((1,), tensor=0, channels=True)),
+            Unit(product=(0, 1)),
+        )
+        return [Table((Input(1, 41),), (Level(mlps, units),), (), ((40,),))]
     return [
         adatt_sp(40, [[32, 24], [17]], 3, 2, activation="silu", towers=(8, 1)),
         mmoe(33, [[48]], 2, 3, activation="tanh"),
@@ -92,9 +104,9 @@ def worst(device: torch.device, dtype: torch.dtype, table: Table, rows: int, bac
 
 
 @functools.cache
-def check(device: torch.device, dtype: torch.dtype, backend: str) -> None:
-    """Check the kernels of a backend on a device and dtype, the first time that they are asked for
-    in this process.
+def check(device: torch.device, dtype: torch.dtype, backend: str, rowwise: bool = False) -> None:
+    """Check the kernels of a backend on a device and dtype, those of linears and units or those of
+    row-wise operations, the first time that they are asked for in this process.
 
     Raises: RuntimeError if they differ from the reference by more than rounding, or in the capture
     of a CUDA graph.
@@ -103,7 +115,7 @@ def check(device: torch.device, dtype: torch.dtype, backend: str) -> None:
         return
     before_capture(device)
     with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        found = max(worst(device, dtype, table, rows, backend) for table in tables() for rows in ROWS)
+        found = max(worst(device, dtype, table, rows, backend) for table in tables(rowwise) for rows in ROWS)
     if found > 1.0:
         raise RuntimeError(
             f"backend {backend} on {name_of(device)} ({history(device, backend)}), {dtype}: expected the "

@@ -60,7 +60,7 @@ def test_accesses(name, form, monkeypatch):
     run(given(name))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["a launch a level", pytest.param("one launch", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("what", OPERATIONS)
 def test_accesses_of_operations(what, form, monkeypatch):
     monkeypatch.setattr(tiles, "WHOLE_ROWS", FORMS[form])

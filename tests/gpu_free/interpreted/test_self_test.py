@@ -18,9 +18,10 @@ def afresh(monkeypatch):
     self_test.check.cache_clear()
 
 
+@pytest.mark.parametrize("rowwise", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_right_kernels_pass(dtype):
-    self_test.check(CPU, dtype, "triton")
+def test_right_kernels_pass(dtype, rowwise):
+    self_test.check(CPU, dtype, "triton", rowwise)
 
 
 @pytest.mark.parametrize("part", ["output", "gradients", "NaN"])
