@@ -153,6 +153,9 @@ class _BackwardWriter:
         """The linears of a segment, but for those whose readers have no gradient, by number."""
         segment = self.program.segments[number]
         reached = {read.expert for unit in segment.units if self.reached(number, unit) for read in unit.reads}
+        if self.program.operations:
+            # Also without those that no unit reads: what they copy may have no gradient.
+            return {e: linear for e, linear in enumerate(segment.experts) if e in reached}
         others = {read.expert for unit in segment.units for read in unit.reads} - reached
         return {e: linear for e, linear in enumerate(segment.experts) if e not in others}
 

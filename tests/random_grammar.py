@@ -43,10 +43,12 @@ class Grammar:
         for _ in range(self.random.randint(1, 2)):
             levels.append(self.level(counts))
             counts.append(len(levels[-1].units))
-        tasks = tuple(
-            Task(self.sources(counts, 0), (Linear(3), Activation("tanh"))) for _ in range(self.random.randint(0, 2))
-        )
+        tasks = tuple(self.task(counts) for _ in range(self.random.randint(0, 2)))
         return Table((Input(inputs, WIDTH),), tuple(levels), tasks, SHARED)
+
+    def task(self, counts: list[int]) -> Task:
+        sources = self.sources(counts, 0)
+        return Task(sources, self.ops(sum(source.width or WIDTH for source in sources), 3))
 
     def chance(self, percent: int) -> bool:
         return self.random.randrange(100) < percent

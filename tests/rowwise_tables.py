@@ -167,7 +167,8 @@ def shares(width: int, hidden: int) -> Table:
 
 
 def branches(width: int, hidden: int) -> Table:
-    """What is computed and has no gradient: units that are read detached alone, and what they read."""
+    """What is computed and has no gradient: units that are read detached alone, and what they read; an
+    expert that a gate alone reads, detached."""
     lower = Level(
         (Expert(from_slots(0), (Linear(hidden), LayerNorm())), Expert(from_slots(1), (Linear(hidden), PReLU()))),
         (
@@ -177,8 +178,14 @@ def branches(width: int, hidden: int) -> Table:
         ),
     )
     stopped = tuple(Source("slot", u, detached=True) for u in range(3))
+    selector = Gate(((Source("expert", 2, detached=True),),), (1, 0))
     upper = Level(
-        (Expert(stopped, (Linear(hidden), SILU)), Expert((Source("input", 0),), (Linear(hidden),))), passed(0, 1)
+        (
+            Expert(stopped, (Linear(hidden), SILU)),
+            Expert((Source("input", 0),), (Linear(hidden),)),
+            Expert((Source("input", 1),), (Linear(hidden),)),
+        ),
+        (*passed(0, 1), Unit(selector)),
     )
     return Table((Input(2, width),), (lower, upper), shared=((1,),))
 

@@ -340,8 +340,10 @@ class Builder : Allocation {
     std::vector<Tower> towers;
     for (const graph::Mlp& tower : graph_.towers) {
       gathered_.clear();
-      // The derivative of the identity needs no output.
-      towers.push_back({mlp(tower, tower.stages.back().act != Act::identity && !plan_.recompute, true)});
+      // The derivative of the identity needs no output; that of PReLU and of a LayerNorm does.
+      const graph::Stage& last = tower.stages.back();
+      const bool read = last.act != Act::identity || last.slope >= 0 || last.kind == graph::StageKind::norm;
+      towers.push_back({mlp(tower, read && !plan_.recompute, true)});
     }
     plan_.towers = own(std::move(towers));
   }
