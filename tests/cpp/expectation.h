@@ -121,7 +121,7 @@ inline Problem<float> neighbour(Problem<float> given, uint64_t seed) {
 inline Size size_kind(const Graph& graph, bool bf16) {
   bool found = false;
   for (const graph::Mlp* mlp : mlps_of(graph))
-    for (const graph::Stage& stage : mlp->stages) found = found || kinked(stage.act);
+    for (const graph::Stage& stage : mlp->stages) found = found || kinked(stage);
   return bf16 && found ? Size::norm : Size::largest;
 }
 

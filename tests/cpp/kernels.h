@@ -109,6 +109,8 @@ class Run {
     call.rows = given_.rows;
     call.row_stride = row_stride();
     call.slot_stride = slot_stride();
+    call.drops = true;
+    call.seed = dropout_seed;
     call.params = param_pointers_.data();
     call.packed = request_.packed;
     call.bf16_weights = given_.bf16 ? half_pointers_.data() : nullptr;

@@ -3,62 +3,9 @@
 // linears and sums over rows as they are or in bfloat16, the plain rival by whose errors the
 // kernels' are judged.
 #pragma once
-#include <algorithm>
-#include <limits>
-
-#include "problem.h"
+#include "scalars.h"
 
 namespace fusedmoe::test {
-
-inline bool kinked(Act act) { return act == Act::relu || act == Act::leaky_relu || act == Act::elu; }
-
-template <class Real>
-Real gelu_tanh_exponent(Real z) {
-  return 2 * Real(0.79788456080286535588L) * (z + Real(0.044715L) * z * z * z);
-}
-
-template <class Real>
-Real activated(const graph::Stage& stage, Real z) {
-  const Real a = Real(stage.parameter);
-  switch (stage.act) {
-    case Act::identity: return z;
-    case Act::relu: return z < 0 ? Real(0) : z;
-    case Act::sigmoid: return 1 / (1 + std::exp(-z));
-    case Act::tanh: return std::tanh(z);
-    case Act::silu: return z / (1 + std::exp(-z));
-    // In forms that keep their digits at negative z: 1 + erf(z) = erfc(-z), and 1 + tanh(u) = 2 /
-    // (1 + exp(-2 u)).
-    case Act::gelu: return z / 2 * std::erfc(-z * Real(0.70710678118654752440L));
-    case Act::gelu_tanh: return z / (1 + std::exp(-gelu_tanh_exponent(z)));
-    case Act::leaky_relu: return z > 0 ? z : a * z;
-    case Act::elu: return z > 0 ? z : a * std::expm1(z);
-    case Act::softplus: return z > 20 ? z : std::log1p(std::exp(z));
-  }
-  return std::numeric_limits<Real>::quiet_NaN();
-}
-
-template <class Real>
-Real slope(const graph::Stage& stage, Real z) {
-  const Real a = Real(stage.parameter), s = 1 / (1 + std::exp(-z)), rest = 1 / (1 + std::exp(z));
-  switch (stage.act) {
-    case Act::identity: return 1;
-    case Act::relu: return z <= 0 ? 0 : 1;
-    case Act::sigmoid: return s * rest;
-    case Act::tanh: return 1 / (std::cosh(z) * std::cosh(z));
-    case Act::silu: return s * (1 + z * rest);
-    case Act::gelu:
-      return std::erfc(-z * Real(0.70710678118654752440L)) / 2 +
-             z * Real(0.39894228040143267794L) * std::exp(-z * z / 2);
-    case Act::gelu_tanh: {
-      const Real share = 1 / (1 + std::exp(-gelu_tanh_exponent(z))), other = 1 / (1 + std::exp(gelu_tanh_exponent(z)));
-      return share + z * share * other * 2 * Real(0.79788456080286535588L) * (1 + 3 * Real(0.044715L) * z * z);
-    }
-    case Act::leaky_relu: return z > 0 ? 1 : a;
-    case Act::elu: return z > 0 ? 1 : a * std::exp(z);
-    case Act::softplus: return z > 20 ? 1 : s;
-  }
-  return std::numeric_limits<Real>::quiet_NaN();
-}
 
 template <class Real, class Operands = NativeOperands>
 class Plain {
@@ -99,7 +46,6 @@ class Plain {
 
   // What the detached reads of the last run gave, one after another.
   const std::vector<Vector>& detached() const { return detached_; }
-
   // The least |z| / sum over k of |w_k x_k| of any pre-activation of the row where a derivative
   // jumps.
   Real distance_from_kinks(int64_t row) {
@@ -114,12 +60,16 @@ class Plain {
     explicit Value(Vector values = {}) : y(std::move(values)), d(y.size(), 0) {}
     Vector y, d;
   };
+  // Of every stage; `kept` is what dropout multiplies with, normal and r are a LayerNorm's.
   struct Trace {
-    std::vector<Vector> in, z;
+    std::vector<Vector> in, z, kept, normal;
+    std::vector<Real> r;
     Vector out;
   };
   struct UnitState {
     Trace gate;
+    Vector query;
+    std::vector<Vector> keys;
     Vector p, w;  // by expert; p is 0 for what the gate does not see
     Value out;
   };
@@ -166,29 +116,70 @@ class Plain {
     }
   }
 
+  const Real* parameter(int number) const { return number < 0 ? nullptr : given_.params[number].data(); }
+  Real prelu(const graph::Stage& stage, int64_t n) const {
+    const Vector& slopes = given_.params[stage.slope];
+    return slopes[slopes.size() == 1 ? 0 : n];
+  }
+
+  // z of column n of a stage, and the sum of the sizes of its terms.
+  std::pair<Real, Real> head(const graph::Stage& stage, const Vector& in, Trace& trace, int64_t n) {
+    const Real *w = parameter(stage.weight), *bias = parameter(stage.bias);
+    Real sum = 0, size = 0;
+    for (int64_t k = 0; k < stage.k && is_linear(stage); k++) {
+      sum += w[n * stage.k + k] * in[k];
+      size += std::abs(w[n * stage.k + k] * in[k]);
+    }
+    if (stage.kind == graph::StageKind::copy) size = std::abs(sum = in[n]);
+    if (stage.kind == graph::StageKind::norm) {
+      sum = trace.normal.back()[n] * (w ? w[n] : 1);
+      size = std::abs(sum) + 2 * std::abs(in[n] * trace.r.back() * (w ? w[n] : 1));
+    }
+    return {bias ? sum + bias[n] : sum, size};
+  }
+
+  void normalise(const graph::Stage& stage, const Vector& in, Trace& trace) {
+    trace.normal.emplace_back();
+    trace.r.push_back(0);
+    if (stage.kind != graph::StageKind::norm) return;
+    Real mean = 0, square = 0;
+    for (Real x : in) mean += x / Real(stage.k);
+    for (Real x : in) square += (x - mean) * (x - mean) / Real(stage.k);
+    trace.r.back() = 1 / std::sqrt(square + Real(stage.eps));
+    for (Real x : in) trace.normal.back().push_back((x - mean) * trace.r.back());
+  }
+
   Trace mlp(const graph::Mlp& mlp, size_t level) {
     Trace trace;
     Vector in = read(mlp.sources, level);
     for (const graph::Stage& stage : mlp.stages) {
-      Vector z(stage.width), out(stage.width);
-      for (Real& x : in) x = Operands::round(x);
+      Vector z(stage.width), out(stage.width), kept(stage.width);
+      for (Real& x : in) x = is_linear(stage) ? Operands::round(x) : x;
+      normalise(stage, in, trace);
       for (int64_t n = 0; n < stage.width; n++) {
-        const Real* w = given_.params[stage.weight].data() + n * stage.k;
-        Real sum = 0, size = 0;
-        for (int64_t k = 0; k < stage.k; k++) sum += w[k] * in[k];
-        if (stage.bias >= 0) sum += given_.params[stage.bias][n];
-        if (kinked(stage.act))
-          for (int64_t k = 0; k < stage.k; k++) size += std::abs(w[k] * in[k]);
-        if (size > 0) distance_ = std::min(distance_, std::abs(sum) / size);
+        const auto [sum, size] = head(stage, in, trace, n);
+        if (kinked(stage) && size > 0) distance_ = std::min(distance_, std::abs(sum) / size);
         z[n] = sum;
-        out[n] = activated(stage, sum);
+        kept[n] = Real(test::kept(stage, row_, n));
+        out[n] = kept[n] * (stage.slope < 0 ? activated(stage, sum) : sum > 0 ? sum : prelu(stage, n) * sum);
       }
       trace.in.push_back(in);
       trace.z.push_back(z);
+      trace.kept.push_back(kept);
       in = out;
     }
     trace.out = in;
     return trace;
+  }
+
+  // dz of column n from the gradient of the output.
+  Real head_gradient(const graph::Stage& stage, const Trace& trace, size_t j, int64_t n, Real d) {
+    d *= trace.kept[j][n];
+    const Real z = trace.z[j][n];
+    if (stage.slope < 0) return d * slope(stage, z);
+    Vector& d_slope = results_.grads[stage.slope];
+    if (z <= 0) d_slope[d_slope.size() == 1 ? 0 : n] += d * z;
+    return z > 0 ? d : prelu(stage, n) * d;
   }
 
   // Adds the gradients of the parameters and of the sources, given that of the output.
@@ -197,22 +188,43 @@ class Plain {
       const graph::Stage& stage = mlp.stages[j];
       Vector d_in(stage.k, 0);
       for (int64_t n = 0; n < stage.width; n++) {
-        const Real d_z = Operands::round(d[n] * slope(stage, trace.z[j][n]));
-        const Real* w = given_.params[stage.weight].data() + n * stage.k;
-        Real* d_w = results_.grads[stage.weight].data() + n * stage.k;
+        Real d_z = head_gradient(stage, trace, j, n, d[n]);
+        if (is_linear(stage)) d_z = Operands::round(d_z);
         if (stage.bias >= 0) results_.grads[stage.bias][n] += d_z;
+        if (!is_linear(stage)) {
+          d_in[n] = d_z;
+          continue;
+        }
+        const Real* w = parameter(stage.weight) + n * stage.k;
+        Real* d_w = results_.grads[stage.weight].data() + n * stage.k;
         for (int64_t k = 0; k < stage.k; k++) {
           d_w[k] += d_z * trace.in[j][k];
           d_in[k] += d_z * w[k];
         }
       }
+      if (stage.kind == graph::StageKind::norm) norm_backward(stage, trace.normal[j], trace.r[j], d_in);
       d = d_in;
     }
     send(mlp.sources, level, d);
   }
 
+  // d: that of the LayerNorm's output, and afterwards of its input.
+  void norm_backward(const graph::Stage& stage, const Vector& normal, Real r, Vector& d) {
+    Real mean = 0, along = 0;
+    for (int64_t n = 0; n < stage.k; n++) {
+      if (stage.weight >= 0) {
+        results_.grads[stage.weight][n] += d[n] * normal[n];
+        d[n] *= given_.params[stage.weight][n];
+      }
+      mean += d[n] / Real(stage.k);
+      along += d[n] * normal[n] / Real(stage.k);
+    }
+    for (int64_t n = 0; n < stage.k; n++) d[n] = r * (d[n] - mean - normal[n] * along);
+  }
+
   void forward(int64_t row) {
     const graph::Input& input = graph_.inputs[0];
+    row_ = row;
     inputs_.clear();
     levels_.clear();
     towers_.clear();
@@ -244,12 +256,12 @@ class Plain {
 
   UnitState mix(const graph::Unit& unit, size_t level) {
     const std::vector<Value>& experts = levels_[level].experts;
-    UnitState state{{}, Vector(experts.size(), 0), Vector(experts.size(), 0), Value()};
+    UnitState state;
+    state.p = state.w = Vector(experts.size(), 0);
     if (!unit.computed) return state;
     if (unit.gate && !unit.gate->sees.empty()) {
       const graph::Gate& gate = *unit.gate;
-      state.gate = mlp(gate.mlps[0], level);
-      Vector z = state.gate.out;
+      Vector z = logits(gate, state, level);
       for (Real& logit : z) logit *= Real(gate.factor);
       const Real most = *std::max_element(z.begin(), z.end());
       Real sum = 0;
@@ -258,15 +270,47 @@ class Plain {
     }
     if (unit.static_weights) {
       const graph::Static& s = *unit.static_weights;
-      for (size_t j = 0; j < s.experts.size(); j++)
+      for (size_t j = 0; j < s.experts.size() && !s.channels; j++)
         state.w[s.experts[j]] +=
             s.parameter >= 0 ? given_.params[s.parameter][s.offset + int64_t(j)] : Real(s.values[j]);
     }
     Vector out(unit.width, 0);
     for (int e : unit.reads)
-      for (int64_t n = 0; n < unit.width; n++) out[n] += state.w[e] * experts[e].y[n];
+      for (int64_t n = 0; n < unit.width && unit.product.empty(); n++) out[n] += state.w[e] * experts[e].y[n];
+    each_channel(unit, [&](int e, int64_t n, int64_t element) {
+      out[n] += given_.params[unit.static_weights->parameter][element] * experts[e].y[n];
+    });
+    for (int64_t n = 0; n < unit.width && !unit.product.empty(); n++)
+      out[n] = experts[unit.product[0]].y[n] * experts[unit.product[1]].y[n];
     state.out = Value(out);
     return state;
+  }
+
+  // Before `factor`.
+  Vector logits(const graph::Gate& gate, UnitState& state, size_t level) {
+    if (gate.free >= 0) return given_.params[gate.free];
+    if (gate.query.empty()) {
+      state.gate = mlp(gate.mlps[0], level);
+      return state.gate.out;
+    }
+    Vector z;
+    state.query = read(gate.query, level);
+    for (const auto& sources : gate.keys) {
+      state.keys.push_back(read(sources, level));
+      Real sum = 0;
+      for (size_t k = 0; k < state.query.size(); k++) sum += state.query[k] * state.keys.back()[k];
+      z.push_back(sum);
+    }
+    return z;
+  }
+
+  // f(expert, column, element of the parameter) for static weights of one a column.
+  template <class F>
+  static void each_channel(const graph::Unit& unit, F f) {
+    if (!unit.static_weights || !unit.static_weights->channels) return;
+    const graph::Static& s = *unit.static_weights;
+    for (size_t j = 0; j < s.experts.size(); j++)
+      for (int64_t n = 0; n < unit.width; n++) f(s.experts[j], n, s.offset + int64_t(j) * unit.width + n);
   }
 
   void backward(int64_t row) {
@@ -303,6 +347,13 @@ class Plain {
     const UnitState& state = levels_[level].units[u];
     Vector dw(experts.size(), 0);
     Real sum = 0;
+    for (size_t i = 0; i < unit.product.size(); i++)
+      for (int64_t n = 0; n < unit.width; n++)
+        experts[unit.product[i]].d[n] += state.out.d[n] * experts[unit.product[1 - i]].y[n];
+    if (unit.differentiated) each_channel(unit, [&](int e, int64_t n, int64_t element) {
+      results_.grads[unit.static_weights->parameter][element] += state.out.d[n] * experts[e].y[n];
+      experts[e].d[n] += given_.params[unit.static_weights->parameter][element] * state.out.d[n];
+    });
     for (int e : unit.reads) {
       for (int64_t n = 0; n < unit.width; n++) {
         dw[e] += state.out.d[n] * experts[e].y[n];
@@ -311,7 +362,7 @@ class Plain {
       dw[e] += d_weights[e];
       sum += state.p[e] * dw[e];
     }
-    if (unit.static_weights && unit.static_weights->parameter >= 0) {
+    if (unit.static_weights && unit.static_weights->parameter >= 0 && !unit.static_weights->channels) {
       const graph::Static& s = *unit.static_weights;
       for (size_t j = 0; j < s.experts.size(); j++)
         results_.grads[s.parameter][s.offset + int64_t(j)] += Operands::round(dw[s.experts[j]]);
@@ -319,13 +370,26 @@ class Plain {
     if (!unit.gate || unit.gate->sees.empty()) return;
     Vector d_logits;
     for (int e : unit.gate->sees) d_logits.push_back(Real(unit.gate->factor) * (state.p[e] * (dw[e] - sum)));
-    mlp_backward(unit.gate->mlps[0], state.gate, d_logits, level);
+    logits_backward(*unit.gate, state, d_logits, level);
+  }
+
+  void logits_backward(const graph::Gate& gate, const UnitState& state, const Vector& d, size_t level) {
+    for (size_t j = 0; j < d.size() && gate.free >= 0; j++) results_.grads[gate.free][j] += d[j];
+    if (!gate.mlps.empty()) mlp_backward(gate.mlps[0], state.gate, d, level);
+    for (size_t j = 0; j < gate.keys.size(); j++) {
+      Vector d_query = state.keys[j], d_key = state.query;
+      for (Real& value : d_query) value *= d[j];
+      for (Real& value : d_key) value *= d[j];
+      send(gate.query, level, d_query);
+      send(gate.keys[j], level, d_key);
+    }
   }
 
   const Problem<Real>& given_;
   const Graph& graph_;
   Results<Real> results_;
   Real distance_ = 0;
+  int64_t row_ = 0;
   std::vector<Value> inputs_;
   std::vector<LevelState> levels_;
   std::vector<Trace> towers_;

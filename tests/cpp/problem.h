@@ -23,12 +23,17 @@ struct Problem {
   std::vector<T> d_out, d_weights;
 };
 
+// Of dropout, which is on in every run.
+constexpr uint64_t dropout_seed = 0x9e3779b97f4a7c15;
+
 // Gradients that were not asked for are empty.
 template <class T>
 struct Results {
   std::vector<T> out, weights, d_x;
   std::vector<std::vector<T>> grads;
 };
+
+inline bool is_linear(const graph::Stage& stage) { return stage.kind == graph::StageKind::linear; }
 
 // Every MLP: of experts, gates and towers.
 inline std::vector<const graph::Mlp*> mlps_of(const Graph& graph) {
@@ -43,12 +48,19 @@ inline std::vector<const graph::Mlp*> mlps_of(const Graph& graph) {
   return all;
 }
 
+inline bool drops(const Graph& graph) {
+  for (const graph::Mlp* mlp : mlps_of(graph))
+    for (const graph::Stage& stage : mlp->stages)
+      if (stage.dropout > 0) return true;
+  return false;
+}
+
 // Of each parameter, whether it is the weight of linear maps.
 inline std::vector<bool> weights_of(const Graph& graph) {
   std::vector<bool> weights(graph.shapes.size(), false);
   for (const graph::Mlp* mlp : mlps_of(graph))
     for (const graph::Stage& stage : mlp->stages)
-      if (stage.kind == graph::StageKind::linear) weights[stage.weight] = true;
+      if (is_linear(stage)) weights[stage.weight] = true;
   return weights;
 }
 

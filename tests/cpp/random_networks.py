@@ -1,12 +1,28 @@
-"""Random tables of all that the C++ test covers, from a seed: sources of every kind, selectors,
-static weights, shared weights, towers."""
+"""Random tables of all that the C++ test covers, from a seed: sources, ops, gates and static weights
+of every kind, products, shared weights, towers."""
 
 from __future__ import annotations
 
 import random
 
 from fusedmoe.activation import DEFAULT_PARAMETER, Activation
-from fusedmoe.parts import Expert, Gate, Input, Level, Linear, Op, Source, Static, Task, Unit
+from fusedmoe.parts import (
+    Attention,
+    Bias,
+    Dropout,
+    Expert,
+    Gate,
+    Input,
+    LayerNorm,
+    Level,
+    Linear,
+    Op,
+    PReLU,
+    Source,
+    Static,
+    Task,
+    Unit,
+)
 from fusedmoe.table import Table
 
 # Neither of them is PyTorch's default, which a kernel might have built in.
@@ -24,6 +40,8 @@ class RandomNetwork:
         self.given = Input(self.random.randint(1, 3), self.random.randint(1, WIDEST))
         # Where weights are shared the linear maps have few widths, so that some have one shape.
         self.shares = self.chance(40)
+        # Whether more than linear maps, activations, linear gates and mixes may come.
+        self.more = self.chance(40)
         self.few_widths = [self.random.randint(1, WIDEST) for _ in range(2)]
         self.shared: list[tuple[int, ...]] = []
         self.linears: dict[tuple[int, ...], int] = {}  # shared tensors of linear maps, by shape
@@ -81,9 +99,20 @@ class RandomNetwork:
         ops: list[Op] = []
         for left in reversed(range(count)):
             out = self.width() if left else width
-            ops += [self.linear(columns, out), self.random.choice(list(KINDS.values()))]
+            ops.append(self.linear(columns, out))
+            # Of one column it is 0 in exact arithmetic, and its gradient too: nothing to compare with.
+            if self.more and out > 1 and self.chance(25):
+                ops.append(LayerNorm(affine=self.chance(70), bias=self.chance(70)))
+            if self.more and self.chance(20):
+                ops.append(Bias())
+            ops.append(PReLU(self.chance(50)) if self.more and self.chance(25) else self.activation())
+            if self.more and self.chance(25):
+                ops.append(Dropout(self.random.choice([0.1, 0.5, 0.9])))
             columns = out
         return tuple(ops)
+
+    def activation(self) -> Activation:
+        return self.random.choice(list(KINDS.values()))
 
     def linear(self, columns: int, width: int) -> Linear:
         bias = self.chance(80)
@@ -133,7 +162,11 @@ class RandomNetwork:
         """A unit that reads some of these experts, or nothing where all have one width."""
         least = int(len(experts) < len(self.experts))
         gate = static = None
+        if self.more and self.chance(15):
+            return Unit(product=(self.random.choice(experts), self.random.choice(experts)))
         if least or self.chance(80):
+            if self.more and self.chance(40):
+                return Unit(self.other_gate(self.some(experts, 1)), self.static(self.some(experts)))
             selector, columns = self.sources()
             hidden = self.ops(columns, self.width(), 1) if self.chance(50) else ()
             sees = self.some(experts, max(least, self.chance(90)))
@@ -143,7 +176,17 @@ class RandomNetwork:
             static = self.static(self.some(experts))
         return Unit(gate, static)
 
+    def other_gate(self, sees: tuple[int, ...]) -> Gate | Attention:
+        """A gate without a selector, or attention over keys of the query's width."""
+        if self.chance(50):
+            return Gate((), sees, temperature=self.random.choice([1.0, 0.5]))
+        query, columns = self.sources()
+        return Attention(query, tuple(self.sources(columns)[0] for _ in sees), sees, columns**-0.5)
+
     def static(self, experts: tuple[int, ...]) -> Static:
+        if self.more and experts and self.chance(40):
+            self.shared.append((len(experts), self.experts[experts[0]]))
+            return Static(experts, tensor=len(self.shared) - 1, channels=True)
         if self.chance(50):
             return Static(experts, tuple(self.random.uniform(-2, 2) for _ in experts))
         offset = self.random.randint(0, 2)
