@@ -12,7 +12,8 @@ namespace fusedmoe {
 
 namespace {
 
-// A process uses few tables; past the limit all are dropped.
+// A process uses few tables; past the limit all are dropped, and those that are in use are planned
+// again. Each route of a call is one.
 constexpr size_t plan_limit = 1024;
 constexpr int kinds = 16;
 

@@ -205,6 +205,7 @@ class Rules {
       reads.insert(reads.end(), unit.static_weights->experts.begin(), unit.static_weights->experts.end());
     std::sort(reads.begin(), reads.end());
     reads.erase(std::unique(reads.begin(), reads.end()), reads.end());
+    for (int j : unit.gate ? unit.gate->closed : std::vector<int>{}) std::erase(reads, unit.gate->sees.at(j));
     if (reads != unit.reads || unit.width < 1) return false;
     for (int e : reads)
       if (l.experts.at(e).mlp.width != unit.width || (unit.computed && !l.experts[e].computed)) return false;
@@ -214,16 +215,25 @@ class Rules {
   }
   bool gate(const Gate& gate, const Level& l, int flags) {
     const int64_t count = int64_t(gate.sees.size());
-    if (repeated(gate.sees) || gate.choice != 0 || !gate.closed.empty()) return false;
+    if (repeated(gate.sees) || repeated(gate.closed)) return false;
+    for (int j : gate.closed)
+      if (j >= count) return false;
+    // One expert is left, or there was none.
+    if (count > 0 && int64_t(gate.closed.size()) == count) return false;
+    if (gate.choice != 0 && size_t(gate.choice) >= gate.mlps.size()) return false;
     if ((gate.mlps.empty() ? 0 : 1) + (gate.free >= 0) + !gate.query.empty() != 1) return false;
-    for (const Mlp& m : gate.mlps)
-      if (!mlp(m, l.experts.size(), flags) || m.width != count || m.stages.empty()) return false;
+    // What is not chosen may read what is not computed.
+    for (size_t i = 0; i < gate.mlps.size(); i++) {
+      const Mlp& m = gate.mlps[i];
+      if (!mlp(m, l.experts.size(), i == size_t(gate.choice) ? flags : any_source)) return false;
+      if (m.width != count || m.stages.empty()) return false;
+    }
     if (gate.free >= 0 && g_.shapes.at(gate.free) != std::vector<int64_t>{count}) return false;
     if (gate.query.empty()) return gate.keys.empty();
     if (int64_t(gate.keys.size()) != count) return false;
     const int64_t width = this->width(gate.query, l.experts.size(), flags);
-    for (const std::vector<Vector>& key : gate.keys)
-      if (this->width(key, l.experts.size(), flags) != width) return false;
+    for (size_t j = 0; j < gate.keys.size(); j++)
+      if (this->width(gate.keys[j], l.experts.size(), gate.closes(int(j)) ? any_source : flags) != width) return false;
     return width > 0;
   }
   bool static_weights(const Static& s, int64_t width) {
@@ -316,7 +326,6 @@ void take_route(Graph& graph, const std::string& words) {
       if (!unit.gate) continue;
       unit.gate->choice = choice;
       unit.gate->closed = closed;
-      if (size_t(choice) >= std::max<size_t>(unit.gate->mlps.size(), 1)) r.fail();
       for (int j : closed) {
         if (size_t(j) >= unit.gate->sees.size()) r.fail();
         std::erase(unit.reads, unit.gate->sees[j]);
@@ -326,6 +335,7 @@ void take_route(Graph& graph, const std::string& words) {
   const std::string_view parameters = r.digits(graph.live.size());
   for (size_t i = 0; i < parameters.size(); i++) graph.live[i] = (parameters[i] - '0') >> 1;
   r.end();
+  if (!Rules(graph).hold()) r.fail();
 }
 
 }  // namespace fusedmoe

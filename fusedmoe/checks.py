@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedmoe.parts import Input
 from fusedmoe.storage import require_memory
 from fusedmoe.table import Table
 
@@ -24,16 +25,9 @@ def check(x: Any, params: Any, table: Any, cast: bool = False) -> None:
         raise TypeError(f"table: expected a fusedmoe.Table, got {type(table).__name__}")
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    given = table.graph.inputs[0]
-    shapes = [(given.slots, given.width)] + ([(given.width,)] if given.slots == 1 else [])
-    if x.dim() < 2 or tuple(x.shape[1:]) not in shapes:
-        raise ValueError(
-            f"x: expected {' or '.join(f'[B, {str(s)[1:-1].rstrip(chr(44))}]' for s in shapes)}, got {list(x.shape)}"
-        )
+    require_form(x, table.graph.inputs[0], "x")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"x: expected a dense tensor, got layout {x.layout}")
     require_memory(x, "x")
     if not isinstance(params, Iterable):
         raise TypeError(f"params: expected {len(table.parameters)} tensors, got {type(params).__name__}")
@@ -58,3 +52,13 @@ def check(x: Any, params: Any, table: Any, cast: bool = False) -> None:
                 f"params, {expect.name}: expected a tensor on {x.device}, where x is, got one on {tensor.device}"
             )
         require_memory(tensor, f"params, {expect.name}")
+
+
+def require_form(x: Tensor, given: Input, where: str) -> None:
+    """Raise ValueError or TypeError unless a tensor is dense and of an input's shape."""
+    shapes = [(given.slots, given.width)] + ([(given.width,)] if given.slots == 1 else [])
+    if x.dim() < 2 or tuple(x.shape[1:]) not in shapes:
+        forms = " or ".join(f"[B, {', '.join(map(str, shape))}]" for shape in shapes)
+        raise ValueError(f"{where}: expected {forms}, got {list(x.shape)}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{where}: expected a dense tensor, got layout {x.layout}")

@@ -32,6 +32,9 @@ def handle(table: Table) -> str:
     if found is None and isinstance(table, Routed):
         found = f"{handle(table.base)} {table.route_text}"
         object.__setattr__(table, "handle", found)
+        while len(_ROUTED) >= ROUTES_KEPT:
+            _ROUTED.pop(next(iter(_ROUTED)))
+        _ROUTED[found] = table
     elif found is None:
         found = encode(table) if EXTENSION is None else EXTENSION.bind(encode(table))
         _BOUND[found] = table
@@ -46,12 +49,18 @@ def decode(text: str) -> Table:
     """
     if text in _BOUND:
         return _BOUND[text]
+    if text in _ROUTED:
+        return _ROUTED[text]
     before, found, words = text.partition(f" {ROUTE} ")
     return _routed(before, words) if found else _decode(text)
 
 
-# Fewer, because a search draws a new one at every step.
-@functools.lru_cache(maxsize=64)
+# By their handles. A search draws a new one at every step, and few are still asked for.
+_ROUTED: dict[str, Table] = {}
+ROUTES_KEPT = 64
+
+
+@functools.lru_cache(maxsize=ROUTES_KEPT)
 def _routed(text: str, words: str) -> Table:
     return with_words(decode(text), words)
 

@@ -102,6 +102,11 @@ class Gate:
         return self.mlps[self.choice] if self.mlps else None
 
     @property
+    def attended(self) -> tuple[tuple[Vector, ...], ...]:
+        """The query, and the keys of the experts over which the softmax is."""
+        return (self.query, *(self.keys[j] for j in self.seen.values())) if self.keys else ()
+
+    @property
     def seen(self) -> dict[int, int]:
         """The experts over which the softmax is, and the place of each in `sees`."""
         return {e: j for j, e in enumerate(self.sees) if j not in self.closed}
@@ -291,18 +296,17 @@ def _of_mlp(mlp: Mlp, level: int) -> Reads:
 def _of_gate(gate: Gate, level: int) -> Reads:
     if gate.mlp:
         return _of_mlp(gate.mlp, level)
-    keys = [gate.keys[j] for j in gate.seen.values()] if gate.keys else []
-    vectors = [v for group in (gate.query, *keys) for v in group]
+    vectors = [v for group in gate.attended for v in group]
     return Reads(tuple((node_of(v, level), v.detached) for v in vectors), (gate.free,) if gate.free != NOTHING else ())
 
 
 def live_columns(graph: Graph) -> list[tuple[int, int]]:
     """(first column, width) of what reads an input slot and lets a gradient through."""
     mlps = [expert.mlp for level in graph.levels for expert in level.experts if expert.differentiated]
-    gates = [unit.gate for level in graph.levels for unit in level.units if unit.computed and unit.gate]
-    mlps += [*graph.towers, *(mlp for gate in gates for mlp in gate.mlps)]
+    gates = [u.gate for level in graph.levels for u in level.units if u.computed and u.gate and u.gate.sees]
+    mlps += [*graph.towers, *(gate.mlp for gate in gates if gate.mlp)]
     vectors = [v for mlp in mlps for v in mlp.sources]
-    vectors += [v for gate in gates for group in (gate.query, *gate.keys) for v in group]
+    vectors += [v for gate in gates for group in gate.attended for v in group]
     return [(v.first, v.width) for v in vectors if v.kind == "input" and not v.detached]
 
 

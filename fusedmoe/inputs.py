@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedmoe.checks import require_form
 from fusedmoe.parts import Input
 from fusedmoe.table import Table
 
@@ -18,14 +18,15 @@ def join(x: Any, table: Table) -> Any:
     An input that no output can have a gradient for is detached, so that it gets None.
 
     Raises: TypeError, ValueError unless there is one tensor for each of `table.inputs`, of its
-        shape, and all of one dtype, device and number of rows.
+        shape, and all of one dtype (but under autocast), device and number of rows.
     """
-    if len(table.inputs) == 1 and (isinstance(x, Tensor) or not isinstance(x, Sequence)):
+    if len(table.inputs) == 1 and not isinstance(x, (list, tuple)):
         return x
-    if isinstance(x, Tensor) or not isinstance(x, Sequence) or len(x) != len(table.inputs):
-        got = f"{len(x)}" if isinstance(x, Sequence) else type(x).__name__
+    if not isinstance(x, (list, tuple)) or len(x) != len(table.inputs):
         what = "a tensor" if len(table.inputs) == 1 else f"a list of {len(table.inputs)} tensors"
-        raise TypeError(f"x: expected {what}, got {got}")
+        if isinstance(x, (list, tuple)):
+            raise ValueError(f"x: expected {what}, got {len(x)} of them")
+        raise TypeError(f"x: expected {what}, got {type(x).__name__}")
     if len(x) == 1:
         return x[0]
     for i, (tensor, given) in enumerate(zip(x, table.inputs, strict=True)):
@@ -37,13 +38,12 @@ def join(x: Any, table: Table) -> Any:
 def _check(tensor: Any, given: Input, first: Any, where: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{where}: expected a tensor, got {type(tensor).__name__}")
-    shapes = [(given.slots, given.width)] + ([(given.width,)] if given.slots == 1 else [])
-    if tensor.dim() < 2 or tuple(tensor.shape[1:]) not in shapes:
-        forms = " or ".join(f"[B, {', '.join(map(str, shape))}]" for shape in shapes)
-        raise ValueError(f"{where}: expected {forms}, got {list(tensor.shape)}")
+    require_form(tensor, given, where)
     if tensor.shape[0] != first.shape[0]:
         raise ValueError(f"{where}: expected {first.shape[0]} rows, as x[0] has, got {tensor.shape[0]}")
-    if (tensor.dtype, tensor.device) != (first.dtype, first.device):
+    # Autocast casts what they are joined to.
+    mixed = torch.is_autocast_enabled(tensor.device.type) and tensor.is_floating_point()
+    if tensor.device != first.device or (tensor.dtype != first.dtype and not mixed):
         raise TypeError(
             f"{where}: expected {first.dtype} on {first.device}, as x[0] is, got {tensor.dtype} on {tensor.device}"
         )

@@ -3,7 +3,8 @@
 Each backend has its autograd beside its kernels: `cpu.py`, `reference/autograd.py`,
 `kernels/operator.py`. The formulas stand in `reference/operator.py`.
 
-Gradients: a tensor gets None, not zeros, if no output that received a gradient depends on it.
+Gradients: a tensor gets None, not zeros, if no output that received a gradient depends on it. (Of
+several inputs those get zeros on which some other output depends.)
 The mixing weights of each level count as one output. With `tasks_apart` the output of each task
 counts by itself; without it, `out` counts as one. All units read by towers count as one output.
 
@@ -59,7 +60,7 @@ def fusion_network(
 
     Args:
         x: [B, S, D], or [B, D] if the table has one slot; any strides (an expanded x is read once).
-            A list of such tensors, one for each of `table.inputs`, if there are several.
+            A list of such tensors, one for each of `table.inputs`, which are copied into one.
         params: the tensors of `table.parameters`, in that order, of x's dtype and device.
         table: what reads what, or a `Routed` one, a route through it.
         backend: "auto" (the first that can serve the call), or a name out of
@@ -71,7 +72,7 @@ def fusion_network(
         tasks_apart: return a list of T tensors [B, O]; the tower of a task that is left out of the
             loss then gets the gradient None.
         training: apply the table's Dropout. Its seed is drawn from torch's generator for x's
-            device, once a call; the mask depends on the seed, the row and the column alone.
+            device, once a call; a mask depends on that, the Dropout's number, row and column.
 
     Returns: out, of x's dtype: [B, T, O] with towers; [B, U, H] if the table has no tasks;
         otherwise [B, T, H'], the concatenation of the units that each task reads. (A single unit

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from fusedmoe.encoding import read, write
@@ -56,6 +55,8 @@ class Routed(Table):
     """
 
     def __init__(self, table: Table, route: Route):
+        if not isinstance(table, Table) or isinstance(table, Routed):
+            raise TypeError(f"table: expected a fusedmoe.Table without a route, got {type(table).__name__}")
         fields = {name: value for name, value in vars(table).items() if name in ("inputs", "levels", "tasks", "shared")}
         vars(self).update(
             fields, base=table, whole=table.graph, live_inputs=table.live_inputs, has_dropout=table.has_dropout
@@ -65,6 +66,8 @@ class Routed(Table):
         for (number, u), unit in self.changed.items():
             reads.update(reads_of_unit(unit, number, u))
         vars(self).update(reads=reads, liveness=liveness(reads, table.graph.outputs))
+        if len(table.inputs) > 1:
+            vars(self).update(live_inputs=self._live_inputs())
         vars(self).update(route_text=(words := self._words()), text=f"{table.text} {words}")
 
     base: Table
@@ -77,9 +80,23 @@ class Routed(Table):
         """As the table's."""
         return node in self.liveness.computed
 
-    @cached_property
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Routed) and (self.base, self.route_text) == (other.base, other.route_text)
+
+    def __hash__(self) -> int:
+        return hash((self.base, self.route_text))
+
+    def __repr__(self) -> str:
+        return f"Routed({self.base!r}, {route_of(self)!r})"
+
+    @property
     def graph(self) -> Graph:  # type: ignore[override]
-        """The graph of the route."""
+        """The graph of the route, made when it is first asked for."""
+        if "made" not in vars(self):
+            vars(self)["made"] = self._graph()
+        return vars(self)["made"]
+
+    def _graph(self) -> Graph:
         levels = tuple(
             replace(level, units=tuple(self.changed.get((number, u), unit) for u, unit in enumerate(level.units)))
             for number, level in enumerate(self.whole.levels)
@@ -124,7 +141,7 @@ def route_of(routed: Routed) -> Route:
 
 
 def with_words(table: Table, words: str) -> Routed:
-    """The table with the route of which `Routed.route_text` has these words, but for the first one.
+    """Read a route back. words: `Routed.route_text` without its first word.
 
     Raises: ValueError for others.
     """
@@ -157,7 +174,9 @@ def _changed(table: Table, route: Any) -> dict[tuple[int, int], Unit]:
             raise TypeError(f"{where}: expected a Choice or None, got {choice!r}")
         if unit.gate is None:
             raise ValueError(f"{where}: expected None, because the unit has no gate, got {choice}")
-        found[number, u] = replace(unit, gate=_chosen(unit.gate, choice, where), reads=_reads(unit, choice))
+        count = len(table.levels[number].experts)
+        gate = _chosen(unit.gate, choice, where, count)
+        found[number, u] = replace(unit, gate=gate, reads=_reads(unit, choice))
     return found
 
 
@@ -171,8 +190,8 @@ def _choices(table: Table, route: Any) -> Iterator[tuple[int, int, Any]]:
         yield from ((number, u, choice) for u, choice in enumerate(choices) if choice is not None)
 
 
-def _chosen(gate: Gate, choice: Choice, where: str) -> Gate:
-    require_indices(choice.experts, 1 << 20, f"{where}, experts", "experts", least=1)
+def _chosen(gate: Gate, choice: Choice, where: str, experts: int) -> Gate:
+    require_indices(choice.experts, experts, f"{where}, experts", "experts", least=1)
     for e in choice.experts:
         if e not in gate.sees:
             raise ValueError(f"{where}, experts: expected some of {gate.sees}, got {choice.experts}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 from fusedmoe.graph import NORM
 from fusedmoe.kernels import layout
 from fusedmoe.kernels.program import NOTHING, Gather, Mix, Operation, Product, Rowwise, Source, X
 from fusedmoe.kernels.writer import CODES, Writer
+from fusedmoe.reference.philox import threshold
 
 WORDS = 2**32
 
@@ -26,8 +26,8 @@ def sources_of(operation: Operation, given: bool = True) -> list[Source]:
 
 
 class Operations:
-    """Writes the operations of a segment, in a forward: what parameters' gradients are summed from,
-    a backward's plan adds (`sums`)."""
+    """Writes a segment's operations as records. In a forward they have no rows for parameters'
+    gradients; a backward's plan overrides `sums` to give them some."""
 
     def __init__(self, writer: Writer, segment: int):
         self.writer, self.segment = writer, segment
@@ -73,8 +73,8 @@ class Operations:
     def stage(self, operation: Rowwise, place: list[int]) -> int:
         stage, width = operation.stage, operation.width
         slopes = self.writer.program.table.parameters[stage.slope].shape[0] if stage.slope != NOTHING else 1
-        # As a signed integer, whose bits are those of the threshold.
-        threshold = math.floor(stage.dropout * WORDS)
+        # Packed as a signed integer of the same bits.
+        least = threshold(stage.dropout)
         return self.writer.put(
             layout.STAGE.pack(
                 source=self.at(operation.source),
@@ -89,7 +89,7 @@ class Operations:
                 slope=stage.slope,
                 slopes=int(slopes > 1),
                 stream=stage.stream,
-                threshold=threshold - WORDS * (threshold >= WORDS // 2),
+                threshold=least - WORDS * (least >= WORDS // 2),
                 scale=self.writer.put_floats([1.0 / (1.0 - stage.dropout)]),
                 d_weight=self.sums(stage.weight, range(width)),
                 d_bias=self.sums(stage.bias, range(width)),

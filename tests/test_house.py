@@ -30,7 +30,7 @@ FLOORS = {
     "fusedmoe.codec": 6,
     "fusedmoe.drafts": 6,
     "fusedmoe.checks": 6,
-    "fusedmoe.inputs": 6,
+    "fusedmoe.inputs": 7,
     "fusedmoe.level_arguments": 6,
     "fusedmoe.reference": 6,
     "fusedmoe.families": 7,

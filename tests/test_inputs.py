@@ -98,7 +98,7 @@ def test_one_input_may_come_in_a_list():
     ("change", "error", "message"),
     [
         (lambda xs: xs[0], TypeError, "x: expected a list of 4 tensors, got Tensor"),
-        (lambda xs: xs[:2], TypeError, "x: expected a list of 4 tensors, got 2"),
+        (lambda xs: xs[:2], ValueError, "x: expected a list of 4 tensors, got 2 of them"),
         (lambda xs: [*xs[:3], None], TypeError, r"x\[3\]: expected a tensor, got NoneType"),
         (
             lambda xs: [*xs[:3], xs[3][:, :, :5]],

@@ -191,3 +191,29 @@ def test_an_infinite_input_makes_infinite_what_it_does_in_plain_torch(backend, w
     ours, plain = evaluate(on(backend), given), evaluate(eager, given)
     kinds = {name: (ours[name], value) for name, value in plain.items() if value is not None}
     assert [name for name, (a, b) in kinds.items() if not torch.equal(a.isfinite(), b.isfinite())] == []
+
+
+SHARED_WITH_WHAT_HAS_NO_GRADIENT = {
+    "a bias": (Expert((X,), (Bias(0),)), Unit(static=Static((0,), (1.0,)))),
+    "weights of channels": (Expert((X,)), Unit(static=Static((0,), tensor=0, channels=True))),
+}
+
+
+@pytest.mark.parametrize("what", SHARED_WITH_WHAT_HAS_NO_GRADIENT)
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_tensor_that_what_has_no_gradient_shares(backend, what):
+    """Twice, and after a network that leaves other numbers in the kernels' memory."""
+    expert, unit = SHARED_WITH_WHAT_HAS_NO_GRADIENT[what]
+    above = replace(expert, sources=(replace(X, detached=True),))
+    last = Level((above,), (Unit(static=Static((0,), (1.0,))),))
+    table = Table((Input(1, WIDTH),), (Level((expert,), (unit,)), replace(last, units=(unit,))), (), ((WIDTH,),))
+    evaluate(on(backend), start(TABLES["products"], 70, torch.float32))
+    assert_parity(on(backend), start(table, 70, torch.float32))
+
+
+@pytest.mark.parametrize("last", [(PReLU(),), (LayerNorm(),), (LayerNorm(), PReLU(True))], ids=str)
+@pytest.mark.parametrize("backend", FUSED)
+def test_two_towers_and_many_rows(backend, last):
+    tasks = tuple(Task((X,), (Linear(3), *last)) for _ in range(2))
+    level = Level((Expert((X,)),), (Unit(static=Static((0,), (1.0,))),))
+    assert_parity(on(backend), start(Table((Input(1, 4),), (level,), tasks), 257, torch.float32))

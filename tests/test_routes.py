@@ -152,7 +152,7 @@ WRONG = {
     "none left": (((Choice(()), None, None), (None,) * 3), "route, level 0, unit 0, experts: expected a tuple of at"),
     "unseen": (
         ((None,) * 3, (None, Choice((3,)), None)),
-        r"route, level 1, unit 1, experts: expected some of \(0, 1, 2\), got \(3,\)",
+        r"route, level 1, unit 1, experts: expected one of 3 experts \(0 to 2\), got 3",
     ),
     "selector": (
         ((Choice((0,), 1), None, None), (None,) * 3),
@@ -189,3 +189,33 @@ def test_a_routed_table_is_copied_and_pickled():
     routed = Routed(table, drawn_route(table, 4))
     for copied in (copy.deepcopy(routed), pickle.loads(pickle.dumps(routed))):
         assert copied.text == routed.text and copied.graph == routed.graph
+
+
+def test_routes_of_one_table_are_told_apart():
+    table = supernet()
+    one, other = (Routed(table, drawn_route(table, seed)) for seed in (1, 2))
+    assert one == Routed(table, drawn_route(table, 1)) and hash(one) == hash(Routed(table, drawn_route(table, 1)))
+    assert one != other and one != table and len({one, other}) == 2 and repr(one) != repr(other)
+    for wrong in (one, 5):
+        with pytest.raises(TypeError, match=f"expected a fusedmoe.Table without a route, got {type(wrong).__name__}"):
+            Routed(wrong, drawn_route(table, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_selector_that_only_a_route_computes(backend):
+    experts = tuple(Expert(from_slots(0), (Linear(4),)) for _ in range(2))
+    gate = Gate((from_slots(0), (Source("expert", 1),)), (0,))
+    table = Table((Input(1, 4),), (Level(experts, (Unit(gate),)),))
+    for chosen in (table, Routed(table, ((Choice((0,), 1),),))):
+        assert_close(evaluate(on(backend), given := start(chosen, 7, DTYPES[0])), expectation(given))
+
+
+@pytest.mark.parametrize(
+    "words", ["route 222 3 0 0 3 0 0 3 0 0", "route 333 3 0 3 0 1 2 3 0 0 3 0 0", "route 333 3 1 0 3 0 0 3 0 0"]
+)
+def test_words_that_are_no_route_are_refused_in_cpp(words):
+    table = supernet(1)
+    given = start(table, 3, torch.float32)
+    text = f"{table.text} {words} {'3' * len(table.parameters)}"
+    with pytest.raises((ValueError, RuntimeError), match="expected the words"):
+        torch.ops.fusedmoe.network_cpu(given.x, given.params, text, 0, False, None)

@@ -80,10 +80,12 @@ class Allocation {
     plan_.d_z += count;
     return plan_.d_z - count;
   }
-  // Rows whose sums are the gradients of elements of a parameter, `step` elements from row to row.
-  int64_t summed(int parameter, int64_t count, int64_t step, int64_t element = 0) {
-    const int64_t first = rows(count);
+  // Rows whose sums are the gradients of elements of a parameter, `step` elements from row to row; -1
+  // of what has no gradient, whose rows nobody would write.
+  int64_t summed(int parameter, bool differentiated, int64_t count, int64_t step, int64_t element = 0) {
     plain_.insert(parameter);
+    if (!differentiated) return -1;
+    const int64_t first = rows(count);
     for (int64_t n = 0; n < count; n++) row_sums_.push_back({first + n, parameter, element + n * step});
     return first;
   }

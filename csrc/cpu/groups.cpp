@@ -55,12 +55,16 @@ std::vector<std::vector<const Stage*>> sharing(const std::vector<Stage*>& linear
   return groups;
 }
 
+bool from_output(Act act) {
+  return act == Act::identity || act == Act::relu || act == Act::sigmoid || act == Act::tanh;
+}
+
 std::vector<graph::Stage> dropout_apart(const std::vector<graph::Stage>& stages) {
   std::vector<graph::Stage> result;
   for (const graph::Stage& stage : stages) {
     result.push_back(stage);
     if (stage.dropout == 0 || stage.slope >= 0 ||
-        (stage.act != Act::sigmoid && stage.act != Act::tanh))
+        !from_output(stage.act) || stage.act == Act::identity || stage.act == Act::relu)
       continue;
     result.back().dropout = 0;
     graph::Stage alone;

@@ -17,8 +17,11 @@ std::vector<Mixed> mixed_together(const std::vector<UnitPlan>& units);
 // task. Sets first_of_weight and first_of_bias of each.
 std::vector<std::vector<const Stage*>> sharing(const std::vector<Stage*>& linears);
 
-// Dropout behind an activation whose derivative is told from its output, which dropout changes,
-// is a stage of its own; but for the identity and relu, whose derivative stays what it is.
+// An activation whose derivative is computed from its output needs that output undropped: its
+// dropout becomes a stage of its own. The identity and relu need it not.
+// Whether the derivative of an activation can be told from its output, so that the output alone is
+// kept.
+bool from_output(Act act);
 std::vector<graph::Stage> dropout_apart(const std::vector<graph::Stage>& stages);
 
 // The experts that others than the mix read, with a gradient.

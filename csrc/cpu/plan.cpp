@@ -10,12 +10,6 @@
 namespace fusedmoe::cpu {
 namespace {
 
-// Whether the derivative of an activation can be told from its output, so that the output alone is
-// kept.
-bool from_output(Act act) {
-  return act == Act::identity || act == Act::relu || act == Act::sigmoid || act == Act::tanh;
-}
-
 class Builder : Allocation {
  public:
   Builder(Plan& plan, const Graph& graph) : Allocation(plan), graph_(graph) {}
@@ -119,9 +113,9 @@ class Builder : Allocation {
     // Later MLPs read the operand of `in` too, so it stands before the space that they may take.
     const bool makes =
         plan_.bf16 && given[0].kind == graph::StageKind::linear && operand(in.panel).second;
-    place(given.back(), stages.back(), out_saved);
+    place(given.back(), stages.back(), out_saved, differentiated);
     int64_t top = top_;
-    for (size_t j = 0; j + 1 < stages.size(); j++) place(given[j], stages[j], !plan_.recompute);
+    for (size_t j = 0; j + 1 < stages.size(); j++) place(given[j], stages[j], !plan_.recompute, differentiated);
     Panel next = in.panel;
     int64_t d = 0;
     for (Stage& stage : stages) {
@@ -149,7 +143,7 @@ class Builder : Allocation {
     return result;
   }
 
-  void place(const graph::Stage& from, Stage& stage, bool saved) {
+  void place(const graph::Stage& from, Stage& stage, bool saved, bool differentiated) {
     stage = {from.kind, from.k, from.width, from.weight, from.bias, from.act, from.parameter, {}, {}, {}};
     stage.z = panel(from.width, saved);
     stage.slope = from.slope;
@@ -165,14 +159,14 @@ class Builder : Allocation {
     plan_.linear = plan_.linear && from.kind == graph::StageKind::linear && from.slope < 0;
     if (from.slope >= 0) {
       stage.slope_per_column = graph_.shapes[from.slope] == std::vector<int64_t>{from.width};
-      stage.d_slope = summed(from.slope, from.width, stage.slope_per_column ? 1 : 0);
+      stage.d_slope = summed(from.slope, differentiated, from.width, stage.slope_per_column ? 1 : 0);
     }
     if (from.kind == graph::StageKind::linear) return;
-    if (from.bias >= 0) stage.d_beta = summed(from.bias, from.width, 1);
+    if (from.bias >= 0) stage.d_beta = summed(from.bias, differentiated, from.width, 1);
     if (from.kind == graph::StageKind::copy) return;
     stage.normal = plan_.training ? panel(from.width, saved) : stage.z;
     stage.r = panel(1, saved);
-    if (from.weight >= 0) stage.d_gamma = summed(from.weight, from.width, 1);
+    if (from.weight >= 0) stage.d_gamma = summed(from.weight, differentiated, from.width, 1);
   }
   Segment segment(const graph::Level& level, int64_t column, bool read_later) {
     std::vector<Value> outputs;
@@ -272,7 +266,7 @@ class Builder : Allocation {
     mix.logits = panel(count, false);
     if (gate.free >= 0) {
       mix.free = gate.free;
-      mix.d_free = summed(gate.free, count, 1);
+      mix.d_free = summed(gate.free, true, count, 1);
       return;
     }
     std::vector<Attended> query, keys;
@@ -298,7 +292,8 @@ class Builder : Allocation {
     for (size_t j = 0; j < given.experts.size(); j++) {
       if (!unit.reads_expert(given.experts[j])) continue;
       const int64_t element = given.offset + int64_t(j) * width;
-      result.push_back({given.experts[j], given.parameter, element, summed(given.parameter, width, 1, element)});
+      const int64_t d = summed(given.parameter, unit.differentiated, width, 1, element);
+      result.push_back({given.experts[j], given.parameter, element, d});
     }
     return own(std::move(result));
   }
@@ -314,7 +309,7 @@ class Builder : Allocation {
       read.element = given.offset + int64_t(j);
       if (!learned) read.value = given.values.at(j);
       if (learned) {
-        read.d_static = summed(read.parameter, 1, 1, read.element);
+        read.d_static = summed(read.parameter, true, 1, 1, read.element);
       }
     }
   }

@@ -127,7 +127,7 @@ struct Rowwise : RowwiseRow<T> {
                     d = dropped(of, record, column, value(g, column));
         float d_z = of.through(d, z, column);
         if (first) {
-          const float below = z > 0.0f ? 0.0f : d * z;
+          const float below = z > 0.0f || d == 0.0f ? 0.0f : d * z;
           if (of.slopes && d_slope >= 0) put_dw(d_slope + column, below);
           slope += below;
           if (d_bias >= 0) put_dw(d_bias + column, d_z);

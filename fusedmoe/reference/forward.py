@@ -109,7 +109,9 @@ def _mlp(run: Run, place: Place, mlp: Mlp, level: int, params: Sequence[Tensor])
 def dropped(value: Tensor, trace: Trace) -> Tensor:
     """What dropout leaves of a stage's output, or of its gradient. Chosen: infinity times 0 is NaN."""
     factors = trace.factors
-    return value if factors is None else torch.where(factors == 0, torch.zeros_like(value), value * factors)
+    if factors is None:
+        return value
+    return torch.where(factors == 0, torch.zeros_like(value), (value * factors).to(value.dtype))
 
 
 def _head(stage: Stage, h: Tensor, params: Sequence[Tensor]) -> Trace:

@@ -28,7 +28,9 @@ def factors(seed: Tensor, like: Tensor, p: float, stream: int) -> Tensor:
     """What dropout multiplies each element of `like` [B, K] with: 0, or 1 / (1 - p)."""
     rows, columns = (torch.arange(n, dtype=torch.int64, device=like.device) for n in like.shape)
     kept = words(seed, rows[:, None], columns, stream) >= threshold(p)
-    return torch.where(kept, like.new_tensor(1.0 / (1.0 - p)), like.new_zeros(()))
+    # In float32 at least: in float16 a p near 1 would make it infinite.
+    one = torch.ones((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    return torch.where(kept, one / (1.0 - p), one * 0)
 
 
 def threshold(p: float) -> int:

@@ -334,7 +334,8 @@ def _run_backward(
 ) -> list[Tensor]:
     """As `backward`, in C++; nothing where that is not for these tensors."""
     try:
-        return _operator("network_triton_backward")(*tensors[:5], quick.address, chunk, apart, tensors[5], addresses)
+        *given, seed = tensors
+        return _operator("network_triton_backward")(*given, quick.address, chunk, apart, seed, addresses)
     except RuntimeError:
         x = tensors[2]
         device.room(x, bound.needs(x.shape[0], chunk))

@@ -77,7 +77,7 @@ def write_sums(block, kind: tl.constexpr, sums, row, column, width, value):
 
 
 @triton.jit
-def vector_of(sums, block, row, value):
+def write_sum(sums, block, row, value):
     """One number a row, to a row of dw."""
     tl.store(sums.dw + row.to(tl.int64) * block.B + block.row + block.rows, value, mask=block.live)
 
@@ -124,7 +124,7 @@ def stage_backward(block, kind: tl.constexpr, sums, stage, seed):
         if not norm:
             add(sums.below, kind, stage + STAGE.source, column, width, dz)
     if (d_slope_row >= 0) & (each == 0):
-        vector_of(sums, block, d_slope_row, slope)
+        write_sum(sums, block, d_slope_row, slope)
     if norm:
         for column in range(0, width, kind.BLOCK_H):
             o, gamma, dz, _ = stage_gradient(block, kind, sums, stage, seed, column, width, found)
@@ -165,7 +165,7 @@ def experts_gradient(block, kind: tl.constexpr, sums, mix, soft):
             write_sums(block, kind, sums, tl.load(block.plan + mixed + MIX_READ.d_channels), column, width, along)
             total += tl.sum(along, 1)
         if row >= 0:
-            vector_of(sums, block, row + i, total)
+            write_sum(sums, block, row + i, total)
         d = tl.where((tl.arange(0, kind.READS) == i)[None, :], total[:, None], d)
     return d
 

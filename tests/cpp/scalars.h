@@ -66,7 +66,8 @@ inline double kept(const graph::Stage& stage, int64_t row, int64_t column) {
   uint32_t low = uint32_t(dropout_seed), high = uint32_t(dropout_seed >> 32);
   for (int round = 0; round < 10; round++, low += 0x9E3779B9u, high += 0xBB67AE85u) {
     const uint64_t a = 0xD2511F53ull * c[0], b = 0xCD9E8D57ull * c[2];
-    const uint32_t next[4] = {uint32_t(b >> 32) ^ c[1] ^ low, uint32_t(b), uint32_t(a >> 32) ^ c[3] ^ high, uint32_t(a)};
+    const uint32_t next[4] = {uint32_t(b >> 32) ^ c[1] ^ low, uint32_t(b), uint32_t(a >> 32) ^ c[3] ^ high,
+                              uint32_t(a)};
     std::copy(next, next + 4, c);
   }
   return c[column % 4] >= stage.dropout * 0x1p32 ? 1 / (1 - stage.dropout) : 0;
