@@ -234,6 +234,35 @@ def snr(tasks: int, transform: bool) -> System:
     return System(table, plain)
 
 
+def mssm(tasks: int, cells: int = 3, levels: int = 2) -> System:
+    """MSSM's cell level: coding variables z choose the cells through which a task goes; a cell has the
+    same parameters for all tasks. Written from the abstract: h[t] = sum over c of z[t,c] cell_c(h[t])."""
+    sizes, built, shared = (5, *[4] * levels), [], []
+    for number in range(levels):
+        first = len(shared)
+        shared += [(sizes[number + 1], sizes[number])] * cells + [(sizes[number + 1],)] * cells + [(tasks, cells)]
+        ops = [(Linear(sizes[number + 1], True, first + c, first + cells + c), TANH) for c in range(cells)]
+        experts = tuple(Expert(from_slots(t if number else 0), one) for t in range(tasks) for one in ops)
+        of = [tuple(range(t * cells, (t + 1) * cells)) for t in range(tasks)]
+        units = (Unit(static=Static(e, tensor=first + 2 * cells, offset=t * cells)) for t, e in enumerate(of))
+        built.append(Level(experts, tuple(units)))
+    towers = tuple(Task(from_slots(t), (Linear(1),)) for t in range(tasks))
+    table = Table((Input(1, sizes[0]),), tuple(built), towers, tuple(shared))
+
+    def plain(x: Tensor, p: Parameters) -> Tensor:
+        h = x.expand(-1, tasks, -1)
+        for number in range(levels):
+            w, b, (z,) = (
+                [p[f"shared.{number * (2 * cells + 1) + first + c}"] for c in range(count)]
+                for first, count in ((0, cells), (cells, cells), (2 * cells, 1))
+            )
+            y = torch.stack([torch.tanh(F.linear(h, w[c], b[c])) for c in range(cells)], 2)
+            h = (z[..., None] * y).sum(2)
+        return torch.stack([linear(p, f"towers.{t}.0", h[:, t]) for t in range(tasks)], 1)
+
+    return System(table, plain)
+
+
 # Of each unit of a derived MTNAS: the sub-networks whose values it mixes, and the one that is its query.
 ROUTES = [[((0, 2), 1), ((1,), 0), ((0, 1, 2), 2)], [((1, 2), 0), ((0,), 0)]]
 
@@ -268,5 +297,6 @@ SYSTEMS: dict[str, System] = {
     "Sluice": sluice(2, 2, 2),
     "SNR-Aver": snr(2, transform=False),
     "SNR-Trans": snr(3, transform=True),
+    "MSSM's cell level": mssm(2),
     "MTNAS, derived": mtnas(),
 }
