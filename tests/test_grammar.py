@@ -16,12 +16,11 @@ from .random_grammar import Grammar
 from .random_tables import start
 from .test_oracle import loops
 
-SEEDS = range(60)
 GPU = INTERPRETED or KIND is not None
 FUSED = ("triton",) if INTERPRETED else ("cuda",) if KIND else ("cpu", "reference")
 # The dtypes of these backends, the widest first; and of random draws, as many as fit into a test run.
 DTYPES = (torch.float32, torch.bfloat16) if GPU else (torch.float64, torch.float32, torch.bfloat16)
-DRAWS = range(10 if GPU else 40)
+SEEDS, DRAWS = (range(20), range(4)) if GPU else (range(60), range(40))
 
 
 def on(backend: str):
