@@ -8,6 +8,7 @@ number and all that some output depends on. The words of a call's route may foll
 from __future__ import annotations
 
 import functools
+import threading
 
 from fusedmoe.backends import EXTENSION
 from fusedmoe.encoding import read
@@ -32,9 +33,10 @@ def handle(table: Table) -> str:
     if found is None and isinstance(table, Routed):
         found = f"{handle(table.base)} {table.route_text}"
         object.__setattr__(table, "handle", found)
-        while len(_ROUTED) >= ROUTES_KEPT:
-            _ROUTED.pop(next(iter(_ROUTED)))
-        _ROUTED[found] = table
+        with _KEEPING:
+            while len(_ROUTED) >= ROUTES_KEPT:
+                _ROUTED.pop(next(iter(_ROUTED)))
+            _ROUTED[found] = table
     elif found is None:
         found = encode(table) if EXTENSION is None else EXTENSION.bind(encode(table))
         _BOUND[found] = table
@@ -47,16 +49,16 @@ def decode(text: str) -> Table:
 
     Raises: ValueError for text that is no table.
     """
-    if text in _BOUND:
-        return _BOUND[text]
-    if text in _ROUTED:
-        return _ROUTED[text]
+    known = _BOUND.get(text) or _ROUTED.get(text)
+    if known is not None:
+        return known
     before, found, words = text.partition(f" {ROUTE} ")
     return _routed(before, words) if found else _decode(text)
 
 
 # By their handles. A search draws a new one at every step, and few are still asked for.
 _ROUTED: dict[str, Table] = {}
+_KEEPING = threading.Lock()
 ROUTES_KEPT = 64
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from fusedmoe.validation import require_flag
 
 
 def fusion_network(
-    x: Any,
+    x: Tensor | Sequence[Tensor],
     params: Sequence[Tensor],
     table: Table,
     backend: str = "auto",
@@ -85,8 +85,7 @@ def fusion_network(
     The module's docstring says what holds for gradients, dtypes and autocast.
     Source: MMoE eq. 6-8, PLE eq. 2-7, AdaTT eq. 2-10.
     """
-    if isinstance(table, Table):
-        x = join(x, table)
+    x = cast(Tensor, join(x, table) if isinstance(table, Table) else x)
     fit = isinstance(x, Tensor) and x.dim() in (2, 3) and x.is_floating_point()
     if not (fit and isinstance(table, Table) and isinstance(params, Iterable)):
         check(x, params, table)

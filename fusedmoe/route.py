@@ -42,7 +42,7 @@ class Routed(Table):
 
     It has the levels, the parameters and the shapes of its table; `graph` is that of the route. What
     a route leaves out is skipped; experts and parameters that no unit needs then have the gradient
-    None. It costs a small part of a training step: little is worked out, and no table is built.
+    None. No table is built for it; bench/results/parts.json has what it costs.
 
     Args:
         table: the network.

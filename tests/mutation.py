@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
 _TOKEN = re.compile(r"\$\w+|\w+|[^\w\s]")
 
 
@@ -51,3 +53,10 @@ def mutated(source: str, pattern: str, instead: str) -> str:
     if (count := places(source, pattern)) != 1:
         raise ValueError(f"mutation: expected one place of {pattern!r}, got {count}")
     return compiled(pattern).sub(lambda found: re.sub(r"\$(\w+)", lambda name: found[name[1]], instead), source)
+
+
+def names_a_test(node: str) -> bool:
+    """Whether a file of the tests has the function that a node id names."""
+    path, _, name = node.partition("::")
+    function = name.partition("[")[0]
+    return (ROOT / path).is_file() and f"def {function}(" in (ROOT / path).read_text()

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from .cuda_on_cpu import extension, mutants, run
-from .mutation import places
+from .mutation import names_a_test, places
 
 MATRIX = "tests/cuda_on_cpu/emulated/test_matrix.py::test_matrix"
 ROWWISE = "tests/cuda_on_cpu/emulated/test_rowwise.py::test_tables"
@@ -57,6 +57,7 @@ def test_sanitizers_find_nothing(kind, schedule):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_has_one_place(name):
     assert places((run.ROOT / "csrc" / "cuda" / MUTANTS[name].file).read_text(), MUTANTS[name].pattern) == 1
+    assert names_a_test(MUTANTS[name].test)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,12 @@ CASES = cases()
 U = row(torch.float64).roundoff
 
 
+def assert_rounding(ours: torch.Tensor, truth: torch.Tensor) -> None:
+    """Two float64 computations of one formula, apart by the rounding of chains of at most 64 sums and
+    products of numbers that do not exceed the truth's or 1."""
+    assert error(ours, truth) <= 64 * torch.finfo(torch.float64).eps * max(1.0, float(truth.abs().max()))
+
+
 def loops(given: Problem) -> dict[str, torch.Tensor]:
     """Output and mixing weights of the oracle."""
     values = {p.name: tensor.tolist() for p, tensor in zip(given.table.parameters, given.params, strict=True)}

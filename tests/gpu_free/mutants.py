@@ -55,7 +55,7 @@ def _by_hand(operation: str) -> str:
     return f"tests/test_operations.py::test_a_backend_is_the_reference[triton-{operation}-torch.float32]"
 
 
-_DROPOUT = "tests/gpu_free/interpreted/test_dropout.py::test_masks_are_those_of_philox[0-0.5]"
+_DROPOUT = "tests/test_dropout.py::test_every_backend_drops_the_same[of a norm-triton-torch.float32]"
 _ACCESSES = "tests/gpu_free/interpreted/test_accesses.py"
 _SIZES = "tests/gpu_free/interpreted/test_sizes.py"
 _WATCHED = f"{_ACCESSES}::test_accesses[mmoe-odd-a launch a level]"

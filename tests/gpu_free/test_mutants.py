@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="gpu_free: expected the package triton, whi
 
 from fusedmoe import kernels
 
-from ..mutation import mutated, places
+from ..mutation import mutated, names_a_test, places
 from .mutants import EXECUTED, INTERPRETED, MUTANTS, QUICK
 
 PACKAGE, KERNELS, TESTS = Path(fusedmoe.__file__).parent, Path(kernels.__file__).parent, Path(__file__).parent.parent
@@ -51,6 +51,7 @@ def run(folder: Path, rung: str, tests: list[str]) -> tuple[int, str]:
 def test_a_mutant_has_one_place(name):
     mutant = MUTANTS[name]
     assert places((KERNELS / mutant.file).read_text(), mutant.pattern) == 1
+    assert names_a_test(mutant.test)
 
 
 @pytest.mark.parametrize("name", quick_first(MUTANTS))
