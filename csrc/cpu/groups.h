@@ -1,4 +1,5 @@
-// What a plan puts together: units that are mixed in one pass, and linear maps that share parameters.
+// What a plan asks of a graph: which units are mixed in one pass, which linear maps share parameters,
+// which stages and experts are a special case in backward.
 #pragma once
 #include <set>
 
@@ -17,11 +18,12 @@ std::vector<Mixed> mixed_together(const std::vector<UnitPlan>& units);
 // task. Sets first_of_weight and first_of_bias of each.
 std::vector<std::vector<const Stage*>> sharing(const std::vector<Stage*>& linears);
 
-// An activation whose derivative is computed from its output needs that output undropped: its
-// dropout becomes a stage of its own. The identity and relu need it not.
 // Whether the derivative of an activation can be told from its output, so that the output alone is
 // kept.
 bool from_output(Act act);
+
+// An activation whose derivative is computed from its output needs that output undropped: its
+// dropout becomes a stage of its own. The identity and relu need it not.
 std::vector<graph::Stage> dropout_apart(const std::vector<graph::Stage>& stages);
 
 // The experts that others than the mix read, with a gradient.
